@@ -1,0 +1,495 @@
+"""The one module that touches DeepSpeed's private parts.
+
+Everything mics_ds relies on beyond DeepSpeed's documented interface is here, in three sections:
+
+1. *Probes*: is this a DeepSpeed we know, and has it what we need?
+2. *Seams*: thin subclasses of DeepSpeed's classes that turn private methods into named hooks. They
+   contain no MiCS. :mod:`mics_ds.partitioner` and :mod:`mics_ds.optimizer` subclass them and
+   override only the hooks.
+3. *Patches*: how :mod:`mics_ds.activation` gets DeepSpeed to build our subclasses.
+
+No method of a base class is copied; each override calls ``super()``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import hjson
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters as pp
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from .config import KEY_PREFIX, MicsConfig, split_ds_config
+from .errors import MicsCompatError, MicsConfigError
+
+# --------------------------------------------------------------------------------------------------
+# 1. Probes
+
+TESTED_VERSIONS = ("0.19.8",)
+ALLOW_UNTESTED_ENV = "MICS_DS_ALLOW_UNTESTED"
+
+
+def missing_seams() -> list[str]:
+    """What mics_ds needs of DeepSpeed and does not find in the installed one."""
+    needed: dict[type, tuple[str, ...]] = {
+        pp.Init: (
+            "_zero_init_param",
+            "_convert_to_deepspeed_param",
+            "_ensure_availability_of_partitioned_params",
+            "patch_init_and_builtins",
+            "get_partition_dp_group",
+        ),
+        DeepSpeedZeRoOffload: ("_convert_to_zero_parameters",),
+        DeepSpeedZeroOptimizer_Stage3: (
+            "independent_gradient_partition_epilogue",
+            "partition_grads",
+            "finalize_gradient_accumulation_boundary",
+            "_finalize_offload_gradient_accumulation",
+            "_get_norm_groups",
+            "has_overflow",
+            "_get_param_partition_group",
+            "is_gradient_accumulation_boundary",
+        ),
+        DeepSpeedEngine: ("is_first_weights_partition_group",),
+    }
+    return [f"{cls.__name__}.{name}" for cls, names in needed.items() for name in names if not hasattr(cls, name)]
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed that would misbehave under us. Called only when MiCS is asked for.
+
+    Raises:
+        MicsCompatError: a needed seam is missing, or the version is not among those tested and
+            ``MICS_DS_ALLOW_UNTESTED=1`` is not set.
+    """
+    missing = missing_seams()
+    if missing:
+        raise MicsCompatError(
+            f"mics_ds needs parts of DeepSpeed that {deepspeed.__version__} does not have: {', '.join(missing)}. "
+            f"Install deepspeed=={TESTED_VERSIONS[0]}, or remove the mics_ keys to run stock ZeRO-3."
+        )
+    release = deepspeed.__version__.split("+")[0]
+    if release not in TESTED_VERSIONS and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
+        raise MicsCompatError(
+            f"mics_ds was tested with DeepSpeed {', '.join(TESTED_VERSIONS)}, but this is {deepspeed.__version__}. "
+            f"Install a tested version, or set {ALLOW_UNTESTED_ENV}=1 on all ranks and compare your losses with stock "
+            f"ZeRO-3 (MICS_DS_DISABLE=1) before you trust them."
+        )
+
+
+def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
+    """Name what the parsed configuration asks for that does not work under MiCS.
+
+    Raises:
+        MicsConfigError: with every such feature and what to do about it.
+    """
+    zero = ds_config.zero_config
+    offload_optimizer, offload_param = zero.offload_optimizer, zero.offload_param
+    autotp = getattr(getattr(ds_config, "tensor_parallel_config", None), "autotp_size", 0) or 0
+    sequence_parallel = ds_config._param_dict.get("sequence_parallel_size", 1)
+    in_group = "MiCS already keeps parameter gathers inside the partition group; remove it"
+    refused: list[tuple[bool, str, str]] = [
+        (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size (ZeRO++ hpZ)", in_group),
+        (zero.zero_quantized_gradients, "zero_quantized_gradients (ZeRO++ qgZ)", "set it to false"),
+        (zero.zero_quantized_weights, "zero_quantized_weights (ZeRO++ qwZ)", "set it to false"),
+        (
+            zero.zero_quantized_nontrainable_weights,
+            "zero_quantized_nontrainable_weights",
+            "set it to false",
+        ),
+        (getattr(zero, "zenflow", None) is not None, "zenflow", "remove the zenflow section"),
+        (
+            bool(getattr(offload_optimizer, "super_offload", False)),
+            "offload_optimizer.super_offload (SuperOffload)",
+            "set it to false",
+        ),
+        (_device(offload_optimizer) == "nvme", "offload_optimizer to NVMe", "offload to cpu"),
+        (_device(offload_param) == "nvme", "offload_param to NVMe", "offload to cpu"),
+        (
+            bool(getattr(getattr(ds_config, "compile_config", None), "deepcompile", False)),
+            "compile.deepcompile (DeepCompile)",
+            "set it to false; torch.compile of your model is not affected",
+        ),
+        (str(ds_config.optimizer_name).lower() == "muon", "the Muon optimizer", "use Adam, AdamW or SGD"),
+        (ds_config.gradient_predivide_factor != 1.0, "gradient_predivide_factor", "leave it at 1.0"),
+        (bool(ds_config.prescale_gradients), "prescale_gradients", "set it to false"),
+        (
+            zero.pipeline_loading_checkpoint,
+            "pipeline_loading_checkpoint",
+            "set it to false: it passes the baton by partition rank, which replicas share",
+        ),
+        (autotp > 1, "tensor_parallel.autotp_size (AutoTP)", "remove the tensor_parallel section"),
+        (
+            bool(getattr(getattr(ds_config, "expert_parallel_config", None), "enabled", False)),
+            "expert_parallel (AutoEP)",
+            "it sets partition groups of its own; remove the section",
+        ),
+        (isinstance(sequence_parallel, int) and sequence_parallel > 1, "sequence_parallel_size", "leave it at 1"),
+        (ds_config.hybrid_engine.enabled, "hybrid_engine", "set enabled to false"),
+        (
+            ds_config.use_node_local_storage,
+            "checkpoint.use_node_local_storage",
+            "write checkpoints to storage that all nodes share",
+        ),
+    ]
+    found = [f"{name}: {remedy}" for is_set, name, remedy in refused if is_set]
+    if found:
+        raise MicsConfigError(
+            "MiCS (zero_optimization.mics_shard_size) does not support the following yet. "
+            + "; ".join(found)
+            + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
+        )
+
+
+def _device(offload: Any) -> str:
+    return str(getattr(getattr(offload, "device", "none"), "value", "none"))
+
+
+def load_ds_config(source: Any) -> Mapping[str, Any] | None:
+    """Read a DeepSpeed configuration in any of the forms DeepSpeed takes, if it may concern MiCS.
+
+    Args:
+        source: a dictionary, the path of a JSON or HJSON file, or base64 of such a text.
+
+    Returns:
+        The parsed configuration, or ``None`` if it has no ``mics_`` key or cannot be read: then
+        DeepSpeed gets it as it is and makes its own complaint.
+    """
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    if os.path.exists(source):
+        with open(source) as file:
+            text = file.read()
+    else:
+        try:
+            text = base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8")
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            return None
+    if KEY_PREFIX not in text:
+        return None
+    return hjson.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+
+
+def mics_config_of(source: Any) -> MicsConfig:
+    """The MiCS configuration inside a DeepSpeed configuration that is known to have one."""
+    param_dict = load_ds_config(source)
+    mics = split_ds_config(param_dict)[0] if param_dict is not None else None
+    assert mics is not None, "only called for configurations that ask for MiCS"
+    return mics
+
+
+def config_argument(arguments: Mapping[str, Any]) -> Any:
+    """The DeepSpeed configuration among the bound arguments of a constructor, or ``None``."""
+    for name in ("ds_config", "config_dict_or_path", "config"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
+
+
+def partitioner_config(*args: Any, **kwargs: Any) -> Any:
+    """The DeepSpeed configuration among the arguments of ``zero.Init``."""
+    return config_argument(_INIT_SIGNATURE.bind_partial(None, *args, **kwargs).arguments)
+
+
+_INIT_SIGNATURE = inspect.signature(pp.Init.__init__)
+
+# --------------------------------------------------------------------------------------------------
+# 2. Seams
+
+is_zero_param = pp.is_zero_param
+GatheredParameters = pp.GatheredParameters
+
+
+class PartitionerSeam(pp.Init):
+    """``deepspeed.zero.Init`` with hooks around the birth and the gathering of a parameter."""
+
+    def before_first_partition(self, param: torch.nn.Parameter) -> None:
+        """``param`` still holds its full data, as this rank initialised it."""
+
+    def after_conversion(self, param: torch.nn.Parameter) -> None:
+        """``param`` has just become a ZeRO-3 parameter, not yet partitioned."""
+
+    def start_gather(self, shard: torch.Tensor) -> tuple[list[torch.Tensor], Any] | None:
+        """Gather ``shard`` from all ranks of the partition group, or return ``None`` to let DeepSpeed do it.
+
+        Returns the chunks by partition rank, and a handle whose ``wait`` makes them readable.
+        """
+        return None
+
+    def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
+        """A function given to ``Module.apply`` has changed these gathered parameters; make all ranks equal."""
+        raise NotImplementedError
+
+    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+        self.before_first_partition(param)
+        super()._zero_init_param(param)
+
+    def _convert_to_deepspeed_param(self, param: torch.nn.Parameter) -> None:
+        super()._convert_to_deepspeed_param(param)
+        stock = param.all_gather_coalesced
+
+        @functools.wraps(stock)
+        def all_gather_coalesced(params: Iterable, safe_mode: bool = False, quantize: bool = False) -> Any:
+            params = list(params)
+            handle = None if quantize or safe_mode or not params else self._gather_by_hook(params)
+            return stock(params, safe_mode=safe_mode, quantize=quantize) if handle is None else handle
+
+        param.all_gather_coalesced = all_gather_coalesced
+        self.after_conversion(param)
+
+    def _gather_by_hook(self, params: list[torch.nn.Parameter]) -> Any | None:
+        """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""
+        if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
+            return None
+        self._ensure_availability_of_partitioned_params(params)
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for param in sorted(params, key=lambda item: item.ds_id):  # one order on all ranks
+            if param.ds_status != pp.ZeroParamStatus.NOT_AVAILABLE:
+                raise RuntimeError(f"expected a parameter that is not gathered yet, got {param.ds_summary()}")
+            by_dtype.setdefault(pp.get_allgather_dtype(param, param.ds_tensor), []).append(param)
+        device = get_accelerator().current_device_name()
+        handles = []
+        for dtype, members in by_dtype.items():
+            # cat also copies a single shard: gathering straight from it would let the optimizer
+            # overwrite what is still being sent
+            shard = torch.cat([param.ds_tensor.to(device).to(dtype).view(-1) for param in members])
+            started = self.start_gather(shard)
+            if started is None:
+                assert not handles, "start_gather must answer alike for all dtypes"
+                return None
+            for param in members:
+                param.ds_status = pp.ZeroParamStatus.INFLIGHT
+            chunks, handle = started
+            handles.append(pp.AllGatherCoalescedHandle(handle, members, chunks, len(chunks)))
+        return pp.MultipleAllGatherHandles(handles)
+
+    def patch_init_and_builtins(self) -> None:
+        """DeepSpeed wraps ``Module.apply`` to broadcast from global rank 0 *in the partition group*, which
+        raises wherever rank 0 is not a member. Put a wrapper in its place that asks the hook instead."""
+        super().patch_init_and_builtins()
+        if not pp.Init.override_module_apply:
+            return
+        original = torch.nn.Module._old_apply  # put there by super(), and restored by it from there
+
+        @functools.wraps(original)
+        def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
+            return original(module, fn if hasattr(fn, "wrapped") else gathering(fn))
+
+        def gathering(fn: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+            @functools.wraps(fn)
+            def wrapped(module: torch.nn.Module) -> None:
+                params = sorted(
+                    (param for param in module.parameters(recurse=False) if is_zero_param(param)),
+                    key=lambda param: param.ds_id,
+                )
+                for param in params:
+                    param.all_gather()
+                fn(module)
+                self.broadcast_after_apply(params)
+                for param in params:
+                    param.partition(has_been_updated=True)
+
+            wrapped.wrapped = True  # apply() recurses through itself; gather once per module
+            return wrapped
+
+        torch.nn.Module.apply = apply
+
+
+def repartition(partitioner: PartitionerSeam, param: torch.nn.Parameter) -> None:
+    """Take a parameter that another ``zero.Init`` partitioned, and partition it anew. Collective.
+
+    Needs the memory of this one full parameter.
+    """
+    param.all_gather()
+    partitioner._zero_init_param(param)
+
+
+class ParamManagerSeam(DeepSpeedZeRoOffload):
+    """DeepSpeed's parameter manager with a hook after it has made all parameters ZeRO-3 parameters."""
+
+    def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
+        """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""
+
+    def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
+        super()._convert_to_zero_parameters(ds_config, module, mpu)
+
+        def make_partitioner() -> PartitionerSeam:
+            return pp.Init(
+                data_parallel_group=mpu.get_data_parallel_group() if hasattr(mpu, "get_data_parallel_group") else None,
+                dtype=self.dtype,
+                config_dict_or_path=ds_config,
+                remote_device=self.offload_device,
+                pin_memory=self.offload_param_pin_memory,
+                mpu=mpu,
+            )
+
+        self.after_all_converted(make_partitioner, module)
+
+
+class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
+    """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
+
+    _partitioning_grads = False
+
+    def defers_reduction(self) -> bool:
+        """Whether gradient shards are still partial after DeepSpeed has reduced them."""
+        return False
+
+    def shards_changed(self) -> None:
+        """Some gradient shards were written or added to."""
+
+    def complete_reduction_if_needed(self) -> None:
+        """Make :attr:`gradient_shards` final. Called at the boundary and once more before the step."""
+
+    def agree_on_norms(self, norms: torch.Tensor) -> torch.Tensor:
+        """1-D gradient norms, one per sub-group, -1 where invalid. Return what all replicas shall use."""
+        return norms
+
+    def agree_on_overflow(self, overflow: bool) -> bool:
+        """Return what all replicas shall believe."""
+        return overflow
+
+    @property
+    def gradient_shards(self) -> torch.Tensor:
+        """1-D buffer with this rank's shard of every gradient; DeepSpeed reads views of it."""
+        return self.grad_partitions_flat_buffer
+
+    @contextmanager
+    def reduction_stream(self) -> Iterator[None]:
+        """Order work behind hop 1, and everything that follows behind that work."""
+        with get_accelerator().stream(self.reduce_and_partition_stream):
+            yield
+        if not get_accelerator().resolves_data_dependency():
+            self.reduce_and_partition_stream.synchronize()
+
+    @property
+    def communication_device(self) -> torch.device:
+        return torch.device(get_accelerator().current_device_name())
+
+    def finish_offloaded_gradients(self) -> None:
+        """With optimizer offload: compute norms and fp32 copies from the now final shards."""
+        if self.offload_optimizer:
+            self._finalize_offload_gradient_accumulation()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        # Under offload, partition_grads copies gradients into the optimizer's buffers as soon as it
+        # sees the boundary. Partial gradients must not go there: see finish_offloaded_gradients.
+        held = self._partitioning_grads and self.defers_reduction()
+        return not held and super().is_gradient_accumulation_boundary()
+
+    def partition_grads(self, params_to_release: list, grad_partitions: list) -> Any:
+        self._partitioning_grads = True
+        try:
+            result = super().partition_grads(params_to_release, grad_partitions)
+        finally:
+            self._partitioning_grads = False
+        self.shards_changed()
+        return result
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        super().independent_gradient_partition_epilogue()
+        if self.is_gradient_accumulation_boundary():
+            self.complete_reduction_if_needed()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        self.complete_reduction_if_needed()
+        super().finalize_gradient_accumulation_boundary()
+
+    def step(self, closure: Callable | None = None) -> None:
+        self.complete_reduction_if_needed()
+        super().step(closure)
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        return self.agree_on_overflow(super().has_overflow(partition_gradients))
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        norms = [torch.as_tensor(norm) for norm in super()._get_norm_groups()]
+        if not norms:
+            return norms
+        agreed = self.agree_on_norms(torch.stack([norm.to(self.communication_device) for norm in norms]))
+        return [value.to(norm.device) for value, norm in zip(agreed, norms)]
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Patches
+
+_INSTALLED = "_mics_ds_original"
+
+
+def replace_init(cls: type, wrapper: Callable[..., None]) -> None:
+    """Have ``wrapper(original, self, *args, **kwargs)`` called in place of ``cls.__init__``."""
+    original = cls.__init__
+    if hasattr(original, _INSTALLED):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrapper(original, self, *args, **kwargs)
+
+    setattr(__init__, _INSTALLED, original)
+    cls.__init__ = __init__
+
+
+def replace_new(cls: type, choose: Callable[..., type]) -> None:
+    """Have ``cls(...)`` build an instance of ``choose(cls, arguments)``, a subclass of ``cls`` or ``cls`` itself.
+
+    Changing the class in place reaches every alias that somebody imported earlier. Subclasses of
+    ``cls`` that are constructed by name are left alone.
+
+    Args:
+        choose: called with the constructor's bound arguments by name, defaults not filled in.
+    """
+    if hasattr(cls.__new__, _INSTALLED):
+        return
+    signature = inspect.signature(cls.__init__)
+
+    def __new__(actual: type, *args: Any, **kwargs: Any) -> Any:
+        if actual is not cls or not (args or kwargs):  # copy and pickle call without arguments
+            return object.__new__(actual)
+        return object.__new__(choose(cls, signature.bind_partial(None, *args, **kwargs).arguments))
+
+    setattr(__new__, _INSTALLED, cls.__new__)
+    cls.__new__ = staticmethod(__new__)
+
+
+def write_checkpoints_once(groups_of: Callable[[Any], Any]) -> None:
+    """Let only the first partition group write stage 3 weight files, which all replicas hold alike.
+
+    Args:
+        groups_of: returns the :class:`mics_ds.groups.MicsGroups` of an engine's optimizer, or ``None``.
+    """
+    original = DeepSpeedEngine.is_first_weights_partition_group
+    if hasattr(original, _INSTALLED):
+        return
+
+    @functools.wraps(original)
+    def is_first_weights_partition_group(self: DeepSpeedEngine) -> bool:
+        groups = groups_of(self.optimizer)
+        first = groups is None or groups.partition.ranks == groups.layout.partition_groups[0]
+        return original(self) and first
+
+    setattr(is_first_weights_partition_group, _INSTALLED, original)
+    DeepSpeedEngine.is_first_weights_partition_group = is_first_weights_partition_group
+
+
+def ensure_distributed() -> None:
+    """Bring the process group up as ``zero.Init`` would do a moment later."""
+    if not dist.is_initialized():
+        deepspeed.init_distributed()

@@ -1,0 +1,134 @@
+"""The ``mics_*`` keys of a DeepSpeed configuration: parsing, validation, nothing else.
+
+All keys live under ``zero_optimization``. This is the only module that knows their names; it needs
+neither torch nor DeepSpeed, so a configuration can be checked on a login node.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Union
+
+from .errors import MicsConfigError
+
+ZERO_SECTION = "zero_optimization"
+KEY_PREFIX = "mics_"
+OFF = -1
+
+DISABLE_ENV = "MICS_DS_DISABLE"
+
+AutoBool = Union[bool, Literal["auto"]]
+
+
+@dataclass(frozen=True)
+class MicsConfig:
+    """What the user asked of MiCS. Immutable; comparing two of them compares the requests.
+
+    Field names are the JSON keys without their ``mics_`` prefix.
+
+    Raises:
+        MicsConfigError: a value has the wrong type or is out of range.
+    """
+
+    shard_size: int
+    """Partition size p: how many ranks together hold one copy of the model states. >= 1, and a
+    divisor of the data-parallel size (checked in :mod:`mics_ds.layout`, where that size is known)."""
+
+    hierarchical_params_gather: AutoBool = "auto"
+    """Gather parameters in two stages, between nodes and then inside each node. ``"auto"`` does so
+    when a partition group spans several nodes with the same number of ranks on each."""
+
+    def __post_init__(self) -> None:
+        # bool is an int in Python; `true` for a size is a slip, not a 1.
+        if isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int):
+            raise MicsConfigError(
+                f"{ZERO_SECTION}.mics_shard_size must be an integer (the number of ranks that hold one copy of the "
+                f"model states, or {OFF} to switch MiCS off), got {self.shard_size!r} of type "
+                f"{type(self.shard_size).__name__}. Write it as a plain JSON number, for example 8."
+            )
+        if self.shard_size < 1:
+            raise MicsConfigError(
+                f"{ZERO_SECTION}.mics_shard_size must be at least 1, or {OFF} to switch MiCS off, got "
+                f"{self.shard_size}. Use the number of ranks on one node to begin with."
+            )
+        if not (isinstance(self.hierarchical_params_gather, bool) or self.hierarchical_params_gather == "auto"):
+            raise MicsConfigError(
+                f'{ZERO_SECTION}.mics_hierarchical_params_gather must be true, false or "auto", got '
+                f"{self.hierarchical_params_gather!r}. Leave the key out to get the default."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as the JSON keys that produce it."""
+        return {KEY_PREFIX + name: value for name, value in asdict(self).items()}
+
+
+KNOWN_KEYS: tuple[str, ...] = tuple(KEY_PREFIX + field.name for field in fields(MicsConfig))
+
+
+def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, dict[str, Any] | None]:
+    """Separate the MiCS keys of a DeepSpeed configuration from everything else.
+
+    Args:
+        ds_config: the parsed DeepSpeed JSON. Never modified: frameworks hand the same dictionary
+            to DeepSpeed more than once.
+
+    Returns:
+        ``(mics, rest)``. ``mics`` is ``None`` when MiCS is not asked for. ``rest`` is a copy without
+        any ``mics_*`` key, or ``None`` when there was none to remove, so that a configuration which
+        does not concern us can be passed on as the very object the caller gave.
+
+    Raises:
+        MicsConfigError: an unknown or misplaced ``mics_*`` key, or a wrong value.
+    """
+    misplaced = sorted(key for key in ds_config if isinstance(key, str) and key.startswith(KEY_PREFIX))
+    if misplaced:
+        raise MicsConfigError(
+            f"{', '.join(misplaced)}: MiCS keys belong under '{ZERO_SECTION}', but were found at the top level of the "
+            f"DeepSpeed configuration, where they would have no effect. Move them."
+        )
+    zero = ds_config.get(ZERO_SECTION)
+    if not isinstance(zero, Mapping):  # DeepSpeed still takes a bare true/false here
+        return None, None
+    mics_keys = [key for key in zero if isinstance(key, str) and key.startswith(KEY_PREFIX)]
+    if not mics_keys:
+        return None, None
+
+    unknown = sorted(set(mics_keys) - set(KNOWN_KEYS))
+    if unknown:
+        raise MicsConfigError(
+            f"Unknown MiCS key{'s' if len(unknown) > 1 else ''} under '{ZERO_SECTION}': {', '.join(unknown)}. "
+            f"Known keys: {', '.join(KNOWN_KEYS)}."
+        )
+
+    rest = dict(ds_config)
+    rest[ZERO_SECTION] = {key: value for key, value in zero.items() if key not in mics_keys}
+
+    values = {key[len(KEY_PREFIX) :]: zero[key] for key in mics_keys}
+    size = values.get("shard_size", OFF)
+    if size == OFF and not isinstance(size, bool) and isinstance(size, int):
+        return None, rest
+
+    mics = MicsConfig(**values)
+    stage = zero.get("stage", 0)
+    if stage != 3:
+        raise MicsConfigError(
+            f"{ZERO_SECTION}.mics_shard_size = {mics.shard_size} needs ZeRO stage 3, because MiCS partitions "
+            f'parameters; the configuration says stage {stage!r}. Set "stage": 3, or remove the mics_ keys.'
+        )
+    return mics, rest
+
+
+def disabled_by_environment(env: Mapping[str, str] | None = None) -> bool:
+    """Whether ``MICS_DS_DISABLE`` asks for stock ZeRO-3 from an unchanged MiCS configuration.
+
+    Raises:
+        MicsConfigError: the variable is set to something that is neither a yes nor a no.
+    """
+    value = (os.environ if env is None else env).get(DISABLE_ENV, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise MicsConfigError(f"{DISABLE_ENV} must be 1 or 0, got {value!r}. Unset it to run MiCS.")

@@ -1,0 +1,26 @@
+"""Exceptions of mics_ds.
+
+Every message says what was expected, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class MicsError(Exception):
+    """Base class of every error raised by mics_ds."""
+
+
+class MicsConfigError(MicsError, ValueError):
+    """The ``mics_*`` keys are wrong, or combined with something MiCS does not support."""
+
+
+class MicsCompatError(MicsError, RuntimeError):
+    """The installed DeepSpeed is one that mics_ds was not tested with, or lacks a seam it needs."""
+
+
+class MicsAgreementError(MicsError, RuntimeError):
+    """The ranks of one job do not agree on how MiCS is configured or where they run."""
+
+
+class MicsCommError(MicsError, RuntimeError):
+    """A MiCS collective failed, usually because another rank died."""

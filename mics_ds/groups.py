@@ -1,0 +1,176 @@
+"""The process groups of MiCS, made once and carried as one small object.
+
+:mod:`mics_ds.layout` computes who belongs together; this module checks across ranks that everybody
+computed the same, and only then creates process groups, in the same order on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch.distributed as dist
+
+from . import agreement, placement
+from .config import MicsConfig
+from .errors import MicsConfigError
+from .layout import MicsLayout, Ranks
+from .log import log_rank0
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """A process group with what is asked of it all the time."""
+
+    group: dist.ProcessGroup
+    ranks: Ranks
+    """Global ranks of the members; the index in this tuple is the rank in the group."""
+    rank: int
+    """The calling rank's place in :attr:`ranks`."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> RankGroup:
+        return cls(group, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group))
+
+
+@dataclass(frozen=True)
+class NodeGroups:
+    """This rank's two groups for hierarchical collectives. See :class:`mics_ds.layout.NodeGrid`."""
+
+    inter: RankGroup
+    intra: RankGroup
+    chunk_of_slot: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicsGroups:
+    """Every group one rank needs. Equal arguments give the same process groups."""
+
+    config: MicsConfig
+    layout: MicsLayout
+    full: RankGroup
+    """All data-parallel ranks."""
+    partition: RankGroup
+    """Ranks that together hold one copy of the model states. For p = n this *is* :attr:`full`."""
+    replication: RankGroup | None
+    """Ranks that hold the same shard. ``None`` for p = n, where there is nothing to average."""
+    hierarchy: NodeGroups | None
+    """Set when parameters are gathered in two stages."""
+
+
+class _Cache:
+    """Process groups by their ranks, for the lifetime of one world.
+
+    Creating a group costs a communicator, so a model with many ``zero.Init`` contexts must not
+    create one for each. A world that was destroyed took its groups with it.
+    """
+
+    world: dist.ProcessGroup | None = None
+    groups: ClassVar[dict[Ranks, dist.ProcessGroup]] = {}
+    announced: ClassVar[set[MicsLayout]] = set()
+
+    @classmethod
+    def fresh(cls) -> type[_Cache]:
+        if cls.world is not dist.group.WORLD:
+            cls.world, cls.groups, cls.announced = dist.group.WORLD, {}, set()
+        return cls
+
+
+def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
+    """Agree with all other ranks on the configuration and return this rank's groups.
+
+    Collective over the whole world: every rank must call it the same number of times.
+
+    Args:
+        config: what was asked for; must be equal on all ranks.
+        full: the data-parallel group of this rank. Ranks of different data-parallel groups (under
+            tensor parallelism) call with their own.
+
+    Raises:
+        MicsAgreementError: the ranks disagree.
+        MicsConfigError: p does not divide the data-parallel size.
+    """
+    mine = tuple(dist.get_process_group_ranks(full))
+    place = placement.claim(dist.get_rank())
+    payloads = agreement.exchange(
+        {
+            agreement.STATE: agreement.ON,
+            "config": config.to_json(),
+            "size": len(mine),
+            "first": mine[0],
+            "stride": _stride(mine),
+            "place": place.as_json(),
+        }
+    )
+    agreement.require_same(
+        payloads, {"config": "the MiCS configuration", "size": "the data-parallel size", "stride": "the rank stride"}
+    )
+    nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+
+    stride = _stride(mine)
+    layouts = {
+        first: MicsLayout(members, tuple(nodes[rank] for rank in members), config.shard_size)
+        for first in sorted({item["first"] for item in payloads})
+        for members in [tuple(first + stride * index for index in range(len(mine)))]
+    }
+    layout = layouts[mine[0]]
+    hierarchical = _decide_hierarchy(config, list(layouts.values()))
+    cache = _Cache.fresh()
+
+    # Every rank creates every group, its own or not, in one order: NCCL splits them off the world
+    # communicator, which takes all of its ranks.
+    own: dict[str, RankGroup] = {}
+    for item in layouts.values():
+        wanted: list[tuple[str, tuple[Ranks, ...]]] = [("partition", item.partition_groups)]
+        if item.replication_size > 1:
+            wanted.append(("replication", item.replication_groups))
+        if hierarchical:
+            grids = [item.node_grid(group) for group in item.partition_groups]
+            wanted += [("inter", grid.inter) for grid in grids] + [("intra", grid.intra) for grid in grids]
+        for kind, groups in wanted:
+            for ranks in groups:
+                group = full if ranks == mine else _group_of(cache, ranks)
+                if dist.get_rank() in ranks:
+                    own[kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
+
+    hierarchy = None
+    if hierarchical:
+        chunk_of_slot = layout.node_grid(own["partition"].ranks).chunk_of_slot
+        hierarchy = NodeGroups(own["inter"], own["intra"], chunk_of_slot)
+    if layout not in cache.announced:
+        cache.announced.add(layout)
+        log_rank0(layout.describe(hierarchical))
+    return MicsGroups(config, layout, RankGroup.of(full), own["partition"], own.get("replication"), hierarchy)
+
+
+def _group_of(cache: type[_Cache], ranks: Ranks) -> dist.ProcessGroup:
+    if ranks not in cache.groups:
+        cache.groups[ranks] = dist.new_group(list(ranks))
+    return cache.groups[ranks]
+
+
+def _stride(ranks: Ranks) -> int:
+    """Distance between neighbours of a data-parallel group: 1, or the model-parallel size.
+
+    Raises:
+        MicsConfigError: the distances differ.
+    """
+    steps = {b - a for a, b in pairwise(ranks)} or {1}
+    if len(steps) > 1:
+        raise MicsConfigError(
+            f"The data-parallel ranks must be evenly spaced in the world, got {ranks}. mics_ds supports the usual "
+            f"tensor-parallel layouts, in which data-parallel neighbours are the model-parallel size apart."
+        )
+    return steps.pop()
+
+
+def _decide_hierarchy(config: MicsConfig, layouts: list[MicsLayout]) -> bool:
+    """One decision for all data-parallel groups of the job; the log says why when it is "flat"."""
+    return config.hierarchical_params_gather is not False and not any(
+        layout.why_not_hierarchical() for layout in layouts
+    )

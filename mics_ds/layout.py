@@ -1,0 +1,170 @@
+"""Which rank belongs to which group. Pure arithmetic: no process group, no torch.
+
+Ranks are the *data-parallel* ranks of the job in their data-parallel order, given as global ranks;
+under tensor parallelism that is a strided subset of the world. With n of them and a partition size
+p, partition group g is the p consecutive ranks from g·p on, and the ranks with the same place in
+their partition group form a replication group. See README, "What MiCS is".
+
+    n = 8, p = 4, two ranks per node
+
+               node A    node B    node C    node D
+    ranks      0   1     2   3     4   5     6   7
+               └── partition 0 ──┘ └── partition 1 ──┘
+    replication groups: {0,4} {1,5} {2,6} {3,7}
+    in partition 0:  intra-node {0,1} {2,3}   inter-node {0,2} {1,3}
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .errors import MicsConfigError
+
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NodeGrid:
+    """A partition group seen as N nodes × k ranks, for collectives in two stages.
+
+    The inter-node all-gather of local place l fills slots l·N … l·N+N-1 of one flat buffer, and the
+    intra-node all-gather joins those blocks: no chunk is ever moved to make room for another. What
+    is permuted is therefore the *buffer*, and :attr:`chunk_of_slot` says how.
+    """
+
+    intra: tuple[Ranks, ...]
+    """One group of k global ranks per node."""
+    inter: tuple[Ranks, ...]
+    """One group of N global ranks per local place."""
+    chunk_of_slot: tuple[int, ...]
+    """Partition rank whose chunk lies in each of the p slots of the gathered buffer."""
+
+    @property
+    def nodes(self) -> int:
+        return len(self.intra)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return len(self.inter)
+
+
+@dataclass(frozen=True)
+class MicsLayout:
+    """Partition, replication, intra-node and inter-node groups of one data-parallel group.
+
+    Args:
+        ranks: global ranks of the data-parallel group, in data-parallel order.
+        nodes: for each of them, the index of the node it runs on.
+        partition_size: p.
+
+    Raises:
+        MicsConfigError: p does not divide n.
+    """
+
+    ranks: Ranks
+    nodes: tuple[int, ...]
+    partition_size: int
+
+    def __post_init__(self) -> None:
+        n, p = len(self.ranks), self.partition_size
+        assert len(self.nodes) == n, "one node index per rank"
+        if p > n or n % p:
+            divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+            raise MicsConfigError(
+                f"zero_optimization.mics_shard_size = {p} must divide the number of data-parallel ranks, which is {n}. "
+                f"Choose one of {divisors}."
+            )
+
+    @property
+    def world_size(self) -> int:
+        """n: number of data-parallel ranks."""
+        return len(self.ranks)
+
+    @property
+    def replication_size(self) -> int:
+        """r = n / p: number of copies of the model states."""
+        return self.world_size // self.partition_size
+
+    @cached_property
+    def partition_groups(self) -> tuple[Ranks, ...]:
+        p = self.partition_size
+        return tuple(self.ranks[start : start + p] for start in range(0, self.world_size, p))
+
+    @cached_property
+    def replication_groups(self) -> tuple[Ranks, ...]:
+        p = self.partition_size
+        return tuple(self.ranks[place::p] for place in range(p))
+
+    @cached_property
+    def _node_of(self) -> dict[int, int]:
+        return dict(zip(self.ranks, self.nodes))
+
+    def node_counts(self, group: Ranks) -> dict[int, int]:
+        """How many ranks of ``group`` run on each node, in order of first appearance."""
+        return dict(Counter(self._node_of[rank] for rank in group))
+
+    def why_not_hierarchical(self) -> str | None:
+        """``None`` if every partition group is an N × k grid with N, k > 1, else the reason in words.
+
+        One answer for the whole job: ranks that took different paths would issue collectives that
+        their peers never join.
+        """
+        for index, group in enumerate(self.partition_groups):
+            counts = self.node_counts(group)
+            if len(counts) == 1:
+                return f"partition group {index} lies inside one node"
+            if len(set(counts.values())) > 1:
+                spread = ", ".join(f"{count} on node {node}" for node, count in counts.items())
+                return f"partition group {index} spans nodes unevenly ({spread})"
+            if set(counts.values()) == {1}:
+                return f"partition group {index} has one rank on each of its nodes, so there is no inner stage"
+        return None
+
+    def node_grid(self, group: Ranks) -> NodeGrid:
+        """Arrange one partition group as nodes × local places. Requires :meth:`why_not_hierarchical` to be ``None``."""
+        assert self.why_not_hierarchical() is None, "caller must check that the group is a grid"
+        by_node: dict[int, list[int]] = {}
+        for rank in group:
+            by_node.setdefault(self._node_of[rank], []).append(rank)
+        # Process groups number their members by ascending global rank, whatever order is asked for,
+        # so that is the order in which chunks arrive.
+        intra = tuple(tuple(sorted(members)) for members in by_node.values())
+        inter = tuple(tuple(sorted(members)) for members in zip(*intra))
+        place = {rank: index for index, rank in enumerate(group)}
+        return NodeGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
+
+    def describe(self, hierarchical: bool) -> str:
+        """One readable block for the log."""
+        n, p, r = self.world_size, self.partition_size, self.replication_size
+        distinct = list(dict.fromkeys(self.nodes))
+        lines = [
+            f"MiCS: {n} data-parallel ranks on {len(distinct)} node{'s' * (len(distinct) > 1)} = "
+            f"{r} replica{'s' * (r > 1)} x {p} shard{'s' * (p > 1)}"
+        ]
+        lines.append(f"  partition groups   {_abbreviate(self.partition_groups)}")
+        lines.append(f"  replication groups {_abbreviate(self.replication_groups)}")
+        placement = "; ".join(
+            f"node {node}: {_ranks(tuple(rank for rank in self.ranks if self._node_of[rank] == node))}"
+            for node in distinct[:8]
+        )
+        lines.append(f"  placement          {placement}{' ...' if len(distinct) > 8 else ''}")
+        reason = self.why_not_hierarchical()
+        gather = "hierarchical" if hierarchical else f"flat ({reason})" if reason else "flat (as configured)"
+        lines.append(f"  parameter gather   {gather}")
+        return "\n".join(lines)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``0-3`` for a consecutive run, ``0,2,4`` otherwise."""
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"{ranks[0]}-{ranks[-1]}"
+    shown = ",".join(str(rank) for rank in ranks[:8])
+    return shown + (",..." if len(ranks) > 8 else "")
+
+
+def _abbreviate(groups: Sequence[Ranks], limit: int = 8) -> str:
+    shown = " ".join(f"[{_ranks(group)}]" for group in groups[:limit])
+    return shown + (f" ... ({len(groups)} in all)" if len(groups) > limit else "")

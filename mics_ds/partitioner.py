@@ -1,0 +1,138 @@
+"""Partitioning parameters over p ranks: the ``zero.Init`` and ``GatheredParameters`` of MiCS.
+
+Two groups matter. A parameter is *sharded and gathered* in its partition group. But whenever a value
+is *decided* (a fresh parameter, a function given to ``Module.apply``, a change under
+``GatheredParameters``), it has to be the same in all replicas, so it is broadcast over the whole
+data-parallel group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import collectives, compat
+from .errors import MicsConfigError
+from .groups import MicsGroups, RankGroup, build_groups
+from .log import log_rank0
+
+
+def _bytes(param: torch.nn.Parameter) -> torch.Tensor:
+    """A full parameter as bytes: gloo and NCCL do not broadcast every dtype."""
+    return param.data.view(torch.uint8)
+
+
+class MicsPartitioner(compat.PartitionerSeam):
+    """``deepspeed.zero.Init`` that shards over a partition group. Takes the same arguments.
+
+    ``data_parallel_group`` keeps its meaning: all data-parallel ranks, the world by default.
+    """
+
+    mics_groups: MicsGroups
+    constructed = False
+    """Whether this process has any MiCS parameters at all."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        data_parallel_group: dist.ProcessGroup | None = None,
+        *args: Any,
+        sequence_data_parallel_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
+        compat.ensure_distributed()
+        config = compat.mics_config_of(compat.partitioner_config(module, data_parallel_group, *args, **kwargs))
+        group = sequence_data_parallel_group if data_parallel_group is None else data_parallel_group
+        self.mics_groups = build_groups(config, dist.group.WORLD if group is None else group)
+        MicsPartitioner.constructed = True
+        if self.mics_groups.replication is not None:
+            group = self.mics_groups.partition.group
+        # For p = n the caller's own argument goes on, so that this is ZeRO-3 to the letter.
+        super().__init__(module, group, *args, **kwargs)
+
+    def before_first_partition(self, param: torch.nn.Parameter) -> None:
+        # Ranks may have drawn different random numbers. DeepSpeed broadcasts from the first rank of
+        # the group it shards over, which leaves replicas different; this makes them equal first.
+        if self.mics_groups.replication is not None:
+            collectives.broadcast_([_bytes(param)], 0, self.mics_groups.full)
+
+    def after_conversion(self, param: torch.nn.Parameter) -> None:
+        param.mics_groups = self.mics_groups
+
+    def start_gather(self, shard: torch.Tensor) -> collectives.GatheredShards | None:
+        hierarchy = self.mics_groups.hierarchy
+        return None if hierarchy is None else collectives.all_gather_hierarchical(shard, hierarchy)
+
+    def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
+        collectives.broadcast_([_bytes(param) for param in params], 0, self.mics_groups.full)
+
+
+class MicsGatheredParameters(compat.GatheredParameters):
+    """``deepspeed.zero.GatheredParameters`` whose ``modifier_rank`` counts over all data-parallel ranks.
+
+    Without this, ``modifier_rank=0`` would mean the first rank of *each* partition group, and weights
+    that a framework loads on global rank 0 would never reach the other replicas. Given none but stock
+    ZeRO-3 parameters, it is the stock context.
+    """
+
+    def __init__(
+        self,
+        params: torch.nn.Parameter | Iterable[torch.nn.Parameter],
+        modifier_rank: int | None = None,
+        fwd_module: torch.nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        if enabled and isinstance(params, Iterable) and not isinstance(params, torch.Tensor):
+            params = list(params)  # it may be a generator, and is read twice
+        items = params if isinstance(params, list) else [params]
+        replicated = enabled and any(groups is not None and groups.replication for groups in map(_groups_of, items))
+        self._modifier_rank = modifier_rank if replicated else None
+        # After our broadcast every rank has the value, so DeepSpeed's own may start from any member.
+        first_member = 0 if self._modifier_rank is not None else modifier_rank
+        super().__init__(params, first_member, fwd_module, enabled)
+
+    def __exit__(self, *exc: Any) -> Any:
+        if self.enabled and self._modifier_rank is not None:
+            by_group: dict[int, tuple[RankGroup, list[torch.Tensor]]] = {}
+            for param in self.params:
+                groups = _groups_of(param)
+                full = RankGroup.of(param.ds_process_group) if groups is None else groups.full
+                by_group.setdefault(id(full.group), (full, []))[1].append(_bytes(param))
+            for full, tensors in by_group.values():
+                collectives.broadcast_(tensors, self._modifier_rank, full)
+        return super().__exit__(*exc)
+
+
+def _groups_of(param: Any) -> MicsGroups | None:
+    return getattr(param, "mics_groups", None)
+
+
+class MicsParamManager(compat.ParamManagerSeam):
+    """DeepSpeed's parameter manager. Used by the optimizer, and alone when there is none (evaluation)."""
+
+    mics_groups: MicsGroups
+    """Of the parameters; the optimizer checks that they are its own too."""
+
+    def after_all_converted(
+        self, make_partitioner: Callable[[], compat.PartitionerSeam], module: torch.nn.Module
+    ) -> None:
+        """Re-partition what ``zero.Init`` partitioned without knowing of MiCS (called without a configuration)."""
+        strangers = [param for param in module.parameters() if _groups_of(param) is None]
+        if strangers:
+            partitioner = make_partitioner()
+            for param in strangers:
+                compat.repartition(partitioner, param)
+            log_rank0(
+                f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. "
+                f"Give it the configuration (config_dict_or_path=...) and they start out right."
+            )
+        found = {groups.config: groups for groups in map(_groups_of, module.parameters())}
+        if len(found) > 1:
+            raise MicsConfigError(
+                f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "
+                f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
+            )
+        self.mics_groups = next(iter(found.values()))

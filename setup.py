@@ -1,0 +1,28 @@
+"""Packaging of mics_ds. ``pip install .`` is enough to make the mics_ keys work in every DeepSpeed script."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mics_ds" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="mics-ds",
+    version=VERSION,
+    description="MiCS for DeepSpeed: ZeRO-3 sharded over a small partition group, from one JSON key",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["mics_ds"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging"],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.6"],
+        "plot": ["matplotlib>=3.8"],
+        "run": [],
+    },
+    entry_points={"torch.backends": ["mics_ds = mics_ds:autoload"]},
+)
