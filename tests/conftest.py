@@ -1,0 +1,62 @@
+"""Sends tests marked ``ranks(n)`` to n real ranks. See rank_pool.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports torch: ranks are forked, and forking wants one thread.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+_HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_HERE), str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+for _name in [name for name in os.environ if name.startswith("MICS_DS_")]:
+    del os.environ[_name]
+
+import pytest  # noqa: E402
+from rank_pool import Pools  # noqa: E402
+
+DEFAULT_TIMEOUT_S = 120.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "ranks(n, fresh=False, timeout=120): run the test body on n ranks; fresh=True gives it a pool of its own",
+    )
+    config.addinivalue_line("markers", "slow: takes long; run by scripts/test_slow.sh, not by default")
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(autouse=True)
+def _pools_for_rank_tests(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("ranks"):
+        request.getfixturevalue("pools")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    mark = pyfuncitem.get_closest_marker("ranks")
+    if mark is None:
+        return None
+    wanted = pyfuncitem._fixtureinfo.argnames
+    pools: Pools = pyfuncitem._request.getfixturevalue("pools")
+    pools.run(
+        mark.args[0],
+        pyfuncitem.module.__name__,
+        pyfuncitem.originalname,
+        {name: pyfuncitem.funcargs[name] for name in wanted},
+        timeout=mark.kwargs.get("timeout", DEFAULT_TIMEOUT_S),
+        fresh=mark.kwargs.get("fresh", False),
+    )
+    return True
