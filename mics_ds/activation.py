@@ -110,6 +110,22 @@ class _Said:
     disabled = False
 
 
+def _compare(request: Request) -> None:
+    """Check with the other ranks that they have the same request. Ranks without the key only report that.
+
+    Raises:
+        MicsAgreementError: they have not.
+    """
+    from . import agreement
+
+    if request.state == agreement.OFF:
+        # Ranks whose file has the key must not wait for one whose file lacks it.
+        agreement.post({agreement.STATE: agreement.OFF})
+    else:
+        payload = {agreement.STATE: request.state, agreement.CONFIG: request.mics.to_json()}
+        agreement.require_same(agreement.exchange(payload))
+
+
 def _tell_others(error: Exception) -> None:
     from . import agreement
 
@@ -126,7 +142,7 @@ def install() -> None:
     from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
 
     def parse_config(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        request = read_request(config)
+        self.mics_request = request = read_request(config)
         original(self, config if request.rest is None else request.rest, *args, **kwargs)
         if request.state == agreement.ON:
             try:
@@ -135,30 +151,34 @@ def install() -> None:
             except MicsError as error:
                 _tell_others(error)
                 raise
-        self.mics_config = request.mics if request.state == agreement.ON else None
+
+    def build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        # Building an engine starts with collectives, so this is the last moment to compare notes.
+        _compare(getattr(kwargs.get("config_class"), "mics_request", Request(agreement.OFF, None, None)))
+        original(self, *args, **kwargs)
+
+    def choose_partitioner(cls: type, arguments: Mapping[str, Any]) -> type:
+        ds_config = compat.config_argument(arguments)
+        if ds_config is None:
+            return cls  # whoever wants MiCS finds these parameters later, see MicsParamManager
+        request = read_request(ds_config)
+        if request.state == agreement.ON:
+            compat.check_deepspeed()
+            return MicsPartitioner  # compares when it builds its groups
+        if request.state == agreement.DISABLED:
+            compat.ensure_distributed()
+        _compare(request)
+        return cls
 
     def choose(replacement: type) -> Any:
         def choose_class(cls: type, arguments: Mapping[str, Any]) -> type:
-            ds_config = compat.config_argument(arguments)
-            if ds_config is None:
-                return cls
-            request = read_request(ds_config)
-            if request.state == agreement.ON:
-                compat.check_deepspeed()
-                return replacement
-            if request.state == agreement.DISABLED:
-                compat.ensure_distributed()
-                payload = {agreement.STATE: agreement.DISABLED, "config": request.mics.to_json()}
-                agreement.require_same(agreement.exchange(payload), {"config": "the MiCS configuration"})
-            else:
-                # Ranks whose file has the key must not wait for one whose file lacks it.
-                agreement.post({agreement.STATE: agreement.OFF})
-            return cls
+            return replacement if read_request(compat.config_argument(arguments)).state == agreement.ON else cls
 
         return choose_class
 
+    compat.replace_init(compat.DeepSpeedEngine, build_engine)
     compat.replace_init(compat.DeepSpeedConfig, parse_config)
-    compat.replace_new(compat.pp.Init, choose(MicsPartitioner))
+    compat.replace_new(compat.pp.Init, choose_partitioner)
     compat.replace_new(compat.DeepSpeedZeRoOffload, choose(MicsParamManager))
     compat.replace_new(compat.DeepSpeedZeroOptimizer_Stage3, choose(MicsOptimizer))
     compat.replace_new(

@@ -6,9 +6,9 @@ process group up has no such problem. In each *round* every rank posts a small J
 joins them and posts the result; everybody reads it. That is O(n) store operations in all.
 
 Ranks that do not run MiCS (no key, key switched off by the environment, a configuration error) post
-too, so that the others learn of it at once and not by a timeout. A round is counted at the same
-places on every rank: wherever DeepSpeed builds a partitioner, a parameter manager or a stage 3
-optimizer (:mod:`mics_ds.activation`).
+too, so that the others learn of it at once and not by a timeout. Rounds are numbered, so they must be
+taken at the same places on every rank: wherever DeepSpeed builds a partitioner or an engine
+(:mod:`mics_ds.activation`), and where MiCS builds its groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIMEOUT_ENV = "MICS_DS_AGREEMENT_TIMEOUT"
 DEFAULT_TIMEOUT_S = 600.0
 _REMIND_AFTER_S = 30.0
 
-STATE = "state"
+STATE, CONFIG = "state", "config"
 ON, DISABLED, OFF, ERROR = "on", "disabled", "off", "error"
 
 Payload = Mapping[str, Any]
@@ -112,12 +112,12 @@ def _read(store: dist.Store, number: int, what: str | int, awaited: list[int], d
     return json.loads(store.get(_key(number, what)))
 
 
-def require_same(payloads: list[dict[str, Any]], fields: Mapping[str, str]) -> None:
-    """Check that the named fields are equal on all ranks.
+def require_same(payloads: list[dict[str, Any]], fields: Mapping[str, str] | None = None) -> None:
+    """Check that all ranks are in the same state, with the same configuration and the same named fields.
 
     Args:
         payloads: one per rank, as returned by :func:`exchange`.
-        fields: field name to the words that describe it in an error.
+        fields: further field names, with the words that describe them in an error.
 
     Raises:
         MicsAgreementError: some rank failed, runs without MiCS, or differs in a field. The message is
@@ -128,7 +128,7 @@ def require_same(payloads: list[dict[str, Any]], fields: Mapping[str, str]) -> N
         rank, message = next(iter(failed.items()))
         others = f" (and on ranks {list(failed)[1:]})" if len(failed) > 1 else ""
         raise MicsAgreementError(f"The MiCS configuration was refused on rank {rank}{others}: {message}")
-    for field, words in {STATE: "whether MiCS is on", **fields}.items():
+    for field, words in {STATE: "whether MiCS is on", CONFIG: "the MiCS configuration", **(fields or {})}.items():
         values: dict[str, list[int]] = {}
         for rank, item in enumerate(payloads):
             values.setdefault(json.dumps(item.get(field)), []).append(rank)

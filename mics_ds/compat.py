@@ -157,7 +157,8 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
 
 
 def _device(offload: Any) -> str:
-    return str(getattr(getattr(offload, "device", "none"), "value", "none"))
+    device = getattr(offload, "device", "none")  # an enum member or its value
+    return str(getattr(device, "value", device))
 
 
 def load_ds_config(source: Any) -> Mapping[str, Any] | None:

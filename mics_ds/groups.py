@@ -100,16 +100,14 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
     payloads = agreement.exchange(
         {
             agreement.STATE: agreement.ON,
-            "config": config.to_json(),
+            agreement.CONFIG: config.to_json(),
             "size": len(mine),
             "first": mine[0],
             "stride": _stride(mine),
             "place": place.as_json(),
         }
     )
-    agreement.require_same(
-        payloads, {"config": "the MiCS configuration", "size": "the data-parallel size", "stride": "the rank stride"}
-    )
+    agreement.require_same(payloads, {"size": "the data-parallel size", "stride": "the spacing of data-parallel ranks"})
     nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
 
     stride = _stride(mine)

@@ -5,8 +5,24 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import deepspeed
 import pytest
-from helpers import assert_close, assert_losses_close, build, ds_config, full_params, same_on_all_ranks, train
+import torch
+import torch.distributed as dist
+from helpers import (
+    WIDTH,
+    OddNet,
+    assert_close,
+    assert_losses_close,
+    batch,
+    build,
+    ds_config,
+    environment,
+    full_params,
+    same_on_all_ranks,
+    train,
+)
+from torch import nn
 
 STEPS = {"fp32": 20, "bf16": 10, "fp16": 10}
 # Relative. fp32 is the promise; in 16 bits one addition in another order moves a value by half a unit
@@ -18,7 +34,8 @@ def compare(sizes: list[int], tolerance: float, **kwargs: Any) -> None:
     model = kwargs.pop("model", None)
     more = {} if model is None else {"model": model}
     steps = STEPS[kwargs.get("dtype", "fp32")]
-    stock = build(ds_config(None, **kwargs), **more)
+    stock_zero = {key: value for key, value in kwargs.get("zero", {}).items() if not key.startswith("mics_")}
+    stock = build(ds_config(None, **{**kwargs, "zero": stock_zero}), **more)
     initial = full_params(stock)
     expected_losses, expected = train(stock, steps), full_params(stock)
     assert expected_losses[-1] < expected_losses[0], "the oracle must learn something"
@@ -53,3 +70,167 @@ def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scat
         clip=clip,
         zero={"reduce_scatter": reduce_scatter, "contiguous_gradients": contiguous, "overlap_comm": overlap},
     )
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
+    compare([1, 2, 4], 1e-6, model=lambda: OddNet(checkpointing), micro_steps=micro_steps, clip=0.5)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_hierarchical_gather_changes_nothing(dtype):
+    """Two simulated nodes of two ranks. The gather is exact, so even p = n stays bit for bit ZeRO-3."""
+    with environment(MICS_DS_RANKS_PER_NODE="2"):
+        compare([4], 0, dtype=dtype, micro_steps=3, clip=0.5, zero={"mics_hierarchical_params_gather": True})
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("sub_group_size", [50, 200])
+def test_many_sub_groups(sub_group_size):
+    compare([1, 2, 4], 1e-6, clip=0.5, zero={"sub_group_size": sub_group_size})
+
+
+@pytest.mark.ranks(4)
+def test_persistent_parameters():
+    compare([1, 2, 4], 1e-6, clip=0.5, micro_steps=3, zero={"stage3_param_persistence_threshold": 100})
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("where", [{"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}])
+def test_offload_to_host_memory(where, micro_steps):
+    compare([1, 2, 4], 1e-6, clip=0.5, micro_steps=micro_steps, zero=where)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
+    """Plain PyTorch, without DeepSpeed: the mean loss over all ranks' and micro-steps' data."""
+    engine = build(ds_config(p, micro_steps=micro_steps, clip=clip))
+    losses, params = train(engine, 20), full_params(engine)
+
+    torch.manual_seed(1234)
+    model = OddNet()
+    initial = {name: param.detach().clone() for name, param in model.named_parameters()}
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    expected = []
+    for step in range(20):
+        parts = [model(*batch(step, micro, rank)) for micro in range(micro_steps) for rank in range(4)]
+        loss = torch.stack(parts).mean()
+        expected.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+    # Both sum 4 ranks' gradients in their own order, and clip with 1e-6 added in different places.
+    assert_losses_close(losses, expected, 1e-5)
+    assert_close(params, {name: param.detach() for name, param in model.named_parameters()}, 1e-5, initial)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_gradient_norm_is_that_of_zero3(p):
+    norms = []
+    for size in (None, p):
+        engine = build(ds_config(size, clip=0.5, micro_steps=2))
+        train(engine, 3)
+        norms.append(float(engine.get_global_grad_norm()))
+    assert abs(norms[0] - norms[1]) <= 1e-6 * norms[0]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("first", ["inside", "outside"])
+def test_a_model_built_inside_zero_init_trains_alike(p, first):
+    results = []
+    for inside in (first == "inside", first != "inside"):
+        engine = build(ds_config(p, clip=0.5), inside_init=inside)
+        results.append((train(engine, 5), full_params(engine)))
+    assert results[0][0] == results[1][0]
+    assert_close(results[0][1], results[1][1], 0)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_model_built_partly_inside_and_partly_outside(p):
+    """LoRA adapters and resized embeddings come to be outside of a model that was built inside."""
+
+    class Mixed(nn.Module):
+        def __init__(self, config: dict | None, given: dict | None) -> None:
+            super().__init__()
+            torch.manual_seed(dist.get_rank())  # replicas must not depend on it
+            with deepspeed.zero.Init(config_dict_or_path=given, enabled=config is not None):
+                self.inside = nn.Linear(WIDTH, 13)
+            self.outside = nn.Linear(13, WIDTH)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.outside(torch.tanh(self.inside(x))) - y).pow(2).mean()
+
+    stock = build(ds_config(), lambda: Mixed(ds_config(), ds_config()))
+    expected_losses, expected = train(stock, 10), full_params(stock)
+    # In the second case zero.Init was not told of MiCS, and only the engine is.
+    for given in (ds_config(p), ds_config()):
+        engine = build(ds_config(p), lambda: Mixed(ds_config(p), given))  # noqa: B023
+        assert {param.mics_groups.partition.size for param in engine.module.parameters()} == {p}
+        assert_losses_close(train(engine, 10), expected_losses, 1e-6)
+        params = full_params(engine)
+        assert_close(params, expected, 1e-6)
+        same_on_all_ranks(params)
+
+
+class DataParallelUnit:
+    """The mpu of a job with tensor parallelism 2: data-parallel groups {0, 2} and {1, 3}."""
+
+    def __init__(self) -> None:
+        rank = dist.get_rank()
+        data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        model = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        self.data, self.model = data[rank % 2], model[rank // 2]
+
+    def get_data_parallel_group(self):
+        return self.data
+
+    def get_data_parallel_world_size(self):
+        return 2
+
+    def get_data_parallel_rank(self):
+        return dist.get_rank() // 2
+
+    def get_model_parallel_group(self):
+        return self.model
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_model_parallel_world_size(self):
+        return 2
+
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_model_parallel_rank(self):
+        return dist.get_rank() % 2
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+@pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
+@pytest.mark.parametrize("p", [1, 2])
+def test_partition_groups_are_cut_from_the_data_parallel_group(p):
+    mpu = DataParallelUnit()
+    results = []
+    for size in (None, p):
+        engine = build(ds_config(size, clip=0.5, micro_steps=2), mpu=mpu)
+        # both ranks of a model-parallel group see the same data
+        results.append((train(engine, 10, rank=mpu.get_data_parallel_rank()), full_params(engine)))
+    groups = engine.optimizer.mics_groups
+    assert groups.full.ranks == (dist.get_rank() % 2, dist.get_rank() % 2 + 2)
+    assert groups.partition.size == p
+    tolerance = 0 if p == 2 else 1e-6
+    assert_losses_close(results[1][0], results[0][0], tolerance)
+    assert_close(results[1][1], results[0][1], tolerance)

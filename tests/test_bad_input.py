@@ -1,0 +1,177 @@
+"""Wrong configurations: one clear error on every rank, before anything hangs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import deepspeed
+import pytest
+import torch.distributed as dist
+from helpers import OddNet, build, ds_config, environment, train
+
+from mics_ds.errors import MicsAgreementError, MicsCompatError, MicsConfigError, MicsError
+
+
+def with_zero(**keys: Any) -> dict[str, Any]:
+    config = ds_config()
+    config["zero_optimization"].update(keys)
+    return config
+
+
+def healthy() -> None:
+    """After a refusal the process must be as good as new: MiCS still works in it."""
+    train(build(ds_config(2)), 1)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("inside_init", [True, False])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"mics_shard_size": 0}, "must be at least 1"),
+        ({"mics_shard_size": -2}, "must be at least 1"),
+        ({"mics_shard_size": 3}, r"must divide the number of data-parallel ranks, which is 4\. Choose one of 1, 2, 4"),
+        ({"mics_shard_size": 8}, "must divide the number of data-parallel ranks"),
+        ({"mics_shard_size": "2"}, "must be an integer"),
+        ({"mics_shard_size": 2.5}, "must be an integer"),
+        ({"mics_shard_size": 2, "stage": 1}, "needs ZeRO stage 3"),
+        ({"mics_shard_size": 2, "stage": 2}, "needs ZeRO stage 3"),
+        ({"mics_shard_size": 2, "mics_gather": True}, "Unknown MiCS key.*mics_gather.*Known keys: mics_shard_size"),
+    ],
+)
+def test_wrong_keys_are_refused_on_every_rank(keys, message, inside_init):
+    with pytest.raises(MicsConfigError, match=message):
+        build(with_zero(**keys), inside_init=inside_init)
+    healthy()
+
+
+UNSUPPORTED = {
+    "hpZ": ({"zero_hpz_partition_size": 2}, {}),
+    "qgZ": ({"zero_quantized_gradients": True}, {}),
+    "qwZ": ({"zero_quantized_weights": True}, {}),
+    "zero_quantized_nontrainable_weights": ({"zero_quantized_nontrainable_weights": True}, {}),
+    "zenflow": ({"zenflow": {}, "offload_optimizer": {"device": "cpu"}}, {}),
+    "SuperOffload": ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, {}),
+    "offload_optimizer to NVMe": ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
+    "offload_param to NVMe": ({"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
+    "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
+    "Muon": ({}, {"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
+    "gradient_predivide_factor": ({}, {"gradient_predivide_factor": 2.0}),
+    "prescale_gradients": ({}, {"prescale_gradients": True}),
+    "pipeline_loading_checkpoint": ({"pipeline_loading_checkpoint": True}, {}),
+    "AutoTP": ({}, {"tensor_parallel": {"autotp_size": 2}}),
+    "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),
+    "sequence_parallel_size": ({}, {"sequence_parallel_size": 2}),
+    "hybrid_engine": ({}, {"hybrid_engine": {"enabled": True}}),
+    "use_node_local_storage": ({}, {"checkpoint": {"use_node_local_storage": True}}),
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_features_are_refused_by_name(name):
+    zero, top = UNSUPPORTED[name]
+    config = {**with_zero(mics_shard_size=2, **zero), **top}
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with pytest.raises(MicsConfigError, match=name):
+        DeepSpeedConfig(config)
+    dist.barrier()
+
+
+@pytest.mark.ranks(4)
+def test_several_unsupported_features_are_named_together():
+    config = with_zero(mics_shard_size=2, zero_hpz_partition_size=2, pipeline_loading_checkpoint=True)
+    with pytest.raises(MicsConfigError, match=r"hpZ.*pipeline_loading_checkpoint"):
+        build(config)
+    healthy()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("inside_init", [True, False])
+def test_ranks_that_disagree_on_the_size(inside_init):
+    with pytest.raises(MicsAgreementError, match=r"agree on the MiCS configuration.*\[0, 1, 2\].*\[3\]"):
+        build(ds_config(4 if dist.get_rank() == 3 else 2), inside_init=inside_init)
+    healthy()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_ranks_that_disagree_on_disabling(rank):
+    value = "1" if dist.get_rank() == rank else "0"
+    with environment(MICS_DS_DISABLE=value), pytest.raises(MicsAgreementError, match="agree on whether MiCS is on"):
+        build(ds_config(2), inside_init=True)
+    healthy()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_a_mistake_on_one_rank_reaches_all(wrong):
+    expected = MicsConfigError if dist.get_rank() == wrong else MicsAgreementError
+    with pytest.raises(expected, match="must be at least 1"):
+        build(ds_config(0 if dist.get_rank() == wrong else 2))
+    healthy()
+
+
+@pytest.mark.ranks(4)
+def test_simulated_nodes_must_agree():
+    simulated = environment(MICS_DS_RANKS_PER_NODE="2") if dist.get_rank() == 1 else environment()
+    with (
+        simulated,
+        pytest.raises(MicsAgreementError, match=r"learn their node in the same way.*MICS_DS_RANKS_PER_NODE"),
+    ):
+        build(ds_config(2))
+    healthy()
+
+
+@pytest.mark.ranks(4)
+def test_a_rank_that_never_reports_is_named():
+    if dist.get_rank() == 2:
+        dist.barrier()
+        return
+    with (
+        environment(MICS_DS_AGREEMENT_TIMEOUT="1"),
+        pytest.raises(MicsAgreementError, match=r"nothing came from ranks \[2\]"),
+    ):
+        build(ds_config(2))
+    dist.barrier()
+
+
+# Rounds of agreement are counted, and rank 2 above has missed one: later tests need another pool.
+test_a_rank_that_never_reports_is_named.pytestmark[0] = pytest.mark.ranks(4, fresh=True).mark
+
+
+@pytest.mark.ranks(4)
+def test_an_untested_deepspeed_is_refused_unless_overridden():
+    actual = deepspeed.__version__
+    deepspeed.__version__ = "9.9.9"
+    try:
+        with pytest.raises(MicsCompatError, match=r"9\.9\.9.*MICS_DS_ALLOW_UNTESTED=1"):
+            build(ds_config(2))
+        with environment(MICS_DS_ALLOW_UNTESTED="1"):
+            healthy()
+    finally:
+        deepspeed.__version__ = actual
+
+
+@pytest.mark.ranks(2)
+def test_the_callers_configuration_is_never_changed(tmp_path):
+    """Frameworks hand the same dictionary to zero.Init and to initialize; a path and base64 work as well."""
+    import base64
+
+    config = ds_config(1)
+    before = json.dumps(config)
+    path = tmp_path / "ds_config.json"
+    path.write_text(before)
+    for form in (config, str(path), base64.urlsafe_b64encode(before.encode()).decode()):
+        with deepspeed.zero.Init(config_dict_or_path=form):
+            model = OddNet()
+        assert next(model.parameters()).mics_groups.partition.size == 1
+        engine = build(form if isinstance(form, dict) else json.loads(before), lambda: model)  # noqa: B023
+        assert engine.optimizer.mics_groups.partition.size == 1
+    assert json.dumps(config) == before
+
+
+def test_all_errors_share_a_base_class():
+    assert issubclass(MicsConfigError, (MicsError, ValueError))

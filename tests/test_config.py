@@ -1,0 +1,81 @@
+"""The mics_ keys: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+
+from mics_ds.config import KNOWN_KEYS, MicsConfig, disabled_by_environment, split_ds_config
+from mics_ds.errors import MicsConfigError
+
+
+def zero(stage: int = 3, **keys) -> dict:
+    return {"train_batch_size": 4, "zero_optimization": {"stage": stage, **keys}}
+
+
+def test_keys_are_split_off_without_touching_the_callers_dictionary():
+    config = zero(mics_shard_size=4, mics_hierarchical_params_gather=True, reduce_bucket_size=7)
+    before = copy.deepcopy(config)
+    mics, rest = split_ds_config(config)
+    assert mics == MicsConfig(4, True)
+    assert rest == zero(reduce_bucket_size=7)
+    assert config == before
+
+
+def test_without_keys_there_is_nothing_to_do():
+    assert split_ds_config(zero()) == (None, None)
+    assert split_ds_config({}) == (None, None)
+    assert split_ds_config({"zero_optimization": True}) == (None, None)
+
+
+@pytest.mark.parametrize("keys", [{"mics_shard_size": -1}, {"mics_hierarchical_params_gather": True}])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_minus_one_or_no_size_is_off_at_any_stage(keys, stage):
+    assert split_ds_config(zero(stage, **keys)) == (None, zero(stage))
+
+
+@pytest.mark.parametrize("size", [0, -2, "2", 2.5, 2.0, True, None, [2], "auto"])
+def test_wrong_sizes_are_refused(size):
+    with pytest.raises(MicsConfigError, match="mics_shard_size must be"):
+        split_ds_config(zero(mics_shard_size=size))
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, "AUTO"])
+def test_wrong_gather_modes_are_refused(value):
+    with pytest.raises(MicsConfigError, match="mics_hierarchical_params_gather must be"):
+        split_ds_config(zero(mics_shard_size=2, mics_hierarchical_params_gather=value))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_other_stages_are_refused(stage):
+    with pytest.raises(MicsConfigError, match=f"needs ZeRO stage 3.*stage {stage}"):
+        split_ds_config(zero(stage, mics_shard_size=2))
+
+
+def test_unknown_key_is_refused_with_the_known_ones():
+    with pytest.raises(MicsConfigError, match="mics_shard_siz") as error:
+        split_ds_config(zero(mics_shard_siz=2))
+    for key in KNOWN_KEYS:
+        assert key in str(error.value)
+
+
+def test_keys_outside_their_section_are_refused():
+    with pytest.raises(MicsConfigError, match="belong under 'zero_optimization'"):
+        split_ds_config({**zero(), "mics_shard_size": 2})
+
+
+def test_configuration_is_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MicsConfig(2).shard_size = 4
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False), ("", False), ("no", False)])
+def test_disable_variable(value, expected):
+    assert disabled_by_environment({"MICS_DS_DISABLE": value}) is expected
+
+
+def test_disable_variable_refuses_nonsense():
+    with pytest.raises(MicsConfigError, match="must be 1 or 0"):
+        disabled_by_environment({"MICS_DS_DISABLE": "maybe"})

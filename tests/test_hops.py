@@ -1,0 +1,150 @@
+"""Which collectives run when: hop 1 every micro-step in the partition group, hop 2 once per boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import OddNet, batch, build, ds_config, train
+from torch import nn
+
+from mics_ds.meter import CommMeter
+
+SCALAR = 64  # bytes; collectives up to this size agree on norms and flags
+
+
+def micro_step(engine: Any, index: int) -> CommMeter:
+    with CommMeter() as meter:
+        loss = engine(*batch(9, index, dist.get_rank(), next(engine.module.parameters()).dtype))
+        engine.backward(loss)
+        engine.step()
+    return meter
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_steps, checkpointing):
+    engine = build(ds_config(p, micro_steps=micro_steps, clip=0.5), lambda: OddNet(checkpointing))
+    train(engine, 2)  # the first steps trace the order of modules
+    groups = engine.optimizer.mics_groups
+    for index in range(micro_steps):
+        meter = micro_step(engine, index)
+        large = [item for item in meter.collectives if item.payload > SCALAR]
+        boundary = index == micro_steps - 1
+        hop2 = [] if groups.replication is None else [i for i in large if i.ranks == groups.replication.ranks]
+        if boundary and p < 4:
+            # the whole shard of all gradients, once: M / p bytes
+            assert [item.kind for item in hop2] == ["all_reduce"]
+            assert hop2[0].payload == engine.optimizer.gradient_shards.nbytes
+        else:
+            assert hop2 == []
+        if not boundary:
+            # nothing at all leaves the partition group, not even a scalar
+            assert {item.ranks for item in meter.collectives} == {groups.partition.ranks}
+        for item in large:
+            if item not in hop2:
+                assert item.ranks == groups.partition.ranks
+                assert item.kind in ("all_gather", "reduce_scatter")
+        assert any(item.kind == "reduce_scatter" for item in large)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_bytes_per_step_follow_the_formula(p):
+    """Per optimizer step and rank: 2s all-gathers and s reduce-scatters of M, and 2 (r-1)/r · M/p for hop 2."""
+    width, layers, s = 16, 4, 3
+    model = lambda: Chain(width, layers)  # noqa: E731
+    live = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    engine = build(ds_config(p, micro_steps=s, zero=live), model)
+    for step in range(2):
+        for index in range(s):
+            chain_step(engine, step * s + index, width)
+    with CommMeter() as meter:
+        for index in range(s):
+            chain_step(engine, index, width)
+    m = 4 * layers * width * width
+    share, r = (p - 1) / p, 4 // p
+    assert meter.bytes_sent("all_gather") == 2 * s * share * m
+    assert sum(i.bytes_sent for i in meter.select("reduce_scatter")) == s * share * m
+    hop2 = sum(i.bytes_sent for i in meter.select("all_reduce") if i.payload > SCALAR)
+    assert hop2 == 2 * (r - 1) / r * m / p
+
+
+class Chain(nn.Module):
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.pow(2).mean()
+
+
+def chain_step(engine: Any, index: int, width: int) -> None:
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(index)).requires_grad_()
+    engine.backward(engine(x))
+    engine.step()
+
+
+class Alternating(nn.Module):
+    """Two branches with integer-valued gradients: the data says which branch a micro-step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(3, 1, bias=False)
+        self.right = nn.Linear(3, 1, bias=False)
+
+    def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
+        return (self.left if left else self.right)(x).sum()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_a_parameter_used_only_in_an_earlier_micro_step_is_averaged_over_replicas(p):
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = build(ds_config(p, micro_steps=4), Alternating, optimizer=lambda items: torch.optim.SGD(items, lr=1.0))
+    before = {name: values.clone() for name, values in gathered(engine).items()}
+    rank = dist.get_rank()
+    for index, left in enumerate([True, False, False, False]):
+        # gas divides the loss by 4, ranks are averaged: d loss / d left = mean over ranks of 4 * (rank + 1) / 4
+        x = torch.full((1, 3), 4.0 * (rank + 1) * (index + 1))
+        engine.backward(engine(x, left))
+        if index == 3:
+            assert torch.equal(safe_get_full_grad(engine.module.left.weight), torch.full((1, 3), 2.5))
+            assert torch.equal(safe_get_full_grad(engine.module.right.weight), torch.full((1, 3), 2.5 * (2 + 3 + 4)))
+        engine.step()
+    after = gathered(engine)
+    assert torch.equal(after["left.weight"], before["left.weight"] - 2.5)
+    assert torch.equal(after["right.weight"], before["right.weight"] - 2.5 * 9)
+
+
+def gathered(engine: Any) -> dict[str, torch.Tensor]:
+    from helpers import full_params
+
+    return full_params(engine)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("way", ["unmanaged", "set_boundary", "short_window"])
+def test_the_engine_is_asked_for_the_boundary(p, way):
+    """Whoever decides where the boundary is, gradients are means over all ranks when the step is taken."""
+    extra = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
+    engine = build(
+        ds_config(p, micro_steps=3, **extra), Alternating, optimizer=lambda items: torch.optim.SGD(items, lr=1.0)
+    )
+    before = gathered(engine)["left.weight"]
+    rank = dist.get_rank()
+    micro_steps = 2 if way == "short_window" else 3
+    for index in range(micro_steps):
+        if way != "unmanaged":
+            engine.set_gradient_accumulation_boundary(index == micro_steps - 1)
+        engine.backward(engine(torch.full((1, 3), 3.0 * (rank + 1)), True))
+    engine.step()
+    assert torch.equal(gathered(engine)["left.weight"], before - 2.5 * micro_steps)

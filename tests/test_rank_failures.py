@@ -1,0 +1,61 @@
+"""A rank dies or raises: the others fail with a cause, and neither hang nor poison the next test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import batch, build, ds_config, train
+from rank_pool import Pools, RankError
+
+
+def die_in_the_middle_of_a_step(victim: int) -> None:
+    engine = build(ds_config(2))
+    train(engine, 2)
+    rank = dist.get_rank()
+    loss = engine(*batch(2, 0, rank))
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        engine.backward(loss)
+        engine.step()
+    except BaseException:
+        # as in a script of one's own: a rank that fails ends, and that is how the next one learns of it
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_nobody_waits_forever_for_a_rank_that_was_killed(pools: Pools, victim: int) -> None:
+    """Nothing kills the survivors here, unlike under a launcher: each has to notice by itself."""
+    with pytest.raises(RankError) as failure:
+        pools.run(4, __name__, "die_in_the_middle_of_a_step", {"victim": victim}, timeout=60)
+    report = str(failure.value)
+    assert "died with exit code -9" in report
+    # its partner in the partition group fails in hop 1, its replica in hop 2, and the last one after them
+    for rank in {0, 1, 2, 3} - {victim}:
+        output = report.split(f"──── end of rank {rank}'s output ────")[1].split("────")[0]
+        assert "by peer" in output or "MicsCommError" in output, report
+    assert f"MiCS gradient all-reduce (hop 2) over ranks {[victim % 2, victim % 2 + 2]} failed on rank" in report
+
+
+def disagree_on_purpose() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("one rank raises")
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_red_test_shows_every_rank_and_does_not_poison_the_next(pools: Pools) -> None:
+    with pytest.raises(RankError) as failure:
+        pools.run(2, __name__, "disagree_on_purpose", {}, timeout=30)
+    report = str(failure.value)
+    assert "ValueError: one rank raises" in report
+    assert "──── rank 0 of 2 ────" in report
+    assert "all_reduce" in report  # where rank 0 was
+    assert pools.run(2, "torch.distributed", "get_rank", {}, timeout=30) == [0, 1]
