@@ -1,46 +1,67 @@
 """The collectives of MiCS: functions of tensors and groups, without DeepSpeed.
 
-| what             | group               | when                              | bytes sent per rank      |
-|------------------|---------------------|-----------------------------------|--------------------------|
-| all-gather       | partition           | before a module runs              | (p-1)/p · M              |
-|  … hierarchical  | inter- then intra-  | the same                          | between nodes (p-k)/p · M|
-| reduce-scatter   | partition (hop 1)   | every micro-step                  | (p-1)/p · M              |
-| all-reduce mean  | replication (hop 2) | at the accumulation boundary only | 2(r-1)/r · M/p           |
+| what                      | group                | when                              | bytes sent per rank        |
+|---------------------------|----------------------|-----------------------------------|----------------------------|
+| all-gather                | partition            | before a module runs              | (p-1)/p · M                |
+|   hierarchical            | inter-, then intra-  | the same                          | (p-k)/p · M/k between nodes|
+| reduce-scatter (hop 1)    | partition            | every micro-step                  | (p-1)/p · M                |
+|   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
+| all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
 
-The flat all-gather and hop 1 are DeepSpeed's own, on the partition group. What it has no notion of
-is here: the two-stage gather, the mean over replicas, and agreeing on scalars.
+All of them block, and are meant to run on a :class:`mics_ds.lanes.Lane`. Where a collective has two
+stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from .errors import MicsCommError
 from .groups import NodeGroups, RankGroup
+from .meter import labelled
+
+ReduceScatterMethod = Literal["native", "all_to_all"]
+
+# Stages, as traces, meters and errors name them.
+HOP1 = "gradient reduce-scatter (hop 1)"
+HOP1_INTER = "inter-node gradient reduce-scatter (hop 1)"
+HOP2 = "gradient all-reduce (hop 2)"
+GATHER_INTER = "inter-node all-gather"
+GATHER_INTRA = "intra-node all-gather"
+
+# Pieces of a two-stage collective. More hide more of the shorter stage, but each costs a round trip on
+# the slow link; pieces below a quarter of a megabyte are dominated by that.
+PIECES = 4
+LEAST_PIECE_BYTES = 1 << 18
 
 
-def _run(what: str, group: RankGroup, call, *args, **kwargs):
-    """Issue a collective; if it fails, say which one it was and among whom."""
+@contextmanager
+def _named(what: str, group: RankGroup) -> Iterator[None]:
+    """Mark the stage in traces, and name it and its ranks if it fails."""
     try:
-        return call(*args, group=group.group, **kwargs)
+        with record_function(f"mics {what}"), labelled(what):
+            yield
     except RuntimeError as error:
-        raise MicsCommError(_failure(what, group)) from error
+        raise MicsCommError(
+            f"MiCS {what} over ranks {list(group.ranks)} failed on rank {group.ranks[group.rank]}. Another rank of "
+            f"that group has most likely died or been killed; its own output says why."
+        ) from error
 
 
-def _failure(what: str, group: RankGroup) -> str:
-    return (
-        f"MiCS {what} over ranks {list(group.ranks)} failed on rank {group.ranks[group.rank]}. Another rank of that "
-        f"group has most likely died or been killed; its own output says why."
-    )
+# --------------------------------------------------------------------------------------------------
+# Whole data-parallel group and replication group
 
 
-def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None:
-    """Hop 2: replace ``tensor`` by its mean over the replication group, in place.
+class ReplicaAverage:
+    """Hop 2, under way: the mean of a tensor over the replication group, in place.
 
     The partial gradients of hop 1 are means over p ranks, so the mean over r of them is the mean over
     n = p·r. A mean may be repeated: averaging what is already equal on all replicas changes nothing,
@@ -50,106 +71,241 @@ def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None
     their mean does not. Ring all-reduce gives every rank the same bits, which keeps replicas equal.
 
     Args:
-        tensor: any shape and floating dtype; equal shape on all ranks of the group.
-
-    Raises:
-        MicsCommError: the collective failed.
+        tensor: any shape and floating dtype; equal shape on all ranks of the group. Must be left alone
+            until :meth:`wait` has returned.
     """
-    tensor.div_(replication.size)
-    _run("gradient all-reduce (hop 2)", replication, dist.all_reduce, tensor)
+
+    def __init__(self, tensor: torch.Tensor, replication: RankGroup) -> None:
+        self._replication = replication
+        with _named(HOP2, replication):
+            tensor.div_(replication.size)
+            self._work = dist.all_reduce(tensor, group=replication.group, async_op=True)
+
+    def wait(self) -> None:
+        """Return once the mean is there.
+
+        Raises:
+            MicsCommError: the collective failed.
+        """
+        with _named(HOP2, self._replication):
+            self._work.wait()
+
+
+def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None:
+    """Hop 2, blocking. See :class:`ReplicaAverage`."""
+    ReplicaAverage(tensor, replication).wait()
 
 
 def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
     """Elementwise maximum over a group, in place. ``what`` names the quantity in an error."""
-    _run(f"agreement on the {what}", group, dist.all_reduce, tensor, op=dist.ReduceOp.MAX)
+    with _named(f"agreement on the {what}", group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group)
 
 
 def broadcast_(tensors: Sequence[torch.Tensor], source: int, group: RankGroup) -> None:
     """Overwrite each tensor with that of ``source``, a rank *in* ``group``. Issued together, then awaited."""
-    works = [
-        _run("parameter broadcast", group, dist.broadcast, tensor, src=group.ranks[source], async_op=True)
-        for tensor in tensors
-    ]
-    for work in works:
-        wait(work, "parameter broadcast", group)
+    with _named("parameter broadcast", group):
+        works = [
+            dist.broadcast(tensor, src=group.ranks[source], group=group.group, async_op=True) for tensor in tensors
+        ]
+        for work in works:
+            work.wait()
 
 
-def wait(work: dist.Work, what: str, group: RankGroup) -> None:
-    """Wait for an asynchronous collective, with the same error as a blocking one."""
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise MicsCommError(_failure(what, group)) from error
+# --------------------------------------------------------------------------------------------------
+# All-gather in two stages
 
 
-class GatheredShards(NamedTuple):
-    """Result of :func:`all_gather_hierarchical`. ``chunks`` may be read only after ``handle.wait()``."""
+@dataclass(frozen=True)
+class GatheredShards:
+    """A gathered buffer, cut into pieces: piece c holds the elements [starts[c], starts[c+1]) of all p shards."""
 
-    chunks: list[torch.Tensor]
-    """p views into one flat buffer, each shaped like the shard, by partition rank."""
-    handle: HierarchicalHandle
+    pieces: list[torch.Tensor]  # each (p, width of the piece), rows by slot
+    starts: list[int]
+    row_of: list[int]  # partition rank -> slot
+
+    def views(self, rank: int, start: int, length: int) -> Iterator[torch.Tensor]:
+        """The elements [start, start + length) of one rank's shard, as consecutive 1-D views."""
+        for piece, first, last in zip(self.pieces, self.starts, self.starts[1:]):
+            low, high = max(start, first), min(start + length, last)
+            if low < high:
+                yield piece[self.row_of[rank], low - first : high - first]
 
 
-def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups) -> GatheredShards:
+def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int | None = None) -> GatheredShards:
     """All-gather in two stages, between nodes and then inside each node.
 
     The first stage runs k times side by side, each among the N ranks with the same local place, and
     moves (p-k)/p · M over a node's link instead of (p-1)/p · M; the second stays inside the node.
-    Going inside first would move k times more between nodes.
+    Going inside first would move k times more between nodes. While piece c crosses between the nodes,
+    piece c-1 is spread inside them.
 
     Args:
         shard: 1-D, this rank's chunk, the same length and dtype on all ranks of the partition group.
         groups: this rank's inter- and intra-node groups.
+        pieces: how many to cut the shard into; by default as many as are worth it.
+    """
+    inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
+    starts = _cut(shard.numel(), pieces or _pieces_worth(shard.numel() * shard.element_size() * slots))
+    buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
+    own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
+    with _named(GATHER_INTER, inter):
+        firsts = [
+            dist.all_gather_into_tensor(buffer[own].view(-1), shard[first:last], group=inter.group, async_op=True)
+            for buffer, first, last in zip(buffers, starts, starts[1:])
+        ]
+    seconds = []
+    for work, buffer in zip(firsts, buffers):
+        with _named(GATHER_INTER, inter):
+            work.wait()
+        with _named(GATHER_INTRA, intra):
+            seconds.append(
+                dist.all_gather_into_tensor(buffer.view(-1), buffer[own].view(-1), group=intra.group, async_op=True)
+            )
+    with _named(GATHER_INTRA, intra):
+        for work in seconds:
+            work.wait()
+    return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
+
+
+def _pieces_worth(payload_bytes: int) -> int:
+    return max(1, min(PIECES, payload_bytes // LEAST_PIECE_BYTES))
+
+
+def _cut(numel: int, pieces: int) -> list[int]:
+    """Bounds of ``pieces`` nearly equal parts of ``range(numel)``, none of them empty unless ``numel`` is 0."""
+    pieces = max(1, min(pieces, numel))
+    return [numel * index // pieces for index in range(pieces + 1)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Reduce-scatter
+
+
+@dataclass(frozen=True)
+class ScatterPlan:
+    """How the gradients of one bucket lie in the buffer that is scattered.
+
+    Each gradient is cut into p chunks of ``ceil(numel / p)``, the last one padded, as ZeRO-3 shards
+    the parameter. Block d of the buffer holds chunk ``order[d]`` of every gradient.
+
+        block 0 = chunk order[0] of g0 | of g1 | ...     block 1 = chunk order[1] of g0 | of g1 | ...
+    """
+
+    numels: tuple[int, ...]
+    order: tuple[int, ...]
+    """Partition rank that each block is for: 0 … p-1, or slot by slot for two stages."""
+
+    @property
+    def widths(self) -> list[int]:
+        """Length of one chunk of each gradient, padding included."""
+        return [-(-numel // len(self.order)) for numel in self.numels]
+
+    def pack(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Copy the gradients into a new buffer, (p, sum of widths); padding is zero."""
+        p, widths = len(self.order), self.widths
+        buffer = gradients[0].new_empty(p, sum(widths))
+        for gradient, width, offset in zip(gradients, widths, accumulate([0, *widths])):
+            flat = gradient.reshape(-1)
+            target = buffer[:, offset : offset + width]
+            for block, rank in enumerate(self.order):
+                chunk = flat[rank * width : (rank + 1) * width]
+                target[block, : chunk.numel()].copy_(chunk)
+                target[block, chunk.numel() :].zero_()
+        return buffer
+
+    def unpack(self, shard: torch.Tensor, rank: int) -> list[torch.Tensor]:
+        """Views of a reduced block: this rank's chunk of each gradient, without padding, possibly empty."""
+        widths = self.widths
+        return [
+            shard[offset : offset + max(0, min(width, numel - rank * width))]
+            for numel, width, offset in zip(self.numels, widths, accumulate([0, *widths]))
+        ]
+
+
+def reduce_scatter_mean(blocks: torch.Tensor, group: RankGroup, method: ReduceScatterMethod) -> torch.Tensor:
+    """Hop 1: the mean over the group of the block that is for this rank.
+
+    ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and gives its
+    bits. ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves twice that
+    (measured in NIC bytes), and adds up in rank order; 16-bit values are added up in fp32.
+
+    Args:
+        blocks: (g, width), block i for rank i of the group. Overwritten.
 
     Returns:
-        Views in partition-rank order into a buffer of p · ``shard.numel()`` elements, and a handle.
+        (width,), in the dtype of ``blocks``.
     """
-    slot_numel, nodes, local = shard.numel(), groups.inter.size, groups.intra.size
-    buffer = shard.new_empty(slot_numel * nodes * local)
-    slots = buffer.split(slot_numel)
-    chunks: list[torch.Tensor] = [buffer] * len(slots)
-    for slot, chunk in enumerate(groups.chunk_of_slot):
-        chunks[chunk] = slots[slot]
-    block = buffer.narrow(0, groups.intra.rank * nodes * slot_numel, nodes * slot_numel)
-    first = _run("inter-node all-gather", groups.inter, dist.all_gather_into_tensor, block, shard, async_op=True)
-    handle = HierarchicalHandle(groups, buffer, block, first)
-    if buffer.device.type != "cpu":
-        # On a stream, waiting for the first stage only orders the second behind it; the host goes on.
-        handle.start_second_stage()
-    return GatheredShards(chunks, handle)
+    with _named(HOP1, group):
+        if group.size == 1:
+            return blocks[0]
+        if method == "native":
+            blocks.div_(group.size)
+            reduced = torch.empty_like(blocks[0])
+            dist.reduce_scatter_tensor(reduced, blocks.view(-1), group=group.group)
+            return reduced
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks, group=group.group)
+        return _mean_of_rows(received)
 
 
-@dataclass
-class HierarchicalHandle:
-    """Finishes a hierarchical all-gather. :meth:`wait` may be called again; later calls return at once."""
+def _mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Mean over the first dimension, added up in order, in fp32 if the dtype is narrower. May overwrite ``rows``."""
+    narrow = rows.element_size() < 4
+    total = rows[0].float() if narrow else rows[0]
+    for row in rows[1:]:
+        total.add_(row)
+    return total.div_(len(rows)).to(rows.dtype)
 
-    groups: NodeGroups
-    buffer: torch.Tensor
-    block: torch.Tensor
-    first: dist.Work
-    second: dist.Work | None = None
-    complete: bool = field(default=False, init=False)
 
-    def start_second_stage(self) -> None:
-        if self.second is None:
-            wait(self.first, "inter-node all-gather", self.groups.inter)
-            self.second = _run(
-                "intra-node all-gather",
-                self.groups.intra,
-                dist.all_gather_into_tensor,
-                self.buffer,
-                self.block,
-                async_op=True,
-            )
+def reduce_scatter_mean_hierarchical(
+    blocks: torch.Tensor, groups: NodeGroups, method: ReduceScatterMethod, pieces: int | None = None
+) -> torch.Tensor:
+    """Hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
 
-    def wait(self) -> None:
-        """Return once every chunk has arrived.
+    Inside a node the k ranks reduce all they have for local place l into the rank with that place, so
+    that only 1/k of the buffer goes on to the network, (p-k)/p · M per node and not (p-1)/p · M. While
+    piece c crosses between the nodes, piece c+1 is reduced inside them. Each stage takes a mean, so
+    that 16-bit sums do not overflow in between.
 
-        Raises:
-            MicsCommError: either stage failed.
-        """
-        if not self.complete:
-            self.start_second_stage()
-            assert self.second is not None
-            wait(self.second, "intra-node all-gather", self.groups.intra)
-            self.complete = True
+    Args:
+        blocks: (p, width) in *slot* order, see :class:`mics_ds.layout.NodeGrid`.
+
+    Returns:
+        (width,), in the dtype of ``blocks``.
+    """
+    inter, intra = groups.inter, groups.intra
+    _, width = blocks.shape
+    starts = _cut(width, pieces or _pieces_worth(blocks.numel() * blocks.element_size()))
+    reduced = blocks.new_empty(width)
+    finish: list[Callable[[], Any]] = []
+    for first, last in pairwise(starts):
+        # (k, N · piece): row l is for local place l, and holds the pieces for its N ranks
+        piece = blocks[:, first:last].reshape(intra.size, -1)
+        inner = reduce_scatter_mean(piece, intra, method).view(inter.size, last - first)
+        finish.append(_start_outer_stage(inner, inter, method, reduced[first:last]))
+    for complete in finish:
+        complete()
+    return reduced
+
+
+def _start_outer_stage(
+    blocks: torch.Tensor, inter: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
+) -> Callable[[], None]:
+    """Start reducing one piece between nodes; the returned function waits for it and fills ``output``."""
+    with _named(HOP1_INTER, inter):
+        if method == "native":
+            blocks.div_(inter.size)
+            work = dist.reduce_scatter_tensor(output, blocks.view(-1), group=inter.group, async_op=True)
+            received = None
+        else:
+            received = torch.empty_like(blocks)
+            work = dist.all_to_all_single(received, blocks, group=inter.group, async_op=True)
+
+    def complete() -> None:
+        with _named(HOP1_INTER, inter):
+            work.wait()
+        if received is not None:
+            output.copy_(_mean_of_rows(received))
+
+    return complete

@@ -62,7 +62,7 @@ def missing_seams() -> list[str]:
             "_finalize_offload_gradient_accumulation",
             "_get_norm_groups",
             "has_overflow",
-            "_get_param_partition_group",
+            "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
             "is_gradient_accumulation_boundary",
         ),
         DeepSpeedEngine: ("is_first_weights_partition_group",),
@@ -227,10 +227,11 @@ class PartitionerSeam(pp.Init):
     def after_conversion(self, param: torch.nn.Parameter) -> None:
         """``param`` has just become a ZeRO-3 parameter, not yet partitioned."""
 
-    def start_gather(self, shard: torch.Tensor) -> tuple[list[torch.Tensor], Any] | None:
+    def start_gather(self, shard: torch.Tensor) -> Any | None:
         """Gather ``shard`` from all ranks of the partition group, or return ``None`` to let DeepSpeed do it.
 
-        Returns the chunks by partition rank, and a handle whose ``wait`` makes them readable.
+        Returns a handle whose ``wait()`` returns an object with ``views(rank, start, length)``: 1-D
+        views that together are the elements [start, start + length) of the shard of a partition rank.
         """
         return None
 
@@ -277,8 +278,7 @@ class PartitionerSeam(pp.Init):
                 return None
             for param in members:
                 param.ds_status = pp.ZeroParamStatus.INFLIGHT
-            chunks, handle = started
-            handles.append(pp.AllGatherCoalescedHandle(handle, members, chunks, len(chunks)))
+            handles.append(_SeamGatherHandle(started, members, self._partition_world_size(members[0])))
         return pp.MultipleAllGatherHandles(handles)
 
     def patch_init_and_builtins(self) -> None:
@@ -313,6 +313,38 @@ class PartitionerSeam(pp.Init):
         torch.nn.Module.apply = apply
 
 
+class _SeamGatherHandle:
+    """What DeepSpeed waits on for a gather that :meth:`PartitionerSeam.start_gather` started."""
+
+    def __init__(self, started: Any, params: list[torch.nn.Parameter], partition_size: int) -> None:
+        self._started = started
+        self._params = params
+        self._partition_size = partition_size
+        self._complete = False
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Give every parameter its full data. ``handle_dependency`` is ignored: it is always handled."""
+        if self._complete:
+            return
+        gathered, offset = self._started.wait(), 0
+        for param in self._params:
+            width = param.ds_tensor.ds_numel
+            views = [
+                view
+                for rank in range(self._partition_size)
+                for view in gathered.views(rank, offset, min(width, param.ds_numel - rank * width))
+            ]
+            # the shards of one parameter lie apart in the buffer of a coalesced gather; DeepSpeed's own
+            # handle joins them by this one copy too
+            param.data = torch.cat(views).view(param.ds_shape).to(param.ds_tensor.dtype)
+            param.ds_status = pp.ZeroParamStatus.AVAILABLE
+            offset += width
+            if not get_accelerator().is_synchronized_device():
+                for view in views:
+                    view.record_stream(get_accelerator().current_stream())
+        self._complete = True
+
+
 def repartition(partitioner: PartitionerSeam, param: torch.nn.Parameter) -> None:
     """Take a parameter that another ``zero.Init`` partitioned, and partition it anew. Collective.
 
@@ -344,6 +376,22 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
         self.after_all_converted(make_partitioner, module)
 
 
+class _FullGradients(list):
+    """Gradients that are to be reduced yet, passed where DeepSpeed passes reduced ones."""
+
+
+class _WithoutGrad:
+    """A parameter, but for its gradient. Storing a reduced gradient ends with ``param.grad = None``; done late,
+    on another thread, that could take away the *next* gradient of a parameter that is used twice."""
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self._param = param
+        self.grad = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._param, name)
+
+
 class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
 
@@ -353,8 +401,32 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         """Whether gradient shards are still partial after DeepSpeed has reduced them."""
         return False
 
-    def shards_changed(self) -> None:
-        """Some gradient shards were written or added to."""
+    def takes_over_hop1(self) -> bool:
+        """Whether :meth:`reduce_bucket` reduces gradients instead of DeepSpeed. Only for ``reduce_scatter: true``."""
+        return False
+
+    def reduce_bucket(
+        self,
+        ids: list[int],
+        gradients: list[torch.Tensor],
+        store: Callable[[list[torch.Tensor]], None],
+    ) -> None:
+        """Take the mean of full gradients over the partition group, now or until :meth:`finish_hop1`.
+
+        Args:
+            ids: ``ds_id`` of the parameters of one bucket.
+            gradients: one per parameter, in the communication dtype. Free to be overwritten by others
+                once this returns.
+            store: to be called with this rank's part of each reduced gradient, without padding. May be
+                called on another thread, before :meth:`finish_hop1` returns.
+        """
+        raise NotImplementedError
+
+    def finish_hop1(self) -> None:
+        """Return once every bucket handed to :meth:`reduce_bucket` has been stored."""
+
+    def shards_changed(self, ids: list[int]) -> None:
+        """The gradient shards of these parameters were written or added to."""
 
     def complete_reduction_if_needed(self) -> None:
         """Make :attr:`gradient_shards` final. Called at the boundary and once more before the step."""
@@ -371,6 +443,14 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def gradient_shards(self) -> torch.Tensor:
         """1-D buffer with this rank's shard of every gradient; DeepSpeed reads views of it."""
         return self.grad_partitions_flat_buffer
+
+    def gradient_ranges(self) -> dict[int, tuple[int, int]]:
+        """Where in :attr:`gradient_shards` the shard of each parameter lies: ``ds_id`` to (start, end)."""
+        ranges, start = {}, 0
+        for param in (param for group in self.fp16_groups for param in group):
+            ranges[param.ds_id] = (start, start + param.partition_numel())
+            start += param.partition_numel()
+        return ranges
 
     @contextmanager
     def reduction_stream(self) -> Iterator[None]:
@@ -392,20 +472,44 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def is_gradient_accumulation_boundary(self) -> bool:
         # Under offload, partition_grads copies gradients into the optimizer's buffers as soon as it
         # sees the boundary. Partial gradients must not go there: see finish_offloaded_gradients.
-        held = self._partitioning_grads and self.defers_reduction()
+        held = self.offload_optimizer and self._partitioning_grads and self.defers_reduction()
         return not held and super().is_gradient_accumulation_boundary()
 
-    def partition_grads(self, params_to_release: list, grad_partitions: list) -> Any:
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 (a private name, as Python mangles it)
+        self, params_to_reduce: list, communication_data_type: torch.dtype
+    ) -> Any:
+        if not self.takes_over_hop1():
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params_to_reduce, communication_data_type)
+        return _FullGradients([param.grad.to(communication_data_type) for param in params_to_reduce])
+
+    def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
+        if not isinstance(grad_partitions, _FullGradients):
+            return self._store(params_to_release, grad_partitions)
+        # DeepSpeed hands the bucket over here and uses it for others as soon as we return.
+        stand_ins = [_WithoutGrad(param) for param in params_to_release]
+
+        def store(shards: list[torch.Tensor]) -> None:
+            self._store(stand_ins, [shard.to(self.gradient_accumulation_dtype) for shard in shards])
+
+        self.reduce_bucket([param.ds_id for param in params_to_release], grad_partitions, store)
+        for param in params_to_release:
+            if not get_accelerator().is_synchronized_device():
+                param.grad.record_stream(get_accelerator().current_stream())
+            param.grad = None
+        return []
+
+    def _store(self, params: list, shards: list[torch.Tensor]) -> Any:
         self._partitioning_grads = True
         try:
-            result = super().partition_grads(params_to_release, grad_partitions)
+            result = super().partition_grads(params, shards)
         finally:
             self._partitioning_grads = False
-        self.shards_changed()
+        self.shards_changed([param.ds_id for param in params])
         return result
 
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
+        self.finish_hop1()
         if self.is_gradient_accumulation_boundary():
             self.complete_reduction_if_needed()
 

@@ -40,6 +40,13 @@ class MicsConfig:
     """Gather parameters in two stages, between nodes and then inside each node. ``"auto"`` does so
     when a partition group spans several nodes with the same number of ranks on each."""
 
+    hierarchical_grad_scatter: AutoBool = "auto"
+    """Reduce-scatter gradients in two stages, inside each node and then between nodes. As above."""
+
+    reduce_scatter: Literal["auto", "native", "all_to_all"] = "auto"
+    """How hop 1 moves gradients: the backend's own reduce-scatter, or an all-to-all and a local sum.
+    ``"auto"`` takes the one that sends fewer bytes on this backend."""
+
     def __post_init__(self) -> None:
         # bool is an int in Python; `true` for a size is a slip, not a 1.
         if isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int):
@@ -53,10 +60,17 @@ class MicsConfig:
                 f"{ZERO_SECTION}.mics_shard_size must be at least 1, or {OFF} to switch MiCS off, got "
                 f"{self.shard_size}. Use the number of ranks on one node to begin with."
             )
-        if not (isinstance(self.hierarchical_params_gather, bool) or self.hierarchical_params_gather == "auto"):
+        for name in ("hierarchical_params_gather", "hierarchical_grad_scatter"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or value == "auto"):
+                raise MicsConfigError(
+                    f'{ZERO_SECTION}.mics_{name} must be true, false or "auto", got {value!r}. '
+                    f"Leave the key out to get the default."
+                )
+        if self.reduce_scatter not in ("auto", "native", "all_to_all"):
             raise MicsConfigError(
-                f'{ZERO_SECTION}.mics_hierarchical_params_gather must be true, false or "auto", got '
-                f"{self.hierarchical_params_gather!r}. Leave the key out to get the default."
+                f'{ZERO_SECTION}.mics_reduce_scatter must be "auto", "native" or "all_to_all", got '
+                f"{self.reduce_scatter!r}. Leave the key out to get the default."
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class MicsLayout:
         place = {rank: index for index, rank in enumerate(group)}
         return NodeGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
 
-    def describe(self, hierarchical: bool) -> str:
+    def describe(self, gather_in_stages: bool, scatter_in_stages: bool, reduce_scatter: str) -> str:
         """One readable block for the log."""
         n, p, r = self.world_size, self.partition_size, self.replication_size
         distinct = list(dict.fromkeys(self.nodes))
@@ -152,8 +152,9 @@ class MicsLayout:
         )
         lines.append(f"  placement          {placement}{' ...' if len(distinct) > 8 else ''}")
         reason = self.why_not_hierarchical()
-        gather = "hierarchical" if hierarchical else f"flat ({reason})" if reason else "flat (as configured)"
-        lines.append(f"  parameter gather   {gather}")
+        flat = f"flat ({reason})" if reason else "flat (as configured)"
+        lines.append(f"  parameter gather   {'hierarchical' if gather_in_stages else flat}")
+        lines.append(f"  gradient scatter   {'hierarchical' if scatter_in_stages else flat}, by {reduce_scatter}")
         return "\n".join(lines)
 
 

@@ -6,14 +6,31 @@ and can therefore compare stock ZeRO-3 with MiCS by one yardstick.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
+
+_active = threading.local()
+"""Per thread: the lists of the meters that record it, and the label of what it is doing."""
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Label the collectives that this thread issues meanwhile."""
+    before = getattr(_active, "label", "")
+    _active.label = label
+    try:
+        yield
+    finally:
+        _active.label = before
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,8 @@ class Collective:
     ranks: tuple[int, ...]
     payload: int
     """Bytes of the full buffer: the gathered one, the one before scattering, the reduced one."""
+    label: str = ""
+    """The stage of MiCS that issued it, see :func:`labelled`; empty for collectives of others."""
 
     @property
     def bytes_sent(self) -> float:
@@ -67,12 +86,14 @@ class CommMeter:
 
     collectives: list[Collective] = field(default_factory=list)
 
-    def select(self, kind: str | None = None, ranks: tuple[int, ...] | None = None) -> list[Collective]:
-        """Those of one kind and group; ``None`` stands for any."""
+    def select(
+        self, kind: str | None = None, ranks: tuple[int, ...] | None = None, label: str | None = None
+    ) -> list[Collective]:
+        """Those of one kind, group and label; ``None`` stands for any."""
         return [
             item
             for item in self.collectives
-            if (kind is None or item.kind == kind) and (ranks is None or item.ranks == ranks)
+            if kind in (None, item.kind) and ranks in (None, item.ranks) and label in (None, item.label)
         ]
 
     def bytes_sent(self, kind: str | None = None, ranks: tuple[int, ...] | None = None) -> float:
@@ -87,18 +108,39 @@ class CommMeter:
         self._recording.__exit__(*exc)
 
 
+def carried(job: Callable[[], T]) -> Callable[[], T]:
+    """``job``, to be run on another thread under the meters that are active on this one."""
+    active: list[list[Collective]] = list(getattr(_active, "recordings", []))
+    if not active:
+        return job
+
+    def metered() -> T:
+        with _recording_into(*active):
+            return job()
+
+    return metered
+
+
 @contextmanager
-def _recording_into(collectives: list[Collective]) -> Iterator[None]:
+def _recording_into(*lists: list[Collective]) -> Iterator[None]:
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace == "c10d":
                 name = func.__name__.split(".")[0]
                 kind, full_buffer = _OPERATORS.get(name, (name, lambda args: args[0]))
-                collectives.append(Collective(kind, _group_ranks(args), _bytes(full_buffer(args))))
+                label = getattr(_active, "label", "")
+                collective = Collective(kind, _group_ranks(args), _bytes(full_buffer(args)), label)
+                for collectives in lists:
+                    collectives.append(collective)
             return func(*args, **(kwargs or {}))
 
-    with Recorder():
-        yield
+    outer = getattr(_active, "recordings", [])
+    _active.recordings = [*outer, *lists]
+    try:
+        with Recorder():
+            yield
+    finally:
+        _active.recordings = outer
 
 
 def _bytes(value: Any) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from . import collectives, compat
 from .errors import MicsConfigError
 from .groups import MicsGroups, RankGroup, build_groups
+from .lanes import Pending
 from .log import log_rank0
 
 
@@ -62,9 +63,13 @@ class MicsPartitioner(compat.PartitionerSeam):
     def after_conversion(self, param: torch.nn.Parameter) -> None:
         param.mics_groups = self.mics_groups
 
-    def start_gather(self, shard: torch.Tensor) -> collectives.GatheredShards | None:
+    def start_gather(self, shard: torch.Tensor) -> Pending[collectives.GatheredShards] | None:
         hierarchy = self.mics_groups.hierarchy
-        return None if hierarchy is None else collectives.all_gather_hierarchical(shard, hierarchy)
+        if hierarchy is None:
+            return None
+        return self.mics_groups.gather_lane.submit(
+            lambda: collectives.all_gather_hierarchical(shard, hierarchy), shard.device
+        )
 
     def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
         collectives.broadcast_([_bytes(param) for param in params], 0, self.mics_groups.full)

@@ -130,12 +130,11 @@ def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tens
         return {}
     with CommMeter() as meter:
         train_one_step(engine, data)
-    traffic = dict.fromkeys(["all-gather", "reduce-scatter (hop 1)", "all-reduce (hop 2)", "other"], 0.0)
+    names = {"all_gather": "all-gather", "reduce_scatter": "hop 1", "all_to_all": "hop 1", "all_reduce": "hop 2"}
+    traffic = dict.fromkeys([*names.values(), "other"], 0.0)
     for item in meter.collectives:
-        kind = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter (hop 1)"}.get(item.kind, "other")
-        if item.kind == "all_reduce" and item.payload > 4096:  # smaller ones agree on scalars
-            kind = "all-reduce (hop 2)"
-        traffic[kind] += item.bytes_sent
+        small = item.payload <= 64  # agreeing on a norm or a loss
+        traffic["other" if small else names.get(item.kind, "other")] += item.bytes_sent
     return traffic
 
 

@@ -43,9 +43,12 @@ def test_wrong_sizes_are_refused(size):
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None, "AUTO"])
-def test_wrong_gather_modes_are_refused(value):
-    with pytest.raises(MicsConfigError, match="mics_hierarchical_params_gather must be"):
-        split_ds_config(zero(mics_shard_size=2, mics_hierarchical_params_gather=value))
+@pytest.mark.parametrize(
+    "key", ["mics_hierarchical_params_gather", "mics_hierarchical_grad_scatter", "mics_reduce_scatter"]
+)
+def test_wrong_modes_are_refused(key, value):
+    with pytest.raises(MicsConfigError, match=f"{key} must be"):
+        split_ds_config(zero(mics_shard_size=2, **{key: value}))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

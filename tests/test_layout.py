@@ -74,13 +74,14 @@ def test_layouts_that_cannot_gather_hierarchically_say_why(nodes, p, reason):
 
 
 def test_description_names_groups_and_placement():
-    text = layout(8, 4, 2).describe(hierarchical=True)
+    text = layout(8, 4, 2).describe(True, False, "all_to_all")
     assert "8 data-parallel ranks on 4 nodes = 2 replicas x 4 shards" in text
     assert "[0-3] [4-7]" in text
     assert "[0,4] [1,5] [2,6] [3,7]" in text
     assert "node 1: 2,3" in text
-    assert "hierarchical" in text
+    assert "parameter gather   hierarchical" in text
+    assert "gradient scatter   flat (as configured), by all_to_all" in text
 
 
 def test_description_of_a_large_job_stays_short():
-    assert len(layout(4096, 8, 8).describe(hierarchical=False)) < 1000
+    assert len(layout(4096, 8, 8).describe(False, False, "native")) < 1000

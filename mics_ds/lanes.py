@@ -1,0 +1,112 @@
+"""A lane: work that goes on beside the backward pass, in the order in which it was handed over.
+
+On an accelerator nothing is needed for that: collectives and kernels go to streams, and the host
+hurries on. On a CPU a collective of several stages needs somebody to start the second stage when the
+first has arrived, so a lane there is one thread. One thread, and a first-in-first-out queue, because
+all ranks have to issue the collectives of a group in the same order; for the same reason a lane needs
+process groups of its own (:mod:`mics_ds.groups`).
+
+Work is written as plain blocking code in either case.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+import torch
+
+from . import meter
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """The result of work that may still be going on."""
+
+    def __init__(self) -> None:
+        self._finished = threading.Event()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def run(self, job: Callable[[], T]) -> None:
+        try:
+            self._result = job()
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+        finally:
+            self._finished.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._finished.set()
+
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self) -> T:
+        """Block until the work is done and return its result, or raise what it raised."""
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+
+class Lane:
+    """Runs jobs one after another: on a thread for CPU tensors, at once for a device with streams.
+
+    Args:
+        name: shown as the thread's name in traces and stack dumps.
+        limit: jobs under way at most. Each holds its buffers, so this bounds memory; ``submit`` waits.
+    """
+
+    def __init__(self, name: str, *, limit: int = 4) -> None:
+        self.name = name
+        self._limit = limit
+        self._queue: SimpleQueue[tuple[Pending, Callable]] = SimpleQueue()
+        self._pending: deque[Pending] = deque()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], T], device: torch.device, *, beside: bool = True) -> Pending[T]:
+        """Hand over a job on tensors of ``device``.
+
+        Args:
+            beside: whether it may run beside the caller. Without it, or where the device has streams
+                for that, the job has been run when this returns.
+        """
+        pending: Pending[T] = Pending()
+        if not beside or device.type != "cpu":
+            self.drain()
+            pending.run(job)
+            pending.wait()  # raise here and now
+            return pending
+        if self._thread is None:
+            # A daemon: after a failure elsewhere the process must be able to end while a collective
+            # still waits for a rank that is gone.
+            self._thread = threading.Thread(target=self._work, name=f"mics {self.name}", daemon=True)
+            self._thread.start()
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
+            self._pending.popleft().wait()
+        self._pending.append(pending)
+        self._queue.put((pending, meter.carried(job)))
+        return pending
+
+    def drain(self) -> None:
+        """Wait for all jobs handed over so far. Raises what the first failing one raised."""
+        while self._pending:
+            self._pending.popleft().wait()
+
+    def _work(self) -> None:
+        torch.set_grad_enabled(False)
+        error: BaseException | None = None
+        while True:
+            pending, job = self._queue.get()
+            if error is not None:
+                # Going on after a failure would issue collectives that no other rank expects next.
+                pending.fail(error)
+                continue
+            pending.run(job)
+            error = pending._error

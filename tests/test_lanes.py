@@ -1,0 +1,75 @@
+"""Lanes: order, results, errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from mics_ds.lanes import Lane
+
+CPU = torch.device("cpu")
+
+
+def test_jobs_run_in_order_beside_the_caller():
+    lane, seen, gate = Lane("test"), [], threading.Event()
+
+    def job(index: int) -> int:
+        gate.wait()
+        seen.append((index, threading.current_thread().name))
+        return index * index
+
+    pending = [lane.submit(lambda index=index: job(index), CPU) for index in range(3)]
+    assert seen == []
+    assert not pending[0].done()
+    gate.set()
+    assert [item.wait() for item in pending] == [0, 1, 4]
+    assert seen == [(index, "mics test") for index in range(3)]
+
+
+def test_without_beside_the_job_runs_at_once_and_after_those_before_it():
+    lane, seen = Lane("test"), []
+    lane.submit(lambda: (time.sleep(0.05), seen.append("first")), CPU)
+    assert lane.submit(lambda: seen.append("second"), CPU, beside=False).done()
+    assert seen == ["first", "second"]
+
+
+def test_a_device_with_streams_needs_no_thread():
+    lane = Lane("test")
+    assert lane.submit(threading.current_thread, torch.device("meta")).wait() is threading.main_thread()
+
+
+def test_a_failure_reaches_the_caller_and_stops_the_lane():
+    lane, ran = Lane("test"), []
+
+    def fail() -> None:
+        raise ValueError("on the lane")
+
+    lane.submit(fail, CPU)
+    later = lane.submit(lambda: ran.append(1), CPU)
+    with pytest.raises(ValueError, match="on the lane"):
+        lane.drain()
+    with pytest.raises(ValueError, match="on the lane"):
+        later.wait()
+    assert ran == []
+
+
+def test_no_more_jobs_under_way_than_the_limit():
+    lane, running, most = Lane("test", limit=2), [0], [0]
+
+    def job() -> None:
+        time.sleep(0.01)
+        running[0] -= 1
+
+    for _ in range(6):
+        running[0] += 1
+        lane.submit(job, CPU)
+        most[0] = max(most[0], running[0])
+    lane.drain()
+    assert most[0] <= 3  # two under way, and the one that submit had to wait for
+
+
+def test_the_lane_keeps_no_autograd_graph():
+    assert Lane("test").submit(torch.is_grad_enabled, CPU).wait() is False
