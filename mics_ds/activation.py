@@ -136,7 +136,7 @@ def install() -> None:
     """Patch the imported DeepSpeed. Idempotent. Nothing behaves differently without a ``mics_`` key."""
     import deepspeed.runtime.zero as zero
 
-    from . import agreement, compat
+    from . import agreement, collectives, compat, report
     from .errors import MicsError
     from .optimizer import MicsOptimizer
     from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
@@ -184,6 +184,9 @@ def install() -> None:
     compat.replace_new(
         compat.GatheredParameters, lambda cls, _: MicsGatheredParameters if MicsPartitioner.constructed else cls
     )
+    if compat.log_stage not in collectives.observers:
+        collectives.observers.append(compat.log_stage)
+    report.record_engine(compat.DeepSpeedEngine)
     compat.write_checkpoints_once(lambda optimizer: getattr(optimizer, "mics_groups", None))
     zero.MiCS_Init = MiCS_Init
 

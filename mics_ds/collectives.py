@@ -14,11 +14,12 @@ stages, buffers are cut into pieces so that the stages of different pieces run b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from .groups import NodeGroups, RankGroup
 from .meter import labelled
 
 ReduceScatterMethod = Literal["native", "all_to_all"]
+_OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
 # Stages, as traces, meters and errors name them.
 HOP1 = "gradient reduce-scatter (hop 1)"
@@ -41,6 +43,34 @@ GATHER_INTRA = "intra-node all-gather"
 # the slow link; pieces below a quarter of a megabyte are dominated by that.
 PIECES = 4
 LEAST_PIECE_BYTES = 1 << 18
+
+
+class StageTime(NamedTuple):
+    """One finished stage, for whoever keeps logs of communication."""
+
+    label: str
+    operator: str
+    """torch's name of the collective."""
+    payload: int
+    """Bytes, as in :class:`mics_ds.meter.Collective`."""
+    seconds: float
+    """From issue to arrival. Work on the host; on a device with streams, only until it was enqueued."""
+
+
+observers: list[Callable[[StageTime], None]] = []
+"""Called when a stage is finished, on the thread it ran on."""
+
+
+class _Watch:
+    """Times one stage, from its first collective to its last wait."""
+
+    def __init__(self, label: str, operator: str, payload: int) -> None:
+        self._stage = (label, operator, payload)
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        for observer in observers:
+            observer(StageTime(*self._stage, time.perf_counter() - self._start))
 
 
 @contextmanager
@@ -79,6 +109,7 @@ class ReplicaAverage:
         self._replication = replication
         with _named(HOP2, replication):
             tensor.div_(replication.size)
+            self._watch = _Watch(HOP2, "all_reduce", tensor.nbytes)
             self._work = dist.all_reduce(tensor, group=replication.group, async_op=True)
 
     def wait(self) -> None:
@@ -89,6 +120,7 @@ class ReplicaAverage:
         """
         with _named(HOP2, self._replication):
             self._work.wait()
+        self._watch.stop()
 
 
 def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None:
@@ -149,6 +181,8 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
     starts = _cut(shard.numel(), pieces or _pieces_worth(shard.numel() * shard.element_size() * slots))
     buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
     own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
+    outer = _Watch(GATHER_INTER, "all_gather_into_tensor", shard.nbytes * inter.size)
+    inner = _Watch(GATHER_INTRA, "all_gather_into_tensor", shard.nbytes * slots)
     with _named(GATHER_INTER, inter):
         firsts = [
             dist.all_gather_into_tensor(buffer[own].view(-1), shard[first:last], group=inter.group, async_op=True)
@@ -162,9 +196,11 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
             seconds.append(
                 dist.all_gather_into_tensor(buffer.view(-1), buffer[own].view(-1), group=intra.group, async_op=True)
             )
+    outer.stop()
     with _named(GATHER_INTRA, intra):
         for work in seconds:
             work.wait()
+    inner.stop()
     return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
 
 
@@ -236,17 +272,20 @@ def reduce_scatter_mean(blocks: torch.Tensor, group: RankGroup, method: ReduceSc
     Returns:
         (width,), in the dtype of ``blocks``.
     """
+    if group.size == 1:
+        return blocks[0]
+    watch = _Watch(HOP1, _OPERATOR[method], blocks.nbytes)
     with _named(HOP1, group):
-        if group.size == 1:
-            return blocks[0]
         if method == "native":
             blocks.div_(group.size)
             reduced = torch.empty_like(blocks[0])
             dist.reduce_scatter_tensor(reduced, blocks.view(-1), group=group.group)
-            return reduced
-        received = torch.empty_like(blocks)
-        dist.all_to_all_single(received, blocks, group=group.group)
-        return _mean_of_rows(received)
+        else:
+            received = torch.empty_like(blocks)
+            dist.all_to_all_single(received, blocks, group=group.group)
+            reduced = _mean_of_rows(received)
+    watch.stop()
+    return reduced
 
 
 def _mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -293,6 +332,7 @@ def _start_outer_stage(
     blocks: torch.Tensor, inter: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
 ) -> Callable[[], None]:
     """Start reducing one piece between nodes; the returned function waits for it and fills ``output``."""
+    watch = _Watch(HOP1_INTER, _OPERATOR[method], blocks.nbytes)
     with _named(HOP1_INTER, inter):
         if method == "native":
             blocks.div_(inter.size)
@@ -305,6 +345,7 @@ def _start_outer_stage(
     def complete() -> None:
         with _named(HOP1_INTER, inter):
             work.wait()
+        watch.stop()
         if received is not None:
             output.copy_(_mean_of_rows(received))
 

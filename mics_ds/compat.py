@@ -594,6 +594,17 @@ def write_checkpoints_once(groups_of: Callable[[Any], Any]) -> None:
     DeepSpeedEngine.is_first_weights_partition_group = is_first_weights_partition_group
 
 
+def log_stage(stage: Any) -> None:
+    """Enter a stage of :mod:`mics_ds.collectives` into DeepSpeed's ``comms_logger``, if that is switched on.
+
+    Hop 1, hop 2 and the two stages of hierarchical collectives get entries of their own. As for any
+    subgroup, the logger computes its bandwidths as if the whole world had taken part.
+    """
+    log = dist.comm.comms_logger
+    if log.enabled and (log.prof_all or stage.operator in log.prof_ops):
+        log.append(stage.operator, f"mics {stage.label}", 1e3 * stage.seconds, stage.payload)
+
+
 def ensure_distributed() -> None:
     """Bring the process group up as ``zero.Init`` would do a moment later."""
     if not dist.is_initialized():

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import OddNet, batch, build, ds_config, train
+from helpers import OddNet, batch, build, ds_config, environment, train
 from torch import nn
 
-from mics_ds.collectives import HOP2
+from mics_ds.collectives import GATHER_INTER, GATHER_INTRA, HOP1, HOP1_INTER, HOP2
 from mics_ds.meter import CommMeter
 
-HOP1 = ("reduce_scatter", "all_to_all")
+HOP1_KINDS = ("reduce_scatter", "all_to_all")
 SCALAR = 64  # bytes; collectives up to this size agree on norms and flags
 
 
@@ -37,7 +37,7 @@ def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_ste
     groups = engine.optimizer.mics_groups
     for index in range(micro_steps):
         meter = micro_step(engine, index)
-        large = [item for item in meter.collectives if item.payload > SCALAR or item.kind in HOP1]
+        large = [item for item in meter.collectives if item.payload > SCALAR or item.kind in HOP1_KINDS]
         boundary = index == micro_steps - 1
         hop2 = meter.select("all_reduce", label=HOP2)
         assert hop2 == [] or groups.replication is not None
@@ -54,8 +54,8 @@ def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_ste
         for item in large:
             if item not in hop2:
                 assert item.ranks == groups.partition.ranks
-                assert item.kind in ("all_gather", *HOP1)
-        assert p == 1 or any(item.kind in HOP1 for item in large)
+                assert item.kind in ("all_gather", *HOP1_KINDS)
+        assert p == 1 or any(item.kind in HOP1_KINDS for item in large)
 
 
 @pytest.mark.ranks(4)
@@ -75,7 +75,7 @@ def test_bytes_per_step_follow_the_formula(p):
     m = 4 * layers * width * width
     share, r = (p - 1) / p, 4 // p
     assert meter.bytes_sent("all_gather") == 2 * s * share * m
-    assert sum(meter.bytes_sent(kind) for kind in HOP1) == s * share * m
+    assert sum(meter.bytes_sent(kind) for kind in HOP1_KINDS) == s * share * m
     assert sum(item.bytes_sent for item in meter.select("all_reduce", label=HOP2)) == 2 * (r - 1) / r * m / p
 
 
@@ -153,3 +153,28 @@ def test_the_engine_is_asked_for_the_boundary(p, way):
         engine.backward(engine(torch.full((1, 3), 3.0 * (rank + 1)), True))
     engine.step()
     assert torch.equal(gathered(engine)["left.weight"], before - 2.5 * micro_steps)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("ranks_per_node", [4, 2])
+def test_the_comms_logger_shows_each_stage_by_itself(ranks_per_node):
+    import deepspeed
+
+    p = 4 if ranks_per_node == 2 else 2
+    logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}
+    log = deepspeed.comm.comm.comms_logger
+    log.comms_dict.clear()
+    try:
+        with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
+            engine = build(ds_config(p, **logged))
+        train(engine, 3)
+        summary = deepspeed.comm.log_summary(return_dict=True)
+    finally:
+        log.enabled = False
+        log.comms_dict.clear()
+    names = set(summary.get("summary", summary))
+    assert f"mics {HOP1}" in names
+    if ranks_per_node == 2:
+        assert {f"mics {label}" for label in (GATHER_INTER, GATHER_INTRA, HOP1_INTER)} <= names
+    else:
+        assert f"mics {HOP2}" in names
