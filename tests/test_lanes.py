@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -73,3 +75,19 @@ def test_no_more_jobs_under_way_than_the_limit():
 
 def test_the_lane_keeps_no_autograd_graph():
     assert Lane("test").submit(torch.is_grad_enabled, CPU).wait() is False
+
+
+def test_nothing_large_is_kept_after_a_job():
+    lane = Lane("test")
+    buffer = torch.zeros(10)
+    dies = weakref.ref(buffer)
+    pending = lane.submit(lambda buffer=buffer: buffer * 2, CPU)
+    del buffer
+    result = pending.wait()
+    also_dies = weakref.ref(result)
+    del result
+    lane.submit(lambda: None, CPU).check()
+    gc.collect()
+    assert dies() is None
+    assert also_dies() is None
+    assert pending.done()
