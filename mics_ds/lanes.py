@@ -47,12 +47,21 @@ class Pending(Generic[T]):
     def done(self) -> bool:
         return self._finished.is_set()
 
-    def wait(self) -> T:
-        """Block until the work is done and return its result, or raise what it raised."""
+    def check(self) -> None:
+        """Block until the work is done. Raises what it raised."""
         self._finished.wait()
         if self._error is not None:
             raise self._error
-        return self._result  # type: ignore[return-value]
+
+    def wait(self) -> T:
+        """Block until the work is done, and hand its result over: to the first caller, ``None`` to later ones.
+
+        Raises what the work raised. The result is not kept, because it may be large, and the lane
+        remembers its jobs for a while.
+        """
+        self.check()
+        result, self._result = self._result, None
+        return result  # type: ignore[return-value]
 
 
 class Lane:
@@ -81,7 +90,7 @@ class Lane:
         if not beside or device.type != "cpu":
             self.drain()
             pending.run(job)
-            pending.wait()  # raise here and now
+            pending.check()  # raise here and now
             return pending
         if self._thread is None:
             # A daemon: after a failure elsewhere the process must be able to end while a collective
@@ -89,7 +98,7 @@ class Lane:
             self._thread = threading.Thread(target=self._work, name=f"mics {self.name}", daemon=True)
             self._thread.start()
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
-            self._pending.popleft().wait()
+            self._pending.popleft().check()
         self._pending.append(pending)
         self._queue.put((pending, meter.carried(job)))
         return pending
@@ -97,7 +106,7 @@ class Lane:
     def drain(self) -> None:
         """Wait for all jobs handed over so far. Raises what the first failing one raised."""
         while self._pending:
-            self._pending.popleft().wait()
+            self._pending.popleft().check()
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
@@ -110,3 +119,4 @@ class Lane:
                 continue
             pending.run(job)
             error = pending._error
+            del pending, job  # and with it the buffers it worked on, while this thread sleeps

@@ -51,6 +51,9 @@ class MicsPartitioner(compat.PartitionerSeam):
         MicsPartitioner.constructed = True
         if self.mics_groups.replication is not None:
             group = self.mics_groups.partition.group
+        # hpZ is refused in our configuration, so a group for it is left from an earlier engine of this
+        # process: DeepSpeed keeps it in a global and hands it to every engine that follows.
+        kwargs["zero_param_parallel_group"] = None
         # For p = n the caller's own argument goes on, so that this is ZeRO-3 to the letter.
         super().__init__(module, group, *args, **kwargs)
 
