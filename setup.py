@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging"],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6"],
+        "test": ["pytest>=8", "ruff>=0.17,<0.18"],
         "plot": ["matplotlib>=3.8"],
         "run": [],
     },
