@@ -178,7 +178,7 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
         pieces: how many to cut the shard into; by default as many as are worth it.
     """
     inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
-    starts = _cut(shard.numel(), pieces or _pieces_worth(shard.numel() * shard.element_size() * slots))
+    starts = _cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots))
     buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
     own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
     outer = _Watch(GATHER_INTER, "all_gather_into_tensor", shard.nbytes * inter.size)
@@ -204,7 +204,8 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
     return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
 
 
-def _pieces_worth(payload_bytes: int) -> int:
+def pieces_worth(payload_bytes: int) -> int:
+    """How many pieces to cut a buffer of this size into."""
     return max(1, min(PIECES, payload_bytes // LEAST_PIECE_BYTES))
 
 
@@ -237,18 +238,22 @@ class ScatterPlan:
         """Length of one chunk of each gradient, padding included."""
         return [-(-numel // len(self.order)) for numel in self.numels]
 
-    def pack(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Copy the gradients into a new buffer, (p, sum of widths); padding is zero."""
-        p, widths = len(self.order), self.widths
-        buffer = gradients[0].new_empty(p, sum(widths))
-        for gradient, width, offset in zip(gradients, widths, accumulate([0, *widths])):
-            flat = gradient.reshape(-1)
-            target = buffer[:, offset : offset + width]
-            for block, rank in enumerate(self.order):
-                chunk = flat[rank * width : (rank + 1) * width]
-                target[block, : chunk.numel()].copy_(chunk)
-                target[block, chunk.numel() :].zero_()
-        return buffer
+    def pack(self, gradients: Sequence[torch.Tensor], pieces: int = 1) -> list[torch.Tensor]:
+        """Copy the gradients into new buffers, together (p, sum of widths), cut by columns; padding is zero."""
+        widths = self.widths
+        starts = _cut(sum(widths), pieces)
+        buffers = [gradients[0].new_empty(len(self.order), last - first) for first, last in pairwise(starts)]
+        for buffer, (first, last) in zip(buffers, pairwise(starts)):
+            for gradient, width, offset in zip(gradients, widths, accumulate([0, *widths])):
+                low, high = max(first, offset), min(last, offset + width)
+                if low >= high:
+                    continue
+                flat, target = gradient.reshape(-1), buffer[:, low - first : high - first]
+                for block, rank in enumerate(self.order):
+                    chunk = flat[rank * width + low - offset : rank * width + high - offset]
+                    target[block, : chunk.numel()].copy_(chunk)
+                    target[block, chunk.numel() :].zero_()
+        return buffers
 
     def unpack(self, shard: torch.Tensor, rank: int) -> list[torch.Tensor]:
         """Views of a reduced block: this rank's chunk of each gradient, without padding, possibly empty."""
@@ -259,32 +264,23 @@ class ScatterPlan:
         ]
 
 
-def reduce_scatter_mean(blocks: torch.Tensor, group: RankGroup, method: ReduceScatterMethod) -> torch.Tensor:
+def reduce_scatter_mean(pieces: list[torch.Tensor], group: RankGroup, method: ReduceScatterMethod) -> torch.Tensor:
     """Hop 1: the mean over the group of the block that is for this rank.
 
-    ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and gives its
-    bits. ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves twice that
-    (measured in NIC bytes), and adds up in rank order; 16-bit values are added up in fp32.
+    ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and for one
+    piece gives its bits. ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves
+    twice that (measured in NIC bytes), and adds up in rank order; 16-bit values are added up in fp32.
 
     Args:
-        blocks: (g, width), block i for rank i of the group. Overwritten.
+        pieces: (g, width) each, row i for rank i of the group. Emptied, so that each is freed when done.
 
     Returns:
-        (width,), in the dtype of ``blocks``.
+        (sum of widths,), in the dtype of the pieces.
     """
-    if group.size == 1:
-        return blocks[0]
-    watch = _Watch(HOP1, _OPERATOR[method], blocks.nbytes)
-    with _named(HOP1, group):
-        if method == "native":
-            blocks.div_(group.size)
-            reduced = torch.empty_like(blocks[0])
-            dist.reduce_scatter_tensor(reduced, blocks.view(-1), group=group.group)
-        else:
-            received = torch.empty_like(blocks)
-            dist.all_to_all_single(received, blocks, group=group.group)
-            reduced = _mean_of_rows(received)
-    watch.stop()
+    reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
+    with _Following() as following:
+        for piece, output in _consume(pieces, reduced):
+            following.then(_start_reducing(HOP1, piece, group, method, output))
     return reduced
 
 
@@ -298,7 +294,7 @@ def _mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_scatter_mean_hierarchical(
-    blocks: torch.Tensor, groups: NodeGroups, method: ReduceScatterMethod, pieces: int | None = None
+    pieces: list[torch.Tensor], groups: NodeGroups, method: ReduceScatterMethod
 ) -> torch.Tensor:
     """Hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
 
@@ -308,42 +304,71 @@ def reduce_scatter_mean_hierarchical(
     that 16-bit sums do not overflow in between.
 
     Args:
-        blocks: (p, width) in *slot* order, see :class:`mics_ds.layout.NodeGrid`.
+        pieces: (p, width) each, rows in *slot* order, see :class:`mics_ds.layout.NodeGrid`. Emptied.
 
     Returns:
-        (width,), in the dtype of ``blocks``.
+        (sum of widths,), in the dtype of the pieces.
     """
     inter, intra = groups.inter, groups.intra
-    _, width = blocks.shape
-    starts = _cut(width, pieces or _pieces_worth(blocks.numel() * blocks.element_size()))
-    reduced = blocks.new_empty(width)
-    finish: list[Callable[[], Any]] = []
-    for first, last in pairwise(starts):
-        # (k, N · piece): row l is for local place l, and holds the pieces for its N ranks
-        piece = blocks[:, first:last].reshape(intra.size, -1)
-        inner = reduce_scatter_mean(piece, intra, method).view(inter.size, last - first)
-        finish.append(_start_outer_stage(inner, inter, method, reduced[first:last]))
-    for complete in finish:
-        complete()
+    reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
+    with _Following() as following:
+        for piece, output in _consume(pieces, reduced):
+            # (k, N · width): row l is for local place l, and holds the blocks for its N ranks
+            rows = piece.view(intra.size, -1)
+            inner = piece.new_empty(rows.shape[1])
+            _start_reducing(HOP1, rows, intra, method, inner)()
+            del piece, rows
+            following.then(_start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output))
     return reduced
 
 
-def _start_outer_stage(
-    blocks: torch.Tensor, inter: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
+def _consume(pieces: list[torch.Tensor], reduced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Take pieces off the list one by one, each with the part of ``reduced`` that it is reduced into."""
+    end = 0
+    while pieces:
+        piece = pieces.pop(0)
+        start, end = end, end + piece.shape[1]
+        yield piece, reduced[start:end]
+        del piece
+
+
+class _Following:
+    """Completes what was started one step behind, so that two are under way and no more are held in memory."""
+
+    def __init__(self) -> None:
+        self._complete: Callable[[], None] | None = None
+
+    def then(self, complete: Callable[[], None]) -> None:
+        previous, self._complete = self._complete, complete
+        if previous is not None:
+            previous()
+
+    def __enter__(self) -> _Following:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None and self._complete is not None:
+            self._complete()
+
+
+def _start_reducing(
+    label: str, blocks: torch.Tensor, group: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
 ) -> Callable[[], None]:
-    """Start reducing one piece between nodes; the returned function waits for it and fills ``output``."""
-    watch = _Watch(HOP1_INTER, _OPERATOR[method], blocks.nbytes)
-    with _named(HOP1_INTER, inter):
+    """Start reducing (g, width) blocks; the returned function waits for it and fills ``output``, (width,)."""
+    if group.size == 1:
+        return lambda: output.copy_(blocks[0])
+    watch = _Watch(label, _OPERATOR[method], blocks.nbytes)
+    with _named(label, group):
         if method == "native":
-            blocks.div_(inter.size)
-            work = dist.reduce_scatter_tensor(output, blocks.view(-1), group=inter.group, async_op=True)
+            blocks.div_(group.size)
+            work = dist.reduce_scatter_tensor(output, blocks.view(-1), group=group.group, async_op=True)
             received = None
         else:
             received = torch.empty_like(blocks)
-            work = dist.all_to_all_single(received, blocks, group=inter.group, async_op=True)
+            work = dist.all_to_all_single(received, blocks, group=group.group, async_op=True)
 
     def complete() -> None:
-        with _named(HOP1_INTER, inter):
+        with _named(label, group):
             work.wait()
         watch.stop()
         if received is not None:

@@ -72,7 +72,7 @@ class Lane:
         limit: jobs under way at most. Each holds its buffers, so this bounds memory; ``submit`` waits.
     """
 
-    def __init__(self, name: str, *, limit: int = 4) -> None:
+    def __init__(self, name: str, *, limit: int = 2) -> None:
         self.name = name
         self._limit = limit
         self._queue: SimpleQueue[tuple[Pending, Callable]] = SimpleQueue()

@@ -121,15 +121,18 @@ class MicsOptimizer(compat.OptimizerSeam):
         hierarchy = groups.scatter_hierarchy
         order = tuple(range(groups.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
         plan = collectives.ScatterPlan(tuple(gradient.numel() for gradient in gradients), order)
-        blocks = plan.pack(gradients)
+        # the backend's own reduce-scatter gives DeepSpeed's bits only for the bucket as a whole
+        whole = self._method == "native" and hierarchy is None
+        pieces = plan.pack(gradients, 1 if whole else collectives.pieces_worth(sum(item.nbytes for item in gradients)))
+        device = gradients[0].device
         # Offloaded gradients go on to host buffers at the boundary, all at once: no early hop 2 for them.
         start_hop2 = self._overlap and not self.offload_optimizer and self.is_gradient_accumulation_boundary()
 
         def job() -> None:
             if hierarchy is None:
-                shard = collectives.reduce_scatter_mean(blocks, groups.scatter, self._method)
+                shard = collectives.reduce_scatter_mean(pieces, groups.scatter, self._method)
             else:
-                shard = collectives.reduce_scatter_mean_hierarchical(blocks, hierarchy, self._method)
+                shard = collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, self._method)
             self._reduced_again.update(self._reduced & set(ids))
             self._reduced.update(ids)
             self._stop_averaging(ids)
@@ -137,7 +140,7 @@ class MicsOptimizer(compat.OptimizerSeam):
             if start_hop2:
                 self._start_averaging(ds_id for ds_id in ids if ds_id not in self._reduced_again)
 
-        groups.scatter_lane.submit(job, blocks.device, beside=self._overlap)
+        groups.scatter_lane.submit(job, device, beside=self._overlap)
 
     def finish_hop1(self) -> None:
         self.mics_groups.scatter_lane.drain()

@@ -121,7 +121,7 @@ def integer_gradients(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("p", "ranks_per_node", "pieces"), [(1, 4, None), (2, 4, None), (4, 4, None), (4, 2, 1), (4, 2, 3)]
+    ("p", "ranks_per_node", "pieces"), [(1, 4, 1), (1, 4, 3), (2, 4, 1), (4, 4, 3), (4, 2, 1), (4, 2, 3)]
 )
 def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p, ranks_per_node, pieces):
     made, rank = groups(p, ranks_per_node), dist.get_rank()
@@ -130,11 +130,13 @@ def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p,
     gradients = integer_gradients(rank, dtype)
     order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
     plan = collectives.ScatterPlan(tuple(item.numel() for item in gradients), order)
-    blocks = plan.pack(gradients)
+    packed = plan.pack(gradients, pieces)
+    assert torch.equal(torch.cat(packed, 1), plan.pack(gradients)[0])
     if hierarchy is None:
-        shard = collectives.reduce_scatter_mean(blocks, made.scatter, method)
+        shard = collectives.reduce_scatter_mean(packed, made.scatter, method)
     else:
-        shard = collectives.reduce_scatter_mean_hierarchical(blocks, hierarchy, method, pieces)
+        shard = collectives.reduce_scatter_mean_hierarchical(packed, hierarchy, method)
+    assert packed == []
     assert shard.dtype == dtype
     everybodys = [integer_gradients(member, dtype) for member in made.partition.ranks]
     for index, chunk in enumerate(plan.unpack(shard, made.partition.rank)):
@@ -151,9 +153,9 @@ def test_reduce_scatter_of_large_fp16_values_does_not_overflow(method):
         made = groups(4, ranks_per_node)
         blocks = torch.full((4, 10), 60000.0, dtype=torch.float16)
         if made.scatter_hierarchy is None:
-            shard = collectives.reduce_scatter_mean(blocks, made.scatter, method)
+            shard = collectives.reduce_scatter_mean([blocks], made.scatter, method)
         else:
-            shard = collectives.reduce_scatter_mean_hierarchical(blocks, made.scatter_hierarchy, method)
+            shard = collectives.reduce_scatter_mean_hierarchical([blocks], made.scatter_hierarchy, method)
         assert torch.equal(shard, torch.full((10,), 60000.0, dtype=torch.float16))
 
 
@@ -162,7 +164,7 @@ def test_sixteen_bit_values_are_added_up_in_fp32():
     """1 + 2^-8 + 2^-8 + 2^-8: in bf16 each addition would round back to 1."""
     made, rank = groups(4), dist.get_rank()
     blocks = torch.full((4, 2), 1.0 if rank == 0 else 2.0**-8, dtype=torch.bfloat16)
-    shard = collectives.reduce_scatter_mean(blocks, made.scatter, "all_to_all")
+    shard = collectives.reduce_scatter_mean([blocks], made.scatter, "all_to_all")
     assert torch.equal(shard, torch.full((2,), (1 + 3 * 2.0**-8) / 4).to(torch.bfloat16))
     assert shard[0] != 0.25
 
@@ -172,7 +174,7 @@ def test_hierarchical_reduce_scatter_sends_less_between_nodes():
     made = groups(4, ranks_per_node=2)
     blocks = torch.zeros(4, 1000)
     with CommMeter() as meter:
-        collectives.reduce_scatter_mean_hierarchical(blocks, made.scatter_hierarchy, "all_to_all", pieces=2)
+        collectives.reduce_scatter_mean_hierarchical([blocks], made.scatter_hierarchy, "all_to_all")
     full = blocks.numel() * blocks.element_size()
     assert meter.bytes_sent("all_to_all", made.scatter_hierarchy.inter.ranks) == full / 4
     assert meter.bytes_sent("all_to_all", made.scatter_hierarchy.intra.ranks) == full / 2

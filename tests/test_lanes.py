@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_jobs_run_in_order_beside_the_caller():
-    lane, seen, gate = Lane("test"), [], threading.Event()
+    lane, seen, gate = Lane("test", limit=3), [], threading.Event()
 
     def job(index: int) -> int:
         gate.wait()

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The tests that take too long for every run. Sets everything up like run_tests.sh.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
+exec python -m pytest -m slow "$@"
