@@ -39,10 +39,12 @@ HOP2 = "gradient all-reduce (hop 2)"
 GATHER_INTER = "inter-node all-gather"
 GATHER_INTRA = "intra-node all-gather"
 
-# Pieces of a two-stage collective. More hide more of the shorter stage, but each costs a round trip on
-# the slow link; pieces below a quarter of a megabyte are dominated by that.
+# Pieces of a collective. In two stages, more pieces hide more of the shorter stage, but each costs a round
+# trip on the slow link, which dominates below a quarter of a megabyte. In one stage they only save memory,
+# as the buffer that an all-to-all receives into is as large as a piece: not worth it for small buckets.
 PIECES = 4
-LEAST_PIECE_BYTES = 1 << 18
+LEAST_STAGED_PIECE_BYTES = 1 << 18
+LEAST_FLAT_PIECE_BYTES = 1 << 22
 
 
 class StageTime(NamedTuple):
@@ -178,7 +180,7 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
         pieces: how many to cut the shard into; by default as many as are worth it.
     """
     inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
-    starts = _cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots))
+    starts = _cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots, staged=True))
     buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
     own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
     outer = _Watch(GATHER_INTER, "all_gather_into_tensor", shard.nbytes * inter.size)
@@ -204,9 +206,9 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
     return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
 
 
-def pieces_worth(payload_bytes: int) -> int:
-    """How many pieces to cut a buffer of this size into."""
-    return max(1, min(PIECES, payload_bytes // LEAST_PIECE_BYTES))
+def pieces_worth(payload_bytes: int, *, staged: bool) -> int:
+    """How many pieces to cut a buffer of this size into, for a collective in two stages or in one."""
+    return max(1, min(PIECES, payload_bytes // (LEAST_STAGED_PIECE_BYTES if staged else LEAST_FLAT_PIECE_BYTES)))
 
 
 def _cut(numel: int, pieces: int) -> list[int]:

@@ -123,7 +123,9 @@ class MicsOptimizer(compat.OptimizerSeam):
         plan = collectives.ScatterPlan(tuple(gradient.numel() for gradient in gradients), order)
         # the backend's own reduce-scatter gives DeepSpeed's bits only for the bucket as a whole
         whole = self._method == "native" and hierarchy is None
-        pieces = plan.pack(gradients, 1 if whole else collectives.pieces_worth(sum(item.nbytes for item in gradients)))
+        payload = sum(gradient.nbytes for gradient in gradients)
+        count = 1 if whole else collectives.pieces_worth(payload, staged=hierarchy is not None)
+        pieces = plan.pack(gradients, count)
         device = gradients[0].device
         # Offloaded gradients go on to host buffers at the boundary, all at once: no early hop 2 for them.
         start_hop2 = self._overlap and not self.offload_optimizer and self.is_gradient_accumulation_boundary()

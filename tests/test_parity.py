@@ -258,3 +258,18 @@ def test_partition_groups_are_cut_from_the_data_parallel_group(p):
     tolerance = 0 if p == 2 else 1e-6
     assert_losses_close(results[1][0], results[0][0], tolerance)
     assert_close(results[1][1], results[0][1], tolerance)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_an_odd_number_of_ranks(micro_steps):
+    """Three replicas: dividing by 3 rounds, so nothing is exact here but the replicas' equality."""
+    stock = build(ds_config(micro_steps=micro_steps, clip=0.5))
+    initial = full_params(stock)
+    expected_losses, expected = train(stock, 20), full_params(stock)
+    for p in (1, 3):
+        engine = build(ds_config(p, micro_steps=micro_steps, clip=0.5))
+        assert_losses_close(train(engine, 20), expected_losses, 1e-6)
+        params = full_params(engine)
+        assert_close(params, expected, 1e-6, initial)
+        same_on_all_ranks(params)
