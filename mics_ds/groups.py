@@ -129,6 +129,8 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
     }
     layout = layouts[mine[0]]
     why_flat = next((reason for reason in (item.why_not_hierarchical() for item in layouts.values()) if reason), None)
+    # "auto" is two stages wherever the placement allows them: with p = 4 on four nodes of two ranks at
+    # 100 Mbit/s a step took 3.35 s in two stages and 5.79 s flat (docs/results.md).
     gather_in_stages = config.hierarchical_params_gather is not False and why_flat is None
     scatter_in_stages = config.hierarchical_grad_scatter is not False and why_flat is None
     apart = "scatter" if dist.get_backend(full) == "gloo" else "gather"

@@ -69,20 +69,22 @@ class Lane:
 
     Args:
         name: shown as the thread's name in traces and stack dumps.
-        limit: jobs under way at most. Each holds its buffers, so this bounds memory; ``submit`` waits.
+        limit: bytes that jobs under way may hold together; one job is always allowed. ``submit`` waits.
     """
 
-    def __init__(self, name: str, *, limit: int = 2) -> None:
+    def __init__(self, name: str, *, limit: int = 16 << 20) -> None:
         self.name = name
         self._limit = limit
+        self._held: deque[int] = deque()
         self._queue: SimpleQueue[tuple[Pending, Callable]] = SimpleQueue()
         self._pending: deque[Pending] = deque()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Callable[[], T], device: torch.device, *, beside: bool = True) -> Pending[T]:
+    def submit(self, job: Callable[[], T], device: torch.device, *, nbytes: int = 0, beside: bool = True) -> Pending[T]:
         """Hand over a job on tensors of ``device``.
 
         Args:
+            nbytes: what the job holds until it is done.
             beside: whether it may run beside the caller. Without it, or where the device has streams
                 for that, the job has been run when this returns.
         """
@@ -97,15 +99,18 @@ class Lane:
             # still waits for a rank that is gone.
             self._thread = threading.Thread(target=self._work, name=f"mics {self.name}", daemon=True)
             self._thread.start()
-        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
+        while self._pending and (self._pending[0].done() or sum(self._held) + nbytes > self._limit):
+            self._held.popleft()
             self._pending.popleft().check()
         self._pending.append(pending)
+        self._held.append(nbytes)
         self._queue.put((pending, meter.carried(job)))
         return pending
 
     def drain(self) -> None:
         """Wait for all jobs handed over so far. Raises what the first failing one raised."""
         while self._pending:
+            self._held.popleft()
             self._pending.popleft().check()
 
     def _work(self) -> None:

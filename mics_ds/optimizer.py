@@ -142,7 +142,7 @@ class MicsOptimizer(compat.OptimizerSeam):
             if start_hop2:
                 self._start_averaging(ds_id for ds_id in ids if ds_id not in self._reduced_again)
 
-        groups.scatter_lane.submit(job, device, beside=self._overlap)
+        groups.scatter_lane.submit(job, device, nbytes=payload, beside=self._overlap)
 
     def finish_hop1(self) -> None:
         self.mics_groups.scatter_lane.drain()

@@ -71,7 +71,7 @@ class MicsPartitioner(compat.PartitionerSeam):
         if hierarchy is None:
             return None
         return self.mics_groups.gather_lane.submit(
-            lambda: collectives.all_gather_hierarchical(shard, hierarchy), shard.device
+            lambda: collectives.all_gather_hierarchical(shard, hierarchy), shard.device, nbytes=shard.nbytes
         )
 
     def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:

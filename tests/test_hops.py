@@ -178,3 +178,17 @@ def test_the_comms_logger_shows_each_stage_by_itself(ranks_per_node):
         assert {f"mics {label}" for label in (GATHER_INTER, GATHER_INTRA, HOP1_INTER)} <= names
     else:
         assert f"mics {HOP2}" in names
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("method", ["native", "all_to_all"])
+def test_with_one_replica_not_one_byte_more_than_zero3(method):
+    """p = n: the same collectives as stock, and not even an agreement on a norm on top."""
+    sent = []
+    for p in (None, 4):
+        zero = {"mics_reduce_scatter": method} if p else {}
+        engine = build(ds_config(p, micro_steps=2, clip=0.5, zero=zero))
+        train(engine, 2)
+        meters = [micro_step(engine, index) for index in range(2)]
+        sent.append([sum(item.bytes_sent for item in meter.collectives) for meter in meters])
+    assert sent[1] == sent[0]

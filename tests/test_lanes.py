@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_jobs_run_in_order_beside_the_caller():
-    lane, seen, gate = Lane("test", limit=3), [], threading.Event()
+    lane, seen, gate = Lane("test"), [], threading.Event()
 
     def job(index: int) -> int:
         gate.wait()
@@ -58,19 +58,21 @@ def test_a_failure_reaches_the_caller_and_stops_the_lane():
     assert ran == []
 
 
-def test_no_more_jobs_under_way_than_the_limit():
-    lane, running, most = Lane("test", limit=2), [0], [0]
+@pytest.mark.parametrize(("nbytes", "most_expected"), [(0, 6), (4, 3), (10, 2), (99, 2)])
+def test_jobs_under_way_hold_no_more_than_the_limit(nbytes, most_expected):
+    """One job, whatever it holds, and more as long as they fit together; plus the one that submit is about."""
+    lane, running, most, gate = Lane("test", limit=10), [0], [0], threading.Event()
 
     def job() -> None:
-        time.sleep(0.01)
+        gate.wait(0.02)
         running[0] -= 1
 
     for _ in range(6):
         running[0] += 1
-        lane.submit(job, CPU)
         most[0] = max(most[0], running[0])
+        lane.submit(job, CPU, nbytes=nbytes)
     lane.drain()
-    assert most[0] <= 3  # two under way, and the one that submit had to wait for
+    assert most[0] <= most_expected
 
 
 def test_the_lane_keeps_no_autograd_graph():
