@@ -57,6 +57,12 @@ def _settings(records: Iterable[Record]) -> dict[str, list[Record]]:
     return grouped
 
 
+def _short(system: str) -> str:
+    """A system's name for a legend: keys that are switched off in all their stages are plainly "flat"."""
+    flat = ":mics_hierarchical_params_gather=false:mics_hierarchical_grad_scatter=false"
+    return system.replace(flat, " flat")
+
+
 def _systems(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(record["system"] for record in records))
 
@@ -90,7 +96,11 @@ def _grouped_bars(axes: Axes, records: list[Record], value: str, scale: float = 
         drawn = [(x, heights[shape]) for x, shape in zip(middles[name], shapes) if heights.get(shape) is not None]
         if drawn:
             axes.bar(
-                [x for x, _ in drawn], [y * scale for _, y in drawn], width * 0.92, label=name, color=colours[name]
+                [x for x, _ in drawn],
+                [y * scale for _, y in drawn],
+                width * 0.92,
+                label=_short(name),
+                color=colours[name],
             )
     axes.set_xticks(range(len(shapes)), [f"{shape.replace('x', ' nodes × ')} ranks" for shape in shapes])
     axes.spines[["top", "right"]].set_visible(False)
@@ -134,7 +144,7 @@ def draw_weak_scaling(title: str, records: list[Record]) -> Figure | None:
     colours = _colours(_systems(records))
     for name, items in by_system.items():
         relative = [100 * item["samples_per_s_per_rank"] / items[0]["samples_per_s_per_rank"] for item in items]
-        axes.plot([item["nodes"] for item in items], relative, "o-", label=name, color=colours[name])
+        axes.plot([item["nodes"] for item in items], relative, "o-", label=_short(name), color=colours[name])
     nodes = sorted({item["nodes"] for items in by_system.values() for item in items})
     axes.set_xscale("log", base=2)
     axes.set_xticks(nodes, [str(count) for count in nodes])
