@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up, checks style and runs the tests. Further arguments go to pytest.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test,plot
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"
