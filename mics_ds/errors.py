@@ -24,3 +24,7 @@ class MicsAgreementError(MicsError, RuntimeError):
 
 class MicsCommError(MicsError, RuntimeError):
     """A MiCS collective failed, usually because another rank died."""
+
+
+class MicsCheckpointError(MicsError, RuntimeError):
+    """A checkpoint could not be written completely, or is not what it should be. Raised on every rank."""
