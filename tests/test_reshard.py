@@ -1,0 +1,136 @@
+"""Cutting shards anew, against gathering everything and cutting that. No ranks, no DeepSpeed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mics_ds.errors import MicsCheckpointError
+from mics_ds.reshard import (
+    BASE_STATE,
+    FP32_GROUPS,
+    FROZEN_SHARDS,
+    SHARD_COUNT,
+    ShardLayout,
+    owners_of,
+    regroup,
+    reshard_frozen,
+    reshard_optimizer,
+)
+
+# sizes that divide by nothing, some smaller than the number of shards, one empty
+SHAPES = {"a": (13, 7), "b": (1,), "c": (3,), "d": (0,), "e": (5, 5), "f": (16,)}
+VALUES = {name: torch.arange(1.0, 1 + torch.Size(shape).numel()) for name, shape in SHAPES.items()}
+OWNER = {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1, "f": 0}
+
+
+def cut(values, layout, group, shard):
+    """The flat buffer of one sub-group of one shard, by the book: pad, chunk, concatenate."""
+    chunks = [torch.zeros(0)]
+    for name in layout.groups[group]:
+        width = layout.width(values[name].numel())
+        padded = torch.cat([values[name], torch.zeros(width * layout.shards - values[name].numel())])
+        chunks.append(padded[shard * width : (shard + 1) * width])
+    return torch.cat(chunks)
+
+
+def states(layout, owners, shard, momentum=True):
+    fp32 = [cut(VALUES, layout, group, shard) for group in range(len(layout.groups))]
+    moments = {name: -value for name, value in VALUES.items()}
+    state = {
+        group: {"step": torch.tensor(7.0), "exp_avg": cut(moments, layout, group, shard)}
+        for group in range(len(layout.groups))
+        if momentum
+    }
+    groups = [
+        {"lr": 0.1 * (number + 1), "params": [index for index, owner in enumerate(owners) if owner == number]}
+        for number in sorted(set(owners))
+    ]
+    return {
+        SHARD_COUNT: layout.shards,
+        "overflow": False,
+        FP32_GROUPS: fp32,
+        BASE_STATE: {"state": state, "param_groups": groups},
+    }
+
+
+def grouped(shards, sub_group_size):
+    shapes = [{name: SHAPES[name] for name in SHAPES if OWNER[name] == owner} for owner in (0, 1)]
+    groups, owners = regroup(shapes, [0, 1], shards, sub_group_size)
+    return ShardLayout(shards, groups), owners
+
+
+@pytest.mark.parametrize("sizes", [(10**9, 10**9), (10, 10**9), (10**9, 4), (20, 7)])
+@pytest.mark.parametrize(("old_shards", "new_shards"), [*list(itertools.permutations((1, 2, 3, 4, 8), 2)), (4, 4)])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes, momentum):
+    old, old_owners = grouped(old_shards, sizes[0])
+    new, new_owners = grouped(new_shards, sizes[1])
+    loads = []
+
+    def load(shard):
+        loads.append(shard)
+        return states(old, old_owners, shard, momentum)
+
+    for shard in range(new_shards):
+        expected = states(new, new_owners, shard, momentum)
+        actual = reshard_optimizer(load, old, new, shard, new_owners)
+        assert all(map(torch.equal, actual[FP32_GROUPS], expected[FP32_GROUPS]))
+        assert actual[BASE_STATE]["param_groups"] == expected[BASE_STATE]["param_groups"]
+        assert actual[BASE_STATE]["state"].keys() == expected[BASE_STATE]["state"].keys()
+        for group, state in expected[BASE_STATE]["state"].items():
+            assert torch.equal(actual[BASE_STATE]["state"][group]["exp_avg"], state["exp_avg"])
+            assert actual[BASE_STATE]["state"][group]["step"] == 7
+        steps = {state["step"].data_ptr() for state in actual[BASE_STATE]["state"].values()}
+        assert len(steps) == len(actual[BASE_STATE]["state"]), "every sub-group counts its own steps"
+        assert actual[SHARD_COUNT] == new_shards
+        assert owners_of(actual, len(new.groups)) == new_owners
+    assert max(loads) < old_shards
+
+
+def test_frozen_parameters_are_cut_anew_too():
+    for old, new in itertools.product((1, 2, 3, 4), repeat=2):
+        before, after = ShardLayout(old, [SHAPES]), ShardLayout(new, [SHAPES])
+
+        def load(shard, before=before):
+            return {
+                FROZEN_SHARDS: {
+                    name: cut(VALUES, ShardLayout(before.shards, [{name: SHAPES[name]}]), 0, shard) for name in SHAPES
+                }
+            }
+
+        for shard in range(new):
+            actual = reshard_frozen(load, SHAPES, old, new, shard)
+            for name in SHAPES:
+                single = ShardLayout(after.shards, [{name: SHAPES[name]}])
+                assert torch.equal(actual[name], cut(VALUES, single, 0, shard)), (old, new, name)
+
+
+def test_state_that_is_not_elementwise_is_refused():
+    old, owners = grouped(2, 10**9)
+    new, new_owners = grouped(4, 10**9)
+
+    def load(shard):
+        item = states(old, owners, shard)
+        item[BASE_STATE]["state"][0]["exp_avg_sq_row"] = torch.zeros(3)
+        return item
+
+    with pytest.raises(MicsCheckpointError, match="exp_avg_sq_row"):
+        reshard_optimizer(load, old, new, 0, new_owners)
+
+
+def test_other_parameter_groups_are_refused():
+    old, owners = grouped(2, 10**9)
+    new = ShardLayout(4, [SHAPES])
+    with pytest.raises(MicsCheckpointError, match="2 optimizer parameter groups and this optimizer 1"):
+        reshard_optimizer(lambda shard: states(old, owners, shard), old, new, 0, [0])
+
+
+def test_differences_between_models_are_in_words():
+    mine, theirs = ShardLayout(2, [{"a": (2,), "b": (3,)}]), ShardLayout(2, [{"b": (4,), "c": (1,)}])
+    assert mine.differences(theirs) == ["a is missing", "c is unexpected", "b has shape (4,), not (3,)"]
+    assert not mine.same_as(theirs)
+    assert mine.same_as(mine)
+    assert not mine.same_as(ShardLayout(4, mine.groups))
