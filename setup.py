@@ -18,9 +18,18 @@ setup(
     license_files=["LICENSE"],
     packages=["mics_ds"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging"],
+    install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging", "tqdm"],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.17,<0.18"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.17,<0.18",
+            "hypothesis>=6.100",
+            # the frameworks whose own code the tests run
+            "transformers>=5.23,<5.24",
+            "accelerate>=1.15,<1.16",
+            "peft>=0.21,<0.22",
+            "lightning>=2.6,<2.7",
+        ],
         "plot": ["matplotlib>=3.8"],
         "run": [],
     },

@@ -136,7 +136,7 @@ def install() -> None:
     """Patch the imported DeepSpeed. Idempotent. Nothing behaves differently without a ``mics_`` key."""
     import deepspeed.runtime.zero as zero
 
-    from . import agreement, collectives, compat, report
+    from . import agreement, checkpointing, collectives, compat, report
     from .errors import MicsError
     from .optimizer import MicsOptimizer
     from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
@@ -176,8 +176,8 @@ def install() -> None:
 
         return choose_class
 
-    compat.replace_init(compat.DeepSpeedEngine, build_engine)
-    compat.replace_init(compat.DeepSpeedConfig, parse_config)
+    compat.replace_method(compat.DeepSpeedEngine, "__init__", build_engine)
+    compat.replace_method(compat.DeepSpeedConfig, "__init__", parse_config)
     compat.replace_new(compat.pp.Init, choose_partitioner)
     compat.replace_new(compat.DeepSpeedZeRoOffload, choose(MicsParamManager))
     compat.replace_new(compat.DeepSpeedZeroOptimizer_Stage3, choose(MicsOptimizer))
@@ -187,7 +187,13 @@ def install() -> None:
     if compat.log_stage not in collectives.observers:
         collectives.observers.append(compat.log_stage)
     report.record_engine(compat.DeepSpeedEngine)
-    compat.write_checkpoints_once(lambda optimizer: getattr(optimizer, "mics_groups", None))
+    compat.install_checkpoints(
+        lambda engine: isinstance(engine.optimizer, MicsOptimizer),
+        checkpointing.save,
+        checkpointing.load,
+        checkpointing.save_stock,
+        checkpointing.load_stock,
+    )
     zero.MiCS_Init = MiCS_Init
 
 

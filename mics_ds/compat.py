@@ -16,10 +16,14 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import glob
 import inspect
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import deepspeed
@@ -27,6 +31,7 @@ import hjson
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -35,7 +40,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from .config import KEY_PREFIX, MicsConfig, split_ds_config
-from .errors import MicsCompatError, MicsConfigError
+from .errors import MicsCheckpointError, MicsCompatError, MicsConfigError
 
 # --------------------------------------------------------------------------------------------------
 # 1. Probes
@@ -65,7 +70,13 @@ def missing_seams() -> list[str]:
             "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
             "is_gradient_accumulation_boundary",
         ),
-        DeepSpeedEngine: ("is_first_weights_partition_group",),
+        DeepSpeedEngine: (
+            "_get_ckpt_name",
+            "_get_all_ckpt_names",
+            "_get_rank_zero_ckpt_name",
+            "_get_zero_param_shapes",
+            "_copy_recovery_script",
+        ),
     }
     return [f"{cls.__name__}.{name}" for cls, names in needed.items() for name in names if not hasattr(cls, name)]
 
@@ -142,9 +153,19 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
         (isinstance(sequence_parallel, int) and sequence_parallel > 1, "sequence_parallel_size", "leave it at 1"),
         (ds_config.hybrid_engine.enabled, "hybrid_engine", "set enabled to false"),
         (
-            ds_config.use_node_local_storage,
-            "checkpoint.use_node_local_storage",
-            "write checkpoints to storage that all nodes share",
+            bool(ds_config.checkpoint_config.get("writer")),
+            "checkpoint.writer",
+            "remove it: MiCS checkpoints are published when they are complete, and files are written by torch.save",
+        ),
+        (
+            bool(getattr(getattr(ds_config, "datastates_config", None), "enabled", False)),
+            "datastates checkpoints",
+            "set enabled to false",
+        ),
+        (
+            bool(getattr(getattr(ds_config, "nebula_config", None), "enabled", False)),
+            "nebula checkpoints",
+            "set enabled to false",
         ),
     ]
     found = [f"{name}: {remedy}" for is_set, name, remedy in refused if is_set]
@@ -532,24 +553,143 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         return [value.to(norm.device) for value, norm in zip(agreed, norms)]
 
 
+class CheckpointFiles:
+    """DeepSpeed's checkpoint engine, with a session that may stand between it and the files.
+
+    Without a session, everything goes on to DeepSpeed's.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.session: Any = None
+        """With ``write(path, write)``, ``make(make)`` and ``read(path)``."""
+
+    @classmethod
+    def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
+        if not isinstance(engine.checkpoint_engine, cls):
+            engine.checkpoint_engine = cls(engine.checkpoint_engine)
+        return engine.checkpoint_engine
+
+    @contextmanager
+    def through(self, session: Any) -> Iterator[None]:
+        self.session = session
+        try:
+            yield
+        finally:
+            self.session = None
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        if self.session is None:
+            return self.inner.save(state_dict, path)
+        return self.session.write(path, lambda: self.inner.save(state_dict, path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> Any:
+        if self.session is None:
+            return self.inner.makedirs(path, exist_ok=exist_ok)
+        return self.session.make(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        if self.session is None:
+            return self.inner.load(path, map_location=map_location)
+        return self.session.read(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def model_states_name(engine: DeepSpeedEngine, shard: int | str) -> str:
+    """File name of the model states of one shard; ``"*"`` gives a pattern for :mod:`glob`."""
+    return os.path.basename(engine._get_ckpt_name("", "", pp_placeholder=str(shard)))
+
+
+def optimizer_states_name(engine: DeepSpeedEngine, shard: int | str, bf16: bool | None = None) -> str:
+    """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
+    bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
+    return os.path.basename(engine._get_rank_zero_ckpt_name("", "", engine.checkpoint_mp_rank, shard, bf16))
+
+
+def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
+    """Names and shapes of the optimizer's parameters, per sub-group, in the order of the flat buffers."""
+    return engine._get_zero_param_shapes()
+
+
+def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
+    """The parameter group of each sub-group."""
+    owners = engine.optimizer.sub_group_to_group_id
+    return [owners[index] for index in range(len(engine.optimizer.fp16_groups))]
+
+
+def set_writer(engine: DeepSpeedEngine, writes: bool) -> None:
+    """Whether this rank writes the files of its shard at the next save."""
+    engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = writes
+
+
+def steps_of(engine: DeepSpeedEngine) -> int:
+    return engine.global_steps
+
+
+def model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:
+    """Paths of the model states of one shard, one for each model-parallel rank that saved."""
+    pattern = engine._get_ckpt_name(folder, "", mp_placeholder="*", pp_placeholder=str(shard))
+    return sorted(glob.glob(os.path.normpath(pattern)))
+
+
+WEIGHTS_ONLY_ENV = "MICS_DS_WEIGHTS_ONLY"
+
+
+def load_states(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
+    """Read one of DeepSpeed's checkpoint files to host memory.
+
+    Tries ``weights_only`` with the few classes that DeepSpeed itself puts there. A file with others (custom
+    objects in ``client_state``, say) is unpickled as DeepSpeed would, unless ``MICS_DS_WEIGHTS_ONLY=1``.
+
+    Args:
+        mmap: leave tensors in the file until they are read. Not for what is to be kept.
+
+    Raises:
+        MicsCheckpointError: the file needs unpickling and that is forbidden.
+    """
+    mapped = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+    with torch.serialization.safe_globals(_SAFE_CLASSES):
+        try:
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not")[0].splitlines()[0]
+            if os.environ.get(WEIGHTS_ONLY_ENV) == "1":
+                raise MicsCheckpointError(
+                    f"{path} holds objects that only unpickling can load, and {WEIGHTS_ONLY_ENV}=1 forbids it: "
+                    f"{reason}. If you trust whoever wrote the file, unset the variable."
+                ) from error
+    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+
+
+def _safe_classes() -> list[Any]:
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum]
+
+
+_SAFE_CLASSES = _safe_classes()
+
 # --------------------------------------------------------------------------------------------------
 # 3. Patches
 
 _INSTALLED = "_mics_ds_original"
 
 
-def replace_init(cls: type, wrapper: Callable[..., None]) -> None:
-    """Have ``wrapper(original, self, *args, **kwargs)`` called in place of ``cls.__init__``."""
-    original = cls.__init__
+def replace_method(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Have ``wrapper(original, self, *args, **kwargs)`` called in place of ``cls.name``."""
+    original = getattr(cls, name)
     if hasattr(original, _INSTALLED):
         return
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        wrapper(original, self, *args, **kwargs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
 
-    setattr(__init__, _INSTALLED, original)
-    cls.__init__ = __init__
+    setattr(method, _INSTALLED, original)
+    setattr(cls, name, method)
 
 
 def replace_new(cls: type, choose: Callable[..., type]) -> None:
@@ -574,24 +714,75 @@ def replace_new(cls: type, choose: Callable[..., type]) -> None:
     cls.__new__ = staticmethod(__new__)
 
 
-def write_checkpoints_once(groups_of: Callable[[Any], Any]) -> None:
-    """Let only the first partition group write stage 3 weight files, which all replicas hold alike.
+_weights_tag: ContextVar[str | None] = ContextVar("weights_tag", default=None)
 
-    Args:
-        groups_of: returns the :class:`mics_ds.groups.MicsGroups` of an engine's optimizer, or ``None``.
-    """
-    original = DeepSpeedEngine.is_first_weights_partition_group
+
+@contextmanager
+def weights_from(tag: str) -> Iterator[None]:
+    """Have DeepSpeed read consolidated weights from the checkpoint being loaded, and not from the latest one."""
+    token = _weights_tag.set(tag)
+    try:
+        yield
+    finally:
+        _weights_tag.reset(token)
+
+
+def _read_weights_of_tag() -> None:
+    original = engine_module.get_fp32_state_dict_from_zero_checkpoint
     if hasattr(original, _INSTALLED):
         return
 
     @functools.wraps(original)
-    def is_first_weights_partition_group(self: DeepSpeedEngine) -> bool:
-        groups = groups_of(self.optimizer)
-        first = groups is None or groups.partition.ranks == groups.layout.partition_groups[0]
-        return original(self) and first
+    def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
+        return original(checkpoint_dir, tag or _weights_tag.get(), **kwargs)
 
-    setattr(is_first_weights_partition_group, _INSTALLED, original)
-    DeepSpeedEngine.is_first_weights_partition_group = is_first_weights_partition_group
+    setattr(get_fp32_state_dict_from_zero_checkpoint, _INSTALLED, original)
+    engine_module.get_fp32_state_dict_from_zero_checkpoint = get_fp32_state_dict_from_zero_checkpoint
+
+
+def install_checkpoints(
+    runs_mics: Callable[[Any], bool],
+    save: Callable[..., Any],
+    load: Callable[..., Any],
+    save_stock: Callable[[Any, str, str], None],
+    load_stock: Callable[[Any, str, str | None], None],
+) -> None:
+    """Have engines with MiCS saved by ``save`` and loaded by ``load``, called like the methods they replace, the
+    original first; and others announced to ``save_stock`` and ``load_stock``."""
+    _read_weights_of_tag()
+
+    def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if save_dir and runs_mics(self):
+            return save(original, self, save_dir, tag, *args, **kwargs)
+        if save_dir and self.zero_optimization_partition_weights():
+            save_stock(self, save_dir, f"global_step{self.global_steps}" if tag is None else str(tag))
+        return original(self, save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self.load_universal_checkpoint():
+            if runs_mics(self):
+                return load(original, self, load_dir, tag, *args, **kwargs)
+            if self.zero_optimization_partition_weights():
+                load_stock(self, load_dir, tag)
+        return original(self, load_dir, tag, *args, **kwargs)
+
+    def _get_all_ckpt_names(original: Any, self: Any, folder: str, tag: str) -> list[str]:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None:
+            return original(self, folder, tag)
+        return model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
+
+    def _copy_recovery_script(original: Any, self: Any, folder: str) -> None:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None:
+            original(self, folder)
+        else:
+            session.make(lambda: original(self, folder))
+
+    replace_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
+    replace_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
+    replace_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
+    replace_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)
 
 
 def log_stage(stage: Any) -> None:

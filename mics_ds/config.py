@@ -47,6 +47,10 @@ class MicsConfig:
     """How hop 1 moves gradients: the backend's own reduce-scatter, or an all-to-all and a local sum.
     ``"auto"`` takes the one that sends fewer bytes on this backend."""
 
+    reshape_checkpoint: bool = False
+    """Let a checkpoint that was saved in another number of shards be loaded, cutting it anew on the way.
+    Without it, that is an error."""
+
     def __post_init__(self) -> None:
         # bool is an int in Python; `true` for a size is a slip, not a 1.
         if isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int):
@@ -67,6 +71,10 @@ class MicsConfig:
                     f'{ZERO_SECTION}.mics_{name} must be true, false or "auto", got {value!r}. '
                     f"Leave the key out to get the default."
                 )
+        if not isinstance(self.reshape_checkpoint, bool):
+            raise MicsConfigError(
+                f"{ZERO_SECTION}.mics_reshape_checkpoint must be true or false, got {self.reshape_checkpoint!r}."
+            )
         if self.reduce_scatter not in ("auto", "native", "all_to_all"):
             raise MicsConfigError(
                 f'{ZERO_SECTION}.mics_reduce_scatter must be "auto", "native" or "all_to_all", got '

@@ -67,6 +67,8 @@ class MicsGroups:
     hop 1 runs on a thread of its own, and two threads cannot agree on an order within one group."""
     scatter_hierarchy: NodeGroups | None
     """Set when gradients are reduced in two stages. See :attr:`scatter`."""
+    world_nodes: tuple[int, ...]
+    """Node of every rank of the world, of other data-parallel groups too."""
     gather_lane: Lane
     """Where hierarchical gathers run. One for all engines that share the process groups."""
     scatter_lane: Lane
@@ -175,6 +177,7 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
         hierarchy=node_groups("gather", gather_in_stages),
         scatter=own[apart, "partition"],
         scatter_hierarchy=node_groups(apart, scatter_in_stages),
+        world_nodes=tuple(nodes),
         gather_lane=cache.lanes.setdefault(("gather", config.shard_size), Lane("all-gather")),
         scatter_lane=cache.lanes.setdefault(("scatter", config.shard_size), Lane("reduction")),
     )

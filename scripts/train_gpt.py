@@ -111,6 +111,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=64, help="tokens (bytes) per sequence")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoints", type=Path, help="resume from this folder if it has any, and save there in the end"
+    )
     parser.add_argument("--report", type=Path, help="append one line of JSON with the result to this file")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser = deepspeed.add_config_arguments(parser)
@@ -160,9 +163,13 @@ def main() -> None:
         model = GPT(arguments.layers, arguments.width, arguments.heads, arguments.context)
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
 
+    if arguments.checkpoints:
+        engine.load_checkpoint(str(arguments.checkpoints))
+
     text = load_text()
     micro_batch, micro_steps = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    data = batches(text, micro_batch, arguments.context, seed=1 + arguments.seed * world + rank)
+    # other data after a resume, the same in every such run
+    data = batches(text, micro_batch, arguments.context, seed=1 + (engine.global_steps + arguments.seed) * world + rank)
     tokens_per_step = world * micro_steps * micro_batch * arguments.context
     parameters = sum(getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters())
     say = print if rank == 0 else lambda *_, **__: None
@@ -208,6 +215,9 @@ def main() -> None:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
         with arguments.report.open("a") as file:
             file.write(json.dumps(result) + "\n")
+    if arguments.checkpoints:
+        engine.save_checkpoint(str(arguments.checkpoints))
+        say(f"saved step {engine.global_steps} to {arguments.checkpoints}", flush=True)
     dist.barrier()
     engine.destroy()
     dist.destroy_process_group()

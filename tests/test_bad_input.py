@@ -64,7 +64,7 @@ UNSUPPORTED = {
     "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),
     "sequence_parallel_size": ({}, {"sequence_parallel_size": 2}),
     "hybrid_engine": ({}, {"hybrid_engine": {"enabled": True}}),
-    "use_node_local_storage": ({}, {"checkpoint": {"use_node_local_storage": True}}),
+    "checkpoint.writer": ({}, {"checkpoint": {"writer": {"type": "python"}}}),
 }
 
 

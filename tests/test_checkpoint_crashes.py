@@ -1,0 +1,262 @@
+"""Ranks killed while they save, disks that fill, files that rot: an older checkpoint always survives."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers import build, ds_config, train
+from rank_pool import RankError
+from test_checkpoints import adamw, digest, engine_of
+from torch import nn
+
+from mics_ds import manifest
+from mics_ds.errors import MicsCheckpointError
+
+CRASHES = 20
+STEPS = CRASHES + 4
+SURVIVED = 17  # exit code
+
+
+class Events:
+    """Counts the function calls of this thread, Python's and C's, and may kill the process at one of them."""
+
+    def __init__(self, fatal: int | None = None) -> None:
+        self.count, self.fatal = 0, fatal
+
+    def __enter__(self) -> Events:
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.setprofile(None)
+        if self.fatal is not None:
+            os.kill(os.getpid(), signal.SIGKILL)  # later than the last event: then right after saving
+
+    def _called(self, _frame, event, _argument) -> None:
+        if event in ("call", "c_call"):
+            self.count += 1
+            if self.count == self.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def uninterrupted(folder):
+    """The losses of all steps, and how many events a save has on each rank."""
+    engine = engine_of(2)
+    losses = train(engine, 1)
+    engine.save_checkpoint(folder)
+    with Events() as events:
+        engine.save_checkpoint(f"{folder}-dry")
+    for _ in range(STEPS - 1):
+        losses += train(engine, 1)  # the data of step 0 each time, as after a resume
+    return losses, events.count
+
+
+def resume_step_and_die_saving(folder, victim, fatal, losses):
+    engine = engine_of(2, seed=random.randrange(1000))
+    engine.load_checkpoint(folder)
+    assert engine.global_steps >= 1
+    loss = train(engine, 1)
+    assert loss == [losses[engine.global_steps - 1]], f"step {engine.global_steps} after a crash"
+    try:
+        if dist.get_rank() == victim:
+            with Events(fatal):
+                engine.save_checkpoint(folder)
+        engine.save_checkpoint(folder)
+        dist.barrier()  # for a victim that died after its last collective
+    except (MicsCheckpointError, RuntimeError) as error:
+        print(f"ended by {type(error).__name__}", flush=True)
+        os._exit(SURVIVED)  # as an uncaught error would; the ranks of a pool live on
+
+
+def test_killed_at_random_moments_of_saving(pools, tmp_path):
+    folder = str(tmp_path / "saved")
+    answers = pools.run(4, __name__, "uninterrupted", {"folder": folder}, 120)
+    losses = answers[0][0]
+    chance = random.Random(20261123)
+    reached = set()
+    for crash in range(CRASHES):
+        victim = chance.randrange(4)
+        fatal = chance.randrange(1, answers[victim][1])
+        arguments = {"folder": folder, "victim": victim, "fatal": fatal, "losses": losses}
+        with pytest.raises(RankError) as error:
+            pools.run(4, __name__, "resume_step_and_die_saving", arguments, 60, fresh=True)
+        text = str(error.value)
+        assert text.count("died with exit code -9") == 1, f"crash {crash}: {text}"
+        assert text.count(f"died with exit code {SURVIVED}") == 3, f"crash {crash}: {text}"
+        latest = (Path(folder) / "latest").read_text()
+        reached.add(latest)
+        described = manifest.read(Path(folder) / latest)
+        assert manifest.damages(Path(folder) / latest, described.files, described.files) == []
+        for published in Path(folder).glob("global_step*"):
+            assert manifest.read(published).files, "whatever has its name is complete"
+    assert len(reached) > 1, "some saves should have got through before the kill"
+    pools.run(4, __name__, "resume_and_finish", {"folder": folder, "losses": losses}, 60)
+
+
+def resume_and_finish(folder, losses):
+    engine = engine_of(2, seed=5)
+    engine.load_checkpoint(folder)
+    start = engine.global_steps
+    assert train(engine, 1) + train(engine, 1) == losses[start : start + 2]
+    engine.save_checkpoint(folder)
+    assert not list(Path(folder).glob(f".global_step{start + 2}.*"))
+
+
+# ----------------------------------------------------------------------------------------- damage
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGE = {
+    "bit flipped": ("zero_pp_rank_1_mp_rank_00_optim_states.pt", flip, "other content than was written"),
+    "bit flipped in model states": ("zero_pp_rank_0_mp_rank_00_model_states.pt", flip, "other content"),
+    "shard removed": ("zero_pp_rank_1_mp_rank_00_optim_states.pt", Path.unlink, "is missing"),
+    "shard truncated": ("zero_pp_rank_1_mp_rank_00_model_states.pt", truncate, "bytes where"),
+    "manifest damaged": (manifest.NAME, truncate, None),
+    "latest points nowhere": ("../latest", lambda path: path.write_text("global_step9"), "global_step9 does not exist"),
+    "manifest nonsense": (manifest.NAME, lambda path: path.write_text("{]"), "damaged"),
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if DAMAGE[name][2]])
+def test_damage_is_named_on_every_rank_and_changes_nothing(tmp_path, damage):
+    name, spoil, words = DAMAGE[damage]
+    engine = engine_of(2)
+    for _ in range(2):
+        train(engine, 1)
+        engine.save_checkpoint(str(tmp_path))
+    if dist.get_rank() == 0:
+        spoil(tmp_path / "global_step2" / name)
+    dist.barrier()
+    other = engine_of(2, seed=5)
+    train(other, 1)
+    before = digest(other)
+    with pytest.raises(MicsCheckpointError) as error:
+        other.load_checkpoint(str(tmp_path))
+    messages = [None] * 4
+    dist.all_gather_object(messages, str(error.value))
+    assert len(set(messages)) == 1, messages
+    assert words in messages[0]
+    assert digest(other) == before
+    if "manifest" not in damage:
+        assert "global_step1" in messages[0], "the way out: an older complete checkpoint"
+    other.load_checkpoint(str(tmp_path), tag="global_step1")
+    assert other.global_steps == 1
+
+
+@pytest.mark.ranks(4)
+def test_an_interrupted_save_is_never_taken_for_a_checkpoint(tmp_path):
+    engine = engine_of(2)
+    train(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="a")
+    if dist.get_rank() == 0:
+        (tmp_path / "a").rename(tmp_path / ".a.partial")
+    dist.barrier()
+    with pytest.raises(MicsCheckpointError, match="a does not exist"):
+        engine_of(2).load_checkpoint(str(tmp_path))
+    dist.barrier()
+    engine.save_checkpoint(str(tmp_path), tag="a")
+    assert not (tmp_path / ".a.partial").exists()
+    engine_of(2).load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.ranks(4)
+def test_nothing_saved_yet_is_not_an_error(tmp_path):
+    assert engine_of(2).load_checkpoint(str(tmp_path)) == (None, None)
+
+
+@pytest.mark.ranks(4)
+def test_another_model_is_refused_by_name(tmp_path):
+    engine = engine_of(2)
+    engine.save_checkpoint(str(tmp_path))
+
+    def other():
+        return nn.Sequential(nn.Linear(7, 3))
+
+    with pytest.raises(MicsCheckpointError, match=r"another model: 0.weight is missing"):
+        build(ds_config(2), other, optimizer=adamw).load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.ranks(4)
+def test_ranks_that_disagree_on_where_to_save(tmp_path):
+    engine = engine_of(2)
+    with pytest.raises(MicsCheckpointError, match=r"same tag, but rank 0 said 'a'; rank 3 said 'b'"):
+        engine.save_checkpoint(str(tmp_path), tag="b" if dist.get_rank() == 3 else "a")
+    with pytest.raises(MicsCheckpointError, match="same folder"):
+        engine.save_checkpoint(str(tmp_path / str(dist.get_rank())))
+    with pytest.raises(MicsCheckpointError, match="same tag"):
+        engine.load_checkpoint(str(tmp_path), tag=str(dist.get_rank()))
+    engine.save_checkpoint(str(tmp_path))
+    engine.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.ranks(4)
+def test_a_folder_that_cannot_be_written(tmp_path):
+    engine = engine_of(2)
+    if dist.get_rank() == 0:
+        (tmp_path / "file").write_text("in the way")
+    dist.barrier()
+    with pytest.raises(MicsCheckpointError, match=r"rank 0: (NotADirectoryError|FileExistsError)"):
+        engine.save_checkpoint(str(tmp_path / "file"))
+
+
+class Wide(nn.Module):
+    """60 000 parameters: 720 kB of weights and Adam states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 7500)
+
+    def forward(self, x, y):
+        return (self.layer(x)[:, :7] - y).pow(2).mean()
+
+
+def fill_the_disk(folder, space):
+    engine = build(ds_config(2), Wide, optimizer=adamw)
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    train(engine, 1)
+    before = digest(engine)
+    with pytest.raises(MicsCheckpointError, match=r"\.partial/.*MB free there.*Nothing was published"):
+        engine.save_checkpoint(folder)
+    assert digest(engine) == before
+    assert sorted(path.name for path in Path(folder).glob("*global_step*")) == ["global_step1"]
+    assert (Path(folder) / "latest").read_text() == "global_step1"
+    other = build(ds_config(2), Wide, seed=4, optimizer=adamw)
+    other.load_checkpoint(folder)
+    assert other.global_steps == 1
+    dist.barrier()
+    if dist.get_rank() == 0:
+        subprocess.run(["mount", "-o", f"remount,size={4 * space}", folder], check=True)
+    dist.barrier()
+    engine.save_checkpoint(folder)  # and goes on once there is room
+    assert manifest.complete_tags(Path(folder)) == ["global_step1", "global_step2"]
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root to mount a small tmpfs"
+)
+def test_a_full_disk_is_an_error_on_every_rank_and_keeps_the_old_checkpoint(pools, tmp_path):
+    folder, space = tmp_path / "disk", 1_200_000
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "mics_ds_test", str(folder)], check=True)
+    try:
+        pools.run(4, __name__, "fill_the_disk", {"folder": str(folder), "space": space}, 60)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
