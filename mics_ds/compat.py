@@ -452,6 +452,10 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def complete_reduction_if_needed(self) -> None:
         """Make :attr:`gradient_shards` final. Called at the boundary and once more before the step."""
 
+    def before_gradients_are_read(self, local: bool) -> None:
+        """Somebody is about to look at gradient shards: all ranks to assemble whole gradients, or, if ``local``,
+        this rank alone to see its own."""
+
     def agree_on_norms(self, norms: torch.Tensor) -> torch.Tensor:
         """1-D gradient norms, one per sub-group, -1 where invalid. Return what all replicas shall use."""
         return norms
@@ -527,6 +531,18 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
             self._partitioning_grads = False
         self.shards_changed([param.ds_id for param in params])
         return result
+
+    def get_fp32_grad_for_param(self, param: torch.nn.Parameter) -> Any:
+        self.before_gradients_are_read(local=False)
+        return super().get_fp32_grad_for_param(param)
+
+    def update_fp32_grad_for_param_vectorized(self, update_func: Callable, param_list: list) -> Any:
+        self.before_gradients_are_read(local=False)
+        return super().update_fp32_grad_for_param_vectorized(update_func, param_list)
+
+    def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> Any:
+        self.before_gradients_are_read(local=True)
+        return super().get_local_fp32_grad_for_param(param)
 
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()

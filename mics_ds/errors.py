@@ -28,3 +28,7 @@ class MicsCommError(MicsError, RuntimeError):
 
 class MicsCheckpointError(MicsError, RuntimeError):
     """A checkpoint could not be written completely, or is not what it should be. Raised on every rank."""
+
+
+class MicsUsageError(MicsError, RuntimeError):
+    """Something was asked for at a moment when there is no right answer."""

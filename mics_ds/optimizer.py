@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from . import collectives, compat
-from .errors import MicsConfigError
+from .errors import MicsConfigError, MicsUsageError
 from .groups import MicsGroups, build_groups, reduce_scatter_method
 
 
@@ -61,6 +61,8 @@ class MicsOptimizer(compat.OptimizerSeam):
         self._overlap = overlap_comm
         self._unaveraged: set[int] = set()
         """``ds_id`` of parameters whose shard was changed since it was averaged over replicas, or is being."""
+        self._incomplete = False
+        """Whether shards were changed since the last boundary."""
         self._averaging: dict[int, collectives.ReplicaAverage] = {}
         """``ds_id`` of parameters whose hop 2 was started before this boundary's sweep."""
         self._reduced: set[int] = set()
@@ -155,6 +157,7 @@ class MicsOptimizer(compat.OptimizerSeam):
 
     def shards_changed(self, ids: list[int]) -> None:
         self._unaveraged.update(ids)
+        self._incomplete = True
 
     def _start_averaging(self, ids: Iterable[int]) -> None:
         """Start hop 2 on the shards of these parameters, joined where they are neighbours in the buffer."""
@@ -182,7 +185,34 @@ class MicsOptimizer(compat.OptimizerSeam):
         had gradients or none had, so they agree on whether there is something to do.
         """
         self.finish_hop1()
+        if self._incomplete and self.mics_groups.replication is not None:
+            self._average_everything()
+            self.finish_offloaded_gradients()
+        self._incomplete = False
+
+    def before_gradients_are_read(self, local: bool) -> None:
+        """Between boundaries a shard is only the mean over its partition group: make it whole.
+
+        That is hop 2, early. It does not disturb the one at the boundary: the mean of (a mean over all + new
+        partial gradients) is the mean of the sum.
+
+        Raises:
+            MicsUsageError: one rank alone asked, and hop 2 takes all of them.
+        """
+        self.finish_hop1()
         if not self._unaveraged or self.mics_groups.replication is None:
+            return
+        if local:
+            raise MicsUsageError(
+                "Before the gradient accumulation boundary, a local gradient shard under MiCS is the mean over the "
+                "partition group only, and the mean over all ranks takes a collective. Ask at the boundary, or call "
+                "safe_get_full_grad on all ranks first."
+            )
+        self._average_everything()
+
+    def _average_everything(self) -> None:
+        """Hop 2 on whatever it was not done for yet, and wait for all of it. Collective if anything is left to do."""
+        if not self._unaveraged:
             return
         with self.reduction_stream():
             if self.gradient_shards.device == self.communication_device:
@@ -194,7 +224,6 @@ class MicsOptimizer(compat.OptimizerSeam):
                 collectives.average_over_replicas_(on_device, self.mics_groups.replication)
                 self.gradient_shards.copy_(on_device)
         self._unaveraged.clear()
-        self.finish_offloaded_gradients()
 
     # ------------------------------------------------------------------------------ agreed scalars
 

@@ -31,6 +31,11 @@ PRELOAD = [
     "torch._inductor.compile_fx",
     "deepspeed",
     "mics_ds",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "lightning.pytorch",
+    "lightning.fabric",
 ]
 GLOO_TIMEOUT_S = 30
 GRACE_S = 2.0  # between the first failure and asking the others where they are

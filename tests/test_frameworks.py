@@ -1,0 +1,425 @@
+"""HF Trainer, Accelerate, PEFT and Lightning: their own code on tiny random models, switched by the JSON alone.
+
+Each test runs the same script body on four fresh ranks, once as stock ZeRO-3 and once with p = 2, and
+compares losses to five decimals.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import same_on_all_ranks
+from torch import nn
+
+P = 2
+VOCABULARY, WIDTH = 67, 32
+
+
+def ds_config(p: int | None, **extra: Any) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000}
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if p is not None:
+        zero["mics_shard_size"] = p
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        **extra,
+    }
+
+
+def both(pools, body: str, tmp_path: Path, **arguments: Any) -> list[Any]:
+    """Results of rank 0 as stock and with MiCS, from ranks of their own: frameworks keep state in globals."""
+    results = []
+    for p in (None, P):
+        folder = tmp_path / str(p)
+        folder.mkdir()
+        kwargs = {"p": p, "folder": str(folder), **arguments}
+        results.append(pools.run(4, __name__, body, kwargs, 180, fresh=True))
+    for stock, mics in zip(*results, strict=True):
+        assert stock.keys() == mics.keys()
+        for name, values in stock.items():
+            assert mics[name] == pytest.approx(values, abs=5e-6), name
+    return results
+
+
+def llama_config(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **changes,
+    )
+
+
+def texts(count: int = 64) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(VOCABULARY, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def uses_mics(engine: Any, p: int | None) -> None:
+    groups = getattr(engine.optimizer, "mics_groups", None)
+    assert (groups and groups.partition.size) == p, "the JSON alone decides"
+
+
+def gloo_for_accelerate() -> None:
+    """Accelerate picks the backend of the GPU it finds, and without one it takes a launched rank for a lone process,
+    unless it is told a backend; Trainer has no way to tell it along with ``deepspeed=``."""
+    from accelerate.state import PartialState
+
+    prepare = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda self, cpu, sagemaker=False, backend=None: prepare(
+        self, cpu, sagemaker, backend or "gloo"
+    )
+
+
+# -------------------------------------------------------------------------------------- HF Trainer
+
+
+def hf_trainer(p, folder, route):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+
+    gloo_for_accelerate()
+
+    def arguments(steps: int) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=f"{folder}/out",
+            deepspeed=ds_config(p),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=steps,
+            learning_rate=3e-3,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            report_to=[],
+            gradient_checkpointing=route == "constructor",
+            seed=7,
+        )
+
+    given = arguments(6)  # before the model: it tells transformers that parameters are to be partitioned
+
+    def model() -> nn.Module:
+        torch.manual_seed(11)
+        if route == "constructor":
+            return LlamaForCausalLM(llama_config())
+        if route == "from_config":
+            return AutoModelForCausalLM.from_config(llama_config(tie_word_embeddings=True))
+        # a folder on each rank's own disk; only rank 0 has the right weights
+        if dist.get_rank() == 0 and not Path(folder, "pretrained3").exists():
+            for rank in range(4):
+                write_pretrained(f"{folder}/pretrained{rank}", seed=100 + rank)
+        dist.barrier()
+        return AutoModelForCausalLM.from_pretrained(f"{folder}/pretrained{dist.get_rank()}")
+
+    data = texts()
+    evaluation = data[:16]
+    trainer = Trainer(model=model(), args=given, train_dataset=data, eval_dataset=evaluation)
+    trainer.train()
+    engine = trainer.model_wrapped
+    uses_mics(engine, p)
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(history) == 6
+    assert len(evaluated) == 3
+    with torch.no_grad():
+        prompt = data[dist.get_rank()]["input_ids"][None, :4]
+        generated = engine.module.generate(prompt, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0)
+    trainer.save_model(f"{folder}/final")
+    dist.barrier()
+    weights = {"rows": 0.0}
+    if dist.get_rank() == 0:
+        from safetensors.torch import load_file
+
+        saved = load_file(f"{folder}/final/model.safetensors")
+        weights["rows"] = sum(value.double().sum().item() for value in saved.values())
+    # go on from the middle: the last steps have to repeat themselves
+    dist.barrier()
+    again = Trainer(model=model(), args=arguments(6), train_dataset=data, eval_dataset=evaluation)
+    again.train(resume_from_checkpoint=f"{folder}/out/checkpoint-4")
+    resumed = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
+    assert resumed[-2:] == history[-2:], (resumed, history)
+
+    alone = Trainer(model=model(), args=arguments(1), eval_dataset=evaluation)
+    return {
+        "history": history,
+        "evaluated": evaluated,
+        "generated": generated[0].tolist(),
+        "weights": [weights["rows"]],
+        "evaluation only": [alone.evaluate()["eval_loss"]],
+    }
+
+
+def write_pretrained(folder: str, seed: int) -> None:
+    """A checkpoint in the format of transformers, written without DeepSpeed knowing."""
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import deepspeed as integration
+
+    config, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    torch.manual_seed(seed)
+    LlamaForCausalLM(llama_config()).save_pretrained(folder)
+    integration._hf_deepspeed_config_weak_ref = config
+
+
+@pytest.mark.parametrize("route", ["constructor", "from_config", "from_pretrained"])
+def test_hf_trainer(pools, tmp_path, route):
+    both(pools, "hf_trainer", tmp_path, route=route)
+
+
+# -------------------------------------------------------------------------------------- Accelerate
+
+
+def accelerate(p, folder, route):
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from transformers import LlamaForCausalLM
+
+    config = ds_config(p, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, gradient_clipping=1.0)
+    gloo = InitProcessGroupKwargs(backend="gloo")
+    if route == "file":  # as `accelerate launch --config_file` sets it
+        path = Path(folder) / f"ds{dist.get_rank()}.json"
+        path.write_text(json.dumps(config))
+        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path))
+        accelerator = Accelerator(kwargs_handlers=[gloo])
+    else:
+        plugin = DeepSpeedPlugin(hf_ds_config=copy.deepcopy(config))
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+    assert accelerator.num_processes == 4
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(llama_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    # 7 micro-batches for each rank: the last window of an epoch is short
+    loader = torch.utils.data.DataLoader(texts(7 * 8), batch_size=2)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    uses_mics(model, p)
+
+    def epoch() -> list[float]:
+        losses = []
+        for item in loader:
+            with accelerator.accumulate(model):
+                loss = model(**item).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        return losses
+
+    first = epoch()
+    accelerator.save_state(f"{folder}/state")
+    second = epoch()
+    accelerator.load_state(f"{folder}/state")
+    assert epoch() == second, "resumed where it was saved"
+    full = accelerator.get_state_dict(model)
+    total = sum(value.double().sum().item() for value in full.values()) if dist.get_rank() == 0 else 0.0
+    return {"losses": first + second, "weights": [total]}
+
+
+@pytest.mark.parametrize("route", ["file", "plugin"])
+def test_accelerate(pools, tmp_path, route):
+    both(pools, "accelerate", tmp_path, route=route)
+
+
+# -------------------------------------------------------------------------------------------- PEFT
+
+
+def lora(p, folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    gloo_for_accelerate()
+    given = TrainingArguments(
+        output_dir=f"{folder}/out",
+        deepspeed=ds_config(p),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        seed=7,
+    )
+    torch.manual_seed(11)
+    base = AutoModelForCausalLM.from_config(llama_config())
+    # Adapters are made outside zero.Init, and here with another seed on each rank, which must not matter:
+    # under stock ZeRO-3 the first rank's are taken.
+    torch.manual_seed(20 + dist.get_rank())
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = Trainer(model=model, args=given, train_dataset=texts())
+    trainer.train()
+    uses_mics(trainer.model_wrapped, p)
+    frozen = [param for param in trainer.model_wrapped.module.parameters() if not param.requires_grad]
+    assert frozen
+    trainer.save_model(f"{folder}/adapter")
+    dist.barrier()
+    files = sorted(path.name for path in Path(folder, "adapter").iterdir()) if dist.get_rank() == 0 else []
+    assert dist.get_rank() or "adapter_model.safetensors" in files
+    total = 0.0
+    if dist.get_rank() == 0:
+        from safetensors.torch import load_file
+
+        saved = load_file(f"{folder}/adapter/adapter_model.safetensors")
+        assert all(value.numel() for value in saved.values()), "whole adapters, not shards"
+        total = sum(value.double().abs().sum().item() for value in saved.values())
+    return {"losses": [e["loss"] for e in trainer.state.log_history if "loss" in e], "adapter": [total]}
+
+
+def test_peft_lora_on_a_frozen_base(pools, tmp_path):
+    both(pools, "lora", tmp_path)
+
+
+# --------------------------------------------------------------------------------------- Lightning
+
+
+def on_cpu(module: Any) -> Any:
+    """The DeepSpeed strategy of Lightning or Fabric, which takes CUDA for granted thrice. DeepSpeed does not."""
+    module._validate_device_index_selection = lambda devices: None
+
+    class Strategy(module.DeepSpeedStrategy):
+        def setup_environment(self):
+            super(module.DeepSpeedStrategy, self).setup_environment()
+
+        @property
+        def root_device(self):
+            return torch.device("cpu", 0)  # its index is handed to DeepSpeed
+
+    return Strategy
+
+
+def lightning_trainer(p, folder):
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import deepspeed as strategies
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+            self.losses = []
+
+        def configure_model(self):
+            if self.net is None:
+                torch.manual_seed(3)
+                self.net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 7))
+
+        def training_step(self, item, _index):
+            x, y = item
+            loss = (self.net(x) - y).pow(2).mean()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            self.losses.append(total.item() / 4)
+            return loss
+
+        def validation_step(self, item, _index):
+            x, y = item
+            self.log("validation", (self.net(x) - y).pow(2).mean(), sync_dist=True)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net.parameters(), lr=0.01)
+
+    generator = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(
+        torch.randn(64, 7, generator=generator), torch.randn(64, 7, generator=generator)
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    config = ds_config(p, train_micro_batch_size_per_gpu=2, gradient_clipping=0.0)
+    del config["gradient_accumulation_steps"]  # Lightning's own argument
+
+    def trainer(epochs: int) -> pl.Trainer:
+        return pl.Trainer(
+            strategy=on_cpu(strategies)(config=copy.deepcopy(config), process_group_backend="gloo"),
+            plugins=[TorchElasticEnvironment()],  # a launcher has started the ranks
+            accelerator="cpu",
+            devices=4,
+            max_epochs=epochs,
+            accumulate_grad_batches=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    module, fit = Module(), trainer(2)
+    fit.fit(module, loader, loader)
+    uses_mics(fit.strategy.deepspeed_engine, p)
+    fit.save_checkpoint(f"{folder}/model.ckpt")
+    again, more = Module(), trainer(3)
+    more.fit(again, loader, loader, ckpt_path=f"{folder}/model.ckpt")
+    return {"losses": module.losses, "resumed": again.losses, "validation": [fit.callback_metrics["validation"].item()]}
+
+
+def test_lightning_trainer(pools, tmp_path):
+    both(pools, "lightning_trainer", tmp_path)
+
+
+def lightning_fabric(p, folder):
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.strategies import deepspeed as strategies
+
+    config = ds_config(p, train_micro_batch_size_per_gpu=2, gradient_clipping=0.0)
+    del config["gradient_accumulation_steps"]
+    strategy = on_cpu(strategies)(config=config, process_group_backend="gloo")
+    fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy, plugins=[TorchElasticEnvironment()])
+    fabric.launch()
+    torch.manual_seed(3)
+    with fabric.init_module():
+        model = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 7))
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    losses = []
+
+    def steps(count: int) -> list[float]:
+        losses = []
+        for step in range(count):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            x, y = torch.randn(2, 7, generator=generator), torch.randn(2, 7, generator=generator)
+            loss = (model(x) - y).pow(2).mean()
+            fabric.backward(loss)
+            optimizer.step()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(total.item() / 4)
+        return losses
+
+    losses += steps(4)
+    engine = (
+        fabric.strategy._deepspeed_engine if hasattr(fabric.strategy, "_deepspeed_engine") else model._forward_module
+    )
+    uses_mics(engine, p)
+    fabric.save(f"{folder}/saved", {"model": model, "optimizer": optimizer, "step": 4})
+    following = steps(2)
+    fabric.load(f"{folder}/saved", {"model": model, "optimizer": optimizer, "step": 0})
+    assert steps(2) == following
+    import deepspeed
+
+    named = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        same_on_all_ranks({name: param.detach().clone() for name, param in named.items()})
+    return {"losses": losses + following}
+
+
+def test_lightning_fabric(pools, tmp_path):
+    both(pools, "lightning_fabric", tmp_path)
