@@ -45,7 +45,7 @@ from .errors import MicsCheckpointError, MicsCompatError, MicsConfigError
 # --------------------------------------------------------------------------------------------------
 # 1. Probes
 
-TESTED_VERSIONS = ("0.19.8",)
+TESTED_VERSIONS = ("0.19.8", "0.19.7", "0.19.6", "0.18.9")
 ALLOW_UNTESTED_ENV = "MICS_DS_ALLOW_UNTESTED"
 
 
@@ -63,12 +63,9 @@ def missing_seams() -> list[str]:
         DeepSpeedZeroOptimizer_Stage3: (
             "independent_gradient_partition_epilogue",
             "partition_grads",
-            "finalize_gradient_accumulation_boundary",
-            "_finalize_offload_gradient_accumulation",
             "_get_norm_groups",
             "has_overflow",
             "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
-            "is_gradient_accumulation_boundary",
         ),
         DeepSpeedEngine: (
             "_get_ckpt_name",
@@ -143,6 +140,11 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
             zero.pipeline_loading_checkpoint,
             "pipeline_loading_checkpoint",
             "set it to false: it passes the baton by partition rank, which replicas share",
+        ),
+        (
+            zero.elastic_checkpoint,
+            "elastic_checkpoint",
+            "set it to false; mics_reshape_checkpoint resumes in any number of shards",
         ),
         (autotp > 1, "tensor_parallel.autotp_size (AutoTP)", "remove the tensor_parallel section"),
         (
@@ -232,6 +234,13 @@ def partitioner_config(*args: Any, **kwargs: Any) -> Any:
 
 _INIT_SIGNATURE = inspect.signature(pp.Init.__init__)
 
+# What older versions lack.
+_BOUNDARY_IS_A_METHOD = hasattr(DeepSpeedZeroOptimizer_Stage3, "is_gradient_accumulation_boundary")  # 0.19
+_FINALIZES_OFFLOAD = hasattr(DeepSpeedZeroOptimizer_Stage3, "_finalize_offload_gradient_accumulation")  # 0.19
+# Up to 0.19.7 a gather of several parameters waits for the last one only, and under gloo the others may
+# still be on their way. Nothing but the source tells.
+GATHERS_RACE = "launch_handles[-1].wait()" in inspect.getsource(pp.Init._allgather_params_coalesced)
+
 # --------------------------------------------------------------------------------------------------
 # 2. Seams
 
@@ -263,6 +272,13 @@ class PartitionerSeam(pp.Init):
     def _zero_init_param(self, param: torch.nn.Parameter) -> None:
         self.before_first_partition(param)
         super()._zero_init_param(param)
+
+    def _allgather_params_coalesced(self, param_list: list, *args: Any, **kwargs: Any) -> None:
+        if not GATHERS_RACE:
+            super()._allgather_params_coalesced(param_list, *args, **kwargs)
+            return
+        for param in param_list:  # then the last one is the only one
+            super()._allgather_params_coalesced([param], *args, **kwargs)
 
     def _convert_to_deepspeed_param(self, param: torch.nn.Parameter) -> None:
         super()._convert_to_deepspeed_param(param)
@@ -299,7 +315,7 @@ class PartitionerSeam(pp.Init):
                 return None
             for param in members:
                 param.ds_status = pp.ZeroParamStatus.INFLIGHT
-            handles.append(_SeamGatherHandle(started, members, self._partition_world_size(members[0])))
+            handles.append(_SeamGatherHandle(started, members, self.get_partition_dp_group(members[0]).size()))
         return pp.MultipleAllGatherHandles(handles)
 
     def patch_init_and_builtins(self) -> None:
@@ -489,16 +505,36 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def communication_device(self) -> torch.device:
         return torch.device(get_accelerator().current_device_name())
 
-    def finish_offloaded_gradients(self) -> None:
-        """With optimizer offload: compute norms and fp32 copies from the now final shards."""
-        if self.offload_optimizer:
+    def finish_offloaded_gradients(self, ids: set[int]) -> None:
+        """With optimizer offload: compute norms and fp32 copies of the now final shards of these parameters."""
+        if not self.offload_optimizer:
+            return
+        if _FINALIZES_OFFLOAD:
             self._finalize_offload_gradient_accumulation()
+            return
+        # Older versions do that while they add a gradient at the boundary, so add nothing.
+        params = [param for group in self.fp16_groups for param in group if param.ds_id in ids]
+        shards = [self.gradient_shards.new_zeros(param.partition_numel()) for param in params]
+        step, self.micro_step_id = self.micro_step_id, 1  # the first one would overwrite
+        try:
+            super().partition_grads([_WithoutGrad(param) for param in params], shards)
+        finally:
+            self.micro_step_id = step
 
-    def is_gradient_accumulation_boundary(self) -> bool:
+    def at_boundary(self) -> bool:
+        """Whether this backward pass ends the accumulation."""
+        value = self.is_gradient_accumulation_boundary
+        return value() if callable(value) else value
+
+    if _BOUNDARY_IS_A_METHOD:
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return not self._holds_back_boundary() and super().is_gradient_accumulation_boundary()
+
+    def _holds_back_boundary(self) -> bool:
         # Under offload, partition_grads copies gradients into the optimizer's buffers as soon as it
         # sees the boundary. Partial gradients must not go there: see finish_offloaded_gradients.
-        held = self.offload_optimizer and self._partitioning_grads and self.defers_reduction()
-        return not held and super().is_gradient_accumulation_boundary()
+        return self.offload_optimizer and self._partitioning_grads and self.defers_reduction()
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 (a private name, as Python mangles it)
         self, params_to_reduce: list, communication_data_type: torch.dtype
@@ -525,10 +561,15 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
 
     def _store(self, params: list, shards: list[torch.Tensor]) -> Any:
         self._partitioning_grads = True
+        boundary = None if _BOUNDARY_IS_A_METHOD else self.is_gradient_accumulation_boundary
+        if boundary is not None and self._holds_back_boundary():
+            self.is_gradient_accumulation_boundary = False
         try:
             result = super().partition_grads(params, shards)
         finally:
             self._partitioning_grads = False
+            if boundary is not None:
+                self.is_gradient_accumulation_boundary = boundary
         self.shards_changed([param.ds_id for param in params])
         return result
 
@@ -547,7 +588,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
         self.finish_hop1()
-        if self.is_gradient_accumulation_boundary():
+        if self.at_boundary():
             self.complete_reduction_if_needed()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
@@ -621,7 +662,8 @@ def model_states_name(engine: DeepSpeedEngine, shard: int | str) -> str:
 def optimizer_states_name(engine: DeepSpeedEngine, shard: int | str, bf16: bool | None = None) -> str:
     """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
     bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
-    return os.path.basename(engine._get_rank_zero_ckpt_name("", "", engine.checkpoint_mp_rank, shard, bf16))
+    mp_rank = int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
+    return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
 
 
 def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:

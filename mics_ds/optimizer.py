@@ -61,8 +61,8 @@ class MicsOptimizer(compat.OptimizerSeam):
         self._overlap = overlap_comm
         self._unaveraged: set[int] = set()
         """``ds_id`` of parameters whose shard was changed since it was averaged over replicas, or is being."""
-        self._incomplete = False
-        """Whether shards were changed since the last boundary."""
+        self._incomplete: set[int] = set()
+        """``ds_id`` of parameters whose shard was changed since the last boundary."""
         self._averaging: dict[int, collectives.ReplicaAverage] = {}
         """``ds_id`` of parameters whose hop 2 was started before this boundary's sweep."""
         self._reduced: set[int] = set()
@@ -88,7 +88,7 @@ class MicsOptimizer(compat.OptimizerSeam):
         self._ranges = self.gradient_ranges()
 
     def _refuse_unsupported(self, module: torch.nn.Module) -> None:
-        if self.use_muon:
+        if getattr(self, "use_muon", False):
             raise MicsConfigError("MiCS does not support the Muon optimizer yet. Use Adam, AdamW or SGD.")
         strange = [
             name
@@ -130,7 +130,7 @@ class MicsOptimizer(compat.OptimizerSeam):
         pieces = plan.pack(gradients, count)
         device = gradients[0].device
         # Offloaded gradients go on to host buffers at the boundary, all at once: no early hop 2 for them.
-        start_hop2 = self._overlap and not self.offload_optimizer and self.is_gradient_accumulation_boundary()
+        start_hop2 = self._overlap and not self.offload_optimizer and self.at_boundary()
 
         def job() -> None:
             if hierarchy is None:
@@ -157,7 +157,7 @@ class MicsOptimizer(compat.OptimizerSeam):
 
     def shards_changed(self, ids: list[int]) -> None:
         self._unaveraged.update(ids)
-        self._incomplete = True
+        self._incomplete.update(ids)
 
     def _start_averaging(self, ids: Iterable[int]) -> None:
         """Start hop 2 on the shards of these parameters, joined where they are neighbours in the buffer."""
@@ -187,8 +187,8 @@ class MicsOptimizer(compat.OptimizerSeam):
         self.finish_hop1()
         if self._incomplete and self.mics_groups.replication is not None:
             self._average_everything()
-            self.finish_offloaded_gradients()
-        self._incomplete = False
+            self.finish_offloaded_gradients(self._incomplete)
+        self._incomplete.clear()
 
     def before_gradients_are_read(self, local: bool) -> None:
         """Between boundaries a shard is only the mean over its partition group: make it whole.

@@ -162,6 +162,7 @@ def _rank_main(rank: int, world_size: int, folder: str, pipe: Connection) -> Non
         timeout=timedelta(seconds=GLOO_TIMEOUT_S),
     )
     deepspeed.init_distributed("gloo", dist_init_required=False)
+    _make_stock_gathers_wait()
     while True:
         try:
             module, function, kwargs = pipe.recv()
@@ -176,6 +177,21 @@ def _rank_main(rank: int, world_size: int, folder: str, pipe: Connection) -> Non
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _make_stock_gathers_wait() -> None:
+    """An oracle must not race: under gloo, DeepSpeed up to 0.19.7 waits for the last of several gathers only."""
+    from mics_ds import compat
+
+    if not compat.GATHERS_RACE:
+        return
+    gather = compat.pp.Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: list, *args: Any, **kwargs: Any) -> None:
+        for param in params:
+            gather(self, [param], *args, **kwargs)
+
+    compat.pp.Init._allgather_params_coalesced = one_by_one
 
 
 def _clean_up() -> None:

@@ -60,6 +60,7 @@ UNSUPPORTED = {
     "gradient_predivide_factor": ({}, {"gradient_predivide_factor": 2.0}),
     "prescale_gradients": ({}, {"prescale_gradients": True}),
     "pipeline_loading_checkpoint": ({"pipeline_loading_checkpoint": True}, {}),
+    "elastic_checkpoint": ({"elastic_checkpoint": True}, {}),
     "AutoTP": ({}, {"tensor_parallel": {"autotp_size": 2}}),
     "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),
     "sequence_parallel_size": ({}, {"sequence_parallel_size": 2}),

@@ -112,6 +112,8 @@ ZERO_KEYS: dict[str, dict[str, Any]] = {
     "sub_group_size": {"sub_group_size": 40},
     "cpu_offload": {"cpu_offload": True},
     "cpu_offload_param": {"cpu_offload_param": True},
+    "cpu_offload_use_pin_memory": {"cpu_offload_use_pin_memory": True},
+    "gather_fp16_weights_on_model_save": {"stage3_gather_fp16_weights_on_model_save": True},
     "offload_optimizer": {"offload_optimizer": {"device": "cpu", "pin_memory": False}},
     "offload_optimizer.pipeline": {
         "offload_optimizer": {"device": "cpu", "pipeline_read": True, "pipeline_write": True}

@@ -1,0 +1,61 @@
+"""docs/coverage.md has every key that DeepSpeed knows in stage 3, and the tests it names exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from helpers import OddNet, build, ds_config
+
+TESTS = Path(__file__).resolve().parent
+PAGE = (TESTS.parent / "docs" / "coverage.md").read_text()
+SECTIONS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "offload_param": DeepSpeedZeroOffloadParamConfig,
+}
+
+
+def rows(section: str) -> dict[str, str]:
+    """Key to the rest of its row."""
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_has_a_row(section):
+    fields = SECTIONS[section].model_fields
+    known = {field.alias or name for name, field in fields.items()}
+    assert set(rows(section)) == known
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+\.py::[^`]+)`", PAGE))))
+def test_every_named_test_exists(name):
+    file, _, function = name.partition("::")
+    function, _, parameter = function.rstrip("]").partition("[")
+    module = importlib.import_module(file.removesuffix(".py"))
+    assert callable(getattr(module, function))
+    if parameter:
+        marks = getattr(module, function).pytestmark
+        values = [value for mark in marks if mark.name == "parametrize" for value in mark.args[1]]
+        assert parameter in values
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_row_says_what_and_names_a_test(section):
+    for key, row in rows(section).items():
+        assert re.search(r"works|refused|of no effect|as stock|NVMe|SuperOffload|3;", row), key
+        assert "::test_" in row, key
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("key", ["compute_grad_norm", "legacy_stage1"])
+def test_deepspeed_refuses_it_itself(key):
+    value, words = {"compute_grad_norm": (False, key), "legacy_stage1": (True, "Stage 1 is not supported")}[key]
+    for p in (None, 1):
+        with pytest.raises(Exception, match=words):
+            build(ds_config(p, zero={key: value}), OddNet)
