@@ -157,25 +157,72 @@ def save(
             older checkpoints are as they were.
     """
     site = _site(engine)
-    steps = compat.steps_of(engine)
-    tag = f"global_step{steps}" if tag is None else str(tag)
-    folder = Path(save_dir)
-    target = folder / tag
+    tag = f"global_step{compat.steps_of(engine)}" if tag is None else str(tag)
+    target = Path(save_dir) / tag
     staging = manifest.staging_folder(target)
     client_state = dict(client_state or {})
     failed = f"Checkpoint {target} could not be saved."
     remedy = "Nothing was published, and older checkpoints are as they were."
 
-    note: dict[str, Any] = {"tag": tag, "folder": str(save_dir), "client": _fingerprint(client_state), "errors": []}
-    if site.publishes:
+    fingerprints = _prepare(site, str(save_dir), tag, staging, client_state, failed, remedy)
+    session = _Saving(site.rank, site.shard)
+    compat.set_writer(engine, site.writer == site.rank)
+    try:
         try:
-            if staging.exists():
-                log_rank0(f"an earlier save of {target} was interrupted; its remains are removed")
-                shutil.rmtree(staging)
-            staging.mkdir(parents=True)
-        except OSError as error:
-            note["errors"].append(_words(error))
-    notes = _exchange(note, f"saving {target}")
+            with compat.CheckpointFiles.of(engine).through(session):
+                original(
+                    engine,
+                    save_dir,
+                    tag=str(staging.relative_to(save_dir)),
+                    client_state=client_state,
+                    save_latest=False,
+                    exclude_frozen_parameters=exclude_frozen_parameters,
+                )
+        except RuntimeError as error:  # of a barrier, when another rank has died
+            raise MicsCheckpointError(f"{failed} {_words(error)}. {remedy}") from error
+        _save_own_client_state(session, site, staging, client_state, fingerprints)
+        written = _exchange({"errors": session.errors, "files": session.files}, f"saving {target}")
+        _raise_together(written, failed, remedy)
+
+        def publish() -> None:
+            manifest.publish(staging, target, _describe(engine, site, tag, [written[rank] for rank in site.peers]))
+
+        _raise_together(_on_publishers(site, publish, f"publishing {target}"), failed, remedy)
+    except BaseException:
+        _remove(staging, site)
+        raise
+
+    latest = Path(save_dir) / manifest.LATEST
+    notes = _on_publishers(site, lambda: save_latest and manifest.write_text(latest, tag), f"publishing {target}")
+    _raise_together(
+        notes, f"Checkpoint {target} is complete, but {latest} could not be updated.", "Load it by its tag."
+    )
+    if site.publishes:
+        for remains in manifest.interrupted_saves(Path(save_dir)):
+            log_rank0(f"{remains} is left from an interrupted save and can be deleted")
+    return True
+
+
+def _prepare(
+    site: _Site, save_dir: str, tag: str, staging: Path, client_state: Mapping[str, Any], failed: str, remedy: str
+) -> list[dict[str, Any]]:
+    """Make an empty folder to write to, and see to it that all ranks mean the same one.
+
+    Returns:
+        What tells the client states of all ranks apart, see :func:`_fingerprint`.
+
+    Raises:
+        MicsCheckpointError: the ranks disagree, or the folder cannot be made.
+    """
+
+    def make() -> None:
+        if staging.exists():
+            log_rank0(f"an earlier save of tag {tag} was interrupted; its remains in {staging} are removed")
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+
+    note = {"tag": tag, "folder": save_dir, "client": _fingerprint(client_state)}
+    notes = _on_publishers(site, make, f"saving {tag}", note)
     _raise_together(notes, failed, remedy)
     for field in ("tag",) if site.node_local else ("tag", "folder"):
         said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
@@ -186,54 +233,22 @@ def save(
                 + "; ".join(f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1]))
                 + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
             )
+    return [item["client"] for item in notes]
 
-    session = _Saving(site.rank, site.shard)
-    compat.set_writer(engine, site.writer == site.rank)
-    staged_tag = str(staging.relative_to(folder))
-    try:
-        try:
-            with compat.CheckpointFiles.of(engine).through(session):
-                original(
-                    engine,
-                    save_dir,
-                    tag=staged_tag,
-                    client_state=client_state,
-                    save_latest=False,
-                    exclude_frozen_parameters=exclude_frozen_parameters,
-                )
-        except RuntimeError as error:  # of a barrier, when another rank has died
-            raise MicsCheckpointError(f"{failed} {_words(error)}. {remedy}") from error
-        _save_own_client_state(session, site, staging, client_state, notes)
-        notes = _exchange({"errors": session.errors, "files": session.files}, f"saving {target}")
-        _raise_together(notes, failed, remedy)
 
-        note = {"errors": []}
-        if site.publishes:
-            try:
-                manifest.publish(staging, target, _describe(engine, site, tag, [notes[rank] for rank in site.peers]))
-            except (OSError, MicsCheckpointError) as error:
-                note["errors"].append(_words(error) if isinstance(error, OSError) else str(error).rstrip("."))
-        _raise_together(_exchange(note, f"publishing {target}"), failed, remedy)
-    except BaseException:
-        _remove(staging, site)
-        raise
-
-    note = {"errors": []}
-    if site.publishes and save_latest:
-        try:
-            manifest.write_text(folder / manifest.LATEST, tag)
-        except OSError as error:
-            note["errors"].append(_words(error))
-    notes = _exchange(note, f"publishing {target}")
-    _raise_together(
-        notes,
-        f"Checkpoint {target} is complete, but {folder / manifest.LATEST} could not be updated.",
-        "Load it by its tag.",
-    )
+def _on_publishers(
+    site: _Site, work: Callable[[], Any], doing: str, note: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Do something on the ranks that publish, and tell all ranks how it went."""
+    mine: dict[str, Any] = {**(note or {}), "errors": []}
     if site.publishes:
-        for remains in manifest.interrupted_saves(folder):
-            log_rank0(f"{remains} is left from an interrupted save and can be deleted")
-    return True
+        try:
+            work()
+        except MicsCheckpointError as error:
+            mine["errors"].append(str(error).rstrip("."))
+        except OSError as error:
+            mine["errors"].append(_words(error))
+    return _exchange(mine, doing)
 
 
 def _remove(staging: Path, site: _Site) -> None:
@@ -265,12 +280,12 @@ def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save_own_client_state(
-    session: _Saving, site: _Site, staging: Path, client_state: Mapping[str, Any], notes: list[dict[str, Any]]
+    session: _Saving, site: _Site, staging: Path, client_state: Mapping[str, Any], fingerprints: list[dict[str, Any]]
 ) -> None:
     """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
     state than the writer of its shard keeps it in a small file of its own."""
-    writers = notes[site.writer]["client"]
-    if writers["digest"] == notes[site.rank]["client"]["digest"]:
+    writers = fingerprints[site.writer]
+    if writers["digest"] == fingerprints[site.rank]["digest"]:
         return
     path = staging / CLIENT_STATE.format(rank=site.rank)
     state = {"client_state": dict(client_state), "instead_of": writers["keys"]}
@@ -377,20 +392,22 @@ def load(
         MicsCheckpointError: on every rank, before anything was changed: the checkpoint is missing,
             incomplete, damaged, of another model, or in another number of shards.
     """
+    if load_module_only:
+        # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
+        load_optimizer_states = False
     site = _site(engine)
     folder = Path(load_dir)
     tag = _agree_on_tag(site, folder, tag)
     if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
         return original(engine, load_dir)
     target = folder / tag
-    with_optimizer = load_optimizer_states and not load_module_only
     notes: dict[str, Any] = {"errors": [], "complete": manifest.complete_tags(folder)}
     saved: _Saved | None = None
     try:
         if not target.is_dir():
             raise MicsCheckpointError(f"{target} does not exist")
         saved = _Saved(engine, target)
-        notes["errors"] = _objections(engine, site, target, saved, with_optimizer, load_optimizer_states)
+        notes["errors"] = _objections(engine, site, target, saved, load_optimizer_states)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         notes["errors"].append(str(error).rstrip(".") if isinstance(error, MicsCheckpointError) else _words(error))
     everybody = _exchange(notes, f"checking {target}")
@@ -464,9 +481,7 @@ def _agree_on_tag(site: _Site, folder: Path, tag: Any) -> str | None:
     return newest
 
 
-def _objections(
-    engine: Any, site: _Site, target: Path, saved: _Saved, with_optimizer: bool, load_optimizer_states: bool
-) -> list[str]:
+def _objections(engine: Any, site: _Site, target: Path, saved: _Saved, with_optimizer: bool) -> list[str]:
     """Why this checkpoint cannot be loaded, as far as this rank can see. Empty if it can."""
     p = site.groups.partition.size
     if saved.shards == 0:
@@ -479,7 +494,7 @@ def _objections(
     needed = [compat.model_states_name(engine, shard) for shard in shards]
     if with_optimizer:
         needed += [compat.optimizer_states_name(engine, shard) for shard in shards]
-    elif not load_optimizer_states:  # DeepSpeed takes the weights from all fp32 shards then
+    else:  # DeepSpeed takes the weights from all fp32 shards then
         needed += [compat.optimizer_states_name(engine, shard) for shard in range(saved.shards)]
     records = {} if saved.manifest is None else saved.manifest.files
     # Sizes of what this rank will read; contents are shared out, so that every file is read once for it.

@@ -310,6 +310,22 @@ def test_weights_only_modules_only_and_without_frozen_parameters(tmp_path):
 
 
 @pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_module_only(tmp_path, p):
+    """Stock DeepSpeed restores nothing but frozen parameters, unless told to leave the optimizer states as well."""
+    engine = engine_of(2)
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path))
+    expected = full_params(engine)
+    other = engine_of(p, seed=5, zero=RESHAPE)
+    other.load_checkpoint(str(tmp_path), load_module_only=True)
+    for name, value in full_params(other).items():
+        assert torch.equal(value, expected[name]), name
+    assert other.global_steps == 0
+    train(other, 1)
+
+
+@pytest.mark.ranks(4)
 def test_two_engines_in_one_process(tmp_path):
     engines = [engine_of(2), engine_of(1, seed=3)]
     for index, engine in enumerate(engines):

@@ -55,7 +55,7 @@ def adamw(params):
 
 def compare(
     *,
-    sizes: tuple[int, ...] = (1, 2),
+    sizes: tuple[int, ...] = (2,),
     tolerance: float = 1e-6,
     drive: Drive = lambda engine: train(engine, 5),
     model: Callable[[], nn.Module] = OddNet,
@@ -196,7 +196,7 @@ def test_configuration(name):
     # An optimizer that DeepSpeed builds from the JSON: none is handed over.
     section = config.pop("optimizer")
     losses, params = {}, {}
-    for p in (None, 1, 2):
+    for p in (None, 2):
         torch.manual_seed(1234)
         model = OddNet()
         engine, *_ = deepspeed.initialize(
@@ -206,9 +206,8 @@ def test_configuration(name):
         )
         losses[p], params[p] = train(engine, 5), full_params(engine)
         engine.destroy()
-    for p in (1, 2):
-        assert_losses_close(losses[p], losses[None], 1e-6)
-        assert_close(params[p], params[None], 1e-6, params[None])
+    assert_losses_close(losses[2], losses[None], 1e-6)
+    assert_close(params[2], params[None], 1e-6, params[None])
 
 
 CLIENT_OPTIMIZERS: dict[str, Any] = {
@@ -271,7 +270,7 @@ def test_bf16_with_16_bit_master_weights_and_optimizer_states():
 @pytest.mark.ranks(4)
 def test_csv_monitor_and_tensorboard_sections(tmp_path):
     monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
-    compare(sizes=(2,), csv_monitor=monitor, steps_per_print=1)
+    compare(csv_monitor=monitor, steps_per_print=1)
     if dist.get_rank() == 0:
         assert list(Path(tmp_path).rglob("*.csv")), "the monitor writes under MiCS"
 
@@ -438,7 +437,7 @@ WAYS = [
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_way_of_training(way):
-    compare(drive=way)
+    compare(drive=way, sizes=(1, 2))
 
 
 def offload_and_reload(engine):
@@ -463,7 +462,7 @@ def test_dynamic_loss_scale_overflow_and_recovery():
         engine.optimizer.loss_scaler.cur_scale = 2.0**40  # too much for fp16: a few steps are skipped
         return losses + train(engine, 12)
 
-    engines = compare(drive=drive, dtype="fp16", tolerance=0.02, sizes=(2,))
+    engines = compare(drive=drive, dtype="fp16", tolerance=0.02)
     skipped = [engine.skipped_steps for engine in engines]
     assert skipped[0] > 0
     assert skipped[0] == skipped[1]
@@ -606,4 +605,4 @@ def test_a_frozen_reference_model_beside_the_trained_one():
 def test_a_model_that_is_already_in_16_bits():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compare(dtype="bf16", model=lambda: OddNet().to(DTYPES["bf16"]), tolerance=0.05, sizes=(2,))
+        compare(dtype="bf16", model=lambda: OddNet().to(DTYPES["bf16"]), tolerance=0.05)
