@@ -200,7 +200,8 @@ def read(folder: Path) -> Manifest:
         return Manifest.loads(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MicsCheckpointError(
-            f"{folder / NAME} is damaged or from a newer mics_ds ({error!r}). Restore it, or load another checkpoint."
+            f"{folder / NAME} is damaged or from a newer mics_ds ({error!r}). Restore it, or load another checkpoint; "
+            f"without that file this one can be loaded, but nothing is checked."
         ) from error
 
 

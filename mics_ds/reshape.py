@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import deepspeed  # before compat: when DeepSpeed is imported, we hook into it, and that needs compat as a whole
 import torch
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
     staging.mkdir(parents=True)
     try:
         files: dict[str, FileRecord] = {}
-        parts = sorted(match for match in map(_OPTIMIZER_FILE.match, _names(source)) if match is not None)
+        parts = [match for match in map(_OPTIMIZER_FILE.match, _names(source)) if match is not None]
         steps = 0
         with tqdm(total=shards * len(parts), unit="shard", desc=f"{old_shards} -> {shards}") as bar:
             for part in parts:
@@ -166,7 +167,7 @@ class _Part:
 def _describe(
     tag: str, shards: int, model_parallel: int, steps: int, old: Manifest | None, files: dict[str, FileRecord]
 ) -> Manifest:
-    versions = {"mics_ds": __version__, "torch": torch.__version__}
+    versions = {"mics_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     if old is None:
         return Manifest(tag, shards, 1, shards, (shards,), model_parallel, steps, False, versions, files)
     ranks = {"shards": shards, "replicas": 1, "ranks": shards, "ranks_per_node": (shards,), "node_local": False}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from helpers import OddNet, assert_losses_close, build, ds_config, environment, full_params, train
+from test_parity import DataParallelUnit
 from torch import nn
 
 from mics_ds import manifest
@@ -206,6 +207,7 @@ def test_from_mics_to_stock_zero3_and_back_by_the_command(tmp_path, sub_group_si
         for source, target, shards in (("mics", "stock", 4), ("stock", "one", 1)):
             result = reshape(tmp_path / source / "global_step4", tmp_path / target, "--shards", shards)
             assert result.returncode == 0, result.stderr
+            assert "could not hook" not in result.stderr
     dist.barrier()
     stock = engine_of(None, seed=6, zero=zero)
     stock.load_checkpoint(str(tmp_path / "stock"))
@@ -323,6 +325,38 @@ def test_module_only(tmp_path, p):
         assert torch.equal(value, expected[name]), name
     assert other.global_steps == 0
     train(other, 1)
+
+
+@pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
+@pytest.mark.parametrize("p", [1, 2])
+def test_under_tensor_parallelism(tmp_path, p):
+    mpu = DataParallelUnit()
+    rank = mpu.get_data_parallel_rank()
+
+    def engine(size, seed, **zero):
+        torch.manual_seed(seed)
+        return build(ds_config(size, zero=zero), mpu=mpu, seed=seed, optimizer=adamw)
+
+    saved = engine(p, 1 + dist.get_rank() % 2)
+    train(saved, 2, rank=rank)
+    saved.save_checkpoint(str(tmp_path))
+    expected = train(saved, 2, rank=rank)
+    described = manifest.read(tmp_path / "global_step2")
+    assert (described.shards, described.replicas, described.model_parallel) == (p, 2 // p, 2)
+    assert len(described.files) == 2 * 2 * p
+    again = engine(p, 9)
+    again.load_checkpoint(str(tmp_path))
+    assert train(again, 2, rank=rank) == expected
+    other = engine(3 - p, 9, **RESHAPE)
+    other.load_checkpoint(str(tmp_path))
+    assert_losses_close(train(other, 2, rank=rank), expected, 1e-6)
+    if dist.get_rank() == 0:
+        result = reshape(tmp_path / "global_step2", tmp_path / "cut", "--shards", 3 - p)
+        assert result.returncode == 0, result.stderr
+    dist.barrier()
+    cut = engine(3 - p, 9)
+    cut.load_checkpoint(str(tmp_path / "cut"))
+    assert_losses_close(train(cut, 2, rank=rank), expected, 1e-6)
 
 
 @pytest.mark.ranks(4)
