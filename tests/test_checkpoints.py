@@ -127,7 +127,7 @@ def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dt
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("old", "new"), [(2, 4), (4, 2), (2, 1), (1, 4), (None, 2), (None, 1)])
 def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
     make = {"adamw": adamw, "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)}[optimizer]
