@@ -452,7 +452,8 @@ def offload_and_reload(engine):
 def test_offload_and_reload_states():
     from deepspeed.ops.adam import FusedAdam
 
-    compare(drive=offload_and_reload, optimizer=lambda params: FusedAdam(params, lr=0.01))
+    # a model without frozen parameters, which stock 0.19.8 counts wrongly here
+    compare(drive=offload_and_reload, optimizer=lambda params: FusedAdam(params, lr=0.01), model=Deep)
 
 
 @pytest.mark.ranks(4)
