@@ -115,8 +115,8 @@ def _site(engine: Any) -> _Site:
 
 
 class _Saving:
-    """Between DeepSpeed and the files while saving. An error is noted and not raised, because DeepSpeed
-    has a barrier further on, where the other ranks wait."""
+    """Between DeepSpeed and the files while saving. An error, of whatever kind, is noted and raised on all ranks
+    later, because DeepSpeed has a barrier further on, where the other ranks wait."""
 
     def __init__(self, rank: int, shard: int) -> None:
         self.rank = rank
@@ -127,7 +127,7 @@ class _Saving:
     def make(self, make: Callable[[], Any]) -> None:
         try:
             make()
-        except OSError as error:
+        except Exception as error:
             self.errors.append(_words(error))
 
     def write(self, path: str, write: Callable[[], Any]) -> None:
@@ -136,7 +136,7 @@ class _Saving:
         try:
             write()
             self.files[os.path.basename(path)] = manifest.seal(Path(path), self.rank)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except Exception as error:  # torch reports a full disk as RuntimeError, pickle has several kinds
             free = shutil.disk_usage(os.path.dirname(path)).free
             self.errors.append(f"{path}: {_words(error)} ({free / 1e6:.1f} MB free there)")
 
@@ -157,7 +157,7 @@ def save(
             older checkpoints are as they were.
     """
     site = _site(engine)
-    tag = f"global_step{compat.steps_of(engine)}" if tag is None else str(tag)
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
     target = Path(save_dir) / tag
     staging = manifest.staging_folder(target)
     client_state = dict(client_state or {})
@@ -221,9 +221,17 @@ def _prepare(
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
 
-    note = {"tag": tag, "folder": save_dir, "client": _fingerprint(client_state)}
+    note: dict[str, Any] = {"tag": tag, "folder": save_dir, "client": None, "errors": []}
+    try:
+        note["client"] = _fingerprint(client_state)
+    except Exception as error:  # what pickle raises depends on the object; all ranks raise it below
+        note["errors"].append(f"client_state cannot be pickled, {_words(error)}")
     notes = _on_publishers(site, make, f"saving {tag}", note)
-    _raise_together(notes, failed, remedy)
+    try:
+        _raise_together(notes, failed, remedy)
+    except MicsCheckpointError:
+        _remove(staging, site)
+        raise
     for field in ("tag",) if site.node_local else ("tag", "folder"):
         said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
         if len(said) > 1:
@@ -240,7 +248,7 @@ def _on_publishers(
     site: _Site, work: Callable[[], Any], doing: str, note: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Do something on the ranks that publish, and tell all ranks how it went."""
-    mine: dict[str, Any] = {**(note or {}), "errors": []}
+    mine: dict[str, Any] = {"errors": [], **(note or {})}
     if site.publishes:
         try:
             work()
@@ -265,7 +273,7 @@ def _describe(engine: Any, site: _Site, tag: str, notes: Iterable[Mapping[str, A
         ranks=layout.world_size,
         ranks_per_node=tuple(Counter(layout.nodes).values()),
         model_parallel=dist.get_world_size() // layout.world_size,
-        global_steps=compat.steps_of(engine),
+        global_steps=engine.global_steps,
         node_local=site.node_local,
         versions={"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
         files={name: record for note in notes for name, record in note["files"].items()},
@@ -300,7 +308,7 @@ class _Saved:
     """A checkpoint on disk, as far as it matters before it is loaded."""
 
     def __init__(self, engine: Any, target: Path) -> None:
-        self._engine = engine
+        self._engine, self._folder = engine, target
         self.manifest: Manifest | None = None
         self.reshapes = False
         self.layout: reshard.ShardLayout | None = None
@@ -310,18 +318,18 @@ class _Saved:
         except FileNotFoundError:
             self.shards = count_shards(target)
 
-    def model_states(self, target: Path, shard: int) -> Path:
-        return target / compat.model_states_name(self._engine, shard)
+    def model_states(self, shard: int) -> Path:
+        return self._folder / compat.model_states_name(self._engine, shard)
 
-    def optimizer_states(self, target: Path, shard: int) -> Path:
-        return target / compat.optimizer_states_name(self._engine, shard)
+    def optimizer_states(self, shard: int) -> Path:
+        return self._folder / compat.optimizer_states_name(self._engine, shard)
 
 
 class _Loading:
     """Between DeepSpeed and the files while loading: makes old shards look like this job's."""
 
-    def __init__(self, engine: Any, target: Path, saved: _Saved) -> None:
-        self._engine, self._target, self._saved = engine, target, saved
+    def __init__(self, engine: Any, saved: _Saved) -> None:
+        self._engine, self._saved = engine, saved
         self._shard = engine.optimizer.mics_groups.partition.rank
         self.model_states_shard = self._shard % saved.shards
 
@@ -341,7 +349,7 @@ class _Loading:
         frozen = states.get(reshard.FROZEN_SHARDS)
         if frozen and self._saved.shards != self._size:
             states[reshard.FROZEN_SHARDS] = reshard.reshard_frozen(
-                lambda shard: compat.load_states(self._saved.model_states(self._target, shard), mmap=True),
+                lambda shard: compat.load_states(self._saved.model_states(shard), mmap=True),
                 states[reshard.FROZEN_SHAPES],
                 self._saved.shards,
                 self._size,
@@ -357,7 +365,7 @@ class _Loading:
         states: dict[str, Any] = {}
 
         def load(shard: int) -> dict[str, Any]:
-            whole = compat.load_states(self._saved.optimizer_states(self._target, shard), mmap=True)
+            whole = compat.load_states(self._saved.optimizer_states(shard), mmap=True)
             states.update({key: value for key, value in whole.items() if key != reshard.BASE_STATE})
             return whole[reshard.BASE_STATE]
 
@@ -420,7 +428,7 @@ def load(
         log_rank0(f"{target} has {saved.shards} shards; they are cut into {site.groups.partition.size} while loading")
     elif saved.manifest is not None and saved.manifest.ranks != site.groups.layout.world_size:
         log_rank0(f"{target} was saved by {saved.manifest.ranks} ranks, with as many shards as now; it loads as it is")
-    session = _Loading(engine, target, saved)
+    session = _Loading(engine, saved)
     with compat.CheckpointFiles.of(engine).through(session), compat.weights_from(tag):
         path, client_state = original(
             engine,
@@ -511,7 +519,7 @@ def _objections(engine: Any, site: _Site, target: Path, saved: _Saved, with_opti
             found.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
         return found
     if with_optimizer:
-        states = compat.load_states(saved.model_states(target, site.shard % saved.shards), mmap=True)
+        states = compat.load_states(saved.model_states(site.shard % saved.shards), mmap=True)
         saved.layout = reshard.ShardLayout(saved.shards, states[reshard.PARAM_SHAPES])
         mine = reshard.ShardLayout(p, compat.param_shapes(engine))
         strange = mine.differences(saved.layout)

@@ -654,12 +654,12 @@ class CheckpointFiles:
         return getattr(self.inner, name)
 
 
-def model_states_name(engine: DeepSpeedEngine, shard: int | str) -> str:
-    """File name of the model states of one shard; ``"*"`` gives a pattern for :mod:`glob`."""
+def model_states_name(engine: DeepSpeedEngine, shard: int) -> str:
+    """File name of the model states of one shard."""
     return os.path.basename(engine._get_ckpt_name("", "", pp_placeholder=str(shard)))
 
 
-def optimizer_states_name(engine: DeepSpeedEngine, shard: int | str, bf16: bool | None = None) -> str:
+def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None = None) -> str:
     """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
     bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
     mp_rank = int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
@@ -680,10 +680,6 @@ def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
 def set_writer(engine: DeepSpeedEngine, writes: bool) -> None:
     """Whether this rank writes the files of its shard at the next save."""
     engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = writes
-
-
-def steps_of(engine: DeepSpeedEngine) -> int:
-    return engine.global_steps
 
 
 def model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:

@@ -216,6 +216,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         engine.save_checkpoint(str(tmp_path / "file"))
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("culprits", [[2], [0], [0, 1, 2, 3]])
+def test_client_state_that_cannot_be_pickled_is_an_error_on_every_rank(tmp_path, culprits):
+    engine = engine_of(2)
+    state = {"bad": lambda: None} if dist.get_rank() in culprits else {}
+    with pytest.raises(MicsCheckpointError, match=rf"ranks? {culprits[0]}.*client_state cannot be pickled"):
+        engine.save_checkpoint(str(tmp_path), client_state=state)
+    dist.barrier()  # rank 0 cleans up after it has told the others
+    assert list(tmp_path.iterdir()) == []
+    dist.barrier()
+    engine.save_checkpoint(str(tmp_path))
+
+
 class Wide(nn.Module):
     """60 000 parameters: 720 kB of weights and Adam states."""
 

@@ -268,7 +268,7 @@ def test_bf16_with_16_bit_master_weights_and_optimizer_states():
 
 
 @pytest.mark.ranks(4)
-def test_csv_monitor_and_tensorboard_sections(tmp_path):
+def test_csv_monitor(tmp_path):
     monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     compare(csv_monitor=monitor, steps_per_print=1)
     if dist.get_rank() == 0:
