@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["mics_ds"],
+    packages=["mics_ds", "mics_ds.planner"],
     python_requires=">=3.10",
     install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging", "tqdm"],
     extras_require={
@@ -33,5 +33,8 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "run": [],
     },
-    entry_points={"torch.backends": ["mics_ds = mics_ds:autoload"]},
+    entry_points={
+        "torch.backends": ["mics_ds = mics_ds:autoload"],
+        "console_scripts": ["mics-plan = mics_ds.planner.cli:main"],
+    },
 )

@@ -126,6 +126,31 @@ def _compare(request: Request) -> None:
         agreement.require_same(agreement.exchange(payload))
 
 
+def _resolve_auto(request: Request, engine_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the partition size for the model of an engine that is about to be built. Collective over the world.
+
+    Returns:
+        The configuration with that size, for the engine to hand on. The caller's own is left alone: it may be used
+        for another model next.
+
+    Raises:
+        MicsError: no size could be chosen, the same on every rank.
+    """
+    import torch.distributed as dist
+
+    from . import compat
+    from .config import with_shard_size
+    from .planner import auto
+
+    ds_config = compat.load_ds_config(engine_arguments.get("config"))
+    assert ds_config is not None, "whoever asked for auto has a configuration"
+    module = engine_arguments["model"]
+    compat.ensure_distributed()
+    facts = compat.plan_facts(engine_arguments)
+    model = auto.describe(module, facts, request.mics.plan)
+    return with_shard_size(ds_config, auto.choose_partition_size(request.mics, facts, model, dist.get_rank()))
+
+
 def _tell_others(error: Exception) -> None:
     from . import agreement
 
@@ -154,7 +179,10 @@ def install() -> None:
 
     def build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         # Building an engine starts with collectives, so this is the last moment to compare notes.
-        _compare(getattr(kwargs.get("config_class"), "mics_request", Request(agreement.OFF, None, None)))
+        request = getattr(kwargs.get("config_class"), "mics_request", Request(agreement.OFF, None, None))
+        _compare(request)
+        if request.state == agreement.ON and request.mics.is_auto:
+            kwargs["config"] = _resolve_auto(request, kwargs)
         original(self, *args, **kwargs)
 
     def choose_partitioner(cls: type, arguments: Mapping[str, Any]) -> type:
@@ -164,7 +192,11 @@ def install() -> None:
         request = read_request(ds_config)
         if request.state == agreement.ON:
             compat.check_deepspeed()
-            return MicsPartitioner  # compares when it builds its groups
+            if not request.mics.is_auto:
+                return MicsPartitioner  # compares when it builds its groups
+            # Nobody knows the whole model yet. Over all ranks its parameters fit if they ever do, and when the
+            # engine is built and the size is chosen, they are partitioned anew one by one.
+            compat.ensure_distributed()
         if request.state == agreement.DISABLED:
             compat.ensure_distributed()
         _compare(request)

@@ -28,6 +28,7 @@ from typing import Any
 
 import deepspeed
 import hjson
+import psutil
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -41,6 +42,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from .config import KEY_PREFIX, MicsConfig, split_ds_config
 from .errors import MicsCheckpointError, MicsCompatError, MicsConfigError
+from .planner.auto import Facts
+from .planner.job import OPTIMIZERS, ZeroSettings
 
 # --------------------------------------------------------------------------------------------------
 # 1. Probes
@@ -177,6 +180,67 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
             + "; ".join(found)
             + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
         )
+
+
+def plan_facts(engine_arguments: Mapping[str, Any]) -> Facts:
+    """What the planner asks of an engine that is about to be built, read off its arguments.
+
+    Args:
+        engine_arguments: the keywords of ``DeepSpeedEngine``.
+    """
+    parsed, zero = engine_arguments["config_class"], engine_arguments["config_class"].zero_config
+    mpu = engine_arguments.get("mpu")
+    group = mpu.get_data_parallel_group() if mpu is not None else torch.distributed.group.WORLD
+    precision = "bf16" if parsed.bfloat16_config.enabled else "fp16" if parsed.float16_config.enabled else "fp32"
+    settings = ZeroSettings(
+        prefetch_bucket_size=int(zero.prefetch_bucket_size),
+        max_live_parameters=int(zero.max_live_parameters),
+        max_reuse_distance=int(zero.max_reuse_distance),
+        param_persistence_threshold=int(zero.param_persistence_threshold),
+        reduce_bucket_size=int(zero.reduce_bucket_size),
+        sub_group_size=int(zero.sub_group_size),
+        overlap_comm=bool(zero.overlap_comm),
+        contiguous_gradients=bool(zero.contiguous_gradients),
+        offload_optimizer=_device(zero.offload_optimizer) != "none",
+        offload_param=_device(zero.offload_param) != "none",
+    )
+    optimizer = engine_arguments.get("optimizer")
+    kind = str(parsed.optimizer_name or "") if optimizer is None else type(optimizer).__name__
+    if kind.lower() == "sgd":
+        groups = optimizer.param_groups if optimizer is not None else [parsed.optimizer_params or {}]
+        kind = "sgd_momentum" if any(group.get("momentum") for group in groups) else "sgd"
+    fused = optimizer is None and kind.lower() in ("adam", "adamw")
+    kind = "fusedadam" if fused else kind.lower()
+    memory, total, device = _memory_at_hand()
+    accumulation = {"fp32": 4, "fp16": 2, "bf16": 2}.get(str(getattr(parsed, "grad_accum_dtype", None)), 0)
+    return Facts(
+        ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+        memory=float(memory),
+        device=device,
+        device_gib=total / 2**30,
+        job={
+            "micro_batch": int(parsed.train_micro_batch_size_per_gpu),
+            "micro_steps": int(parsed.gradient_accumulation_steps),
+            "precision": precision,
+            "optimizer": kind if kind in OPTIMIZERS else "fusedadam",
+            "zero": settings,
+            "accumulation_itemsize": accumulation,
+        },
+    )
+
+
+def _memory_at_hand() -> tuple[float, float, str]:
+    """Bytes this rank can use, bytes its device has, and the device's name."""
+    accelerator = get_accelerator()
+    if torch.cuda.is_available() and accelerator.device_name() != "cpu":
+        free, total = torch.cuda.mem_get_info()
+        # what this process's own allocator holds can be used as well
+        return free + torch.cuda.memory_reserved(), total, torch.cuda.get_device_name()
+    if accelerator.device_name() != "cpu":
+        return accelerator.available_memory(), accelerator.total_memory(), accelerator.device_name()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    memory = psutil.virtual_memory().available / max(1, per_node)
+    return memory, memory, "cpu"
 
 
 def _device(offload: Any) -> str:

@@ -16,10 +16,71 @@ from .errors import MicsConfigError
 ZERO_SECTION = "zero_optimization"
 KEY_PREFIX = "mics_"
 OFF = -1
+AUTO = "auto"
+# Accelerate refuses "auto" for keys it does not know, and gives no way to tell it of ours.
+AUTO_WORDS = (AUTO, "planned")
 
 DISABLE_ENV = "MICS_DS_DISABLE"
 
 AutoBool = Union[bool, Literal["auto"]]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What ``mics_shard_size: "auto"`` is decided from, beside what the ranks find out themselves.
+
+    Raises:
+        MicsConfigError: a value has the wrong type or is out of range.
+    """
+
+    cluster: str | None = None
+    """A preset of :mod:`mics_ds.planner`, or the file of a calibrated profile (needed on rank 0's node only).
+    By default the preset of the GPU that is found."""
+    sequence: int | None = None
+    """Tokens per sample."""
+    checkpointing: bool = False
+    """Whether activations are checkpointed."""
+    activations_gb: float | None = None
+    """Activations of one micro-batch, 10^9 bytes per GPU. By default estimated, or set aside generously."""
+    memory_gb: float | None = None
+    """Memory of a GPU, 10^9 bytes. By default what the rank with the least finds."""
+    compute_s: float | None = None
+    """Measured seconds of compute per micro-step. By default operations over the cluster's speed."""
+
+    def __post_init__(self) -> None:
+        where = f"{ZERO_SECTION}.mics_plan"
+        if not (self.cluster is None or isinstance(self.cluster, str)):
+            raise MicsConfigError(f"{where}.cluster must be the name of a preset or of a file, got {self.cluster!r}.")
+        if not isinstance(self.checkpointing, bool):
+            raise MicsConfigError(f"{where}.checkpointing must be true or false, got {self.checkpointing!r}.")
+        sequence = self.sequence
+        if sequence is not None and (isinstance(sequence, bool) or not isinstance(sequence, int) or sequence < 1):
+            raise MicsConfigError(f"{where}.sequence must be a positive number of tokens, got {sequence!r}.")
+        for name in ("activations_gb", "memory_gb", "compute_s"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise MicsConfigError(f"{where}.{name} must be a number and not negative, got {value!r}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> PlanRequest:
+        """
+        Raises:
+            MicsConfigError: it is not a section with known keys and good values.
+        """
+        known = [item.name for item in fields(cls)]
+        if not isinstance(value, Mapping):
+            raise MicsConfigError(
+                f"{ZERO_SECTION}.mics_plan must be a section with some of {', '.join(known)}, got {value!r}."
+            )
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise MicsConfigError(
+                f"Unknown key{'s' if len(unknown) > 1 else ''} under '{ZERO_SECTION}.mics_plan': {', '.join(unknown)}. "
+                f"Known keys: {', '.join(known)}."
+            )
+        return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -32,9 +93,10 @@ class MicsConfig:
         MicsConfigError: a value has the wrong type or is out of range.
     """
 
-    shard_size: int
+    shard_size: Union[int, Literal["auto"]]
     """Partition size p: how many ranks together hold one copy of the model states. >= 1, and a
-    divisor of the data-parallel size (checked in :mod:`mics_ds.layout`, where that size is known)."""
+    divisor of the data-parallel size (checked in :mod:`mics_ds.layout`, where that size is known).
+    ``"auto"`` until the engine is built, if it is for the planner to choose."""
 
     hierarchical_params_gather: AutoBool = "auto"
     """Gather parameters in two stages, between nodes and then inside each node. ``"auto"`` does so
@@ -51,15 +113,21 @@ class MicsConfig:
     """Let a checkpoint that was saved in another number of shards be loaded, cutting it anew on the way.
     Without it, that is an error."""
 
+    plan: PlanRequest | None = None
+    """What the planner is told for ``"auto"``."""
+
     def __post_init__(self) -> None:
         # bool is an int in Python; `true` for a size is a slip, not a 1.
-        if isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int):
+        if self.shard_size == AUTO:
+            pass
+        elif isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int):
             raise MicsConfigError(
                 f"{ZERO_SECTION}.mics_shard_size must be an integer (the number of ranks that hold one copy of the "
                 f"model states, or {OFF} to switch MiCS off), got {self.shard_size!r} of type "
-                f"{type(self.shard_size).__name__}. Write it as a plain JSON number, for example 8."
+                f'{type(self.shard_size).__name__}. Write a plain JSON number, for example 8, or "auto" to have it '
+                f"planned."
             )
-        if self.shard_size < 1:
+        elif self.shard_size < 1:
             raise MicsConfigError(
                 f"{ZERO_SECTION}.mics_shard_size must be at least 1, or {OFF} to switch MiCS off, got "
                 f"{self.shard_size}. Use the number of ranks on one node to begin with."
@@ -81,9 +149,22 @@ class MicsConfig:
                 f"{self.reduce_scatter!r}. Leave the key out to get the default."
             )
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the partition size is for the planner to choose."""
+        return self.shard_size == AUTO
+
     def to_json(self) -> dict[str, Any]:
         """The configuration as the JSON keys that produce it."""
-        return {KEY_PREFIX + name: value for name, value in asdict(self).items()}
+        values = {KEY_PREFIX + name: value for name, value in asdict(self).items()}
+        if self.plan is None:
+            del values[KEY_PREFIX + "plan"]
+        return values
+
+
+def with_shard_size(ds_config: Mapping[str, Any], p: int) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration with a partition size in place of ``"auto"``."""
+    return {**ds_config, ZERO_SECTION: {**ds_config[ZERO_SECTION], KEY_PREFIX + "shard_size": p}}
 
 
 KNOWN_KEYS: tuple[str, ...] = tuple(KEY_PREFIX + field.name for field in fields(MicsConfig))
@@ -128,6 +209,10 @@ def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, di
     rest[ZERO_SECTION] = {key: value for key, value in zero.items() if key not in mics_keys}
 
     values = {key[len(KEY_PREFIX) :]: zero[key] for key in mics_keys}
+    if values.get("shard_size") in AUTO_WORDS:
+        values["shard_size"] = AUTO
+    if "plan" in values:
+        values["plan"] = PlanRequest.parse(values["plan"])
     size = values.get("shard_size", OFF)
     if size == OFF and not isinstance(size, bool) and isinstance(size, int):
         return None, rest

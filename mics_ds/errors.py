@@ -32,3 +32,7 @@ class MicsCheckpointError(MicsError, RuntimeError):
 
 class MicsUsageError(MicsError, RuntimeError):
     """Something was asked for at a moment when there is no right answer."""
+
+
+class MicsPlanError(MicsError, ValueError):
+    """The planner was given a machine or a job that makes no sense, or that fits nowhere."""

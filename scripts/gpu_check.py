@@ -276,6 +276,20 @@ def late_results_show(rank: Rank) -> list[Measure]:
     ]
 
 
+def calibrates(rank: Rank, *, sweeps: int) -> list[Measure]:
+    """Does calibration measure what it should, and a speed that this device can have?"""
+    from mics_ds.planner import calibrate
+
+    machine = calibrate.calibrate(sizes=(1 << 16, 1 << 20), budget_s=20.0, hidden=1024, progress=False)
+    slowest, fastest = 1e11, 2e15
+    wrong = [speed for speed in machine.flops.values() if not slowest < speed < fastest]
+    return [
+        ("sweeps missing", float(sweeps - len(machine.sweeps)), 0.0),
+        ("impossible speeds", float(len(wrong)), 0.0),
+        ("without memory", float(not machine.memory > 1e9), 0.0),
+    ]
+
+
 def compare_with_stock(
     rank: Rank,
     *,
@@ -675,6 +689,7 @@ def race_checks(staged: list[str]) -> tuple[list[Check], list[Check]]:
 
 def nccl_checks() -> Iterator[Check]:
     """One rank, so that NCCL accepts the device."""
+    yield Check("NCCL, one rank: calibration", "calibrates", {"sweeps": 0})
     for dtype in ("bf16", "fp32"):
         yield Check(
             f"NCCL, one rank, p=1 {dtype}: the bits of stock",

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import same_on_all_ranks
+from rank_pool import RankError
 from torch import nn
 
 P = 2
@@ -241,6 +242,59 @@ def accelerate(p, folder, route):
 @pytest.mark.parametrize("route", ["file", "plugin"])
 def test_accelerate(pools, tmp_path, route):
     both(pools, "accelerate", tmp_path, route=route)
+
+
+def accelerate_planned(p, folder, word):
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from transformers import LlamaForCausalLM
+
+    config = ds_config(word, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, gradient_clipping=1.0)
+    config["zero_optimization"]["mics_plan"] = {"sequence": 12, "memory_gb": 1}
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(llama_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loader = torch.utils.data.DataLoader(texts(16), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    item = next(iter(loader))
+    accelerator.backward(model(**item).loss)
+    optimizer.step()
+    return {"size": [model.optimizer.mics_groups.partition.size]}
+
+
+def test_accelerate_takes_a_planned_size(pools, tmp_path):
+    arguments = {"p": None, "folder": str(tmp_path), "word": "planned"}
+    found = pools.run(4, __name__, "accelerate_planned", arguments, 180, fresh=True)
+    assert len({item["size"][0] for item in found}) == 1
+    assert found[0]["size"][0] in (1, 2, 4)
+
+
+def test_accelerate_refuses_auto_by_itself(pools, tmp_path):
+    """Which is why there is another word. If this fails, Accelerate has changed, and the README should."""
+    arguments = {"p": None, "folder": str(tmp_path), "word": "auto"}
+    with pytest.raises(RankError, match="mics_shard_size` not found in kwargs"):
+        pools.run(4, __name__, "accelerate_planned", arguments, 180, fresh=True)
+
+
+def trainer_planned(p, folder):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    gloo_for_accelerate()
+    config = ds_config("planned")
+    config["zero_optimization"]["mics_plan"] = {"sequence": 12, "memory_gb": 1}
+    given = TrainingArguments(
+        output_dir=f"{folder}/out", deepspeed=config, max_steps=2, report_to=[], save_strategy="no", logging_steps=1
+    )
+    # inside zero.Init, which cannot know the model yet
+    trainer = Trainer(model=AutoModelForCausalLM.from_config(llama_config()), args=given, train_dataset=texts())
+    trainer.train()
+    return {"size": [trainer.model_wrapped.optimizer.mics_groups.partition.size]}
+
+
+def test_hf_trainer_takes_a_planned_size(pools, tmp_path):
+    found = pools.run(4, __name__, "trainer_planned", {"p": None, "folder": str(tmp_path)}, 180, fresh=True)
+    assert len({item["size"][0] for item in found}) == 1
 
 
 # -------------------------------------------------------------------------------------------- PEFT

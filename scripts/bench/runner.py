@@ -70,6 +70,8 @@ class Plan:
     warmup: int
     timeout_s: float
     timelines: tuple[Spec, ...] = ()
+    work: Callable[..., Any] | None = None
+    """What each rank does in place of measuring: called like :func:`_measure`."""
 
 
 @dataclass
@@ -112,7 +114,7 @@ def _rank_main(rank: int, plan: Plan, cluster: Cluster, port: int, folder: Path,
             if rank == 0:
                 pipe.send(("progress", text))
 
-        pipe.send(("result", _measure(rank, plan, cluster.interface, say)))
+        pipe.send(("result", (plan.work or _measure)(rank, plan, cluster.interface, say)))
         dist.barrier()
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
@@ -271,13 +273,13 @@ class Ranks:
             self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
         return self.exit_codes[rank]
 
-    def collect(self, say: Callable[[str], None]) -> list[list[Measured]]:
+    def collect(self, say: Callable[[str], None]) -> list[Any]:
         """Wait for all ranks. Returns their results, by rank.
 
         Raises:
             RunError: a rank failed, or nothing was heard of any for longer than the plan's timeout.
         """
-        results: dict[int, list[Measured]] = {}
+        results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         world, silence = self.plan.shape.world, self.plan.timeout_s
         deadline = time.monotonic() + silence
@@ -329,7 +331,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> list[list[Measured]]:
+def run(plan: Plan, say: Callable[[str], None]) -> list[Any]:
     """Measure on a cluster of its own. Returns the results by rank, then by system."""
     with Cluster(plan.shape.nodes, plan.rate) as cluster, Ranks(plan, cluster) as ranks:
         return ranks.collect(say)

@@ -1,0 +1,7 @@
+"""``python -m mics_ds.planner``: the command ``mics-plan``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,469 @@
+"""Measure this cluster, so that plans and ``mics_shard_size: "auto"`` know it.
+
+    torchrun --nnodes 4 --nproc_per_node 8 ... -m mics_ds.planner.calibrate --out cluster.json
+    deepspeed --module mics_ds.planner.calibrate --out cluster.json
+
+Runs the collectives that training would run, on the very groups it would run them on and on all of them at once:
+for each partition size, all-gather and reduce-scatter over the partition groups, flat and in two stages, and the
+all-reduce over the replication groups; stock ZeRO-3's reduce-scatter over all ranks; and one transformer layer
+forward and backward. Sizes grow until the time allotted to a sweep is used up. Works on gloo and NCCL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from .. import collectives
+from ..config import MicsConfig
+from ..errors import MicsError, MicsPlanError
+from ..groups import MicsGroups, build_groups, reduce_scatter_method
+from .machine import OPERATIONS, GroupForm, Link, Machine, Sweep
+
+SIZES = tuple(1 << power for power in range(14, 31, 2))
+"""Bytes of the full buffer, 16 KB to 1 GB."""
+REPEATS = 5
+SHORT_S = 0.1
+"""Collectives that take longer are run three times at most, and not warmed up."""
+DEFAULT_BUDGET_S = 120.0
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sweep to make."""
+
+    operation: str
+    form: GroupForm
+    staged: bool
+    prepare: Callable[[int], Callable[[], object]]
+    """Bytes of the full buffer -> what to time."""
+
+    def __str__(self) -> str:
+        form = self.form
+        where = f"{form.size} ranks on {form.nodes} node{'s' * (form.nodes > 1)}"
+        return f"{self.operation.replace('_', '-')}, {where}{', in two stages' if self.staged else ''}"
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def partition_sizes(n: int, k: int, limit: int = 8) -> list[int]:
+    """The partition sizes to measure: divisors of n that fit nodes of k ranks evenly, thinned out to ``limit``."""
+    sizes = [p for p in range(1, n + 1) if n % p == 0 and (k % p == 0 or p % k == 0)]
+    while len(sizes) > limit:
+        # Drop the one that lies closest, in ratio, to its neighbours; never an end, k or 2k.
+        inner = [index for index in range(1, len(sizes) - 1) if sizes[index] not in (k, 2 * k)]
+        if not inner:
+            break
+        del sizes[min(inner, key=lambda index: sizes[index + 1] / sizes[index - 1])]
+    return sizes
+
+
+def cases(groups: dict[int, MicsGroups], k: int) -> Iterator[Case]:
+    """Every sweep, in one order on all ranks."""
+    frame = Machine("", k, 1, {"fp32": 1}, 1.0, Link(1, 0), Link(1, 0))
+    n = next(iter(groups.values())).layout.world_size
+    for p, mine in groups.items():
+        form = frame.partition_form(n, p)
+        if p > 1:
+            yield Case("all_gather", form, False, lambda size, mine=mine: _gather(size, mine))
+            yield Case("reduce_scatter", form, False, lambda size, mine=mine: _scatter(size, mine, staged=False))
+            if mine.hierarchy is not None:
+                yield Case("all_gather", form, True, lambda size, mine=mine: _gather_in_stages(size, mine))
+                yield Case("reduce_scatter", form, True, lambda size, mine=mine: _scatter(size, mine, staged=True))
+        if mine.replication is not None:
+            yield Case("all_reduce", frame.replication_form(n, p), False, lambda size, mine=mine: _reduce(size, mine))
+        if p == n > 1:
+            yield Case("stock_reduce_scatter", form, False, lambda size, mine=mine: _stock_scatter(size, mine))
+
+
+def _buffer(numel: int) -> torch.Tensor:
+    return torch.zeros(max(1, numel), device=device())
+
+
+def _gather(size: int, mine: MicsGroups) -> Callable[[], object]:
+    shard = _buffer(size // FLOAT // mine.partition.size)
+
+    def run() -> None:
+        # with its own output and the copy of it, as DeepSpeed does
+        whole = shard.new_empty(shard.numel() * mine.partition.size)
+        dist.all_gather_into_tensor(whole, shard, group=mine.partition.group)
+        torch.cat(whole.chunk(mine.partition.size))
+
+    return run
+
+
+def _gather_in_stages(size: int, mine: MicsGroups) -> Callable[[], object]:
+    shard = _buffer(size // FLOAT // mine.partition.size)
+
+    def run() -> None:
+        gathered = collectives.all_gather_hierarchical(shard, mine.hierarchy)
+        ranks = range(mine.partition.size)
+        torch.cat([view for rank in ranks for view in gathered.views(rank, 0, shard.numel())])
+
+    return run
+
+
+def _scatter(size: int, mine: MicsGroups, staged: bool) -> Callable[[], object]:
+    method = reduce_scatter_method(mine.config, mine.full.group)
+    gradient = _buffer(size // FLOAT)
+    hierarchy = mine.scatter_hierarchy if staged else None
+    order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
+    plan = collectives.ScatterPlan((gradient.numel(),), order)
+    whole = method == "native" and hierarchy is None
+
+    def run() -> None:
+        count = 1 if whole else collectives.pieces_worth(gradient.nbytes, staged=staged)
+        pieces = plan.pack([gradient], count)
+        if hierarchy is None:
+            collectives.reduce_scatter_mean(pieces, mine.scatter, method)
+        else:
+            collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, method)
+
+    return run
+
+
+def _stock_scatter(size: int, mine: MicsGroups) -> Callable[[], object]:
+    output = _buffer(size // FLOAT // mine.full.size)
+    whole = _buffer(output.numel() * mine.full.size)
+    return lambda: dist.reduce_scatter_tensor(output, whole, group=mine.full.group)
+
+
+def _reduce(size: int, mine: MicsGroups) -> Callable[[], object]:
+    tensor = _buffer(size // FLOAT)
+    return lambda: collectives.average_over_replicas_(tensor, mine.replication)
+
+
+def slowest(seconds: float) -> float:
+    """The largest value of any rank."""
+    value = torch.tensor([seconds], dtype=torch.float64, device=device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value.item())
+
+
+def timed(work: Callable[[], object], repeats: int, inner: int) -> float:
+    """Median seconds of one call on the slowest rank, over ``repeats`` times ``inner`` calls."""
+    taken = []
+    for _ in range(repeats):
+        dist.barrier()
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(inner):
+            work()
+        synchronize()
+        taken.append(slowest((time.perf_counter() - start) / inner))
+    return statistics.median(taken)
+
+
+def sweep(case: Case, budget_s: float, sizes: Sequence[int] = SIZES) -> Sweep:
+    """Measure one collective from small buffers to large ones, until the next would not fit the time."""
+    began, payload, seconds = time.monotonic(), [], []
+    for index, size in enumerate(sizes):
+        work = case.prepare(size)
+        once = timed(work, 1, 1)
+        if once < SHORT_S:  # that was mostly warming up
+            once = timed(work, 1, 1)
+        inner = max(1, min(8, int(0.01 / once)))
+        left = budget_s - slowest(time.monotonic() - began)
+        repeats = max(1, min(REPEATS if once < SHORT_S else 3, int(left / 2 / (once * inner))))
+        payload.append(size)
+        seconds.append(timed(work, repeats, inner))
+        # the next takes as many times longer as it is larger, and is run twice at least
+        following = sizes[index + 1] / size * seconds[-1] if index + 1 < len(sizes) else math.inf
+        if slowest(time.monotonic() - began) + 2 * following > budget_s:
+            break
+    return Sweep(case.operation, case.form, case.staged, tuple(payload), tuple(seconds))
+
+
+# --------------------------------------------------------------------------------------------------
+# Compute
+
+
+class Layer(nn.Module):
+    """One GPT layer, for its speed only."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, sequence, hidden) -> the same
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+def layer_speed(dtype: torch.dtype, hidden: int, sequence: int) -> float:
+    """Operations per second of one layer, forward and backward, on the slowest rank while all ranks do it."""
+    layer = Layer(hidden, max(1, hidden // 128)).to(device(), dtype)
+    x = torch.randn(1, sequence, hidden, device=device(), dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        layer(x).sum().backward()
+
+    work()
+    flops = 3 * (24 * sequence * hidden**2 + 4 * sequence**2 * hidden)
+    return flops / timed(work, 3, 2)
+
+
+def host_slowdown() -> float:
+    """How many times longer a fixed piece of Python takes while all ranks run it than while one does."""
+
+    def work() -> float:
+        start = time.perf_counter()
+        sum(index * index for index in range(200_000))
+        return time.perf_counter() - start
+
+    alone = 0.0
+    if dist.get_rank() == 0:
+        alone = statistics.median(work() for _ in range(5))
+    dist.barrier()
+    together = statistics.median(work() for _ in range(5))
+    dist.barrier()
+    return max(1.0, slowest(together) / slowest(alone))
+
+
+def memory_bytes(k: int) -> int:
+    """What one rank can use: the device's memory, or its part of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // k
+
+
+# --------------------------------------------------------------------------------------------------
+# All of it
+
+
+def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link | None:
+    """Alpha and bandwidth of the links inside or between nodes, for forms that were not measured.
+
+    From flat all-gathers: alpha is what the smallest buffer takes per ring step, bandwidth what the largest adds to
+    the second largest. (A straight line through all sizes would be led astray by what links let through in a burst.)
+    Medians over all sweeps.
+
+    Args:
+        around: alpha inside a node, for what a ring over nodes spends there.
+    """
+    alphas, slopes = [], []
+    for item in sweeps:
+        form = item.form
+        if item.operation != "all_gather" or item.staged or (form.nodes == 1) != inside or len(item.payload) < 2:
+            continue
+        steps = form.size - 1 if inside else form.nodes - 1
+        spent = 0.0 if inside else (form.size - form.nodes) * around
+        alphas.append(max(0.0, item.seconds[0] - spent) / steps)
+        volume = (item.payload[-1] - item.payload[-2]) * (form.size - 1) / form.size * (1 if inside else form.beside)
+        if item.seconds[-1] > item.seconds[-2]:
+            slopes.append((item.seconds[-1] - item.seconds[-2]) / volume)
+    if not slopes:
+        return None
+    return Link(bandwidth=1 / statistics.median(slopes), latency=statistics.median(alphas))
+
+
+def calibrate(
+    *,
+    sizes: Sequence[int] = SIZES,
+    partitions: Sequence[int] | None = None,
+    budget_s: float = DEFAULT_BUDGET_S,
+    name: str = "calibrated",
+    hidden: int = 0,
+    sequence: int = 1024,
+    progress: bool = True,
+) -> Machine:
+    """Measure the cluster of the running job. Collective over the world; every rank gets the same machine.
+
+    Args:
+        sizes: bytes of the full buffers to try, ascending.
+        partitions: partition sizes to measure; by default those that fit the nodes evenly, up to eight.
+        budget_s: seconds for all sweeps together. They end sooner where the sizes run out.
+        hidden: width of the layer whose speed is measured; by default 4096 on a GPU and 256 on a CPU.
+
+    Raises:
+        MicsPlanError: a partition size does not divide the number of ranks, or nodes have different numbers of ranks.
+    """
+    n = dist.get_world_size()
+    config = MicsConfig(shard_size=n)
+    whole = build_groups(config, dist.group.WORLD)
+    counts = set(whole.layout.node_counts(whole.full.ranks).values())
+    if len(counts) > 1:
+        raise MicsPlanError(
+            f"Calibration needs the same number of ranks on every node, got {sorted(counts)}. Start it with the same "
+            f"--nproc_per_node everywhere."
+        )
+    k = counts.pop()
+    wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
+    for p in wanted:
+        if p < 1 or n % p:
+            raise MicsPlanError(f"A partition size must divide the {n} ranks of this job, got {p}.")
+    groups = {p: build_groups(replace(config, shard_size=p), dist.group.WORLD) for p in wanted}
+    # Those inside nodes first: what they leave of their share goes to the slow ones.
+    todo = sorted(cases(groups, k), key=lambda case: case.form.nodes > 1)
+    began, sweeps = time.monotonic(), []
+    bar = tqdm(todo, disable=not progress or dist.get_rank() != 0, desc="calibrating", unit="sweep", file=sys.stderr)
+    for index, case in enumerate(bar):
+        bar.set_postfix_str(str(case))
+        left = budget_s - slowest(time.monotonic() - began)
+        sweeps.append(sweep(case, left / (len(todo) - index), sizes))
+        gc.collect()
+    cuda = torch.cuda.is_available()
+    hidden = hidden or (4096 if cuda else 256)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} if cuda else {"fp32": torch.float32}
+    flops = {precision: layer_speed(dtype, hidden, sequence) for precision, dtype in dtypes.items()}
+    unknown = Link(1e12, 0.0)
+    machine = Machine(
+        name=name,
+        gpus_per_node=k,
+        memory=-slowest(-memory_bytes(k)),
+        flops=flops,
+        efficiency=1.0,
+        intra=unknown,
+        inter=unknown,
+        memory_bandwidth=_memory_bandwidth(),
+        backend=str(dist.get_backend()).split(":")[-1],
+        streams=cuda,
+        host_slowdown=host_slowdown(),
+        sources={
+            "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "ranks": str(n),
+            "torch": torch.__version__,
+            "flops": f"one layer of {hidden}, forward and backward, sequence {sequence}",
+        },
+    )
+    intra = fit_link(sweeps, True)
+    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
+    return replace(machine, intra=intra or inter or unknown, inter=inter or intra or unknown, sweeps=tuple(sweeps))
+
+
+def _memory_bandwidth() -> float:
+    """Bytes per second read and written by an in-place update, on the slowest rank while all ranks do it."""
+    tensor = _buffer(1 << 24 if torch.cuda.is_available() else 1 << 22)
+    tensor.mul_(1.0)
+    return 2 * tensor.nbytes / timed(lambda: tensor.mul_(1.0), 3, 3)
+
+
+def report(machine: Machine) -> str:
+    """What was found, readable."""
+    lines = [
+        f"{machine.name}: {machine.gpus_per_node} ranks per node, {machine.backend}",
+        f"  inside a node   {machine.intra.bandwidth / 1e9:.3f} GB/s, {machine.intra.latency * 1e6:.0f} us per step",
+        f"  between nodes   {machine.inter.bandwidth / 1e9:.4f} GB/s, {machine.inter.latency * 1e6:.0f} us per step",
+        "  compute         "
+        + ", ".join(f"{speed / 1e12:.3g} TFLOPS {precision}" for precision, speed in machine.flops.items()),
+    ]
+    order = {operation: index for index, operation in enumerate(OPERATIONS)}
+    for item in sorted(machine.sweeps, key=lambda item: (order[item.operation], item.form.size, item.staged)):
+        size, seconds = item.payload[-1], item.seconds[-1]
+        factor = (item.form.size - 1) / item.form.size * (2 if item.operation == "all_reduce" else 1)
+        form = f"{item.form.nodes}x{item.form.per_node}"
+        lines.append(
+            f"  {item.operation:<21} {form:>7} {'staged' if item.staged else '':<7} {item.payload[0] / 1e3:7.0f} kB"
+            f" {item.seconds[0] * 1e3:9.2f} ms   {size / 1e6:7.1f} MB {seconds * 1e3:9.1f} ms"
+            f" {factor * size / seconds / 1e9:8.3f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mics_ds.planner.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="where to write the profile (rank 0)")
+    parser.add_argument("--name", default="calibrated", help="of the cluster, in plans")
+    parser.add_argument("--p", help="partition sizes to measure, with commas (default: those that fit the nodes)")
+    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET_S, help="seconds (default %(default)s)")
+    parser.add_argument("--largest", type=float, default=SIZES[-1] / 1e6, help="largest buffer in MB (%(default).0f)")
+    parser.add_argument("--hidden", type=int, default=0, help="width of the layer whose speed is measured")
+    parser.add_argument("--sequence", type=int, default=1024, help="its sequence length (default %(default)s)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if not given.budget > 0:
+        parser.error(f"--budget is in seconds and positive, got {given.budget}")
+    if not given.largest * 1e6 >= SIZES[0]:
+        parser.error(f"--largest is in MB and at least {SIZES[0] / 1e6}, got {given.largest}")
+    if not given.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {given.out.parent}")
+    try:
+        given.partitions = [int(word) for word in given.p.split(",")] if given.p else None
+    except ValueError:
+        parser.error(f"--p takes numbers with commas, got {given.p!r}")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    if "RANK" not in os.environ:
+        print("Start this with torchrun or deepspeed on all nodes of the cluster, one rank per GPU.", file=sys.stderr)
+        return 2
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        machine = calibrate(
+            sizes=[size for size in SIZES if size <= given.largest * 1e6],
+            partitions=given.partitions,
+            budget_s=given.budget,
+            name=given.name,
+            hidden=given.hidden,
+            sequence=given.sequence,
+        )
+    except MicsError as error:
+        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr)
+        return 1
+    if dist.get_rank() == 0:
+        write(machine, given.out)
+        print(report(machine))
+        print(f"written to {given.out}; use it with: mics-plan --cluster {given.out} --model ...")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def write(machine: Machine, path: Path) -> None:
+    """Write a machine where :func:`mics_ds.planner.machine.load_machine` finds it, all or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_rounded(machine.to_json()), indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits: more would be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else value
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""The machine a plan is for: nodes, their links, and what collectives cost on them.
+
+[Note: the cost of a collective]
+
+    group of g ranks on N nodes, M bytes in the full buffer, alpha seconds per ring step, B bytes/s
+
+    inside a node      T = (g-1)·alpha_intra + (g-1)/g · M / B_intra
+    over nodes         T = (g-N)·alpha_intra + (N-1)·alpha_inter + (g-1)/g · M · c / B_node
+                       c: such groups side by side on a node
+    all-reduce         twice that; with trees, its latency is 2·(log2(g/N)·alpha_intra + log2(N)·alpha_inter) if less
+    on gloo            its own reduce-scatter sends what an all-reduce does, and the all-to-all that MiCS uses in its
+                       place sends k·(g-k)/g · M from a node with k of the group's ranks
+
+A ring enters and leaves each node once, whatever the number of its members there, so a group that has all
+ranks of its nodes has c = 1, and k replication groups of one rank per node have c = k. In two stages (gather:
+between nodes, then inside each; scatter: the mirror) both stages are such collectives, and run beside each
+other in pieces:
+
+    T = max(T_inter, T_intra) + min(T_inter, T_intra) / pieces
+
+The alpha-beta model is Hockney's; the ring's volume is that of Thakur, Rabenseifner and Gropp, "Optimization of
+Collective Communication Operations in MPICH" (2005); its latency, n-N steps inside nodes and N-1 between them,
+is how NCCL estimates its own (src/graph/tuning.cc). Where a :class:`Sweep` was measured on a group of the
+same form, it is used in place of the formula; where one was measured on another number of ranks, the formula
+is scaled by measured/formula there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import MicsPlanError
+
+Operation = Literal["all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce"]
+OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce")
+"""``stock_reduce_scatter`` is the backend's own, which ZeRO-3 uses; ``reduce_scatter`` is what MiCS uses there."""
+
+GB, GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one hop over a kind of link costs."""
+
+    bandwidth: float
+    """Bytes per second, one way. Inside a node: what one GPU sends. Between nodes: what one node sends."""
+    latency: float
+    """alpha: seconds per ring step."""
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth > 0:
+            raise MicsPlanError(f"The bandwidth of a link must be positive (bytes per second), got {self.bandwidth!r}.")
+        if not self.latency >= 0:
+            raise MicsPlanError(f"The latency of a link must not be negative (seconds), got {self.latency!r}.")
+
+
+@dataclass(frozen=True)
+class GroupForm:
+    """How a process group lies on the nodes. All that a collective's cost depends on."""
+
+    nodes: int
+    """N: nodes that the group spans."""
+    per_node: int
+    """Its ranks on each of them (the largest number, if they differ)."""
+    beside: int = 1
+    """c: groups like it that share the link of a node."""
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measured times of one collective on groups of one form, all such groups of the job at once."""
+
+    operation: str
+    form: GroupForm
+    staged: bool
+    """In two stages."""
+    payload: tuple[int, ...]
+    """M: bytes of the full buffer, ascending."""
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            raise MicsPlanError(f"A sweep measures one of {', '.join(OPERATIONS)}, got {self.operation!r}.")
+        if not self.payload or len(self.payload) != len(self.seconds):
+            raise MicsPlanError("A sweep needs as many times as sizes, and at least one.")
+        if sorted(set(self.payload)) != list(self.payload) or min(self.payload) <= 0 or min(self.seconds) <= 0:
+            raise MicsPlanError("The sizes of a sweep must ascend, and sizes and times must be positive.")
+
+    def time(self, payload: float) -> float:
+        """Seconds, between measured sizes by a straight line, beyond them by the line of the nearest two."""
+        sizes, times = self.payload, self.seconds
+        if len(sizes) == 1:
+            return times[0] * max(1.0, payload / sizes[0])
+        right = min(max(bisect_left(sizes, payload), 1), len(sizes) - 1)
+        left = right - 1
+        slope = max(0.0, (times[right] - times[left]) / (sizes[right] - sizes[left]))
+        return max(times[left] + slope * (payload - sizes[left]), min(times) * min(1.0, payload / sizes[0]))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of equal nodes.
+
+    Raises:
+        MicsPlanError: a value makes no sense.
+    """
+
+    name: str
+    gpus_per_node: int
+    memory: float
+    """Bytes of one GPU that a job can use."""
+    flops: Mapping[str, float]
+    """Dense peak of one GPU by precision (``fp16``, ``bf16``, ``fp32``), operations per second."""
+    efficiency: float
+    """Fraction of the peak that a training step reaches while it computes, everything but communication included."""
+    intra: Link
+    inter: Link
+    memory_bandwidth: float = 1e12
+    """Bytes per second of a GPU's memory. What the optimizer's update is bound by."""
+    host_link: float = 12e9
+    """Bytes per second between a GPU and the memory of its node, for offloaded states."""
+    host_memory: float = 1e12
+    """Bytes of a node's own memory."""
+    host_update_bandwidth: float = 10e9
+    """Bytes of states per second that one rank updates on the host, for offloaded optimizers."""
+    backend: str = "nccl"
+    """``nccl`` or ``gloo``: what its collectives send, and whether all-reduce has logarithmic latency."""
+    streams: bool = True
+    """Whether stock DeepSpeed reduces gradients beside the backward pass. On a CPU it blocks."""
+    pieces: int = 4
+    """Into how many pieces a collective in two stages is cut."""
+    step_overhead: float = 0.0
+    """Seconds per optimizer step that are spent outside compute and communication."""
+    issue_overhead: float = 0.0
+    """Seconds of host work for each gather and reduce-scatter. It costs time only where ranks share processors."""
+    host_slowdown: float = 1.0
+    """How many times longer work on the host takes while all ranks of the machine are busy with it."""
+    sweeps: tuple[Sweep, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each value is from."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_node", "memory", "efficiency", "memory_bandwidth", "host_link", "pieces"):
+            if not getattr(self, name) > 0:
+                raise MicsPlanError(f"{name} of machine {self.name!r} must be positive, got {getattr(self, name)!r}.")
+        if not self.flops or any(not value > 0 for value in self.flops.values()):
+            raise MicsPlanError(f"flops of machine {self.name!r} must name a positive peak for at least one precision.")
+        if self.backend not in ("nccl", "gloo"):
+            raise MicsPlanError(f"backend of machine {self.name!r} must be nccl or gloo, got {self.backend!r}.")
+        if self.efficiency > 1:
+            raise MicsPlanError(
+                f"efficiency of machine {self.name!r} is a fraction of the peak, got {self.efficiency}."
+            )
+
+    # ------------------------------------------------------------------------------------ forms
+
+    def partition_form(self, n: int, p: int) -> GroupForm:
+        """Form of the groups of p consecutive ranks among n, k on a node."""
+        k = self.gpus_per_node
+        if p <= k and k % p == 0:
+            return GroupForm(1, p, k // p)
+        if p % k == 0:
+            return GroupForm(p // k, k)
+        # An uneven fit: some groups straddle one node more than they need, and share a node's link with a neighbour.
+        first = [g * p for g in range(min(n // p, k))]
+        nodes = max((start + p - 1) // k - start // k + 1 for start in first)
+        return GroupForm(nodes, -(-p // nodes), 2) if nodes > 1 else GroupForm(1, p, max(1, k // p))
+
+    def replication_form(self, n: int, p: int) -> GroupForm:
+        """Form of the groups {i, i+p, i+2p, …}."""
+        k, r = self.gpus_per_node, n // p
+        if p >= k:
+            return GroupForm(r, 1, min(k, n))
+        per_node = min(max(1, k // p), r)
+        return GroupForm(-(-r // per_node), per_node, min(p, k))
+
+    def can_stage(self, n: int, p: int) -> bool:
+        """Whether collectives over the partition group may run in two stages: an N x k grid with N, k > 1."""
+        form = self.partition_form(n, p)
+        return form.nodes > 1 and form.per_node > 1 and form.size == p and form.beside == 1
+
+    # ------------------------------------------------------------------------------------ times
+
+    def time(self, operation: str, payload: float, form: GroupForm, staged: bool = False) -> float:
+        """Seconds that a collective takes. See [Note: the cost of a collective].
+
+        Args:
+            operation: ``all_gather``, ``reduce_scatter`` or ``all_reduce``.
+            payload: M, bytes of the full buffer.
+            staged: in two stages.
+        """
+        if form.size == 1 or payload <= 0:
+            return 0.0
+        ideal = self.formula(operation, payload, form, staged)
+        sweep = self._nearest(operation, form, staged)
+        if sweep is None:
+            return ideal
+        if sweep.form == form:
+            return sweep.time(payload)
+        return ideal * sweep.time(payload) / self.formula(operation, payload, sweep.form, staged)
+
+    def formula(self, operation: str, payload: float, form: GroupForm, staged: bool = False) -> float:
+        """The alpha-beta model alone."""
+        if staged:
+            inter = GroupForm(form.nodes, 1, form.per_node)
+            intra = GroupForm(1, form.per_node)
+            outer = self.formula(operation, payload / form.per_node, inter)
+            inner = self.formula(operation, payload, intra)
+            return max(outer, inner) + min(outer, inner) / self.pieces
+        g, gloo = form.size, self.backend == "gloo"
+        if g == 1:
+            return 0.0
+        times = 2 if operation == "all_reduce" or (gloo and operation == "stock_reduce_scatter") else 1
+        intra, inter = self.intra.latency, self.inter.latency
+        latency = (g - form.nodes) * intra + (form.nodes - 1) * inter
+        if operation == "all_reduce" and not gloo:
+            latency = min(latency, math.log2(g / form.nodes) * intra + math.log2(form.nodes) * inter)
+        volume = payload * (g - 1) / g
+        transfer = volume / self.intra.bandwidth if form.per_node > 1 or form.nodes == 1 else 0.0
+        if form.nodes > 1:
+            if gloo and operation == "reduce_scatter":
+                volume = payload * form.per_node * (g - form.per_node) / g
+            transfer = max(transfer, volume * form.beside / self.inter.bandwidth)
+        return times * (latency + transfer)
+
+    def stage_seconds(self, operation: str, payload: float, form: GroupForm, staged: bool) -> tuple[float, float]:
+        """(seconds on the links between nodes, seconds on those inside) that a collective keeps busy."""
+        whole = self.time(operation, payload, form, staged)
+        if form.nodes == 1:
+            return 0.0, whole
+        if not staged:
+            return whole, 0.0
+        inter = self.formula(operation, payload / form.per_node, GroupForm(form.nodes, 1, form.per_node))
+        intra = self.formula(operation, payload, GroupForm(1, form.per_node))
+        share = whole / max(inter, intra, 1e-12)
+        return min(whole, inter * share), min(whole, intra * share)
+
+    @cached_property
+    def _by_kind(self) -> dict[tuple[str, bool, bool], list[Sweep]]:
+        kinds: dict[tuple[str, bool, bool], list[Sweep]] = {}
+        for sweep in self.sweeps:
+            kinds.setdefault((sweep.operation, sweep.staged, sweep.form.nodes > 1), []).append(sweep)
+        return kinds
+
+    def _nearest(self, operation: str, form: GroupForm, staged: bool) -> Sweep | None:
+        """The sweep on the form most like this one; never one inside a node for one over nodes."""
+        among = self._by_kind.get((operation, staged, form.nodes > 1), [])
+
+        def distance(sweep: Sweep) -> tuple[float, ...]:
+            other = sweep.form
+            ratios = ((form.size, other.size), (form.per_node, other.per_node), (form.beside, other.beside))
+            return tuple(abs(math.log(a / b)) for a, b in ratios)
+
+        return min(among, key=distance, default=None)
+
+    # ------------------------------------------------------------------------------------ files
+
+    def to_json(self) -> dict[str, Any]:
+        """As :func:`load_machine` reads it."""
+        return asdict(self)
+
+
+def machine_from_json(data: Any, origin: str = "machine") -> Machine:
+    """Read what :meth:`Machine.to_json` wrote, or what a user did.
+
+    ``preset`` takes the values of a preset for whatever is not given.
+
+    Raises:
+        MicsPlanError: a key is unknown or missing, or a value has the wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise MicsPlanError(f"{origin} must hold a JSON object that describes a machine, got {type(data).__name__}.")
+    data = dict(data)
+    preset = data.pop("preset", None)
+    known = {item.name for item in fields(Machine)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise MicsPlanError(
+            f"{origin}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}. A machine has "
+            f"{', '.join(sorted(known))}, and may name a preset to start from."
+        )
+    try:
+        for name in ("intra", "inter"):
+            if name in data:
+                data[name] = Link(**data[name])
+        if "sweeps" in data:
+            data["sweeps"] = tuple(_sweep(item) for item in data["sweeps"])
+        if preset is not None:
+            return replace(find_preset(preset), **data)
+        required = ["name", "gpus_per_node", "memory", "flops", "efficiency", "intra", "inter"]
+        missing = [name for name in required if name not in data]
+        if missing:
+            raise MicsPlanError(
+                f"{origin} lacks {', '.join(missing)}. Give them, or name a preset to start from "
+                f'("preset": one of {", ".join(PRESETS)}).'
+            )
+        return Machine(**data)
+    except TypeError as error:
+        raise MicsPlanError(f"{origin} has a value of the wrong type: {error}.") from error
+
+
+def _sweep(item: Mapping[str, Any]) -> Sweep:
+    return Sweep(
+        operation=item["operation"],
+        form=GroupForm(**item["form"]),
+        staged=bool(item["staged"]),
+        payload=tuple(item["payload"]),
+        seconds=tuple(item["seconds"]),
+    )
+
+
+def load_machine(source: str) -> Machine:
+    """A preset by its name, or a machine from a JSON file (a profile of ``calibrate``, or one written by hand).
+
+    Raises:
+        MicsPlanError: there is no such preset or file, or the file is not a machine.
+    """
+    if source in PRESETS:
+        return PRESETS[source]
+    path = Path(source)
+    if not path.is_file():
+        raise MicsPlanError(
+            f"{source!r} is neither a preset nor a file. Presets: {', '.join(PRESETS)}. A file comes from "
+            f"`python -m mics_ds.planner.calibrate` run on the cluster, or is written by hand."
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise MicsPlanError(f"{source} cannot be read as JSON: {error}.") from error
+    return machine_from_json(data, source)
+
+
+def find_preset(name: Any) -> Machine:
+    """
+    Raises:
+        MicsPlanError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise MicsPlanError(f"There is no preset {name!r}. Presets: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+PRESETS: dict[str, Machine] = {}

@@ -1,0 +1,174 @@
+"""Bytes per GPU, part by part.
+
+Model states are exact, as DeepSpeed 0.19 allocates them; p is n for stock ZeRO-3. For every parameter, its
+shard has c = ceil(numel / p) elements, padding included:
+
+| part              | bytes                                                                         | where            |
+|-------------------|-------------------------------------------------------------------------------|------------------|
+| parameters        | Σ c · b                                   b: bytes of the precision           | host if offloaded|
+| gradients         | Σ c · a, trainable                        a: bytes of the accumulation dtype  | host if offloaded|
+| master            | Σ c · 4, trainable, in fp32 as well                                           | host if offloaded|
+| optimizer         | Σ c · 4 · (states of the optimizer), 4 for the step counter of each sub-group | host if offloaded|
+| gradient exchange | Σ c · 4, trainable, with an offloaded optimizer only                          | host             |
+| persistent        | Σ c · p · b of parameters that stay gathered; 0 for p = 1                     | GPU              |
+| bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
+
+On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as the play of
+:mod:`mics_ds.planner.timeline` has them), the buffers of a gather and of a reduce-scatter, one submodule's full
+gradients, and activations. Or, if that is more, in the optimizer's step: an fp32 copy of one sub-group's gradients and
+what the update needs in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .job import OPTIMIZERS, Job
+from .timeline import StepTime, System
+
+MASTER_ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    master: int
+    optimizer: int
+    persistent: int
+    live: int
+    """Gathered parameters, and those on their way."""
+    buckets: int
+    activations: int
+    step: int
+    """What the optimizer's step needs beyond the states."""
+    other: int
+    """What the user said is held besides."""
+    host: int
+    """On the host, for offloaded states."""
+    bucket: int = 0
+    """Of :attr:`buckets`, what is held all the time."""
+
+    STATES = ("parameters", "gradients", "master", "optimizer")
+    PARTS = (*STATES, "persistent", "live", "buckets", "activations", "step", "other")
+
+    @property
+    def states(self) -> int:
+        """Model states: what is sharded."""
+        return sum(getattr(self, part) for part in self.STATES)
+
+    @property
+    def peak(self) -> int:
+        """At the fullest moment: in the backward pass, or in the optimizer's step."""
+        always = self.states + self.persistent + self.other
+        return always + max(self.live + self.buckets + self.activations, self.bucket + self.step)
+
+    def parts(self) -> dict[str, int]:
+        """The parts that add up to :attr:`peak`: those of the fuller of the two moments."""
+        in_step = self.bucket + self.step > self.live + self.buckets + self.activations
+        values = {part: getattr(self, part) for part in self.PARTS}
+        if in_step:
+            values |= {"live": 0, "buckets": self.bucket, "activations": 0}
+        else:
+            values["step"] = 0
+        return values
+
+
+def shard_numel(counts: dict[int, int], p: int) -> int:
+    """Elements of one rank's shards, padding included."""
+    return sum(-(-numel // p) * count for numel, count in counts.items())
+
+
+def sub_groups(job: Job, p: int) -> int:
+    """How many sub-groups DeepSpeed makes of one parameter group with the parameters in the order of their use.
+
+    It closes one when it has reached ``sub_group_size``.
+    """
+    if not job.model.trainable:
+        return 0
+    groups, numel = 0, 0
+    for block in job.model.blocks:
+        for _ in range(block.repeat):
+            for unit in block.units:
+                for size in () if unit.again else unit.numels:
+                    numel += -(-size // p)
+                    if numel >= job.zero.sub_group_size:
+                        groups, numel = groups + 1, 0
+    return groups + (1 if numel else 0)
+
+
+def memory(job: Job, system: System, n: int, played: StepTime) -> Memory:
+    """Bytes per GPU of a job on n ranks.
+
+    Args:
+        played: the same job's step, for what is gathered at a time.
+    """
+    p, zero, b = system.partition_size(n), job.zero, job.itemsize
+    model = job.model
+    trained = shard_numel(model.trainable, p)
+    all_shards = trained + shard_numel(model.frozen, p)
+    accumulation = job.accumulation_itemsize or b
+    needs = OPTIMIZERS[job.optimizer]
+    threshold = zero.param_persistence_threshold
+    groups = sub_groups(job, p)
+
+    parameters = all_shards * b
+    gradients = trained * accumulation
+    master = trained * MASTER_ITEMSIZE
+    optimizer = trained * MASTER_ITEMSIZE * needs.states + (4 * groups if needs.counter else 0)
+    host = 0
+    if zero.offload_optimizer:
+        # offloaded gradients go to the optimizer through fp32 buffers of their own
+        host += gradients + master + trained * MASTER_ITEMSIZE + optimizer
+        gradients = master = optimizer = 0
+    if zero.offload_param:
+        host += parameters
+        parameters = 0
+    persistent = b * sum(
+        -(-numel // p) * p * count
+        for counts in (model.trainable, model.frozen)
+        for numel, count in counts.items()
+        if numel <= threshold and p > 1  # alone, a rank's shard is the parameter
+    )
+
+    bucket = zero.reduce_bucket_size * b if zero.contiguous_gradients and trained else 0
+    # A gather fills a buffer of its own, from which parameters are copied, so the last ones are there twice; the same
+    # holds for a bucket that is packed for its reduce-scatter, and one submodule's gradients wait to be copied there.
+    ahead = min(played.live_numel, max(zero.prefetch_bucket_size, model.largest))
+    live = (played.live_numel + ahead) * b if p > 1 else 0
+    in_flight = min(played.bucket_numel, zero.reduce_bucket_size + model.largest)
+    buckets = bucket + in_flight * b + model.largest * b
+    group = min(trained, zero.sub_group_size + -(-model.largest // p)) if trained else 0
+    # an fp32 copy of the gradients, flattened in their own precision first
+    step = group * MASTER_ITEMSIZE * (1 + needs.temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
+    if zero.offload_optimizer:
+        step = 0
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        master=master,
+        optimizer=optimizer,
+        persistent=persistent,
+        live=live,
+        buckets=buckets,
+        activations=round(activations(job)),
+        step=step,
+        other=round(job.held_bytes),
+        host=host,
+        bucket=bucket,
+    )
+
+
+def activations(job: Job) -> float:
+    """Bytes that one micro-batch keeps for the backward pass; under checkpointing, every block's input and the
+    largest block's all."""
+    kept, largest = 0.0, 0.0
+    for block in job.model.blocks:
+        if block.checkpointed and job.checkpointing:
+            kept += block.input_bytes * block.repeat
+            largest = max(largest, block.activations)
+        else:
+            kept += block.activations * block.repeat
+    return (kept + largest) * job.micro_batch

@@ -1,0 +1,282 @@
+"""The plan: memory and time of ZeRO-3 and of MiCS at each partition size, and the choice among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MicsPlanError
+from .job import Job
+from .machine import Machine
+from .memory import Memory, memory
+from .timeline import StepTime, System, step_time
+
+RESERVE = 0.1
+"""Fraction of a GPU's memory that is left free: for the runtime, communicators and fragmentation."""
+
+LIMITS = {
+    "compute": "compute",
+    "gathers": "parameter gathers",
+    "hop1": "reduce-scatter (hop 1)",
+    "hop2": "all-reduce (hop 2)",
+    "optimizer": "optimizer update",
+    "overhead": "overhead",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system on one number of ranks."""
+
+    label: str
+    system: System
+    n: int
+    p: int
+    memory: Memory
+    time: StepTime
+    capacity: int
+    """Bytes of a GPU that may be used."""
+    host_capacity: int
+    """Bytes of host memory per rank."""
+    samples: int
+    """Per rank and step."""
+    tokens: int
+    """Per sample."""
+    model_flops: float
+    hardware_flops: float
+    peak_flops: float | None
+    linear: float | None = None
+    """Throughput per GPU as a fraction of the same system's on one partition group, or on one node."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.capacity and self.memory.host <= self.host_capacity
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Per GPU. Samples where the model does not know tokens."""
+        return self.samples * self.tokens / self.time.total
+
+    @property
+    def tflops(self) -> float:
+        """Per GPU, recomputation included, as MiCS and Megatron-LM report it."""
+        return self.hardware_flops / self.time.total / 1e12
+
+    @property
+    def mfu(self) -> float | None:
+        """Model flops utilisation: recomputation not counted."""
+        return None if self.peak_flops is None else self.model_flops / self.time.total / self.peak_flops
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "system": self.label,
+            "gpus": self.n,
+            "p": self.p,
+            "replicas": self.n // self.p,
+            "fits": self.fits,
+            "memory_bytes": self.memory.peak,
+            "memory_parts": self.memory.parts(),
+            "host_bytes": self.memory.host,
+            "step_s": self.time.total,
+            "step_parts_s": self.time.parts(),
+            "busy_s": self.time.busy,
+            "tokens_per_s_per_gpu": self.tokens_per_second,
+            "tflops_per_gpu": self.tflops,
+            "mfu": self.mfu,
+            "linear": self.linear,
+            "limit": LIMITS[self.time.limit],
+        }
+
+
+def candidates(machine: Machine, n: int) -> list[int]:
+    """Partition sizes worth a look: divisors of n that fit nodes evenly, and n."""
+    k = machine.gpus_per_node
+    small = (p for p in range(1, int(n**0.5) + 1) if n % p == 0)
+    divisors = sorted({d for p in small for d in (p, n // p)})
+    return [p for p in divisors if k % p == 0 or p % k == 0 or p == n]
+
+
+def check_ranks(machine: Machine, n: int) -> None:
+    """
+    Raises:
+        MicsPlanError: n ranks do not fill nodes evenly.
+    """
+    k = machine.gpus_per_node
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise MicsPlanError(f"The number of GPUs must be a positive integer, got {n!r}.")
+    if n > k and n % k:
+        raise MicsPlanError(
+            f"{n} GPUs do not fill nodes of {machine.name!r}, which have {k}. Use a multiple of {k}, or fewer."
+        )
+
+
+def mics(machine: Machine, n: int, p: int) -> System:
+    """MiCS with its defaults: in two stages where the placement allows it."""
+    staged = machine.can_stage(n, p)
+    return System(p, staged, staged)
+
+
+def zero3(machine: Machine) -> System:
+    """Stock ZeRO-3. On a CPU its reduce-scatter blocks."""
+    return System(None, hop1_beside=machine.streams)
+
+
+def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: float = RESERVE) -> Row:
+    """One row.
+
+    Raises:
+        MicsPlanError: p does not divide n, n does not fill nodes, or the machine has no peak for the precision.
+    """
+    check_ranks(machine, n)
+    p = system.partition_size(n)
+    if p < 1 or n % p:
+        divisors = ", ".join(str(size) for size in candidates(machine, n))
+        raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
+    if machine.gpus_per_node > n:
+        machine = replace(machine, gpus_per_node=n)
+    time = step_time(machine, job, system, n)
+    if system.p is None:
+        label = "ZeRO-3 + hpZ" if system.secondary else "ZeRO-3"
+    else:
+        label = f"MiCS p={p}" + ("" if system.staged_gather or not machine.can_stage(n, p) else ", flat")
+    return Row(
+        label=label,
+        system=system,
+        n=n,
+        p=p,
+        memory=memory(job, system, n, time),
+        time=time,
+        capacity=int(machine.memory * (1 - reserve)),
+        host_capacity=int(machine.host_memory * (1 - reserve) / machine.gpus_per_node),
+        samples=job.samples,
+        tokens=job.model.tokens,
+        model_flops=job.model_flops,
+        hardware_flops=job.hardware_flops,
+        peak_flops=machine.flops.get(job.precision) if job.compute_s is None else None,
+    )
+
+
+def make_plan(
+    machine: Machine, job: Job, n: int, sizes: Iterable[int] | None = None, *, reserve: float = RESERVE
+) -> list[Row]:
+    """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own."""
+    check_ranks(machine, n)
+    systems = [zero3(machine), *(mics(machine, n, p) for p in (sizes or candidates(machine, n)))]
+    rows = []
+    for system in systems:
+        row = predict(machine, job, system, n, reserve=reserve)
+        alone = math.lcm(machine.gpus_per_node, system.p or 1)
+        if alone >= n or n % alone:
+            base = row
+        else:
+            smaller = system if system.p is None else mics(machine, alone, system.p)
+            base = predict(machine, job, smaller, alone, reserve=reserve)
+        rows.append(replace(row, linear=base.time.total / row.time.total))
+    return rows
+
+
+def choose(rows: Sequence[Row]) -> Row | None:
+    """The fastest MiCS that fits; of equally fast ones, that with the least memory. ``None`` if none fits."""
+    fitting = [row for row in rows if row.system.p is not None and row.fits]
+    return min(fitting, key=lambda row: (row.time.total, row.memory.peak), default=None)
+
+
+def explain(rows: Sequence[Row], chosen: Row | None) -> str:
+    """Why, in one sentence."""
+    considered = [row for row in rows if row.system.p is not None]
+    if chosen is None:
+        least = min(considered, key=lambda row: row.memory.peak)
+        return (
+            f"no partition size fits: the least is {_gb(least.memory.peak)} per GPU at p = {least.p}, and "
+            f"{_gb(least.capacity)} may be used. Use more GPUs, a smaller micro-batch, activation checkpointing or "
+            f"offload"
+        )
+    too_large = [row.p for row in considered if not row.fits]
+    others = [row for row in considered if row.fits and row is not chosen]
+    parts = [
+        f"p = {chosen.p}: {chosen.time.total:.3g} s per step, {_gb(chosen.memory.peak)} of {_gb(chosen.capacity)} per "
+        f"GPU, limited by {LIMITS[chosen.time.limit]}"
+    ]
+    if others:
+        second = min(others, key=lambda row: row.time.total)
+        parts.append(f"next is p = {second.p} with {second.time.total:.3g} s")
+    if too_large:
+        parts.append(f"p = {', '.join(map(str, too_large))} would not fit")
+    stock = next((row for row in rows if row.system.p is None), None)
+    if stock is not None:
+        parts.append(f"{stock.time.total / chosen.time.total:.2f} times as fast as ZeRO-3 is predicted to be")
+    return "; ".join(parts)
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.3g} GB"
+
+
+def scaling(
+    machine: Machine,
+    job: Job,
+    systems: Sequence[int | None],
+    ranks: Sequence[int],
+    *,
+    strong: bool = False,
+    reserve: float = RESERVE,
+    progress: Any = None,
+) -> dict[str, list[Row]]:
+    """Curves over the number of GPUs.
+
+    Args:
+        systems: partition sizes; ``None`` for ZeRO-3.
+        strong: keep the samples of a step as they are at the first number of GPUs, with fewer micro-steps where
+            there are more GPUs. Otherwise the work of a GPU stays the same (weak scaling).
+        progress: wraps the points to show how far it is, like ``tqdm``.
+
+    Raises:
+        MicsPlanError: under strong scaling, a number of GPUs leaves less than one micro-step.
+    """
+    total = job.samples * ranks[0]
+    curves: dict[str, list[Row]] = {}
+    points = [(p, n) for p in systems for n in ranks if p is None or (n % p == 0)]
+    for p, n in progress(points) if progress else points:
+        scaled = job
+        if strong:
+            micro_steps, rest = divmod(total, job.micro_batch * n)
+            if micro_steps < 1 or rest:
+                raise MicsPlanError(
+                    f"Strong scaling keeps {total} samples per step, which {n} GPUs with micro-batches of "
+                    f"{job.micro_batch} cannot share evenly. Start from more micro-steps, or scale weakly."
+                )
+            scaled = replace(job, micro_steps=micro_steps)
+        system = zero3(machine) if p is None else mics(machine, n, p)
+        name = "ZeRO-3" if p is None else f"MiCS p={p}"
+        row = predict(machine, scaled, system, n, reserve=reserve)
+        first = curves.setdefault(name, [])
+        base = first[0].tokens_per_second if first else row.tokens_per_second
+        first.append(replace(row, linear=row.tokens_per_second / base))
+    return curves
+
+
+def render(rows: Sequence[Row]) -> str:
+    """A table for people."""
+    unit = "tokens/s" if rows and rows[0].tokens > 1 else "samples/s"
+    head = ("system", "fits", "memory", "host", "s/step", f"{unit}/GPU", "TFLOPS", "MFU", "% linear", "limited by")
+    body = [
+        (
+            row.label,
+            "yes" if row.fits else "NO",
+            _gb(row.memory.peak),
+            _gb(row.memory.host) if row.memory.host else "-",
+            f"{row.time.total:.3g}",
+            f"{row.tokens_per_second:,.4g}",
+            f"{row.tflops:.1f}",
+            "-" if row.mfu is None else f"{row.mfu:.1%}",
+            "-" if row.linear is None else f"{row.linear:.1%}",
+            LIMITS[row.time.limit],
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [head, *body]
+    )

@@ -1,0 +1,446 @@
+"""How long one optimizer step takes, and what it waits for.
+
+[Note: the rules of overlap]
+
+One rank stands for all. Its step is played event by event, as DeepSpeed's parameter coordinator and the two
+hops of :mod:`mics_ds.optimizer` would run it:
+
+1. Modules have their turns in forward order, then backwards; a checkpointed block has its forward turns once more
+   before its backward ones. Computing starts when the module's parameters have been gathered.
+2. When it starts, the parameters that follow are gathered ahead in one collective: at least
+   ``prefetch_bucket_size`` elements, unless ``max_live_parameters`` are there already. What is not there when
+   its turn comes is gathered then, and waited for.
+3. After its module's turn a parameter is released, unless the look-ahead has passed over its next use or that is
+   within ``max_reuse_distance`` elements. Parameters up to ``param_persistence_threshold`` elements stay.
+4. Gradients are collected until ``reduce_bucket_size`` would be exceeded, then reduced (hop 1): beside the
+   backward pass, one bucket after another; or, for systems and devices that cannot, while it waits.
+5. Hop 2 of a bucket follows its hop 1 in the last micro-step; or all of it waits for the end of that.
+6. Collectives of one kind queue up behind each other, and those of different kinds behind each other where
+   they need the same link (between nodes, or inside them). Links are full duplex. Computing is not slowed down by
+   communication beside it.
+7. Shards that are offloaded come up from the host before they are sent on.
+8. The optimizer's update follows when all gradients are there: it reads and writes its states once.
+
+Whatever a rank waits for is charged to what it waited for; a step is the sum of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import MicsPlanError
+from .job import OPTIMIZERS, Job
+from .machine import GroupForm, Machine
+from .model import Unit
+
+SCALAR_BYTES = 8
+"""A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Which system runs the job, and how."""
+
+    p: int | None
+    """Partition size; ``None`` for stock ZeRO-3."""
+    staged_gather: bool = False
+    staged_scatter: bool = False
+    hop1_beside: bool = True
+    """Hop 1 beside the backward pass."""
+    hop2_beside: bool = True
+    """Hop 2 bucket by bucket beside the last backward pass, not all at once after it."""
+    prefetch: bool = True
+    """Parameters are gathered ahead of use."""
+
+    secondary: bool = False
+    """ZeRO++ hpZ: in the backward pass, parameters are gathered from a second copy inside the node."""
+
+    @property
+    def operation(self) -> str:
+        """The collective of hop 1."""
+        return "stock_reduce_scatter" if self.p is None else "reduce_scatter"
+
+    def partition_size(self, n: int) -> int:
+        return n if self.p is None else self.p
+
+
+@dataclass
+class StepTime:
+    """Seconds of one optimizer step on one rank. The parts add up to :attr:`total`."""
+
+    compute: float = 0.0
+    gathers: float = 0.0
+    """Waiting for parameters."""
+    hop1: float = 0.0
+    """Waiting for reduce-scatters."""
+    hop2: float = 0.0
+    """Waiting for the all-reduce over replicas."""
+    optimizer: float = 0.0
+    overhead: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    """How long each kind of collective was under way, waited for or not."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many there were."""
+    live_numel: int = 0
+    """Elements of parameters that are gathered or on their way, at most."""
+    bucket_numel: int = 0
+    """Elements of the fullest bucket of gradients."""
+
+    PARTS = ("compute", "gathers", "hop1", "hop2", "optimizer", "overhead")
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part) for part in self.PARTS)
+
+    @property
+    def limit(self) -> str:
+        """What limits the step: its largest part."""
+        return max(self.PARTS, key=lambda part: getattr(self, part))
+
+    def parts(self) -> dict[str, float]:
+        return {part: getattr(self, part) for part in self.PARTS}
+
+
+class Visit(NamedTuple):
+    """One turn of a submodule."""
+
+    unit: int | None
+    """``None`` for a module without parameters of its own."""
+    seconds: float
+    gradients: tuple[int, ...]
+    """Elements of the gradients that are ready after it."""
+    backward: bool
+
+
+class _Cost(NamedTuple):
+    whole: float
+    inter: float
+    intra: float
+
+
+class Costs:
+    """What the collectives of one system cost, by elements."""
+
+    def __init__(self, machine: Machine, job: Job, system: System, n: int) -> None:
+        p = system.partition_size(n)
+        self.machine, self.job = machine, job
+        self.partition = machine.partition_form(n, p)
+        self.replication = machine.replication_form(n, p)
+        self.world = machine.partition_form(n, n)
+        self.p, self.r = p, n // p
+        self.system = system
+        self._cache: dict[tuple[str, int, GroupForm], _Cost] = {}
+
+    def gather(self, numel: int, backward: bool = False) -> _Cost:
+        if backward and self.system.secondary:
+            form = self.machine.partition_form(self.p * self.r, min(self.p, self.machine.gpus_per_node))
+            return self._cost("all_gather", numel, self.job.itemsize, form, False)
+        return self._cost("all_gather", numel, self.job.itemsize, self.partition, self.system.staged_gather)
+
+    def scatter(self, numel: int) -> _Cost:
+        return self._cost(self.system.operation, numel, self.job.itemsize, self.partition, self.system.staged_scatter)
+
+    def average(self, numel: int) -> _Cost:
+        """Hop 2 of the shards of ``numel`` elements."""
+        itemsize = self.job.accumulation_itemsize or self.job.itemsize
+        return self._cost("all_reduce", -(-numel // self.p), itemsize, self.replication, False)
+
+    def _cost(self, operation: str, numel: int, itemsize: int, form: GroupForm, staged: bool) -> _Cost:
+        key = (operation, numel, form)
+        if key not in self._cache:
+            payload = float(numel * itemsize)
+            whole = self.machine.time(operation, payload, form, staged)
+            inter, intra = self.machine.stage_seconds(operation, payload, form, staged)
+            self._cache[key] = _Cost(whole, inter, intra)
+        return self._cache[key]
+
+
+class Lanes:
+    """Collectives that queue up by kind and by link."""
+
+    def __init__(self) -> None:
+        self.free = {"gather": 0.0, "scatter": 0.0, "average": 0.0}
+        self.inter = self.intra = 0.0
+        self.busy = dict.fromkeys(self.free, 0.0)
+        self.counts = dict.fromkeys(self.free, 0)
+
+    def issue(self, lane: str, cost: _Cost, now: float) -> float:
+        """Returns when the collective is done."""
+        start = max(now, self.free[lane])
+        if cost.inter:
+            start = max(start, self.inter)
+            self.inter = start + cost.inter
+        if cost.intra:
+            start = max(start, self.intra)
+            self.intra = start + cost.intra
+        self.free[lane] = end = start + cost.whole
+        self.busy[lane] += cost.whole
+        self.counts[lane] += 1
+        return end
+
+
+class Player:
+    """Plays micro-steps one after another. State lasts from one to the next: what is gathered, what is under way."""
+
+    def __init__(self, machine: Machine, job: Job, system: System, n: int) -> None:
+        self.machine, self.job, self.system = machine, job, system
+        self.costs = Costs(machine, job, system, n)
+        self.lanes = Lanes()
+        units = [unit for block in job.model.blocks for _ in range(block.repeat) for unit in block.units]
+        self.numel, self.params = _parameters(units)
+        """Elements of each parameter; and for each unit, which ones are its own."""
+        threshold = job.zero.param_persistence_threshold
+        self.stays = [self.costs.p == 1 or numel <= threshold for numel in self.numel]
+        """Parameters that are never gathered for a turn: they stay, or nobody else has a part of them."""
+        self.visits = list(visits(units, job, compute_seconds(machine, job)))
+        self.backward = next((index for index, visit in enumerate(self.visits) if visit.backward), len(self.visits))
+        self.queue: list[tuple[int, int]] = []
+        """(parameter, index of the visit) in the order of use, without those that stay."""
+        self.queued: list[int] = []
+        """For each visit, how much of the queue is its own or earlier ones'."""
+        self.before = [0]
+        """Elements of the visits before each, as the reuse distance counts them."""
+        for index, visit in enumerate(self.visits):
+            own = self._own(visit)
+            self.queue += [(param, index) for param in own if not self.stays[param]]
+            self.queued.append(len(self.queue))
+            self.before.append(self.before[-1] + sum(self.numel[param] for param in own))
+        self.next_use = self._next_uses()
+        # Alone, a rank does this beside its compute. What costs is to wait for a processor behind the others that want
+        # it, slowdown - 1 of them, each of which is slowed down itself.
+        self.overhead = machine.issue_overhead * machine.host_slowdown * (machine.host_slowdown - 1)
+        self.ready: dict[int, float] = {}
+        """Parameters that are gathered, or will be at that time."""
+        self.live = 0
+        self.most_live = 0
+        self.most_bucket = 0
+        self.now = 0.0
+        self.time = StepTime()
+
+    def totals(self) -> dict[str, float]:
+        """Seconds and counts so far, by name."""
+        found = self.time.parts()
+        found |= {"busy " + lane: seconds for lane, seconds in self.lanes.busy.items()}
+        return found | {"count " + lane: float(count) for lane, count in self.lanes.counts.items()}
+
+    def _own(self, visit: Visit) -> tuple[int, ...]:
+        return () if visit.unit is None else self.params[visit.unit]
+
+    def _next_uses(self) -> list[dict[int, int]]:
+        """For each visit, where its parameters are used next."""
+        upcoming: dict[int, int] = {}
+        found: list[dict[int, int]] = []
+        for index in range(len(self.visits) - 1, -1, -1):
+            own = self._own(self.visits[index])
+            found.append({param: upcoming[param] for param in own if param in upcoming})
+            upcoming.update(dict.fromkeys(own, index))
+        return found[::-1]
+
+    def micro_step(self, last: bool) -> None:
+        """Forward and backward of one micro-batch; ``last``: at the accumulation boundary."""
+        job, zero, lanes = self.job, self.job.zero, self.lanes
+        queue, bucket, passed = 0, 0, {}
+        average = last and self.costs.r > 1
+        reduced: list[tuple[int, float]] = []
+        for index, visit in enumerate(self.visits):
+            own = self._own(visit)
+            missing = [param for param in own if not self.stays[param] and param not in self.ready]
+            if missing:
+                self._gather(missing, index >= self.backward)
+            for param in own:
+                if param in self.ready:
+                    self._wait("gathers", self.ready[param])
+            queue = max(queue, self.queued[index])
+            if self.system.prefetch:
+                budget = min(zero.max_live_parameters - self.live, zero.prefetch_bucket_size)
+                ahead: list[int] = []
+                numel = 0
+                while queue < len(self.queue) and numel < budget:
+                    param, turn = self.queue[queue]
+                    passed[param] = turn
+                    queue += 1
+                    if param not in self.ready and param not in ahead:
+                        ahead.append(param)
+                        numel += self.numel[param]
+                if ahead:
+                    self._gather(ahead, index >= self.backward)
+            self._spend("compute", visit.seconds)
+            for param in own:
+                if param in self.ready and not self._keeps(param, index, passed):
+                    del self.ready[param]
+                    self.live -= self.numel[param]
+            for numel in visit.gradients:
+                if bucket and bucket + numel > zero.reduce_bucket_size:
+                    reduced.append(self._reduce(bucket))
+                    bucket = 0
+                bucket += numel
+                self.most_bucket = max(self.most_bucket, bucket)
+                if average and reduced and self.system.hop2_beside:
+                    self._average_finished(reduced)
+        if bucket:
+            reduced.append(self._reduce(bucket))
+        for _, done in reduced:
+            self._wait("hop1", done)
+        if average and job.model.trainable:
+            if self.system.hop2_beside:
+                self._average_finished(reduced)
+                self._wait("hop2", lanes.free["average"])
+            else:
+                everything = sum(numel * count for numel, count in job.model.trainable.items())
+                self._wait("hop2", lanes.issue("average", self.costs.average(everything), self.now))
+        # whoever was kept beyond its last turn is released at the end
+        for param in list(self.ready):
+            del self.ready[param]
+        self.live = 0
+
+    def _keeps(self, param: int, index: int, passed: dict[int, int]) -> bool:
+        """Whether a parameter stays gathered after its turn: the look-ahead counts on it, or it is used again soon."""
+        if passed.get(param, -1) > index:
+            return True
+        following = self.next_use[index].get(param)
+        return following is not None and self.before[following] - self.before[index + 1] < (
+            self.job.zero.max_reuse_distance
+        )
+
+    def finish(self) -> StepTime:
+        """The optimizer's part of the step."""
+        job, machine, p = self.job, self.machine, self.costs.p
+        shard = sum(-(-numel // p) * count for numel, count in job.model.trainable.items())
+        states = OPTIMIZERS[job.optimizer].states
+        # master weights and states are read and written, the gradient is read, the working copy written
+        traffic = shard * (8 * (1 + states) + 4 + job.itemsize)
+        if job.zero.offload_optimizer:
+            seconds = traffic / machine.host_update_bandwidth + 2 * shard * job.itemsize / machine.host_link
+        else:
+            seconds = traffic / machine.memory_bandwidth
+        self._spend("optimizer", seconds)
+        agree = machine.time("all_reduce", SCALAR_BYTES, self.costs.world)
+        self._spend("overhead", agree + machine.step_overhead * machine.host_slowdown)
+        persistent = sum(numel for numel, stays in zip(self.numel, self.stays) if stays)
+        if persistent and p > 1:
+            self._wait("gathers", self.lanes.issue("gather", self.costs.gather(persistent), self.now))
+        self.time.busy, self.time.counts = dict(self.lanes.busy), dict(self.lanes.counts)
+        self.time.live_numel, self.time.bucket_numel = self.most_live, self.most_bucket
+        return self.time
+
+    def _spend(self, part: str, seconds: float) -> None:
+        self.now += seconds
+        setattr(self.time, part, getattr(self.time, part) + seconds)
+
+    def _wait(self, part: str, until: float) -> None:
+        if until > self.now:
+            self._spend(part, until - self.now)
+
+    def _gather(self, params: list[int], backward: bool) -> None:
+        numel = sum(self.numel[param] for param in params)
+        self._spend("overhead", self.overhead)
+        cost = self.costs.gather(numel, backward)
+        if self.job.zero.offload_param:
+            # each rank's shard comes up from the host before it is sent on
+            cost = cost._replace(whole=cost.whole + numel / self.costs.p * self.job.itemsize / self.machine.host_link)
+        done = self.lanes.issue("gather", cost, self.now)
+        self.live += numel
+        self.most_live = max(self.most_live, self.live)
+        for param in params:
+            self.ready[param] = done
+
+    def _reduce(self, bucket: int) -> tuple[int, float]:
+        if self.costs.p > 1:
+            self._spend("overhead", self.overhead)
+        done = self.lanes.issue("scatter", self.costs.scatter(bucket), self.now)
+        if not self.system.hop1_beside:
+            self._wait("hop1", done)
+        return bucket, done
+
+    def _average_finished(self, reduced: list[tuple[int, float]]) -> None:
+        """Start hop 2 of the buckets whose hop 1 is done by now, in order."""
+        while reduced and reduced[0][1] <= self.now:
+            bucket, done = reduced.pop(0)
+            self.lanes.issue("average", self.costs.average(bucket), done)
+
+
+def _parameters(units: list[Unit]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Number the parameters, tied ones once. Returns elements by number, and the numbers of each unit's."""
+    numels: list[int] = []
+    owned: list[tuple[int, ...]] = []
+    first: dict[int, int] = {}
+    for unit in units:
+        mine = []
+        for numel in (*unit.numels, *unit.frozen):
+            if unit.again and numel in first:
+                mine.append(first[numel])
+                continue
+            first.setdefault(numel, len(numels))
+            mine.append(len(numels))
+            numels.append(numel)
+        owned.append(tuple(mine))
+    return numels, owned
+
+
+def compute_seconds(machine: Machine, job: Job) -> float:
+    """Seconds of compute per operation of the forward pass, on one rank."""
+    if job.compute_s is not None:
+        share = 3 * job.model.flops + (job.model.recomputed_flops if job.checkpointing else 0.0)
+        return job.compute_s / (share * job.micro_batch) if share else 0.0
+    if job.precision not in machine.flops:
+        raise MicsPlanError(
+            f"Machine {machine.name!r} has no peak for {job.precision}, only for {', '.join(machine.flops)}. Choose "
+            f"one of those, or add it to the machine's flops."
+        )
+    return 1 / (machine.flops[job.precision] * machine.efficiency)
+
+
+def visits(units: list[Unit], job: Job, seconds_per_flop: float) -> Iterator[Visit]:
+    """The turns of one micro-step: forwards, then backwards.
+
+    A module without parameters of its own has its turn before those inside it, both ways: the model itself, and
+    every layer that is such a container.
+    """
+    costs = [unit.flops * job.micro_batch * seconds_per_flop for unit in units]
+    start = 0
+    yield Visit(None, 0.0, (), False)
+    for block in job.model.blocks:
+        for _ in range(block.repeat):
+            if block.container:
+                yield Visit(None, 0.0, (), False)
+            for index in range(start, start + len(block.units)):
+                yield Visit(index, costs[index], (), False)
+            start += len(block.units)
+    yield Visit(None, 0.0, (), True)
+    end = len(units)
+    for block in reversed(job.model.blocks):
+        for _ in range(block.repeat):
+            start = end - len(block.units)
+            if block.checkpointed and job.checkpointing:
+                if block.container:
+                    yield Visit(None, 0.0, (), True)
+                for index in range(start, end):
+                    yield Visit(index, costs[index], (), True)
+            if block.container:
+                yield Visit(None, 0.0, (), True)
+            for index in range(end - 1, start - 1, -1):
+                gradients = () if units[index].again else units[index].numels
+                yield Visit(index, 2 * costs[index], gradients, True)
+            end = start
+
+
+def step_time(machine: Machine, job: Job, system: System, n: int) -> StepTime:
+    """One optimizer step on n ranks. Beyond three micro-steps, those between the first and the last are alike."""
+    player = Player(machine, job, system, n)
+    played, more = min(job.micro_steps, 3), max(0, job.micro_steps - 3)
+    middle: dict[str, float] = {}
+    for index in range(played):
+        before = player.totals()
+        player.micro_step(last=index == played - 1)
+        if index == 1:
+            middle = {name: value - before[name] for name, value in player.totals().items()}
+    result = player.finish()
+    if more:
+        for part in StepTime.PARTS:
+            setattr(result, part, getattr(result, part) + more * middle[part])
+        for lane in result.busy:
+            result.busy[lane] += more * middle["busy " + lane]
+            result.counts[lane] += round(more * middle["count " + lane])
+    return result

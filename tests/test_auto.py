@@ -1,0 +1,274 @@
+"""``mics_shard_size: "auto"``: one planned size on all ranks, the same numbers as that size given, or one error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    OddNet,
+    assert_losses_close,
+    build,
+    destroy_engines,
+    ds_config,
+    environment,
+    full_params,
+    same_on_all_ranks,
+    train,
+)
+
+from mics_ds.config import PlanRequest, split_ds_config
+from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsPlanError
+from mics_ds.planner import auto as auto_module
+from mics_ds.planner.auto import Facts, decide, find_machine
+from mics_ds.planner.job import Job, ZeroSettings
+from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
+from mics_ds.planner.model import NAMED
+from mics_ds.planner.plan import make_plan
+
+SLOW = {"intra": {"bandwidth": 1e9, "latency": 1e-5}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
+
+
+def auto(tmp_path: Any = None, word: str = "auto", zero: dict[str, Any] | None = None, **plan: Any) -> dict[str, Any]:
+    """A configuration on a cluster with slow links between nodes."""
+    if tmp_path is not None:
+        path = tmp_path / "cluster.json"
+        machine = {"name": "slow", "gpus_per_node": 2, "memory": 1e9, "flops": {"fp32": 1e9}, "efficiency": 1.0, **SLOW}
+        if dist.is_initialized() and dist.get_rank() == 0:
+            path.write_text(json.dumps({**machine, "backend": "gloo"}))  # rank 0 alone has it
+        plan["cluster"] = str(path)
+    config = ds_config(zero={"reduce_bucket_size": 300, **(zero or {})})
+    config["zero_optimization"]["mics_shard_size"] = word
+    if plan:
+        config["zero_optimization"]["mics_plan"] = plan
+    return config
+
+
+def size(engine: Any) -> int:
+    return engine.optimizer.mics_groups.partition.size
+
+
+# ---------------------------------------------------------------------------------------- on engines
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("inside_init", [True, False])
+def test_auto_trains_as_the_size_it_chose(tmp_path, inside_init):
+    """Also where zero.Init had to spread the parameters before anyone knew the model."""
+    with environment(MICS_DS_RANKS_PER_NODE="2"):
+        engine = build(auto(tmp_path, memory_gb=1.0), inside_init=inside_init)
+        p = size(engine)
+        losses, params = train(engine, 4), full_params(engine)
+        same_on_all_ranks(params)
+        destroy_engines()
+        given = build(ds_config(p), inside_init=inside_init)
+        assert train(given, 4) == losses
+        destroy_engines()
+        stock = build(ds_config(None), inside_init=inside_init)
+        assert_losses_close(losses, train(stock, 4), 1e-6)
+
+
+@pytest.mark.ranks(4)
+def test_less_memory_makes_more_shards(tmp_path):
+    found = []
+    for memory in (1.0, 17e-6, 13e-6):
+        with environment(MICS_DS_RANKS_PER_NODE="2"):
+            found.append(size(build(auto(tmp_path, memory_gb=memory, activations_gb=0))))
+        destroy_engines()
+    assert found == [1, 2, 4]
+
+
+@pytest.mark.ranks(4)
+def test_the_choice_is_logged_with_its_reason_by_rank_0(tmp_path):
+    with mock.patch.object(auto_module, "log_rank0") as log:
+        build(auto(tmp_path, memory_gb=1.0))
+    said = [call.args[0] for call in log.call_args_list]
+    if dist.get_rank() == 0:
+        assert len(said) == 1
+        assert said[0].startswith('mics_shard_size "auto": p = ')
+        assert "times as fast as ZeRO-3" in said[0]
+        assert "on slow" in said[0]
+    else:
+        assert said == []
+
+
+@pytest.mark.ranks(4)
+def test_where_nothing_fits_every_rank_says_so(tmp_path):
+    expected = MicsPlanError if dist.get_rank() == 0 else MicsAgreementError
+    with pytest.raises(expected, match="no partition size fits"):
+        build(auto(tmp_path, memory_gb=1e-6))
+    train(build(ds_config(2)), 1)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("inside_init", [True, False])
+def test_a_cluster_that_does_not_exist_is_an_error_on_every_rank(inside_init):
+    expected = MicsPlanError if dist.get_rank() == 0 else MicsAgreementError
+    with pytest.raises(expected, match="neither a preset nor a file"):
+        build(auto(cluster="nowhere.json"), inside_init=inside_init)
+    train(build(ds_config(2)), 1)
+
+
+@pytest.mark.ranks(4)
+def test_the_rank_with_the_least_memory_decides(tmp_path):
+    class Available:
+        available = 17e3 if dist.get_rank() == 3 else 1e9
+
+    alone = environment(MICS_DS_RANKS_PER_NODE="2", LOCAL_WORLD_SIZE="1")
+    with alone, mock.patch.object(psutil, "virtual_memory", return_value=Available):
+        assert size(build(auto(tmp_path, activations_gb=0))) == 2
+
+
+@pytest.mark.ranks(4)
+def test_ranks_that_disagree_on_auto():
+    with pytest.raises(MicsAgreementError, match="agree on the MiCS configuration"):
+        build(ds_config(2) if dist.get_rank() == 1 else auto())
+    train(build(ds_config(2)), 1)
+
+
+@pytest.mark.ranks(4)
+def test_the_callers_dictionary_stays_auto_and_serves_a_second_model(tmp_path):
+    config = auto(tmp_path, memory_gb=17e-6, activations_gb=0)
+    before = json.dumps(config)
+    with environment(MICS_DS_RANKS_PER_NODE="2"):
+        assert size(build(config)) == 2
+        assert json.dumps(config) == before
+        small = build(config, lambda: Scaled())
+        assert size(small) == 1
+
+
+class Scaled(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(7, 7)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x) - y).pow(2).mean()
+
+
+@pytest.mark.ranks(4)
+def test_evaluation_without_an_optimizer():
+    config = auto()
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = OddNet()
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    with torch.no_grad():
+        engine(torch.ones(2, 7), torch.ones(2, 7))
+    assert next(engine.module.parameters()).mics_groups.partition.size in (1, 2, 4)
+    engine.destroy()
+
+
+@pytest.mark.ranks(4)
+def test_a_path_works_as_well(tmp_path):
+    path = tmp_path / f"ds{dist.get_rank()}.json"
+    path.write_text(json.dumps(auto()))
+    torch.manual_seed(0)
+    model = OddNet()
+    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, config=str(path), optimizer=optimizer)
+    assert size(engine) in (1, 2, 4)
+    train(engine, 1)
+    engine.destroy()
+
+
+# ---------------------------------------------------------------------------------------- parsing
+
+
+@pytest.mark.parametrize("word", ["auto", "planned"])
+def test_both_words_mean_auto(word):
+    mics, rest = split_ds_config(auto(word=word, sequence=2048))
+    assert mics.is_auto
+    assert mics.plan == PlanRequest(sequence=2048)
+    assert not any(key.startswith("mics_") for key in rest["zero_optimization"])
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ({"memory": 3}, "Unknown key under 'zero_optimization.mics_plan': memory. Known keys: cluster"),
+        ({"sequence": 0}, "sequence must be a positive"),
+        ({"memory_gb": "40"}, "memory_gb must be a number"),
+        ({"memory_gb": -1}, "memory_gb must be a number and not negative"),
+        ({"cluster": 3}, "cluster must be the name"),
+        ({"checkpointing": "yes"}, "checkpointing must be true or false"),
+    ],
+)
+def test_wrong_plans_are_refused(plan, match):
+    with pytest.raises(MicsConfigError, match=match):
+        split_ds_config(auto(**plan))
+
+
+def test_a_plan_is_a_section():
+    config = auto()
+    config["zero_optimization"]["mics_plan"] = "p4d"
+    with pytest.raises(MicsConfigError, match="must be a section"):
+        split_ds_config(config)
+
+
+# ---------------------------------------------------------------------------------------- deciding
+
+
+def facts(n: int, device: str = "cpu", gib: float = 1.0, precision: str = "bf16", **job: Any) -> Facts:
+    settings = {"micro_batch": 1, "micro_steps": 4, "precision": precision, "optimizer": "fusedadam"}
+    return Facts(tuple(range(n)), 1e9, device, gib, {**settings, "zero": ZeroSettings(), **job})
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "preset"),
+    [
+        ("Tesla V100-SXM2-32GB", 31.7, "p3dn.24xlarge"),
+        ("NVIDIA A100-SXM4-40GB", 39.5, "p4d.24xlarge"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "p4de.24xlarge"),
+        ("NVIDIA A800-SXM4-80GB", 79.2, "a800-4x200g"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "p5.48xlarge"),
+        ("NVIDIA H200", 139.8, "h200-8x400g"),
+        ("NVIDIA RTX 6000", 48.0, "unknown GPUs"),
+        ("cpu", 10.0, "unknown processors"),
+    ],
+)
+def test_what_is_assumed_of_a_cluster_nobody_named(device, gib, preset):
+    machine, assumed = find_machine(PlanRequest(), facts(8, device, gib))
+    assert machine.name == preset
+    assert "mics_plan.cluster" in assumed
+    assert find_machine(PlanRequest(cluster="p4d.24xlarge"), facts(8, device, gib))[1] == ""
+
+
+@pytest.mark.parametrize("gib", [20.0, 40.0, 80.0, 140.0])
+@pytest.mark.parametrize("n", [8, 64, 512])
+def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
+    """And of those that do, the fastest."""
+    model, subject, memory = NAMED["llama-13b"].model(2048), facts(n), gib * 2**30
+    request = PlanRequest(cluster="p4d.24xlarge", checkpointing=True)
+    machine = replace(load_machine("p4d.24xlarge"), memory=memory)
+    rows = make_plan(machine, Job(model, checkpointing=True, **subject.job), n)
+    fitting = [row for row in rows if row.system.p is not None and row.fits]
+    if not fitting:
+        with pytest.raises(MicsPlanError, match="no partition size fits"):
+            decide(request, subject, model, 8, memory)
+        return
+    p, reason = decide(request, subject, model, 8, memory)
+    assert p == min(fitting, key=lambda row: row.time.total).p
+    assert f"p = {p}" in reason
+
+
+def test_a_measured_network_is_believed_over_the_formula(tmp_path):
+    """Inside a node, gathers measured as dreadfully slow: sharding is then not worth it where it need not be."""
+    slow = Sweep("all_gather", GroupForm(1, 2), False, (1000, 10**6), (10.0, 1000.0))
+    machine = Machine("odd", 2, 1e12, {"bf16": 1e12}, 1.0, Link(1e11, 0), Link(1e10, 0), backend="nccl", sweeps=(slow,))
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(machine.to_json()))
+    request = PlanRequest(cluster=str(path), memory_gb=1e3, activations_gb=0)
+    p, _ = decide(request, facts(4), NAMED["bert-10b"].model(128), 2, 1e12)
+    assert p == 1
+
+
+def test_an_uneven_placement_is_refused():
+    with pytest.raises(MicsPlanError, match="same number of ranks on every node"):
+        decide(PlanRequest(activations_gb=0), facts(6), NAMED["bert-10b"].model(128), 4, 1e13)

@@ -1,0 +1,580 @@
+"""The planner's arithmetic: closed forms, bounds, and errors. No processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mics_ds.errors import MicsPlanError
+from mics_ds.layout import MicsLayout
+from mics_ds.planner import plan as planning
+from mics_ds.planner.cli import main as mics_plan
+from mics_ds.planner.job import Job, ZeroSettings
+from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
+from mics_ds.planner.memory import memory
+from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
+from mics_ds.planner.timeline import StepTime, System, step_time
+from mics_ds.planner.trace import model_from_module
+
+KB = 1000
+NO_LIMITS = ZeroSettings(prefetch_bucket_size=0, max_reuse_distance=0, param_persistence_threshold=0)
+
+
+def machine(k: int = 2, **values) -> Machine:
+    """Links with round numbers: 1000 B/s inside, 100 B/s between nodes, 1 and 10 s per step."""
+    given = {
+        "name": "round",
+        "gpus_per_node": k,
+        "memory": 1e9,
+        "flops": {"fp32": 1.0, "bf16": 1.0},
+        "efficiency": 1.0,
+        "intra": Link(1000, 1),
+        "inter": Link(100, 10),
+        "memory_bandwidth": 1e30,
+    }
+    return Machine(**{**given, **values})
+
+
+def layers(count: int, numel: int, flops: float = 0.0, **block) -> Model:
+    return Model("layers", (Block((Unit((numel,), flops),), count, **block),))
+
+
+# ------------------------------------------------------------------------------------------ collectives
+
+
+def test_a_ring_inside_a_node():
+    assert machine(4).time("all_gather", 8000, GroupForm(1, 4)) == pytest.approx(3 * 1 + 3 / 4 * 8000 / 1000)
+
+
+def test_a_ring_over_nodes_leaves_each_node_once():
+    # 4 ranks, 2 steps inside nodes and 1 between them; the slower link decides
+    assert machine(2).time("all_gather", 800, GroupForm(2, 2)) == pytest.approx(2 * 1 + 10 + 3 / 4 * 800 / 100)
+
+
+def test_groups_beside_each_other_share_the_link_of_a_node():
+    one, two = (machine(2).time("all_reduce", 800, GroupForm(2, 1, beside)) for beside in (1, 2))
+    assert two - one == pytest.approx(2 * 1 / 2 * 800 / 100)
+
+
+def test_two_stages_run_beside_each_other_in_pieces():
+    subject = machine(2)
+    inter = subject.time("all_gather", 400, GroupForm(2, 1, 2))
+    intra = subject.time("all_gather", 800, GroupForm(1, 2))
+    expected = max(inter, intra) + min(inter, intra) / subject.pieces
+    assert subject.time("all_gather", 800, GroupForm(2, 2), staged=True) == pytest.approx(expected)
+
+
+def test_trees_have_logarithmic_latency_on_nccl_only():
+    form = GroupForm(64, 1)
+    latency = {name: machine(1, backend=name).time("all_reduce", 1e-9, form) for name in ("nccl", "gloo")}
+    assert latency["nccl"] == pytest.approx(2 * 6 * 10)
+    assert latency["gloo"] == pytest.approx(2 * 63 * 10)
+
+
+def test_what_gloo_sends():
+    subject = machine(2, backend="gloo", inter=Link(100, 0), intra=Link(1e9, 0))
+    form = GroupForm(2, 2)
+    assert subject.time("stock_reduce_scatter", 800, form) == pytest.approx(2 * 3 / 4 * 800 / 100)
+    assert subject.time("reduce_scatter", 800, form) == pytest.approx(2 * 2 / 4 * 800 / 100)
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 4), (8, 2), (12, 4), (24, 8), (6, 1)])
+def test_forms_are_those_of_the_layout(n, k):
+    for p in (p for p in range(1, n + 1) if n % p == 0 and (k % p == 0 or p % k == 0)):
+        layout = MicsLayout(tuple(range(n)), tuple(rank // k for rank in range(n)), p)
+        subject = machine(k)
+        for groups, form in (
+            (layout.partition_groups, subject.partition_form(n, p)),
+            (layout.replication_groups, subject.replication_form(n, p)),
+        ):
+            counts = layout.node_counts(groups[0])
+            assert (len(counts), max(counts.values())) == (form.nodes, form.per_node), (p, groups)
+            on_first_node = sum(any(rank < k for rank in group) for group in groups)
+            assert form.beside == min(on_first_node, len(groups)), (p, groups)
+        assert subject.can_stage(n, p) == (layout.why_not_hierarchical() is None)
+
+
+def test_a_group_that_fits_nodes_unevenly_shares_their_links():
+    form = machine(4).partition_form(24, 6)
+    assert (form.nodes, form.beside) == (2, 2)
+    assert not machine(4).can_stage(24, 6)
+
+
+def test_a_measured_sweep_replaces_the_formula_and_scales_it_elsewhere():
+    form, other = GroupForm(2, 2), GroupForm(4, 2)
+    sweep = Sweep("all_gather", form, False, (1000, 3000), (5.0, 9.0))
+    subject = machine(2, sweeps=(sweep,))
+    assert subject.time("all_gather", 2000, form) == pytest.approx(7.0)
+    assert subject.time("all_gather", 5000, form) == pytest.approx(13.0)
+    ratio = subject.formula("all_gather", 2000, other) / subject.formula("all_gather", 2000, form)
+    assert subject.time("all_gather", 2000, other) == pytest.approx(7.0 * ratio)
+    # nothing was measured inside a node, in two stages, or for another collective
+    assert subject.time("all_gather", 2000, GroupForm(1, 2)) == subject.formula("all_gather", 2000, GroupForm(1, 2))
+    assert subject.time("all_reduce", 2000, form) == subject.formula("all_reduce", 2000, form)
+
+
+# ------------------------------------------------------------------------------------------ machines
+
+
+def test_a_machine_survives_its_file(tmp_path):
+    subject = machine(2, sweeps=(Sweep("all_reduce", GroupForm(2, 1, 2), False, (10, 20), (1.0, 2.0)),))
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(subject.to_json()))
+    assert load_machine(str(path)) == subject
+
+
+def test_a_file_may_start_from_a_preset(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps({"preset": "p4d.24xlarge", "name": "ours", "inter": {"bandwidth": 1e9, "latency": 0}}))
+    loaded = load_machine(str(path))
+    assert loaded == replace(PRESETS["p4d.24xlarge"], name="ours", inter=Link(1e9, 0))
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ([], "must hold a JSON object"),
+        ({"name": "x"}, "lacks gpus_per_node"),
+        ({"preset": "p9"}, "There is no preset 'p9'"),
+        ({"preset": "p4d.24xlarge", "speed": 1}, "unknown key speed"),
+        ({"preset": "p4d.24xlarge", "efficiency": 1.5}, "is a fraction"),
+        ({"preset": "p4d.24xlarge", "memory": 0}, "memory of machine"),
+        ({"preset": "p4d.24xlarge", "inter": {"bandwidth": 0, "latency": 0}}, "bandwidth of a link must be positive"),
+        ({"preset": "p4d.24xlarge", "inter": {"speed": 0}}, "wrong type"),
+        ({"preset": "p4d.24xlarge", "backend": "mpi"}, "must be nccl or gloo"),
+        ({"preset": "p4d.24xlarge", "sweeps": [{"operation": "x", "form": {"nodes": 1, "per_node": 2}, "staged": False,
+                                               "payload": [1], "seconds": [1]}]}, "A sweep measures one of"),
+    ],
+)  # fmt: skip
+def test_senseless_machines_are_refused(data, match):
+    with pytest.raises(MicsPlanError, match=match):
+        machine_from_json(data)
+
+
+def test_every_preset_says_where_its_values_are_from():
+    for preset in PRESETS.values():
+        assert {"flops", "intra", "inter", "efficiency"} <= set(preset.sources), preset.name
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("bert-10b", 10), ("bert-15b", 15), ("bert-20b", 20), ("bert-50b", 50), ("bloomberggpt", 50.6), ("gpt-175b", 175),
+     ("llama-7b", 6.74), ("llama-13b", 13.02), ("llama-30b", 32.53), ("llama-70b", 68.98)],
+)  # fmt: skip
+def test_named_models_have_their_published_size(name, billions):
+    assert NAMED[name].model(2048).numel / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_a_description_is_the_module_it_describes():
+    """Parameters and operations of a real GPT, counted by torch."""
+
+    class GPTLayer(nn.Module):
+        def __init__(self, h: int) -> None:
+            super().__init__()
+            self.first, self.qkv, self.out = nn.LayerNorm(h), nn.Linear(h, 3 * h), nn.Linear(h, h)
+            self.second, self.up, self.down = nn.LayerNorm(h), nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+
+        def forward(self, x):
+            q, k, v = (item.unflatten(-1, (2, -1)).transpose(1, 2) for item in self.qkv(self.first(x)).chunk(3, -1))
+            x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.down(nn.functional.gelu(self.up(self.second(x))))
+
+    class GPT(nn.Module):
+        def __init__(self, h: int, vocabulary: int) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(vocabulary, h)
+            self.layers = nn.ModuleList(GPTLayer(h) for _ in range(3))
+            self.norm, self.head = nn.LayerNorm(h), nn.Linear(h, vocabulary, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.norm(x)).float().sum()
+
+    with torch.device("meta"):
+        module, tokens = GPT(32, 100), torch.zeros(1, 16, dtype=torch.long)
+    traced = model_from_module(module, (tokens,), tokens=16)
+    described = Transformer(32, 3, 100, heads=2, flash=True).model(16, 4)
+    assert traced.numel == described.numel == sum(param.numel() for param in module.parameters())
+    assert traced.flops == described.flops
+    assert traced.trainable == described.trainable
+    repeated = [block for block in traced.blocks if block.repeat == 3]
+    assert len(repeated) == 1
+    assert repeated[0].checkpointed
+
+
+def test_frozen_tied_and_unused_parameters():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+            self.frozen, self.unused = nn.Linear(3, 5).requires_grad_(False), nn.Linear(3, 7)
+
+        def forward(self, x):
+            return self.frozen(self.second(self.first(x))).sum()
+
+    with torch.device("meta"):
+        model = model_from_module(Odd(), (torch.zeros(1, 3),))
+    assert model.trainable == {9: 1, 21: 1, 7: 1}
+    assert model.frozen == {15: 1, 5: 1}
+
+
+def test_a_module_that_cannot_run_without_data_is_refused():
+    class Peeks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum().item() > 0 else x
+
+    with torch.device("meta"), pytest.raises(MicsPlanError, match="could not be run on the meta device"):
+        model_from_module(Peeks(2, 2), (torch.zeros(1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("hidden=8,layers=2", "needs vocabulary"),
+        ("hidden=8,layers=2,vocabulary=x", "positive integer"),
+        ("hidden=8,layers=2,vocabulary=9,depth=3", "Expected KEY=VALUE with a key out of"),
+        ("hidden=0,layers=2,vocabulary=9", "hidden must be a positive"),
+        ("hidden=9,layers=2,vocabulary=9,heads=2", "must be a multiple of the number of heads"),
+        ("hidden=8,layers=2,vocabulary=9,gated=perhaps", "must be true or false"),
+    ],
+)
+def test_senseless_descriptions_are_refused(text, match):
+    with pytest.raises(MicsPlanError, match=match):
+        parse_transformer(text)
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+def test_without_overlap_a_step_is_the_sum_of_its_parts():
+    job = Job(layers(3, 100, flops=2.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    system = System(4, hop1_beside=False, hop2_beside=False, prefetch=False)
+    subject = machine(2)
+    time = step_time(subject, job, system, 8)
+    gather = subject.time("all_gather", 400, GroupForm(2, 2))
+    scatter = subject.time("reduce_scatter", 400, GroupForm(2, 2))
+    average = subject.time("all_reduce", 4 * 3 * 25, GroupForm(2, 1, 2))
+    assert time.counts == {"gather": 6, "scatter": 3, "average": 1}
+    assert time.compute == pytest.approx(3 * 3 * 2.0)
+    assert time.gathers == pytest.approx(6 * gather)
+    assert time.hop1 == pytest.approx(3 * scatter)
+    assert time.hop2 == pytest.approx(average)
+
+
+def test_overlap_hides_what_fits_beside_compute():
+    """Compute so slow that only the first gather and the last two reductions are waited for: a bucket is handed over
+    when the next gradient would not fit."""
+    job = Job(
+        layers(4, 1000, flops=1e4),
+        precision="fp32",
+        zero=replace(NO_LIMITS, prefetch_bucket_size=1, reduce_bucket_size=1000, max_live_parameters=10**9),
+    )
+    subject = machine(2)
+    time = step_time(subject, job, System(2), 4)
+    assert time.gathers == pytest.approx(subject.time("all_gather", 4000, GroupForm(1, 2)))
+    scatter = subject.time("reduce_scatter", 4000, GroupForm(1, 2))
+    assert time.hop1 == pytest.approx(2 * scatter)
+    # hop 2 of the last bucket but one starts when its hop 1 is done, beside the hop 1 of the last
+    assert time.hop2 == pytest.approx(2 * subject.time("all_reduce", 2000, GroupForm(2, 1, 2)) - scatter)
+
+
+def test_one_shard_gathers_nothing_and_one_replica_averages_nothing():
+    job = Job(layers(3, 100, 1.0), precision="fp32", micro_steps=2)
+    alone, all_of_them = (step_time(machine(2), job, System(p), 4) for p in (1, 4))
+    assert (alone.counts["gather"], alone.gathers, alone.hop1) == (0, 0, 0)
+    assert (all_of_them.counts["average"], all_of_them.hop2) == (0, 0)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize("system", [{}, {"hop1_beside": False}, {"prefetch": False}, {"hop2_beside": False}])
+def test_a_step_lies_between_all_overlapped_and_nothing_overlapped(p, system):
+    job = Job(Transformer(64, 4, 100, heads=4).model(16, 4), micro_steps=3, precision="fp32", zero=replace(NO_LIMITS))
+    subject = machine(2, flops={"fp32": 1e4}, intra=Link(1e5, 1e-3), inter=Link(1e4, 1e-2))
+    time = step_time(subject, job, System(p, **system), 8)
+    floor = max(time.compute, *time.busy.values())
+    assert floor <= time.total * (1 + 1e-9)
+    assert time.total - time.optimizer - time.overhead <= (time.compute + sum(time.busy.values())) * (1 + 1e-9)
+    assert sum(time.parts().values()) == pytest.approx(time.total)
+
+
+@pytest.mark.parametrize("s", [4, 7])
+def test_middle_micro_steps_are_alike(s):
+    """Beyond three, micro-steps are extrapolated; with nothing carried over, time is linear in them."""
+    base = Job(layers(3, 100, 50.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    times = [step_time(machine(2), replace(base, micro_steps=n), System(2), 4) for n in (2, 3, s)]
+    step = times[1].total - times[0].total
+    assert times[2].total == pytest.approx(times[1].total + (s - 3) * step)
+
+
+def test_checkpointing_computes_again_and_gathers_again():
+    model = Model("one", (Block((Unit((100,), 5.0), Unit((100,), 5.0)), 2, True, True, 1000.0, 10.0),))
+    job = Job(model, precision="fp32", zero=NO_LIMITS)
+    system = System(2, prefetch=False)
+    plain, again = (step_time(machine(2), replace(job, checkpointing=on), system, 2) for on in (False, True))
+    assert again.compute == pytest.approx(plain.compute * 4 / 3)
+    assert (plain.counts["gather"], again.counts["gather"]) == (8, 12)
+
+
+def test_hpz_gathers_inside_the_node_in_backward():
+    job = Job(layers(3, 1000), precision="fp32", zero=NO_LIMITS)
+    subject = machine(2)
+    stock, secondary = (step_time(subject, job, System(None, prefetch=False, secondary=on), 4) for on in (False, True))
+    over, inside = (subject.time("all_gather", 4000, form) for form in (GroupForm(2, 2), GroupForm(1, 2)))
+    assert stock.gathers - secondary.gathers == pytest.approx(3 * (over - inside))
+
+
+# ------------------------------------------------------------------------------------------ memory and plans
+
+
+def test_more_replicas_need_more_memory_and_states_halve_with_twice_the_shards():
+    job = Job(layers(4, 1 << 20), precision="bf16", optimizer="adamw")
+    found = [memory(job, System(p), 8, StepTime()) for p in (1, 2, 4, 8)]
+    for larger, smaller in itertools.pairwise(found):
+        assert larger.states - smaller.states == pytest.approx(larger.states / 2, rel=1e-6)
+    assert found[0].parameters == 2 * 4 << 20
+    assert found[0].optimizer == 4 * 2 * 4 * (1 << 20) + 4
+
+
+def test_parts_add_up_to_the_peak():
+    for optimizer in ("adamw", "sgd"):
+        job = Job(NAMED["bert-10b"].model(512), 4, 1, "fp16", optimizer=optimizer)
+        for row in planning.make_plan(PRESETS["p3dn.24xlarge"], job, 64):
+            assert sum(row.memory.parts().values()) == row.memory.peak
+
+
+def test_offload_moves_states_to_the_host():
+    job = Job(layers(4, 1 << 20), precision="bf16", zero=ZeroSettings(offload_optimizer=True, offload_param=True))
+    found = memory(job, System(2), 4, StepTime())
+    plain = memory(replace(job, zero=ZeroSettings()), System(2), 4, StepTime())
+    assert found.states == 0
+    # and gradients have a second, fp32 buffer there
+    assert found.host == plain.states + 4 * (4 << 20) // 2
+
+
+def test_the_chosen_size_fits_and_is_the_fastest_that_does():
+    job = Job(NAMED["bert-10b"].model(512), 8, 2, "fp16", True)
+    rows = planning.make_plan(PRESETS["p3dn.24xlarge"], job, 64)
+    chosen = planning.choose(rows)
+    assert chosen.fits
+    assert all(chosen.time.total <= row.time.total for row in rows if row.fits and row.system.p is not None)
+    assert any(not row.fits for row in rows)
+    assert f"p = {chosen.p}" in planning.explain(rows, chosen)
+
+
+def test_nothing_is_chosen_where_nothing_fits():
+    job = Job(NAMED["gpt-175b"].model(2048), 1, 1, "fp16")
+    rows = planning.make_plan(PRESETS["p3dn.24xlarge"], job, 8)
+    assert planning.choose(rows) is None
+    assert "no partition size fits" in planning.explain(rows, None)
+
+
+def test_what_does_not_fit_the_host_does_not_fit():
+    small = replace(PRESETS["p4d.24xlarge"], host_memory=1e9)
+    job = Job(NAMED["bert-10b"].model(512), zero=ZeroSettings(offload_optimizer=True))
+    row = planning.predict(small, job, System(8), 8)
+    assert row.memory.peak <= row.capacity
+    assert not row.fits
+
+
+def test_weak_and_strong_scaling():
+    subject, job = PRESETS["p4d.24xlarge"], Job(NAMED["bert-10b"].model(512), 8, 8, "fp16", True)
+    weak = planning.scaling(subject, job, [None, 8], [8, 16, 32])
+    strong = planning.scaling(subject, job, [None, 8], [8, 16, 32], strong=True)
+    assert {name: [row.n for row in curve] for name, curve in weak.items()} == {
+        "ZeRO-3": [8, 16, 32],
+        "MiCS p=8": [8, 16, 32],
+    }
+    assert [row.samples for row in strong["ZeRO-3"]] == [64, 32, 16]
+    for curves in (weak, strong):
+        assert curves["MiCS p=8"][-1].linear > curves["ZeRO-3"][-1].linear
+        assert all(curve[0].linear == 1 for curve in curves.values())
+    with pytest.raises(MicsPlanError, match="cannot share evenly"):
+        planning.scaling(subject, replace(job, micro_steps=2), [None], [8, 32], strong=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "match"),
+    [(12, 4, "do not fill nodes"), (16, 3, "must divide the 16 GPUs"), (0, 1, "positive integer")],
+)
+def test_impossible_plans_are_refused(n, p, match):
+    with pytest.raises(MicsPlanError, match=match):
+        planning.make_plan(PRESETS["p4d.24xlarge"], Job(layers(2, 10)), n, [p])
+
+
+def test_odd_partition_sizes_can_be_planned():
+    rows = planning.make_plan(PRESETS["p4d.24xlarge"], Job(NAMED["bert-10b"].model(512)), 48, [3, 6, 12, 24])
+    assert [row.p for row in rows[1:]] == [3, 6, 12, 24]
+    assert all(math.isfinite(row.time.total) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "values", [{"micro_batch": 0}, {"micro_steps": True}, {"precision": "fp8"}, {"optimizer": "muon"}]
+)
+def test_senseless_jobs_are_refused(values):
+    with pytest.raises(MicsPlanError, match=next(iter(values))):
+        Job(layers(1, 10), **values)
+
+
+def test_senseless_settings_are_refused():
+    with pytest.raises(MicsPlanError, match="reduce_bucket_size"):
+        ZeroSettings(reduce_bucket_size=-1)
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+COMMAND = [
+    "--model",
+    "bert-10b",
+    "--cluster",
+    "p3dn.24xlarge",
+    "--gpus",
+    "64",
+    "--sequence",
+    "512",
+    "--precision",
+    "fp16",
+]
+
+
+def test_the_table(capsys):
+    assert mics_plan([*COMMAND, "--micro-batch", "8", "--global-batch", "8192", "--checkpointing", "--parts"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "bert-10b: 10.1 B parameters",
+        "8 x 16 samples",
+        "MiCS p=16",
+        "ZeRO-3",
+        "choose p = ",
+        "NO",
+        "optimizer",
+    ):
+        assert words in printed
+
+
+def test_the_json_and_the_plots(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = [*COMMAND, "--json", "--p", "8,16", "--scaling", "weak", "--plots", str(tmp_path / "figures")]
+    assert mics_plan(arguments) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["p"] for row in data["rows"]] == [64, 8, 16]
+    assert data["chosen_p"] in (8, 16)
+    for row in data["rows"]:
+        assert sum(row["memory_parts"].values()) == row["memory_bytes"]
+        assert sum(row["step_parts_s"].values()) == pytest.approx(row["step_s"])
+    assert set(data["scaling"]) == {"ZeRO-3", f"MiCS p={data['chosen_p']}"}
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "memory.png",
+        "scaling.png",
+        "throughput.png",
+    ]
+
+
+def test_a_deepspeed_configuration_is_read(capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}},
+    }
+    path.write_text(json.dumps(config))
+    arguments = [
+        "--model",
+        "llama-7b",
+        "--cluster",
+        "p4d.24xlarge",
+        "--ds-config",
+        str(path),
+        "--checkpointing",
+        "--json",
+    ]
+    assert mics_plan(arguments) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert row["memory_parts"]["optimizer"] == 0
+    assert row["host_bytes"] > 0
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert mics_plan(["--model", "llama-7b", "--cluster", "p4d.24xlarge", "--ds-config", str(path)]) == 2
+    assert "not a DeepSpeed configuration for ZeRO stage 3" in capsys.readouterr().err
+
+
+def test_an_hf_configuration_is_read(capsys, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100, "max_position_embeddings": 128}
+    config |= {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--model", str(tmp_path), "--cluster", "p4d.24xlarge", "--json", "--sequence", "32"]
+    assert mics_plan(arguments) == 0
+    shape = Transformer(64, 3, 100, heads=4, kv_heads=2, ffn=96, gated=True, tied=False)
+    assert json.loads(capsys.readouterr().out)["parameters"] == shape.model(32).numel
+    assert mics_plan([*arguments[:-1], "512"]) == 2
+    assert "sequences of up to 128 tokens" in capsys.readouterr().err
+
+
+def factory():
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (torch.zeros(1, 8),)
+
+
+def test_a_module_is_planned(capsys):
+    assert mics_plan(["--model", "test_planner:factory", "--cluster", "p4d.24xlarge", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 144
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--model", "gpt-9"], "neither a named model"),
+        (["--model", "nowhere:nothing"], "cannot be imported"),
+        (["--cluster", "p9"], "neither a preset nor a file"),
+        (["--gpus", "12"], "do not fill nodes"),
+        (["--p", "7"], "must divide the 64 GPUs"),
+        (["--global-batch", "100"], "must be a multiple of 64"),
+        (["--global-batch", "64", "--micro-steps", "1"], "not both"),
+        (["--precision", "bf16"], "no peak for bf16"),
+        (["--ds-config", "nowhere.json"], "cannot be read"),
+    ],
+)
+def test_good_errors(arguments, match, capsys):
+    assert mics_plan([*COMMAND, *arguments]) == 2
+    assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "--model is needed"),
+        (["--model", "bert-10b"], "--cluster is needed"),
+        ([*COMMAND, "--p", "8;16"], "numbers with commas"),
+        ([*COMMAND, "--micro-batch", "0"], "--micro-batch must be positive"),
+        ([*COMMAND, "--reserve", "1"], "--reserve is a fraction"),
+        ([*COMMAND, "--held-gb", "-1"], "must not be negative"),
+    ],
+)
+def test_senseless_arguments(arguments, match, capsys):
+    with pytest.raises(SystemExit):
+        mics_plan(arguments)
+    assert match in capsys.readouterr().err
+
+
+def test_nothing_fits_is_told_by_the_exit_code(capsys):
+    assert mics_plan(["--model", "gpt-175b", "--cluster", "p3dn.24xlarge", "--gpus", "8", "--precision", "fp16"]) == 3
+    assert "no partition size fits" in capsys.readouterr().out
+
+
+def test_what_there_is(capsys):
+    assert mics_plan(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*PRESETS, *NAMED))
