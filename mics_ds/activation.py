@@ -142,12 +142,15 @@ def _resolve_auto(request: Request, engine_arguments: Mapping[str, Any]) -> dict
     from .config import with_shard_size
     from .planner import auto
 
-    ds_config = compat.load_ds_config(engine_arguments.get("config"))
-    assert ds_config is not None, "whoever asked for auto has a configuration"
-    module = engine_arguments["model"]
     compat.ensure_distributed()
-    facts = compat.plan_facts(engine_arguments)
-    model = auto.describe(module, facts, request.mics.plan)
+    try:
+        ds_config = compat.load_ds_config(engine_arguments.get("config"))
+        assert ds_config is not None, "whoever asked for auto has a configuration"
+        facts = compat.plan_facts(engine_arguments)
+        model = auto.describe(engine_arguments["model"], facts, request.mics.plan)
+    except Exception as error:  # whatever it is, the others wait for this rank's facts
+        _tell_others(error)
+        raise
     return with_shard_size(ds_config, auto.choose_partition_size(request.mics, facts, model, dist.get_rank()))
 
 

@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import hjson
@@ -40,10 +40,12 @@ from deepspeed.runtime.zero import partition_parameters as pp
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from . import placement
 from .config import KEY_PREFIX, MicsConfig, split_ds_config
 from .errors import MicsCheckpointError, MicsCompatError, MicsConfigError
-from .planner.auto import Facts
-from .planner.job import OPTIMIZERS, ZeroSettings
+
+if TYPE_CHECKING:
+    from .planner.auto import Facts
 
 # --------------------------------------------------------------------------------------------------
 # 1. Probes
@@ -183,11 +185,15 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
 
 
 def plan_facts(engine_arguments: Mapping[str, Any]) -> Facts:
-    """What the planner asks of an engine that is about to be built, read off its arguments.
+    """What the planner asks of an engine that is about to be built, read off its arguments and this rank's devices.
 
     Args:
         engine_arguments: the keywords of ``DeepSpeedEngine``.
     """
+    # Not at the top: processes without a mics_ key have no use for the planner.
+    from .planner.auto import Facts
+    from .planner.job import OPTIMIZERS, ZeroSettings, optimizer_kind
+
     parsed, zero = engine_arguments["config_class"], engine_arguments["config_class"].zero_config
     mpu = engine_arguments.get("mpu")
     group = mpu.get_data_parallel_group() if mpu is not None else torch.distributed.group.WORLD
@@ -205,17 +211,21 @@ def plan_facts(engine_arguments: Mapping[str, Any]) -> Facts:
         offload_param=_device(zero.offload_param) != "none",
     )
     optimizer = engine_arguments.get("optimizer")
-    kind = str(parsed.optimizer_name or "") if optimizer is None else type(optimizer).__name__
-    if kind.lower() == "sgd":
-        groups = optimizer.param_groups if optimizer is not None else [parsed.optimizer_params or {}]
-        kind = "sgd_momentum" if any(group.get("momentum") for group in groups) else "sgd"
-    fused = optimizer is None and kind.lower() in ("adam", "adamw")
-    kind = "fusedadam" if fused else kind.lower()
-    memory, total, device = _memory_at_hand()
+    params = parsed.optimizer_params or {}
+    if optimizer is None:
+        kind = optimizer_kind(str(parsed.optimizer_name or ""), bool(params.get("torch_adam")))
+    else:
+        kind = type(optimizer).__name__.lower()
+    if kind == "sgd" and any(group.get("momentum") for group in getattr(optimizer, "param_groups", [params])):
+        kind = "sgd_momentum"
+    module = engine_arguments["model"]
+    memory, total, device = _memory_at_hand(module)
     accumulation = {"fp32": 4, "fp16": 2, "bf16": 2}.get(str(getattr(parsed, "grad_accum_dtype", None)), 0)
     return Facts(
         ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+        place=placement.claim(torch.distributed.get_rank()),
         memory=float(memory),
+        host_memory=float(psutil.virtual_memory().available),
         device=device,
         device_gib=total / 2**30,
         job={
@@ -226,21 +236,35 @@ def plan_facts(engine_arguments: Mapping[str, Any]) -> Facts:
             "zero": settings,
             "accumulation_itemsize": accumulation,
         },
+        trains=optimizer is not None or parsed.optimizer_name is not None,
     )
 
 
-def _memory_at_hand() -> tuple[float, float, str]:
-    """Bytes this rank can use, bytes its device has, and the device's name."""
+def _memory_at_hand(module: torch.nn.Module) -> tuple[float, float, str]:
+    """Bytes this rank can use for ``module`` and its states, bytes its device has, and the device's name.
+
+    On a CPU, the first is shared with the other ranks of the node.
+    """
     accelerator = get_accelerator()
-    if torch.cuda.is_available() and accelerator.device_name() != "cpu":
-        free, total = torch.cuda.mem_get_info()
-        # what this process's own allocator holds can be used as well
-        return free + torch.cuda.memory_reserved(), total, torch.cuda.get_device_name()
-    if accelerator.device_name() != "cpu":
-        return accelerator.available_memory(), accelerator.total_memory(), accelerator.device_name()
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    memory = psutil.virtual_memory().available / max(1, per_node)
-    return memory, memory, "cpu"
+    if accelerator.device_name() == "cpu":
+        available = float(psutil.virtual_memory().available)
+        return available, available, "cpu"
+    # DeepSpeed sets the device later, when the engine is built.
+    index = int(os.environ.get("LOCAL_RANK", accelerator.current_device()))
+    # What this process's allocator has but does not use can be used, and so can what the module takes up now: it
+    # is part of the plan.
+    unused = accelerator.memory_reserved(index) - accelerator.memory_allocated(index)
+    own = sum(
+        held.nbytes
+        for param in module.parameters()
+        for held in (param.data, getattr(param, "ds_tensor", None))
+        if held is not None and held.device.type == accelerator.device_name()
+    )
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(index)
+        return free + unused + own, total, torch.cuda.get_device_name(index)
+    total = accelerator.total_memory(index)
+    return accelerator.available_memory(index) + unused + own, total, accelerator.device_name()
 
 
 def _device(offload: Any) -> str:

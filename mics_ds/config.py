@@ -211,12 +211,12 @@ def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, di
     values = {key[len(KEY_PREFIX) :]: zero[key] for key in mics_keys}
     if values.get("shard_size") in AUTO_WORDS:
         values["shard_size"] = AUTO
-    if "plan" in values:
-        values["plan"] = PlanRequest.parse(values["plan"])
     size = values.get("shard_size", OFF)
     if size == OFF and not isinstance(size, bool) and isinstance(size, int):
         return None, rest
 
+    if "plan" in values:
+        values["plan"] = PlanRequest.parse(values["plan"])
     mics = MicsConfig(**values)
     stage = zero.get("stage", 0)
     if stage != 3:

@@ -24,16 +24,19 @@ from helpers import (
     train,
 )
 
-from mics_ds.config import PlanRequest, split_ds_config
+from mics_ds.config import MicsConfig, PlanRequest, split_ds_config
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsPlanError
+from mics_ds.placement import Claim
 from mics_ds.planner import auto as auto_module
-from mics_ds.planner.auto import Facts, decide, find_machine
+from mics_ds.planner.auto import Facts, Situation, as_configured, assess, decide, find_machine
 from mics_ds.planner.job import Job, ZeroSettings
 from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
 from mics_ds.planner.model import NAMED
-from mics_ds.planner.plan import make_plan
+from mics_ds.planner.plan import RESERVE, make_plan, mics, predict
+from mics_ds.planner.timeline import System
+from mics_ds.planner.trace import model_from_module
 
-SLOW = {"intra": {"bandwidth": 1e9, "latency": 1e-5}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
+SLOW = {"intra": {"bandwidth": 1e6, "latency": 0}, "inter": {"bandwidth": 1e4, "latency": 0}}
 
 
 def auto(tmp_path: Any = None, word: str = "auto", zero: dict[str, Any] | None = None, **plan: Any) -> dict[str, Any]:
@@ -49,6 +52,15 @@ def auto(tmp_path: Any = None, word: str = "auto", zero: dict[str, Any] | None =
     if plan:
         config["zero_optimization"]["mics_plan"] = plan
     return config
+
+
+def enough_for(p: int) -> float:
+    """Memory in GB that is just enough for p shards of the odd net, and so not for fewer."""
+    zero = ZeroSettings.from_ds(auto()["zero_optimization"])
+    job = Job(model_from_module(OddNet()), 2, 1, "fp32", optimizer="sgd_momentum", zero=zero)
+    machine = Machine("", 2, 1.0, {"fp32": 1.0}, 1.0, Link(1.0, 0.0), Link(1.0, 0.0), backend="gloo", streams=False)
+    job = replace(job, model=job.model.with_activations(0.0))
+    return predict(machine, job, mics(machine, job, 4, p), 4).memory.peak / (1 - RESERVE) * 1.001 / 1e9
 
 
 def size(engine: Any) -> int:
@@ -78,11 +90,12 @@ def test_auto_trains_as_the_size_it_chose(tmp_path, inside_init):
 @pytest.mark.ranks(4)
 def test_less_memory_makes_more_shards(tmp_path):
     found = []
-    for memory in (1.0, 17e-6, 13e-6):
+    for memory in (1.0, enough_for(2), enough_for(4)):
         with environment(MICS_DS_RANKS_PER_NODE="2"):
             found.append(size(build(auto(tmp_path, memory_gb=memory, activations_gb=0))))
         destroy_engines()
-    assert found == [1, 2, 4]
+    # one shard is slower than two, whose replicas share the cards for half the bytes
+    assert found == [2, 2, 4], f"got {found}"
 
 
 @pytest.mark.ranks(4)
@@ -119,10 +132,10 @@ def test_a_cluster_that_does_not_exist_is_an_error_on_every_rank(inside_init):
 @pytest.mark.ranks(4)
 def test_the_rank_with_the_least_memory_decides(tmp_path):
     class Available:
-        available = 17e3 if dist.get_rank() == 3 else 1e9
+        # of a node with two ranks
+        available = 2e9 * enough_for(2) if dist.get_rank() == 3 else 1e9
 
-    alone = environment(MICS_DS_RANKS_PER_NODE="2", LOCAL_WORLD_SIZE="1")
-    with alone, mock.patch.object(psutil, "virtual_memory", return_value=Available):
+    with environment(MICS_DS_RANKS_PER_NODE="2"), mock.patch.object(psutil, "virtual_memory", return_value=Available):
         assert size(build(auto(tmp_path, activations_gb=0))) == 2
 
 
@@ -135,13 +148,13 @@ def test_ranks_that_disagree_on_auto():
 
 @pytest.mark.ranks(4)
 def test_the_callers_dictionary_stays_auto_and_serves_a_second_model(tmp_path):
-    config = auto(tmp_path, memory_gb=17e-6, activations_gb=0)
+    config = auto(tmp_path, memory_gb=enough_for(2), activations_gb=0)
     before = json.dumps(config)
-    with environment(MICS_DS_RANKS_PER_NODE="2"):
+    with environment(MICS_DS_RANKS_PER_NODE="2"), mock.patch.object(auto_module, "log_rank0") as log:
         assert size(build(config)) == 2
         assert json.dumps(config) == before
-        small = build(config, lambda: Scaled())
-        assert size(small) == 1
+        train(build(config, Scaled), 1)
+    assert log.call_count == (2 if dist.get_rank() == 0 else 0), "planned for each model"
 
 
 class Scaled(torch.nn.Linear):
@@ -153,8 +166,9 @@ class Scaled(torch.nn.Linear):
 
 
 @pytest.mark.ranks(4)
-def test_evaluation_without_an_optimizer():
-    config = auto()
+def test_evaluation_without_an_optimizer_is_planned_without_its_states(tmp_path):
+    """In memory that is enough for parameters, and not for training."""
+    config = auto(tmp_path, memory_gb=enough_for(4) * 0.6, activations_gb=0)
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = OddNet()
@@ -163,6 +177,19 @@ def test_evaluation_without_an_optimizer():
         engine(torch.ones(2, 7), torch.ones(2, 7))
     assert next(engine.module.parameters()).mics_groups.partition.size in (1, 2, 4)
     engine.destroy()
+    with pytest.raises((MicsPlanError, MicsAgreementError), match="no partition size fits"):
+        build(config)
+
+
+@pytest.mark.ranks(4)
+def test_a_failure_on_one_rank_reaches_all(tmp_path):
+    """Whatever it is that fails while a rank looks at itself, or while rank 0 plans."""
+    for rank, name in ((2, "describe"), (0, "decide")):
+        broken = mock.patch.object(auto_module, name, side_effect=ZeroDivisionError("broken"))
+        expected = ZeroDivisionError if dist.get_rank() == rank else MicsAgreementError
+        with broken if dist.get_rank() == rank else environment(), pytest.raises(expected, match="broken"):
+            build(auto(tmp_path))
+    train(build(ds_config(2)), 1)
 
 
 @pytest.mark.ranks(4)
@@ -217,7 +244,12 @@ def test_a_plan_is_a_section():
 
 def facts(n: int, device: str = "cpu", gib: float = 1.0, precision: str = "bf16", **job: Any) -> Facts:
     settings = {"micro_batch": 1, "micro_steps": 4, "precision": precision, "optimizer": "fusedadam"}
-    return Facts(tuple(range(n)), 1e9, device, gib, {**settings, "zero": ZeroSettings(), **job})
+    place = Claim("hostname", "here", 0)
+    return Facts(tuple(range(n)), place, 1e9, 1e12, device, gib, {**settings, "zero": ZeroSettings(), **job})
+
+
+def config(**plan: Any) -> MicsConfig:
+    return MicsConfig("auto", plan=PlanRequest(**plan))
 
 
 @pytest.mark.parametrize(
@@ -245,30 +277,65 @@ def test_what_is_assumed_of_a_cluster_nobody_named(device, gib, preset):
 def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
     """And of those that do, the fastest."""
     model, subject, memory = NAMED["llama-13b"].model(2048), facts(n), gib * 2**30
-    request = PlanRequest(cluster="p4d.24xlarge", checkpointing=True)
-    machine = replace(load_machine("p4d.24xlarge"), memory=memory)
+    request, situation = (
+        config(cluster="p4d.24xlarge", checkpointing=True, sequence=2048),
+        Situation(n, 8, memory, 1e12),
+    )
+    machine = replace(load_machine("p4d.24xlarge"), memory=memory, gpus_per_node=8)
     rows = make_plan(machine, Job(model, checkpointing=True, **subject.job), n)
     fitting = [row for row in rows if row.system.p is not None and row.fits]
     if not fitting:
         with pytest.raises(MicsPlanError, match="no partition size fits"):
-            decide(request, subject, model, 8, memory)
+            decide(request, subject, model, situation)
         return
-    p, reason = decide(request, subject, model, 8, memory)
+    p, reason = decide(request, subject, model, situation)
     assert p == min(fitting, key=lambda row: row.time.total).p
     assert f"p = {p}" in reason
 
 
 def test_a_measured_network_is_believed_over_the_formula(tmp_path):
-    """Inside a node, gathers measured as dreadfully slow: sharding is then not worth it where it need not be."""
-    slow = Sweep("all_gather", GroupForm(1, 2), False, (1000, 10**6), (10.0, 1000.0))
-    machine = Machine("odd", 2, 1e12, {"bf16": 1e12}, 1.0, Link(1e11, 0), Link(1e10, 0), backend="nccl", sweeps=(slow,))
-    path = tmp_path / "odd.json"
-    path.write_text(json.dumps(machine.to_json()))
-    request = PlanRequest(cluster=str(path), memory_gb=1e3, activations_gb=0)
-    p, _ = decide(request, facts(4), NAMED["bert-10b"].model(128), 2, 1e12)
-    assert p == 1
+    """Inside a node, gathers measured as dreadfully slow: pairs are then no longer worth it."""
+    found = []
+    for sweeps in ((), (Sweep("all_gather", GroupForm(1, 2), False, (1000, 10**6), (10.0, 1000.0)),)):
+        machine = Machine("odd", 2, 1e12, {"bf16": 1e12}, 1.0, Link(1e11, 0), Link(1e8, 0), sweeps=sweeps)
+        path = tmp_path / "odd.json"
+        path.write_text(json.dumps(machine.to_json()))
+        request = config(cluster=str(path), activations_gb=0)
+        model = NAMED["bert-10b"].model(128)
+        found.append(decide(request, facts(4, micro_steps=1), model, Situation(4, 2, 1e11, 1e12))[0])
+    assert found[0] == 2
+    assert found[1] != 2
 
 
-def test_an_uneven_placement_is_refused():
-    with pytest.raises(MicsPlanError, match="same number of ranks on every node"):
-        decide(PlanRequest(activations_gb=0), facts(6), NAMED["bert-10b"].model(128), 4, 1e13)
+@pytest.mark.parametrize(("nodes", "fine"), [("0011", True), ("0012", False), ("0101", False), ("0001", False)])
+def test_ranks_have_to_be_placed_evenly(nodes, fine):
+    ours = facts(4)
+    payloads = [
+        {"first": 0, "model": "x", "place": ["hostname", node, None], "memory": 1.0, "host": 1.0} for node in nodes
+    ]
+    if fine:
+        assert assess(payloads, ours) == Situation(4, 2, 0.5, 1.0)
+    else:
+        with pytest.raises(MicsPlanError, match="same number of consecutive ranks on every node"):
+            assess(payloads, ours)
+
+
+def test_models_must_be_alike_in_each_data_parallel_group():
+    """Two tensor-parallel ranks may have different parts, and share a node's card."""
+    ours = replace(facts(2, "GPU"), ranks=(0, 2))
+    payloads = [
+        {"first": rank % 2, "model": str(rank % 2), "place": ["hostname", str(rank // 2), None], "memory": 9.0 - rank}
+        for rank in range(4)
+    ]
+    payloads = [{**item, "host": 8.0} for item in payloads]
+    assert assess(payloads, ours) == Situation(2, 1, 6.0, 8.0, sharing=2)
+    payloads[2]["model"] = "other"
+    with pytest.raises(MicsPlanError, match="must have the same model"):
+        assess(payloads, ours)
+
+
+def test_the_stages_and_the_reduce_scatter_that_were_asked_for_are_planned():
+    flat = {"hierarchical_params_gather": False, "hierarchical_grad_scatter": False}
+    system = as_configured(MicsConfig("auto", **flat, reduce_scatter="native"), System(4, True, True))
+    assert system == System(4, native_scatter=True)
+    assert as_configured(MicsConfig("auto"), System(4, True, True)) == System(4, True, True)

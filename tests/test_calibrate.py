@@ -52,9 +52,17 @@ def test_a_partition_size_that_does_not_divide_is_refused_on_every_rank():
 
 
 @pytest.mark.ranks(4)
-def test_a_spent_budget_ends_a_sweep():
-    machine = calibrate.calibrate(sizes=SIZES, partitions=[2], budget_s=1e-6, hidden=32, sequence=16, progress=False)
-    assert all(len(item.payload) == 1 for item in machine.sweeps)
+def test_a_budget_that_shows_nothing_is_refused():
+    with pytest.raises(MicsPlanError, match="measured at two sizes"):
+        calibrate.calibrate(sizes=SIZES, partitions=[2], budget_s=1e-6, hidden=32, sequence=16, progress=False)
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_a_missing_folder_is_told_by_all_ranks(tmp_path):
+    with pytest.raises(MicsPlanError, match="there is no folder"):
+        calibrate.check_out(tmp_path / "nowhere" / "x.json")
+    calibrate.check_out(tmp_path / "x.json")
 
 
 def test_the_command_leaves_a_profile_that_plans_use(tmp_path):
@@ -104,7 +112,7 @@ def test_without_a_launcher_it_says_how_to_start(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--out", "/nowhere/at/all/x.json"], "there is no folder"),
+        (["--out", "x.json", "--hidden", "-1"], "must be positive"),
         (["--out", "x.json", "--budget", "0"], "--budget is in seconds"),
         (["--out", "x.json", "--p", "two"], "numbers with commas"),
         (["--out", "x.json", "--largest", "0"], "--largest is in MB"),
@@ -117,6 +125,11 @@ def test_senseless_arguments(arguments, match, capsys):
 
 
 # ---------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(32, 1), (400, 2), (4096, 32), (256, 2)])
+def test_heads_divide_the_hidden_size(hidden, heads):
+    assert calibrate.heads_of(hidden) == heads
 
 
 @pytest.mark.parametrize(("n", "k"), [(4, 2), (64, 8), (512, 8), (4096, 8)])

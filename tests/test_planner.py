@@ -147,6 +147,10 @@ def test_a_file_may_start_from_a_preset(tmp_path):
         ({"preset": "p4d.24xlarge", "memory": 0}, "memory of machine"),
         ({"preset": "p4d.24xlarge", "inter": {"bandwidth": 0, "latency": 0}}, "bandwidth of a link must be positive"),
         ({"preset": "p4d.24xlarge", "inter": {"speed": 0}}, "wrong type"),
+        ({"preset": "p4d.24xlarge", "step_overhead": "x"}, "wrong type"),
+        ({"preset": "p4d.24xlarge", "memory": float("inf")}, "memory of machine"),
+        ({"preset": "p4d.24xlarge", "flops": [1]}, "wrong type"),
+        ({"preset": "p4d.24xlarge", "sweeps": [{"form": {"nodes": 1, "per_node": 2}}]}, "wrong type"),
         ({"preset": "p4d.24xlarge", "backend": "mpi"}, "must be nccl or gloo"),
         ({"preset": "p4d.24xlarge", "sweeps": [{"operation": "x", "form": {"nodes": 1, "per_node": 2}, "staged": False,
                                                "payload": [1], "seconds": [1]}]}, "A sweep measures one of"),
@@ -171,7 +175,7 @@ def test_every_preset_says_where_its_values_are_from():
      ("llama-7b", 6.74), ("llama-13b", 13.02), ("llama-30b", 32.53), ("llama-70b", 68.98)],
 )  # fmt: skip
 def test_named_models_have_their_published_size(name, billions):
-    assert NAMED[name].model(2048).numel / 1e9 == pytest.approx(billions, rel=0.02)
+    assert NAMED[name].model(512).numel / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_a_description_is_the_module_it_describes():
@@ -407,7 +411,13 @@ def test_weak_and_strong_scaling():
 
 @pytest.mark.parametrize(
     ("n", "p", "match"),
-    [(12, 4, "do not fill nodes"), (16, 3, "must divide the 16 GPUs"), (0, 1, "positive integer")],
+    [
+        (12, 4, "do not fill nodes"),
+        (16, 3, "must divide the 16 GPUs"),
+        (16, 0, "must divide the 16 GPUs"),
+        (16, 32, "must divide the 16 GPUs"),
+        (0, 1, "positive integer"),
+    ],
 )
 def test_impossible_plans_are_refused(n, p, match):
     with pytest.raises(MicsPlanError, match=match):
@@ -418,6 +428,38 @@ def test_odd_partition_sizes_can_be_planned():
     rows = planning.make_plan(PRESETS["p4d.24xlarge"], Job(NAMED["bert-10b"].model(512)), 48, [3, 6, 12, 24])
     assert [row.p for row in rows[1:]] == [3, 6, 12, 24]
     assert all(math.isfinite(row.time.total) for row in rows)
+
+
+def test_one_node_says_nothing_of_the_network():
+    alone = replace(PRESETS["p4d.24xlarge"], nodes_measured=1)
+    assert planning.make_plan(alone, Job(layers(2, 10)), 8)
+    with pytest.raises(MicsPlanError, match="calibrated on a single node"):
+        planning.make_plan(alone, Job(layers(2, 10)), 16)
+
+
+def test_a_sweep_of_one_size_scales_the_formula():
+    form = GroupForm(1, 2)
+    subject = machine(2, sweeps=(Sweep("all_gather", form, False, (1000,), (7.0,)),))
+    assert subject.time("all_gather", 1000, form) == pytest.approx(7.0)
+    ratio = subject.formula("all_gather", 9000, form) / subject.formula("all_gather", 1000, form)
+    assert subject.time("all_gather", 9000, form) == pytest.approx(7.0 * ratio)
+
+
+def test_without_overlap_nothing_runs_beside_compute():
+    subject, job = PRESETS["p4d.24xlarge"], Job(layers(2, 10), zero=ZeroSettings(overlap_comm=False))
+    system = planning.mics(subject, job, 16, 8)
+    assert (system.hop1_beside, system.hop2_beside) == (False, False)
+    offloaded = Job(layers(2, 10), zero=ZeroSettings(offload_optimizer=True))
+    system = planning.mics(subject, offloaded, 16, 8)
+    assert (system.hop1_beside, system.hop2_beside) == (True, False)
+
+
+def test_evaluation_has_parameters_only():
+    job = Job(layers(4, 1 << 20).without_training(), precision="bf16")
+    found = memory(job, System(2), 4, StepTime())
+    assert (found.parameters, found.gradients, found.master, found.optimizer) == (2 * (4 << 20) // 2, 0, 0, 0)
+    time = step_time(machine(2), replace(job, precision="fp32"), System(2), 4)
+    assert (time.counts["scatter"], time.counts["average"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +548,16 @@ def test_a_deepspeed_configuration_is_read(capsys, tmp_path):
     row = json.loads(capsys.readouterr().out)["rows"][0]
     assert row["memory_parts"]["optimizer"] == 0
     assert row["host_bytes"] > 0
+    for given, samples in (
+        ({"train_batch_size": 48}, 6 * 1),  # DeepSpeed makes micro-batches of it
+        ({"train_batch_size": 48, "gradient_accumulation_steps": 3}, 2 * 3),
+        ({"train_batch_size": 48, "train_micro_batch_size_per_gpu": 2}, 2 * 3),
+        ({"gradient_accumulation_steps": 3}, 1 * 3),
+    ):
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, **given}))
+        mics_plan(arguments)
+        row = json.loads(capsys.readouterr().out)["rows"][0]
+        assert row["tokens_per_s_per_gpu"] * row["step_s"] == pytest.approx(samples * 2048)
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert mics_plan(["--model", "llama-7b", "--cluster", "p4d.24xlarge", "--ds-config", str(path)]) == 2
     assert "not a DeepSpeed configuration for ZeRO stage 3" in capsys.readouterr().err
@@ -544,6 +596,9 @@ def test_a_module_is_planned(capsys):
         (["--global-batch", "100"], "must be a multiple of 64"),
         (["--global-batch", "64", "--micro-steps", "1"], "not both"),
         (["--precision", "bf16"], "no peak for bf16"),
+        (["--sequence", "1024"], "positions for 512 tokens"),
+        (["--p", "0"], "must divide the 64 GPUs"),
+        (["--p", "100"], "must divide the 64 GPUs"),
         (["--ds-config", "nowhere.json"], "cannot be read"),
     ],
 )

@@ -249,7 +249,7 @@ def test_the_peak_within_a_tenth(p, optimizer, batch, overlap):
         del loss
     measured = resident("VmHWM") - before
     machine = replace(CPU, flops={"fp32": 1e12})
-    system = zero3(machine) if p is None else mics(machine, 4, p)
+    system = zero3(machine, job) if p is None else mics(machine, job, 4, p)
     planned = predict(machine, job, system, 4).memory
     error = torch.tensor([abs(planned.peak / measured - 1)])
     dist.all_reduce(error, op=dist.ReduceOp.MAX)

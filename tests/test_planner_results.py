@@ -113,7 +113,7 @@ def test_auto_takes_the_fastest_that_fits(measurements, constants, least):
         ours = {item.record["p"]: item for item in members if item.spec.kind == "mics" and not item.spec.options}
         job, n = ours[least].job(), ours[least].n
         machine = replace(ours[least].machine, issue_overhead=constants[0], step_overhead=constants[1])
-        need = plan.predict(machine, job, plan.mics(machine, n, least), n, reserve=0.0).memory.peak
+        need = plan.predict(machine, job, plan.mics(machine, job, n, least), n, reserve=0.0).memory.peak
         machine = replace(machine, memory=need / (1 - plan.RESERVE) + 1)
         rows = [row for row in plan.make_plan(machine, job, n) if row.p in ours]
         assert {row.p for row in rows if row.fits} == {p for p in ours if p >= least}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import nn
 
 from .. import agreement, placement
 from ..config import MicsConfig, PlanRequest
-from ..errors import MicsError, MicsPlanError
+from ..errors import MicsPlanError
 from ..log import log_rank0
 from . import plan as planning
 from .job import ITEMSIZE, Job
-from .machine import PRESETS, Link, Machine, load_machine
+from .machine import PRESETS, Link, Machine, load_machine, ranks_per_node
 from .model import Model, Transformer
+from .timeline import System
 from .trace import model_from_module
 
 UNKNOWN_ACTIVATIONS = 0.25
@@ -68,13 +69,35 @@ class Facts:
 
     ranks: tuple[int, ...]
     """Global ranks of its data-parallel group."""
+    place: placement.Claim
+    """Where it runs."""
     memory: float
-    """Bytes that this rank can use."""
+    """Bytes of its GPU that it can use. On a CPU, what it shares with the other ranks of the node."""
+    host_memory: float
+    """Bytes of host memory that are free on its node, shared by the node's ranks."""
     device: str
     """Name of the GPU, or ``cpu``."""
     device_gib: float
     job: Mapping[str, Any]
     """Keywords of :class:`mics_ds.planner.job.Job`, without the model."""
+    trains: bool = True
+    """Whether there is an optimizer."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What all ranks see, put together."""
+
+    n: int
+    """Data-parallel ranks."""
+    per_node: int
+    """Of one data-parallel group, on a node."""
+    memory: float
+    """Bytes that the rank with the least can use."""
+    host_memory: float
+    """Bytes of host memory of the node with the least, for all its ranks."""
+    sharing: int = 1
+    """Data-parallel groups that share a node and its card (tensor parallelism)."""
 
 
 def choose_partition_size(config: MicsConfig, facts: Facts, model: Model, rank: int) -> int:
@@ -91,53 +114,70 @@ def choose_partition_size(config: MicsConfig, facts: Facts, model: Model, rank: 
         {
             agreement.STATE: agreement.ON,
             agreement.CONFIG: config.to_json(),
-            "place": placement.claim(rank).as_json(),
+            "place": facts.place.as_json(),
             "memory": facts.memory,
+            "host": facts.host_memory,
             "size": len(facts.ranks),
+            "first": facts.ranks[0],
             "model": model_digest(model),
         }
     )
     agreement.require_same(payloads, {"size": "the data-parallel size"})
-    nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+    answer: dict[str, Any] = {}
     if rank == 0:
-        models = {item["model"] for item in payloads}
-        if len(models) > len(payloads) // len(facts.ranks):  # tensor-parallel ranks may have models of their own
-            _refuse(MicsPlanError("All data-parallel ranks must have the same model, but their parameters differ."))
         try:
-            per_node = max(Counter(nodes[member] for member in facts.ranks).values())
-            memory = min(item["memory"] for item in payloads)
-            p, reason = decide(config.plan or PlanRequest(), facts, model, per_node, memory)
-        except MicsError as error:
-            _refuse(error)
+            p, reason = decide(config, facts, model, assess(payloads, facts))
+        except Exception as error:  # whatever it is, the others wait for an answer
+            agreement.post({agreement.STATE: agreement.ERROR, "message": str(error)})
+            raise
         log_rank0(f'mics_shard_size "auto": {reason}.')
-        chosen: dict[str, Any] = {"p": p}
-    else:
-        chosen = {}
-    answers = agreement.exchange({agreement.STATE: agreement.ON, **chosen})
+        answer = {"p": p}
+    answers = agreement.exchange({agreement.STATE: agreement.ON, **answer})
     agreement.require_same(answers)
     return int(answers[0]["p"])
 
 
-def _refuse(error: MicsError) -> None:
-    agreement.post({agreement.STATE: agreement.ERROR, "message": str(error)})
-    raise error
+def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts) -> Situation:
+    """Put together what the ranks said.
+
+    Raises:
+        MicsPlanError: ranks of one data-parallel group have different models, or are placed unevenly.
+    """
+    models: dict[int, set[str]] = {}  # by group: tensor-parallel ranks may have models of their own
+    for item in payloads:
+        models.setdefault(item["first"], set()).add(item["model"])
+    if any(len(digests) > 1 for digests in models.values()):
+        raise MicsPlanError(
+            "All data-parallel ranks must have the same model, but their parameters differ. Build it alike everywhere."
+        )
+    nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+    per_node = ranks_per_node([nodes[member] for member in facts.ranks])
+    on_a_node = max(Counter(nodes).values())
+    memory = min(item["memory"] for item in payloads)
+    return Situation(
+        n=len(facts.ranks),
+        per_node=per_node,
+        memory=memory / on_a_node if facts.device == "cpu" else memory,
+        host_memory=min(item["host"] for item in payloads),
+        sharing=max(1, on_a_node // per_node),
+    )
 
 
-def decide(request: PlanRequest, facts: Facts, model: Model, per_node: int, memory: float) -> tuple[int, str]:
+def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation) -> tuple[int, str]:
     """Partition size and reason.
-
-    Args:
-        per_node: data-parallel ranks on a node.
-        memory: bytes that the rank with the least can use.
 
     Raises:
         MicsPlanError: nothing fits, or the cluster is not known.
     """
-    n = len(facts.ranks)
+    request, n = config.plan or PlanRequest(), situation.n
     machine, assumed = find_machine(request, facts)
-    if request.memory_gb is not None:
-        memory = request.memory_gb * 1e9
-    machine = replace(machine, gpus_per_node=per_node, memory=memory)
+    machine = replace(
+        machine,
+        gpus_per_node=situation.per_node,
+        memory=situation.memory if request.memory_gb is None else request.memory_gb * 1e9,
+        host_memory=max(1.0, situation.host_memory / situation.sharing),
+        inter=replace(machine.inter, bandwidth=machine.inter.bandwidth / situation.sharing),
+    )
     reserve = planning.RESERVE
     notes = [assumed] if assumed else []
     if request.activations_gb is not None:
@@ -145,17 +185,16 @@ def decide(request: PlanRequest, facts: Facts, model: Model, per_node: int, memo
     elif not any(block.activations for block in model.blocks):
         reserve += UNKNOWN_ACTIVATIONS
         notes.append(f"{UNKNOWN_ACTIVATIONS:.0%} of the memory set aside for activations (mics_plan.activations_gb)")
+    if request.sequence is None and request.compute_s is None:
+        notes.append("compute counted as for one token per sample (mics_plan.sequence or compute_s)")
+    if not facts.trains:
+        model = model.without_training()
     if facts.job["precision"] not in machine.flops:
         machine = replace(machine, flops={**machine.flops, facts.job["precision"]: max(machine.flops.values())})
     job = Job(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
-    if n > per_node and n % per_node:
-        raise MicsPlanError(
-            f'mics_shard_size "auto" needs the same number of ranks on every node, got {n} ranks with up to {per_node} '
-            f"on one. Set a number."
-        )
-    systems = [planning.mics(machine, n, p) for p in planning.candidates(machine, n)]
+    systems = [as_configured(config, planning.mics(machine, job, n, p)) for p in planning.candidates(machine, n)]
     rows = [planning.predict(machine, job, system, n, reserve=reserve) for system in systems]
-    stock = planning.predict(machine, job, planning.zero3(machine), n, reserve=reserve)
+    stock = planning.predict(machine, job, planning.zero3(machine, job), n, reserve=reserve)
     chosen = planning.choose(rows)
     reason = planning.explain([stock, *rows], chosen)
     if chosen is None:
@@ -163,6 +202,17 @@ def decide(request: PlanRequest, facts: Facts, model: Model, per_node: int, memo
             f'mics_shard_size "auto" on {n} ranks of {machine.name!r}: {reason}; or set a number to try it.'
         )
     return chosen.p, "; ".join([reason, f"on {machine.name}", *notes])
+
+
+def as_configured(config: MicsConfig, system: System) -> System:
+    """MiCS with the stages and the reduce-scatter that the configuration asks for."""
+    staged_scatter = system.staged_scatter and config.hierarchical_grad_scatter is not False
+    return replace(
+        system,
+        staged_gather=system.staged_gather and config.hierarchical_params_gather is not False,
+        staged_scatter=staged_scatter,
+        native_scatter=config.reduce_scatter == "native" and not staged_scatter,
+    )
 
 
 def find_machine(request: PlanRequest, facts: Facts) -> tuple[Machine, str]:

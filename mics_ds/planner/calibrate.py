@@ -34,7 +34,7 @@ from .. import collectives
 from ..config import MicsConfig
 from ..errors import MicsError, MicsPlanError
 from ..groups import MicsGroups, build_groups, reduce_scatter_method
-from .machine import OPERATIONS, GroupForm, Link, Machine, Sweep
+from .machine import OPERATIONS, GroupForm, Link, Machine, Sweep, machine_from_json, ranks_per_node
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
 """Bytes of the full buffer, 16 KB to 1 GB."""
@@ -221,9 +221,14 @@ class Layer(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
 
 
+def heads_of(hidden: int) -> int:
+    """One head per 128 elements, or the next smaller number that divides."""
+    return next(heads for heads in range(max(1, hidden // 128), 0, -1) if hidden % heads == 0)
+
+
 def layer_speed(dtype: torch.dtype, hidden: int, sequence: int) -> float:
     """Operations per second of one layer, forward and backward, on the slowest rank while all ranks do it."""
-    layer = Layer(hidden, max(1, hidden // 128)).to(device(), dtype)
+    layer = Layer(hidden, heads_of(hidden)).to(device(), dtype)
     x = torch.randn(1, sequence, hidden, device=device(), dtype=dtype, requires_grad=True)
 
     def work() -> None:
@@ -253,9 +258,12 @@ def host_slowdown() -> float:
 
 def memory_bytes(k: int) -> int:
     """What one rank can use: the device's memory, or its part of the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // k
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else host_bytes() // k
+
+
+def host_bytes() -> int:
+    """Memory of this node."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,7 +280,7 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
     Args:
         around: alpha inside a node, for what a ring over nodes spends there.
     """
-    alphas, slopes = [], []
+    alphas, slopes, bounds = [], [], []
     for item in sweeps:
         form = item.form
         if item.operation != "all_gather" or item.staged or (form.nodes == 1) != inside or len(item.payload) < 2:
@@ -280,12 +288,14 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
         steps = form.size - 1 if inside else form.nodes - 1
         spent = 0.0 if inside else (form.size - form.nodes) * around
         alphas.append(max(0.0, item.seconds[0] - spent) / steps)
-        volume = (item.payload[-1] - item.payload[-2]) * (form.size - 1) / form.size * (1 if inside else form.beside)
+        share = (form.size - 1) / form.size * (1 if inside else form.beside)
+        bounds.append(item.seconds[-1] / (item.payload[-1] * share))
         if item.seconds[-1] > item.seconds[-2]:
-            slopes.append((item.seconds[-1] - item.seconds[-2]) / volume)
-    if not slopes:
+            slopes.append((item.seconds[-1] - item.seconds[-2]) / ((item.payload[-1] - item.payload[-2]) * share))
+    if not bounds:
         return None
-    return Link(bandwidth=1 / statistics.median(slopes), latency=statistics.median(alphas))
+    # Where latency hides the volume at all sizes, all of the time is a bound on what the volume takes.
+    return Link(bandwidth=1 / statistics.median(slopes or bounds), latency=statistics.median(alphas))
 
 
 def calibrate(
@@ -307,18 +317,13 @@ def calibrate(
         hidden: width of the layer whose speed is measured; by default 4096 on a GPU and 256 on a CPU.
 
     Raises:
-        MicsPlanError: a partition size does not divide the number of ranks, or nodes have different numbers of ranks.
+        MicsPlanError: a partition size does not divide the number of ranks, ranks are placed unevenly, or the budget
+            was too small to see any bandwidth.
     """
     n = dist.get_world_size()
     config = MicsConfig(shard_size=n)
     whole = build_groups(config, dist.group.WORLD)
-    counts = set(whole.layout.node_counts(whole.full.ranks).values())
-    if len(counts) > 1:
-        raise MicsPlanError(
-            f"Calibration needs the same number of ranks on every node, got {sorted(counts)}. Start it with the same "
-            f"--nproc_per_node everywhere."
-        )
-    k = counts.pop()
+    k = ranks_per_node(whole.layout.nodes)
     wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
     for p in wanted:
         if p < 1 or n % p:
@@ -337,19 +342,29 @@ def calibrate(
     hidden = hidden or (4096 if cuda else 256)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} if cuda else {"fp32": torch.float32}
     flops = {precision: layer_speed(dtype, hidden, sequence) for precision, dtype in dtypes.items()}
-    unknown = Link(1e12, 0.0)
+    intra = fit_link(sweeps, True)
+    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
+    if sweeps and intra is None and inter is None:
+        raise MicsPlanError(
+            f"A budget of {budget_s:g} s was over before any collective was measured at two sizes. Give more "
+            f"(--budget)."
+        )
+    unknown = Link(1e12, 0.0)  # of a single rank
     machine = Machine(
         name=name,
         gpus_per_node=k,
         memory=-slowest(-memory_bytes(k)),
         flops=flops,
         efficiency=1.0,
-        intra=unknown,
-        inter=unknown,
+        intra=intra or inter or unknown,
+        inter=inter or intra or unknown,
         memory_bandwidth=_memory_bandwidth(),
         backend=str(dist.get_backend()).split(":")[-1],
         streams=cuda,
+        host_memory=-slowest(-float(host_bytes())),
         host_slowdown=host_slowdown(),
+        nodes_measured=n // k,
+        sweeps=tuple(sweeps),
         sources={
             "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "ranks": str(n),
@@ -357,9 +372,10 @@ def calibrate(
             "flops": f"one layer of {hidden}, forward and backward, sequence {sequence}",
         },
     )
-    intra = fit_link(sweeps, True)
-    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
-    return replace(machine, intra=intra or inter or unknown, inter=inter or intra or unknown, sweeps=tuple(sweeps))
+    # Some of it every rank measured for itself; one rank's word counts for all.
+    found = [machine.to_json() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return machine_from_json(found[0])
 
 
 def _memory_bandwidth() -> float:
@@ -410,8 +426,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--budget is in seconds and positive, got {given.budget}")
     if not given.largest * 1e6 >= SIZES[0]:
         parser.error(f"--largest is in MB and at least {SIZES[0] / 1e6}, got {given.largest}")
-    if not given.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {given.out.parent}")
+    if given.hidden < 0 or given.sequence < 1:
+        parser.error("--hidden and --sequence must be positive")
     try:
         given.partitions = [int(word) for word in given.p.split(",")] if given.p else None
     except ValueError:
@@ -429,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
+        check_out(given.out)
         machine = calibrate(
             sizes=[size for size in SIZES if size <= given.largest * 1e6],
             partitions=given.partitions,
@@ -440,13 +457,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MicsError as error:
         print(f"rank {dist.get_rank()}: {error}", file=sys.stderr)
         return 1
+    written = True
     if dist.get_rank() == 0:
-        write(machine, given.out)
         print(report(machine))
-        print(f"written to {given.out}; use it with: mics-plan --cluster {given.out} --model ...")
-    dist.barrier()
+        try:
+            write(machine, given.out)
+            print(f"written to {given.out}; use it with: mics-plan --cluster {given.out} --model ...")
+        except OSError as error:
+            print(f"--out {given.out} cannot be written: {error}", file=sys.stderr)
+            written = False
+    failed = slowest(float(not written))  # all ranks end alike
     dist.destroy_process_group()
-    return 0
+    return int(failed)
+
+
+def check_out(path: Path) -> None:
+    """See on rank 0, which writes, whether there is a folder to write to, before minutes are spent. Collective.
+
+    Raises:
+        MicsPlanError: there is none; on every rank.
+    """
+    if slowest(float(dist.get_rank() == 0 and not path.parent.is_dir())):
+        raise MicsPlanError(f"--out: there is no folder {path.parent} on the node of rank 0. Make it first.")
 
 
 def write(machine: Machine, path: Path) -> None:

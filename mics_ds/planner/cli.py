@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import MicsPlanError
 from . import plan as planning
-from .job import ITEMSIZE, OPTIMIZERS, Job, ZeroSettings
+from .job import ITEMSIZE, OPTIMIZERS, Job, ZeroSettings, optimizer_kind
 from .machine import PRESETS, Link, Machine, load_machine
 from .model import NAMED, Model, parse_transformer
 
@@ -56,12 +57,6 @@ def find_model(text: str, sequence: int, precision: str, quiet: bool = True) -> 
     )
 
 
-def optimizer_kind(name: str, torch_adam: bool = False) -> str:
-    """What DeepSpeed builds for an optimizer's name: its fused Adam, unless told otherwise."""
-    name = name.lower()
-    return "fusedadam" if name in ("adam", "adamw") and not torch_adam else name
-
-
 def settings_from_ds(path: Path) -> dict[str, Any]:
     """What a DeepSpeed JSON says of a job.
 
@@ -76,19 +71,18 @@ def settings_from_ds(path: Path) -> dict[str, Any]:
     if not isinstance(zero, Mapping) or zero.get("stage") != 3:
         raise MicsPlanError(f"{path} is not a DeepSpeed configuration for ZeRO stage 3, which is what is planned.")
     found: dict[str, Any] = {"zero": ZeroSettings.from_ds(zero)}
-    for precision in ("bf16", "fp16"):
-        section = data.get(precision)
-        if isinstance(section, Mapping) and section.get("enabled"):
-            found["precision"] = precision
-    found.setdefault("precision", "fp32")
-    for key, name in (
-        ("train_micro_batch_size_per_gpu", "micro_batch"),
-        ("gradient_accumulation_steps", "micro_steps"),
-    ):
-        if isinstance(data.get(key), int):
-            found[name] = data[key]
-    if isinstance(data.get("train_batch_size"), int):
-        found["global_batch"] = data["train_batch_size"]
+    switches = {name: (data.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16")}
+    on = [name for name, switch in switches.items() if switch is True]
+    if on:
+        found["precision"] = on[0]
+    elif "auto" not in switches.values():
+        found["precision"] = "fp32"
+    names = {
+        "train_micro_batch_size_per_gpu": "micro_batch",
+        "gradient_accumulation_steps": "micro_steps",
+        "train_batch_size": "global_batch",
+    }
+    found |= {name: data[key] for key, name in names.items() if isinstance(data.get(key), int)}
     section = data.get("optimizer") or {}
     kind = optimizer_kind(str(section.get("type", "")), bool((section.get("params") or {}).get("torch_adam")))
     if kind in OPTIMIZERS:
@@ -97,6 +91,25 @@ def settings_from_ds(path: Path) -> dict[str, Any]:
     if accumulation in ITEMSIZE:
         found["accumulation_itemsize"] = ITEMSIZE[accumulation]
     return found
+
+
+def _batch(micro_batch: int | None, micro_steps: int | None, global_batch: int | None, gpus: int) -> dict[str, int]:
+    """Micro-batch and micro-steps, one from the other where DeepSpeed would; 1 and 1 if nothing is said.
+
+    Raises:
+        MicsPlanError: the global batch cannot be shared evenly.
+    """
+    if global_batch is None or (micro_batch is not None and micro_steps is not None):
+        return {"micro_batch": micro_batch or 1, "micro_steps": micro_steps or 1}
+    share = gpus * (micro_batch or micro_steps or 1)
+    if global_batch < share or global_batch % share:
+        raise MicsPlanError(
+            f"A global batch of {global_batch} cannot be shared by {gpus} GPUs with {micro_batch or micro_steps or 1} "
+            f"{'samples per micro-batch' if micro_batch else 'micro-steps'}: it must be a multiple of {share}."
+        )
+    if micro_batch is not None:
+        return {"micro_batch": micro_batch, "micro_steps": global_batch // share}
+    return {"micro_batch": global_batch // share, "micro_steps": micro_steps or 1}
 
 
 def build_job(given: argparse.Namespace, gpus: int) -> Job:
@@ -110,19 +123,15 @@ def build_job(given: argparse.Namespace, gpus: int) -> Job:
         if getattr(given, name) is not None:
             found[name] = getattr(given, name)
     found.setdefault("precision", "bf16")
-    found.setdefault("micro_batch", 1)
-    global_batch = given.global_batch or (found.pop("global_batch", None) if "micro_steps" not in found else None)
-    found.pop("global_batch", None)
-    if global_batch is not None:
+    if given.global_batch is not None:
         if given.micro_steps is not None:
             raise MicsPlanError("Give --global-batch or --micro-steps, not both: one follows from the other.")
-        share = found["micro_batch"] * gpus
-        if global_batch < share or global_batch % share:
-            raise MicsPlanError(
-                f"A global batch of {global_batch} cannot be cut into micro-batches of {found['micro_batch']} on "
-                f"{gpus} GPUs: it must be a multiple of {share}."
-            )
-        found["micro_steps"] = global_batch // share
+        found.pop("micro_steps", None)
+        found["global_batch"] = given.global_batch
+        found.setdefault("micro_batch", 1)
+    found |= _batch(
+        found.pop("micro_batch", None), found.pop("micro_steps", None), found.pop("global_batch", None), gpus
+    )
     zero = found.pop("zero", ZeroSettings())
     if given.offload_optimizer:
         zero = replace(zero, offload_optimizer=True)
@@ -224,11 +233,17 @@ def render_parts(rows: Sequence[planning.Row]) -> str:
     return "\n".join(lines)
 
 
-def rank_counts(machine: Machine, gpus: int, first: int = 0) -> list[int]:
-    """Whole nodes from ``first`` ranks (one node at least), doubling, to ``gpus``."""
-    n, counts = max(first, min(gpus, machine.gpus_per_node)), []
+def rank_counts(machine: Machine, gpus: int, p: int, samples: int | None = None) -> list[int]:
+    """Numbers of GPUs for a curve: whole nodes and whole partition groups, doubling, and at the end all of them.
+
+    Args:
+        samples: of a micro-step on one GPU, if all counts have to share one step's samples evenly (strong scaling).
+    """
+    first = math.lcm(min(gpus, machine.gpus_per_node), p)
+    counts, n = [], first
     while n < gpus:
-        counts.append(n)
+        if samples is None or (samples * gpus) % n == 0:
+            counts.append(n)
         n *= 2
     return [*counts, gpus]
 
@@ -249,12 +264,12 @@ def run(given: argparse.Namespace) -> int:
     curves: dict[str, list[planning.Row]] = {}
     if given.scaling or given.plots:
         best = chosen or min(rows[1:], key=lambda row: row.memory.peak)
-        counts = rank_counts(machine, gpus, best.p)
+        strong = given.scaling == "strong"
+        counts = rank_counts(machine, gpus, best.p, job.micro_steps if strong else None)
 
         def progress(points: list) -> Any:
             return tqdm(points, desc="scaling", leave=False, disable=_quiet(given))
 
-        strong = given.scaling == "strong"
         if strong:
             # keep the work of a step as it is on all GPUs
             job = replace(job, micro_steps=job.micro_steps * gpus // counts[0])
@@ -274,6 +289,8 @@ def run(given: argparse.Namespace) -> int:
         }
         print(json.dumps(data, indent=1))
     else:
+        if not any(block.activations for block in job.model.blocks):
+            print("activations are not known and count nothing: give --activations-gb, or inputs beside the module\n")
         print(describe(machine, job, gpus), planning.render(rows), sep="\n\n", end="\n\n")
         if given.parts:
             print(render_parts(rows) + "\n")

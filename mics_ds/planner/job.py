@@ -35,6 +35,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
+def optimizer_kind(name: str, torch_adam: bool = False) -> str:
+    """What DeepSpeed builds for an optimizer's name: its fused Adam, unless told otherwise."""
+    name = name.lower()
+    return "fusedadam" if name in ("adam", "adamw") and not torch_adam else name
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """Keys of DeepSpeed's ``zero_optimization`` that a plan depends on, with its defaults."""

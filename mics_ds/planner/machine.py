@@ -30,9 +30,10 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,9 @@ class Link:
     """alpha: seconds per ring step."""
 
     def __post_init__(self) -> None:
-        if not self.bandwidth > 0:
+        if not 0 < self.bandwidth < math.inf:
             raise MicsPlanError(f"The bandwidth of a link must be positive (bytes per second), got {self.bandwidth!r}.")
-        if not self.latency >= 0:
+        if not 0 <= self.latency < math.inf:
             raise MicsPlanError(f"The latency of a link must not be negative (seconds), got {self.latency!r}.")
 
 
@@ -94,14 +95,16 @@ class Sweep:
             raise MicsPlanError(f"A sweep measures one of {', '.join(OPERATIONS)}, got {self.operation!r}.")
         if not self.payload or len(self.payload) != len(self.seconds):
             raise MicsPlanError("A sweep needs as many times as sizes, and at least one.")
-        if sorted(set(self.payload)) != list(self.payload) or min(self.payload) <= 0 or min(self.seconds) <= 0:
+        good = all(0 < value < math.inf for value in (*self.payload, *self.seconds))
+        if sorted(set(self.payload)) != list(self.payload) or not good:
             raise MicsPlanError("The sizes of a sweep must ascend, and sizes and times must be positive.")
 
     def time(self, payload: float) -> float:
-        """Seconds, between measured sizes by a straight line, beyond them by the line of the nearest two."""
+        """Seconds, between measured sizes by a straight line, beyond them by the line of the nearest two. Of a single
+        size, its time."""
         sizes, times = self.payload, self.seconds
         if len(sizes) == 1:
-            return times[0] * max(1.0, payload / sizes[0])
+            return times[0]
         right = min(max(bisect_left(sizes, payload), 1), len(sizes) - 1)
         left = right - 1
         slope = max(0.0, (times[right] - times[left]) / (sizes[right] - sizes[left]))
@@ -146,15 +149,24 @@ class Machine:
     """Seconds of host work for each gather and reduce-scatter. It costs time only where ranks share processors."""
     host_slowdown: float = 1.0
     """How many times longer work on the host takes while all ranks of the machine are busy with it."""
+    nodes_measured: int = 0
+    """Nodes that a calibration saw; 0 for machines that were described. One that saw a single node knows nothing of
+    the links between nodes."""
     sweeps: tuple[Sweep, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each value is from."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus_per_node", "memory", "efficiency", "memory_bandwidth", "host_link", "pieces"):
-            if not getattr(self, name) > 0:
+        positive = ("gpus_per_node", "memory", "efficiency", "memory_bandwidth", "host_link", "host_memory")
+        for name in (*positive, "host_update_bandwidth", "pieces", "host_slowdown"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise MicsPlanError(f"{name} of machine {self.name!r} must be positive, got {getattr(self, name)!r}.")
-        if not self.flops or any(not value > 0 for value in self.flops.values()):
+        for name in ("step_overhead", "issue_overhead", "nodes_measured"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MicsPlanError(
+                    f"{name} of machine {self.name!r} must not be negative, got {getattr(self, name)!r}."
+                )
+        if not self.flops or any(not 0 < value < math.inf for value in self.flops.values()):
             raise MicsPlanError(f"flops of machine {self.name!r} must name a positive peak for at least one precision.")
         if self.backend not in ("nccl", "gloo"):
             raise MicsPlanError(f"backend of machine {self.name!r} must be nccl or gloo, got {self.backend!r}.")
@@ -206,6 +218,8 @@ class Machine:
         sweep = self._nearest(operation, form, staged)
         if sweep is None:
             return ideal
+        if len(sweep.payload) == 1:
+            return ideal * sweep.seconds[0] / self.formula(operation, sweep.payload[0], sweep.form, staged)
         if sweep.form == form:
             return sweep.time(payload)
         return ideal * sweep.time(payload) / self.formula(operation, payload, sweep.form, staged)
@@ -271,6 +285,24 @@ class Machine:
         return asdict(self)
 
 
+def ranks_per_node(nodes: Sequence[int]) -> int:
+    """How many consecutive ranks each node has.
+
+    Args:
+        nodes: node of each rank, in the order of ranks.
+
+    Raises:
+        MicsPlanError: nodes have different numbers of ranks, or theirs are not consecutive.
+    """
+    runs = [len(list(run)) for _, run in groupby(nodes)]
+    if len(set(runs)) > 1 or len(runs) != len(set(nodes)):
+        raise MicsPlanError(
+            f"The planner needs the same number of consecutive ranks on every node, but they are on nodes "
+            f"{list(nodes)}. Start the same number on each, node by node."
+        )
+    return runs[0]
+
+
 def machine_from_json(data: Any, origin: str = "machine") -> Machine:
     """Read what :meth:`Machine.to_json` wrote, or what a user did.
 
@@ -306,8 +338,8 @@ def machine_from_json(data: Any, origin: str = "machine") -> Machine:
                 f'("preset": one of {", ".join(PRESETS)}).'
             )
         return Machine(**data)
-    except TypeError as error:
-        raise MicsPlanError(f"{origin} has a value of the wrong type: {error}.") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise MicsPlanError(f"{origin} has a value of the wrong type: {error!r}.") from error
 
 
 def _sweep(item: Mapping[str, Any]) -> Sweep:

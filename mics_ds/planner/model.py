@@ -100,6 +100,17 @@ class Model:
         """Of those, what activation checkpointing does twice."""
         return sum(unit.flops * block.repeat for block in self.blocks if block.checkpointed for unit in block.units)
 
+    def without_training(self) -> Model:
+        """The same with all parameters frozen, for evaluation."""
+        blocks = tuple(
+            replace(
+                block,
+                units=tuple(replace(unit, numels=(), frozen=(*unit.numels, *unit.frozen)) for unit in block.units),
+            )
+            for block in self.blocks
+        )
+        return replace(self, blocks=blocks)
+
     def with_activations(self, per_sample: float) -> Model:
         """The same with a known sum of activations, in bytes for one sample, in place of an estimate."""
         blocks = tuple(replace(block, activations=0.0, input_bytes=0.0) for block in self.blocks)
@@ -188,8 +199,13 @@ class Transformer:
         Args:
             sequence: tokens per sample.
             itemsize: bytes of an activation's element.
+
+        Raises:
+            MicsPlanError: the sequence is not positive, or longer than the table of positions.
         """
         _positive("sequence", sequence)
+        if self.positions and sequence > self.positions:
+            raise MicsPlanError(f"{self.name} has positions for {self.positions} tokens, got a sequence of {sequence}.")
         h, s, v = self.hidden, sequence, self.vocabulary
         embedding = Block((Unit((v * h,), 0.0), *((Unit((self.positions * h,), 0.0),) if self.positions else ())))
         last = Unit((h,) if self.gated else (h, h), 0.0)

@@ -92,7 +92,7 @@ class Row:
 
 def candidates(machine: Machine, n: int) -> list[int]:
     """Partition sizes worth a look: divisors of n that fit nodes evenly, and n."""
-    k = machine.gpus_per_node
+    k = min(machine.gpus_per_node, n)
     small = (p for p in range(1, int(n**0.5) + 1) if n % p == 0)
     divisors = sorted({d for p in small for d in (p, n // p)})
     return [p for p in divisors if k % p == 0 or p % k == 0 or p == n]
@@ -108,19 +108,36 @@ def check_ranks(machine: Machine, n: int) -> None:
         raise MicsPlanError(f"The number of GPUs must be a positive integer, got {n!r}.")
     if n > k and n % k:
         raise MicsPlanError(
-            f"{n} GPUs do not fill nodes of {machine.name!r}, which have {k}. Use a multiple of {k}, or fewer."
+            f"{n} GPUs do not fill nodes of {machine.name!r}, which have {k}. Use a multiple of {k} or fewer."
+        )
+    if machine.nodes_measured == 1 and n > k:
+        raise MicsPlanError(
+            f"Machine {machine.name!r} was calibrated on a single node, so nothing is known of links between nodes, "
+            f"but {n} GPUs take several. Calibrate on two nodes or more, or write inter into its file and set "
+            f"nodes_measured to 0."
         )
 
 
-def mics(machine: Machine, n: int, p: int) -> System:
-    """MiCS with its defaults: in two stages where the placement allows it."""
-    staged = machine.can_stage(n, p)
-    return System(p, staged, staged)
+def check_size(machine: Machine, n: int, p: int) -> None:
+    """
+    Raises:
+        MicsPlanError: p does not divide n.
+    """
+    if p < 1 or n % p:
+        divisors = ", ".join(str(size) for size in candidates(machine, n))
+        raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
 
 
-def zero3(machine: Machine) -> System:
+def mics(machine: Machine, job: Job, n: int, p: int) -> System:
+    """MiCS with its defaults: in two stages where the placement allows it, both hops beside the backward pass unless
+    ``overlap_comm`` is off. Hop 2 of offloaded gradients follows at once, after it."""
+    staged, beside = machine.can_stage(n, p), job.zero.overlap_comm
+    return System(p, staged, staged, hop1_beside=beside, hop2_beside=beside and not job.zero.offload_optimizer)
+
+
+def zero3(machine: Machine, job: Job) -> System:
     """Stock ZeRO-3. On a CPU its reduce-scatter blocks."""
-    return System(None, hop1_beside=machine.streams)
+    return System(None, hop1_beside=machine.streams and job.zero.overlap_comm)
 
 
 def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: float = RESERVE) -> Row:
@@ -131,9 +148,7 @@ def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: floa
     """
     check_ranks(machine, n)
     p = system.partition_size(n)
-    if p < 1 or n % p:
-        divisors = ", ".join(str(size) for size in candidates(machine, n))
-        raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
+    check_size(machine, n, p)
     if machine.gpus_per_node > n:
         machine = replace(machine, gpus_per_node=n)
     time = step_time(machine, job, system, n)
@@ -163,7 +178,10 @@ def make_plan(
 ) -> list[Row]:
     """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own."""
     check_ranks(machine, n)
-    systems = [zero3(machine), *(mics(machine, n, p) for p in (sizes or candidates(machine, n)))]
+    sizes = list(sizes or candidates(machine, n))
+    for p in sizes:
+        check_size(machine, n, p)
+    systems = [zero3(machine, job), *(mics(machine, job, n, p) for p in sizes)]
     rows = []
     for system in systems:
         row = predict(machine, job, system, n, reserve=reserve)
@@ -171,7 +189,7 @@ def make_plan(
         if alone >= n or n % alone:
             base = row
         else:
-            smaller = system if system.p is None else mics(machine, alone, system.p)
+            smaller = system if system.p is None else mics(machine, job, alone, system.p)
             base = predict(machine, job, smaller, alone, reserve=reserve)
         rows.append(replace(row, linear=base.time.total / row.time.total))
     return rows
@@ -248,7 +266,7 @@ def scaling(
                     f"{job.micro_batch} cannot share evenly. Start from more micro-steps, or scale weakly."
                 )
             scaled = replace(job, micro_steps=micro_steps)
-        system = zero3(machine) if p is None else mics(machine, n, p)
+        system = zero3(machine, scaled) if p is None else mics(machine, scaled, n, p)
         name = "ZeRO-3" if p is None else f"MiCS p={p}"
         row = predict(machine, scaled, system, n, reserve=reserve)
         first = curves.setdefault(name, [])

@@ -54,13 +54,15 @@ class System:
     prefetch: bool = True
     """Parameters are gathered ahead of use."""
 
+    native_scatter: bool = False
+    """MiCS with the backend's own reduce-scatter in one stage."""
     secondary: bool = False
     """ZeRO++ hpZ: in the backward pass, parameters are gathered from a second copy inside the node."""
 
     @property
     def operation(self) -> str:
         """The collective of hop 1."""
-        return "stock_reduce_scatter" if self.p is None else "reduce_scatter"
+        return "stock_reduce_scatter" if self.p is None or self.native_scatter else "reduce_scatter"
 
     def partition_size(self, n: int) -> int:
         return n if self.p is None else self.p

@@ -115,13 +115,14 @@ class Measurement:
 
     def predict(self, constants: tuple[float, float]) -> planning.Row:
         machine = replace(self.machine, issue_overhead=constants[0], step_overhead=constants[1])
+        job = self.job()
         if self.spec.kind == "zero3":
-            system = planning.zero3(machine)
+            system = planning.zero3(machine, job)
         elif self.spec.options:
             system = System(self.record["p"])
         else:
-            system = planning.mics(machine, self.n, self.record["p"])
-        return planning.predict(machine, self.job(), system, self.n)
+            system = planning.mics(machine, job, self.n, self.record["p"])
+        return planning.predict(machine, job, system, self.n)
 
 
 def load(measured: Path, profiles: Path) -> list[Measurement]:

@@ -55,6 +55,8 @@ class Figure:
     assumed: str = ""
     excused: str = ""
     """Why it is listed but not asked for."""
+    derived: bool = False
+    """Follows from figures above it."""
 
 
 def _job(model: Model, micro_batch: int, micro_steps: int, precision: str, **settings: object) -> Job:
@@ -64,23 +66,24 @@ def _job(model: Model, micro_batch: int, micro_steps: int, precision: str, **set
 
 def hundred(machine: Machine, n: int, system: System | None = None) -> Row:
     job = _job(NAMED["gpt-100b"].model(2048), 2, 4, "fp16")
-    return predict(machine, job, system or mics(machine, n, 128), n)
+    return predict(machine, job, system or mics(machine, job, n, 128), n)
 
 
 def gpt175(machine: Machine) -> Row:
     job = _job(NAMED["gpt-175b"].model(2048), 4, 4, "fp16")
-    return predict(machine, job, mics(machine, 128, 128), 128)
+    return predict(machine, job, mics(machine, job, 128, 128), 128)
 
 
 def bloomberg(machine: Machine) -> Row:
     # parameters are stored in fp32 and sent in bf16; gradients in fp32
     job = _job(NAMED["bloomberggpt"].model(2048), 1, 4, "bf16", accumulation_itemsize=4)
-    return predict(machine, job, mics(machine, 512, 128), 512)
+    return predict(machine, job, mics(machine, job, 512, 128), 512)
 
 
 def gpt30(machine: Machine, system: System | None = None) -> Row:
     model = replace(NAMED["gpt-30b"], heads=64, flash=True).model(2048)
-    return predict(machine, _job(model, 2, 1, "bf16"), system or mics(machine, 256, 32), 256)
+    job = _job(model, 2, 1, "bf16")
+    return predict(machine, job, system or mics(machine, job, 256, 32), 256)
 
 
 BERTS = (("bert-10b", 8), ("bert-15b", 16), ("bert-20b", 16), ("bert-50b", 64))
@@ -93,7 +96,7 @@ def bert_speedups(machine: Machine) -> dict[tuple[str, int], float]:
         for n in (16, 32, 64, 128):
             if n >= p:
                 job = _job(NAMED[name].model(512), 8, 8192 // n // 8, "fp16")
-                ours, theirs = predict(machine, job, mics(machine, n, p), n), predict(machine, job, OLD_ZERO3, n)
+                ours, theirs = predict(machine, job, mics(machine, job, n, p), n), predict(machine, job, OLD_ZERO3, n)
                 found[name, n] = theirs.time.total / ours.time.total
     return found
 
@@ -139,7 +142,7 @@ FIGURES: tuple[Figure, ...] = (
         "BloombergGPT, 50.6 B, MiCS p = 128", BLOOMBERG, "p4d.24xlarge", "TFLOPS", 102,
         # as the paper counts: 8 operations per parameter and token, attention left out
         lambda m: 8 * NAMED["bloomberggpt"].model(2048).numel * 4 * 2048 / bloomberg(m).time.total / 1e12,
-        "mics", False, "micro-batch 1, s = 4",
+        "mics", False, "micro-batch 1, s = 4", derived=True,
     ),
     Figure(
         "BloombergGPT, 50.6 B, MiCS p = 128", BLOOMBERG, "p4d.24xlarge", "s per step", 32.5,
@@ -171,7 +174,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("LLaMA 30 B, 1024 GPUs, MiCS", AMSP, "a800-4x200g", "% MFU", 29,
            lambda m: 100 * amsp(m, "30B", 1024, None).mfu, "mics", False, "60 layers of 6144"),
     Figure("LLaMA 7 B, 8 to 1024 GPUs, MiCS", AMSP, "a800-4x200g", "% scaling", 70,
-           lambda m: 100 * amsp(m, "7B", 1024, None).mfu / amsp(m, "7B", 8, None).mfu, "efficiency"),
+           lambda m: 100 * amsp(m, "7B", 1024, None).mfu / amsp(m, "7B", 8, None).mfu, "efficiency", derived=True),
     Figure("LLaMA 13 B, 8 GPUs, ZeRO-3", AMSP, "a800-4x200g", "% MFU", 47,
            lambda m: 100 * amsp(m, "13B", 8, ZERO3).mfu, "other"),
     Figure("LLaMA 13 B, 8 to 1024 GPUs, ZeRO-3", AMSP, "a800-4x200g", "% scaling", 8.5,
@@ -208,7 +211,7 @@ def table(figures: Sequence[Figure] = FIGURES) -> str:
         unit = figure.unit if figure.unit.startswith("%") or figure.unit == "x" else f" {figure.unit}"
         shown = f"{off:+.1f} points" if figure.kind == "efficiency" else f"{off:+.1%}"
         verdict = {True: "holds", False: "**misses**", None: ""}[holds(figure)]
-        kind = "fitted" if figure.fitted else "predicted"
+        kind = "fitted" if figure.fitted else "follows from others" if figure.derived else "predicted"
         name = find_preset(figure.cluster).name
         lines.append(
             f"| {figure.what} ({name}) | {figure.source} | {figure.value:g}{unit} | {ours:.3g}{unit} | {shown} | "
