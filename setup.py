@@ -35,6 +35,6 @@ setup(
     },
     entry_points={
         "torch.backends": ["mics_ds = mics_ds:autoload"],
-        "console_scripts": ["mics-plan = mics_ds.planner.cli:main"],
+        "console_scripts": ["mics-plan = mics_ds.planner.cli:command"],
     },
 )

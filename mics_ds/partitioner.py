@@ -134,8 +134,8 @@ class MicsParamManager(compat.ParamManagerSeam):
             for param in strangers:
                 compat.repartition(partitioner, param)
             log_rank0(
-                f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. "
-                f"Give it the configuration (config_dict_or_path=...) and they start out right."
+                f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
+                f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."
             )
         found = {groups.config: groups for groups in map(_groups_of, module.parameters())}
         if len(found) > 1:

@@ -209,7 +209,7 @@ class Wide(nn.Module):
     ("p", "optimizer", "batch", "overlap"),
     [
         (2, "adamw", 8, True),
-        (2, "sgd", 1024, True),
+        pytest.param(2, "sgd", 1024, True, marks=pytest.mark.slow),
         pytest.param(None, "sgd", 8, True, marks=pytest.mark.slow),
         pytest.param(2, "sgd", 8, True, marks=pytest.mark.slow),
         pytest.param(4, "adamw", 512, True, marks=pytest.mark.slow),

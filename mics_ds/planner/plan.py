@@ -16,6 +16,9 @@ from .timeline import StepTime, System, step_time
 RESERVE = 0.1
 """Fraction of a GPU's memory that is left free: for the runtime, communicators and fragmentation."""
 
+LEVEL = 0.005
+"""Steps that differ by a smaller fraction count as equally long."""
+
 LIMITS = {
     "compute": "compute",
     "gathers": "parameter gathers",
@@ -196,9 +199,13 @@ def make_plan(
 
 
 def choose(rows: Sequence[Row]) -> Row | None:
-    """The fastest MiCS that fits; of equally fast ones, that with the least memory. ``None`` if none fits."""
+    """The fastest MiCS that fits; of those that are level with it, the one with the smallest groups, which depends
+    least on the network. ``None`` if none fits."""
     fitting = [row for row in rows if row.system.p is not None and row.fits]
-    return min(fitting, key=lambda row: (row.time.total, row.memory.peak), default=None)
+    if not fitting:
+        return None
+    fastest = min(row.time.total for row in fitting)
+    return min((row for row in fitting if row.time.total <= fastest * (1 + LEVEL)), key=lambda row: row.p)
 
 
 def explain(rows: Sequence[Row], chosen: Row | None) -> str:
