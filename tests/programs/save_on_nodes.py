@@ -41,6 +41,6 @@ for name, folder, node_local in (("shared", arguments.common, False), ("local", 
         "writers": {file: record.writer for file, record in described.files.items()},
         "ranks_per_node": described.ranks_per_node,
     }
-print("RESULT " + json.dumps(result), flush=True)
+os.write(1, f"\nRESULT {json.dumps(result)}\n".encode())  # at once: ranks share the pipe
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
