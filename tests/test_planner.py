@@ -404,7 +404,7 @@ def test_weak_and_strong_scaling():
         "ZeRO-3": [8, 16, 32],
         "MiCS p=8": [8, 16, 32],
     }
-    assert [row.samples for row in strong["ZeRO-3"]] == [64, 32, 16]
+    assert [row.job.samples for row in strong["ZeRO-3"]] == [64, 32, 16]
     for curves in (weak, strong):
         assert curves["MiCS p=8"][-1].linear > curves["ZeRO-3"][-1].linear
         assert all(curve[0].linear == 1 for curve in curves.values())

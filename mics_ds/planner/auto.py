@@ -244,7 +244,8 @@ def describe(module: nn.Module, facts: Facts, request: PlanRequest | None) -> Mo
         replace(block, units=tuple(replace(unit, flops=unit.flops * scale) for unit in block.units))
         for block in parameters.blocks
     )
-    return replace(parameters, blocks=(*blocks, *(replace(block, units=()) for block in ideal.blocks)))
+    kept = (replace(block, units=(), container=False) for block in ideal.blocks)  # their activations, not their turns
+    return replace(parameters, blocks=(*blocks, *kept))
 
 
 def _architecture(config: Any) -> Transformer | None:

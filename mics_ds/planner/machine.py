@@ -35,11 +35,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import MicsPlanError
 
-Operation = Literal["all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce"]
 OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce")
 """``stock_reduce_scatter`` is the backend's own, which ZeRO-3 uses; ``reduce_scatter`` is what MiCS uses there."""
 
@@ -208,7 +207,7 @@ class Machine:
         """Seconds that a collective takes. See [Note: the cost of a collective].
 
         Args:
-            operation: ``all_gather``, ``reduce_scatter`` or ``all_reduce``.
+            operation: one of :data:`OPERATIONS`.
             payload: M, bytes of the full buffer.
             staged: in two stages.
         """

@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .job import OPTIMIZERS, Job
+from .model import shard_numel
 from .timeline import StepTime, System
 
 MASTER_ITEMSIZE = 4
@@ -74,11 +75,6 @@ class Memory:
         else:
             values["step"] = 0
         return values
-
-
-def shard_numel(counts: dict[int, int], p: int) -> int:
-    """Elements of one rank's shards, padding included."""
-    return sum(-(-numel // p) * count for numel, count in counts.items())
 
 
 def sub_groups(job: Job, p: int) -> int:

@@ -83,7 +83,7 @@ class Model:
 
     @cached_property
     def numel(self) -> int:
-        return sum(numel * count for part in (self.trainable, self.frozen) for numel, count in part.items())
+        return shard_numel(self.trainable, 1) + shard_numel(self.frozen, 1)
 
     @cached_property
     def largest(self) -> int:
@@ -115,6 +115,11 @@ class Model:
         """The same with a known sum of activations, in bytes for one sample, in place of an estimate."""
         blocks = tuple(replace(block, activations=0.0, input_bytes=0.0) for block in self.blocks)
         return replace(self, blocks=(*blocks, Block((), activations=per_sample)))
+
+
+def shard_numel(counts: Mapping[int, int], p: int) -> int:
+    """Elements of one rank's shards, padding included, of so many parameters of each number of elements."""
+    return sum(-(-numel // p) * count for numel, count in counts.items())
 
 
 # ---------------------------------------------------------------------------------- from a description

@@ -43,13 +43,9 @@ class Row:
     """Bytes of a GPU that may be used."""
     host_capacity: int
     """Bytes of host memory per rank."""
-    samples: int
-    """Per rank and step."""
-    tokens: int
-    """Per sample."""
-    model_flops: float
-    hardware_flops: float
+    job: Job
     peak_flops: float | None
+    """Of one GPU in the job's precision; ``None`` where compute was measured and nobody asked for a peak."""
     linear: float | None = None
     """Throughput per GPU as a fraction of the same system's on one partition group, or on one node."""
 
@@ -60,17 +56,17 @@ class Row:
     @property
     def tokens_per_second(self) -> float:
         """Per GPU. Samples where the model does not know tokens."""
-        return self.samples * self.tokens / self.time.total
+        return self.job.samples * self.job.model.tokens / self.time.total
 
     @property
     def tflops(self) -> float:
         """Per GPU, recomputation included, as MiCS and Megatron-LM report it."""
-        return self.hardware_flops / self.time.total / 1e12
+        return self.job.hardware_flops / self.time.total / 1e12
 
     @property
     def mfu(self) -> float | None:
         """Model flops utilisation: recomputation not counted."""
-        return None if self.peak_flops is None else self.model_flops / self.time.total / self.peak_flops
+        return None if self.peak_flops is None else self.job.model_flops / self.time.total / self.peak_flops
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -168,10 +164,7 @@ def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: floa
         time=time,
         capacity=int(machine.memory * (1 - reserve)),
         host_capacity=int(machine.host_memory * (1 - reserve) / machine.gpus_per_node),
-        samples=job.samples,
-        tokens=job.model.tokens,
-        model_flops=job.model_flops,
-        hardware_flops=job.hardware_flops,
+        job=job,
         peak_flops=machine.flops.get(job.precision) if job.compute_s is None else None,
     )
 
@@ -284,7 +277,7 @@ def scaling(
 
 def render(rows: Sequence[Row]) -> str:
     """A table for people."""
-    unit = "tokens/s" if rows and rows[0].tokens > 1 else "samples/s"
+    unit = "tokens/s" if rows and rows[0].job.model.tokens > 1 else "samples/s"
     head = ("system", "fits", "memory", "host", "s/step", f"{unit}/GPU", "TFLOPS", "MFU", "% linear", "limited by")
     body = [
         (

@@ -33,7 +33,7 @@ def draw_all(folder: Path, rows: Sequence[Row], curves: Mapping[str, Sequence[Ro
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MicsPlanError(f"--plots: the folder {folder} cannot be made: {error}.") from error
-    unit = "tokens/s per GPU" if rows[0].tokens > 1 else "samples/s per GPU"
+    unit = "tokens/s per GPU" if rows[0].job.model.tokens > 1 else "samples/s per GPU"
     made = []
 
     def save(figure: Any, name: str) -> None:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 from ..errors import MicsPlanError
 from .job import OPTIMIZERS, Job
 from .machine import GroupForm, Machine
-from .model import Unit
+from .model import Unit, shard_numel
 
 SCALAR_BYTES = 8
 """A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""
@@ -53,7 +53,6 @@ class System:
     """Hop 2 bucket by bucket beside the last backward pass, not all at once after it."""
     prefetch: bool = True
     """Parameters are gathered ahead of use."""
-
     native_scatter: bool = False
     """MiCS with the backend's own reduce-scatter in one stage."""
     secondary: bool = False
@@ -184,7 +183,7 @@ class Lanes:
 
 
 class Player:
-    """Plays micro-steps one after another. State lasts from one to the next: what is gathered, what is under way."""
+    """Plays micro-steps one after another. Time goes on from one to the next, and so do collectives under way."""
 
     def __init__(self, machine: Machine, job: Job, system: System, n: int) -> None:
         self.machine, self.job, self.system = machine, job, system
@@ -197,7 +196,6 @@ class Player:
         self.stays = [self.costs.p == 1 or numel <= threshold for numel in self.numel]
         """Parameters that are never gathered for a turn: they stay, or nobody else has a part of them."""
         self.visits = list(visits(units, job, compute_seconds(machine, job)))
-        self.backward = next((index for index, visit in enumerate(self.visits) if visit.backward), len(self.visits))
         self.queue: list[tuple[int, int]] = []
         """(parameter, index of the visit) in the order of use, without those that stay."""
         self.queued: list[int] = []
@@ -250,7 +248,7 @@ class Player:
             own = self._own(visit)
             missing = [param for param in own if not self.stays[param] and param not in self.ready]
             if missing:
-                self._gather(missing, index >= self.backward)
+                self._gather(missing, visit.backward)
             for param in own:
                 if param in self.ready:
                     self._wait("gathers", self.ready[param])
@@ -267,7 +265,7 @@ class Player:
                         ahead.append(param)
                         numel += self.numel[param]
                 if ahead:
-                    self._gather(ahead, index >= self.backward)
+                    self._gather(ahead, visit.backward)
             self._spend("compute", visit.seconds)
             for param in own:
                 if param in self.ready and not self._keeps(param, index, passed):
@@ -290,11 +288,10 @@ class Player:
                 self._average_finished(reduced)
                 self._wait("hop2", lanes.free["average"])
             else:
-                everything = sum(numel * count for numel, count in job.model.trainable.items())
+                everything = shard_numel(job.model.trainable, 1)
                 self._wait("hop2", lanes.issue("average", self.costs.average(everything), self.now))
         # whoever was kept beyond its last turn is released at the end
-        for param in list(self.ready):
-            del self.ready[param]
+        self.ready.clear()
         self.live = 0
 
     def _keeps(self, param: int, index: int, passed: dict[int, int]) -> bool:
@@ -309,7 +306,7 @@ class Player:
     def finish(self) -> StepTime:
         """The optimizer's part of the step."""
         job, machine, p = self.job, self.machine, self.costs.p
-        shard = sum(-(-numel // p) * count for numel, count in job.model.trainable.items())
+        shard = shard_numel(job.model.trainable, p)
         states = OPTIMIZERS[job.optimizer].states
         # master weights and states are read and written, the gradient is read, the working copy written
         traffic = shard * (8 * (1 + states) + 4 + job.itemsize)
