@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mics_ds" / "__init__.py").read_text()).group(1)
@@ -16,9 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["mics_ds", "mics_ds.planner"],
+    packages=find_packages(include=["mics_ds*"]),
+    package_data={"mics_ds": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging", "tqdm"],
+    install_requires=["torch>=2.5", "deepspeed>=0.18.9", "packaging", "tqdm", "hjson", "psutil"],
     extras_require={
         "test": [
             "pytest>=8",

@@ -17,10 +17,23 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .request import Build, Request
+    from .seams.patch import Patches
 
 # Importing it imports all the modules with classes we replace; its end is the earliest safe moment.
 _TRIGGER = "deepspeed.runtime.engine"
+_OURS = __package__ + "."
+
+
+class _Installation:
+    """How far this process is."""
+
+    due = False
+    """DeepSpeed was imported, but modules of ours were in the middle of their own import."""
+    done = False
 
 
 def arm() -> None:
@@ -33,22 +46,36 @@ def arm() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; gives the trigger module's own loader something to do afterwards."""
+    """Finds nothing itself; notices when DeepSpeed, and what we import ourselves, is there.
+
+    Whoever imports ``mics_ds.optimizer`` first imports DeepSpeed from the middle of it. Installing needs that very
+    module whole, so it waits for the end of the outermost of our own imports.
+    """
+
+    def __init__(self) -> None:
+        self._own_imports = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TRIGGER:
+        if _Installation.done or not (fullname == _TRIGGER or fullname.startswith(_OURS)):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        if spec is None or spec.loader is None:
+            return spec
+        execute, own = spec.loader.exec_module, fullname != _TRIGGER
 
-            def exec_module(module: ModuleType) -> None:
+        def exec_module(module: ModuleType) -> None:
+            self._own_imports += own
+            try:
                 execute(module)
+            finally:
+                self._own_imports -= own
+            _Installation.due |= not own
+            if _Installation.due and not self._own_imports:
                 _install_or_warn()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
@@ -59,177 +86,196 @@ def _install_or_warn() -> None:
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"mics_ds could not hook into this DeepSpeed, so mics_ keys will not work: {error!r}. Install a version "
-            f"that mics_ds was tested with (see its README).",
+            f"that mics_ds was tested with (see docs/versions.md).",
             stacklevel=2,
         )
 
 
-class Request(NamedTuple):
-    """What a DeepSpeed configuration asks of MiCS."""
-
-    state: str
-    """One of the states of :mod:`mics_ds.agreement`: on, disabled, off."""
-    mics: Any
-    """The :class:`mics_ds.config.MicsConfig` when on or disabled."""
-    rest: dict[str, Any] | None
-    """The configuration without our keys, if it had any."""
-
-
-def read_request(ds_config: Any) -> Request:
-    """Parse the MiCS part of a configuration in any form DeepSpeed takes.
+def install() -> None:
+    """Patch the imported DeepSpeed. Idempotent. Nothing behaves differently without a ``mics_`` key.
 
     Raises:
-        MicsConfigError: the keys are wrong. The other ranks are told before it is raised.
+        ImportError, AttributeError: this DeepSpeed lacks something. Nothing was patched then.
     """
-    from . import agreement, compat
-    from .config import DISABLE_ENV, disabled_by_environment, split_ds_config
-    from .errors import MicsConfigError
-    from .log import log_rank0
-
+    if _Installation.done:
+        return
+    _Installation.done = True  # before our own imports, which must not come back here
     try:
-        param_dict = compat.load_ds_config(ds_config)
-        if param_dict is None:
-            return Request(agreement.OFF, None, None)
-        mics, rest = split_ds_config(param_dict)
-        if mics is None:
-            return Request(agreement.OFF, None, rest)
-        if disabled_by_environment():
-            if not _Said.disabled:
-                _Said.disabled = True
-                log_rank0(f"{DISABLE_ENV} is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks.")
-            return Request(agreement.DISABLED, mics, rest)
-        return Request(agreement.ON, mics, rest)
-    except MicsConfigError as error:
-        _tell_others(error)
+        from .seams.patch import Patches
+
+        with Patches() as patches:
+            _patch_construction(patches)
+            _patch_checkpoints(patches)
+    except BaseException:
+        _Installation.done = False
         raise
 
 
-class _Said:
-    """What was logged already in this process."""
+def _patch_construction(patches: Patches) -> None:
+    """Have configurations parsed with our keys, and our subclasses built where they ask for them."""
+    import deepspeed.runtime.zero as zero
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import partition_parameters as pp
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    disabled = False
+    from .ab import recorder
+    from .comm import collectives
+    from .optimizer import MicsOptimizer
+    from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
+    from .seams import engine
+
+    def gathered_parameters(_: Mapping[str, Any]) -> Any:
+        return object.__new__(MicsGatheredParameters if MicsPartitioner.constructed else pp.GatheredParameters)
+
+    patches.wrap_method(DeepSpeedEngine, "__init__", _build_engine)
+    patches.wrap_method(DeepSpeedConfig, "__init__", _parse_config)
+    patches.make_instances(pp.Init, _make_partitioner)
+    patches.make_instances(DeepSpeedZeRoOffload, _maker(DeepSpeedZeRoOffload, MicsParamManager))
+    patches.make_instances(DeepSpeedZeroOptimizer_Stage3, _maker(DeepSpeedZeroOptimizer_Stage3, MicsOptimizer))
+    patches.make_instances(pp.GatheredParameters, gathered_parameters)
+    patches.set(zero, "MiCS_Init", MiCS_Init)
+    recorder.record_engine(patches, DeepSpeedEngine)
+    if engine.log_stage not in collectives.observers:
+        collectives.observers.append(engine.log_stage)
 
 
-def _compare(request: Request) -> None:
-    """Check with the other ranks that they have the same request. Ranks without the key only report that.
+def _patch_checkpoints(patches: Patches) -> None:
+    from .checkpoint import stock
+    from .checkpoint.load import load
+    from .checkpoint.save import save
+    from .optimizer import MicsOptimizer
+    from .seams import checkpoint
 
-    Raises:
-        MicsAgreementError: they have not.
-    """
-    from . import agreement
-
-    if request.state == agreement.OFF:
-        # Ranks whose file has the key must not wait for one whose file lacks it.
-        agreement.post({agreement.STATE: agreement.OFF})
-    else:
-        payload = {agreement.STATE: request.state, agreement.CONFIG: request.mics.to_json()}
-        agreement.require_same(agreement.exchange(payload))
+    checkpoint.install(
+        patches,
+        runs_mics=lambda engine: isinstance(engine.optimizer, MicsOptimizer),
+        save=save,
+        load=load,
+        before_stock_saves=stock.drop_stale_manifest,
+        before_stock_loads=stock.refuse_other_shard_count,
+    )
 
 
-def _resolve_auto(request: Request, engine_arguments: Mapping[str, Any]) -> dict[str, Any]:
+# --------------------------------------------------------------------------------------------------
+# In place of DeepSpeed's constructors
+
+
+def _parse_config(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    """``DeepSpeedConfig(config)``: hide our keys from DeepSpeed, and keep what they ask for."""
+    from . import request
+    from .comm import agreement
+    from .errors import MicsError
+    from .seams import support
+
+    outer = request.current_build()
+    self.mics_request = asked = request.read_request(config) if outer is None else outer.request
+    original(self, config if asked.rest is None else asked.rest, *args, **kwargs)
+    if asked.is_on:
+        try:
+            support.check_deepspeed()
+            support.refuse_unsupported(self)
+        except MicsError as error:
+            agreement.post_error(error)
+            raise
+
+
+def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """``DeepSpeedEngine(...)``: its construction starts with collectives, so compare notes first."""
+    from . import request
+
+    asked = getattr(kwargs.get("config_class"), "mics_request", request.OFF)
+    request.compare(asked)
+    if asked.is_auto:
+        asked, kwargs["config"] = _resolve_auto(asked, kwargs)
+    with request.building(request.Build(asked)):
+        original(self, *args, **kwargs)
+
+
+def _resolve_auto(asked: Request, engine_arguments: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
     """Choose the partition size for the model of an engine that is about to be built. Collective over the world.
 
     Returns:
-        The configuration with that size, for the engine to hand on. The caller's own is left alone: it may be used
-        for another model next.
+        The request and the configuration with that size, for the engine to hand on. The caller's own is left alone:
+        it may be used for another model next.
 
     Raises:
         MicsError: no size could be chosen, the same on every rank.
     """
+    from dataclasses import replace
+
     import torch.distributed as dist
 
-    from . import compat
+    from .comm import agreement
     from .config import with_shard_size
     from .planner import auto
+    from .seams.ds_config import load_ds_config
+    from .seams.engine import engine_facts, ensure_distributed
 
-    compat.ensure_distributed()
+    ensure_distributed()
+    mics = asked.mics
+    assert mics is not None, "whoever asked for auto has a configuration"
     try:
-        ds_config = compat.load_ds_config(engine_arguments.get("config"))
-        assert ds_config is not None, "whoever asked for auto has a configuration"
-        facts = compat.plan_facts(engine_arguments)
-        model = auto.describe(engine_arguments["model"], facts, request.mics.plan)
+        ds_config = load_ds_config(engine_arguments.get("config"))
+        assert ds_config is not None, "likewise"
+        facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
+        model = auto.describe(engine_arguments["model"], facts, mics.plan)
     except Exception as error:  # whatever it is, the others wait for this rank's facts
-        _tell_others(error)
+        agreement.post_error(error)
         raise
-    return with_shard_size(ds_config, auto.choose_partition_size(request.mics, facts, model, dist.get_rank()))
+    p = auto.choose_partition_size(mics, facts, model, dist.get_rank())
+    return asked._replace(mics=replace(mics, shard_size=p)), with_shard_size(ds_config, p)
 
 
-def _tell_others(error: Exception) -> None:
-    from . import agreement
+def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
+    """``zero.Init(...)``: one of ours if its configuration, or the engine it is built in, asks for MiCS."""
+    from deepspeed.runtime.zero import partition_parameters as pp
 
-    agreement.post({agreement.STATE: agreement.ERROR, "message": str(error)})
+    from . import request
+    from .partitioner import MicsPartitioner
+    from .seams import support
+    from .seams.ds_config import config_argument
+    from .seams.engine import ensure_distributed
+
+    build = request.current_build()
+    if build is not None:
+        return _with_build(MicsPartitioner, build) if build.request.is_on else object.__new__(pp.Init)
+    ds_config = config_argument(arguments)
+    if ds_config is None:
+        return object.__new__(pp.Init)  # whoever wants MiCS finds these parameters later, see MicsParamManager
+    asked = request.read_request(ds_config)
+    if asked.is_on:
+        support.check_deepspeed()
+        if not asked.is_auto:
+            return _with_build(MicsPartitioner, request.Build(asked))  # compares when it builds its groups
+        # Nobody knows the whole model yet. Over all ranks its parameters fit if they ever do, and when the
+        # engine is built and the size is chosen, they are partitioned anew one by one.
+    if asked.mics is not None:
+        ensure_distributed()
+    request.compare(asked)
+    return object.__new__(pp.Init)
 
 
-def install() -> None:
-    """Patch the imported DeepSpeed. Idempotent. Nothing behaves differently without a ``mics_`` key."""
-    import deepspeed.runtime.zero as zero
+def _maker(stock: type, ours: type) -> Any:
+    """Makes an instance of ``ours`` where the engine under construction asks for MiCS, else of ``stock``."""
 
-    from . import agreement, checkpointing, collectives, compat, report
-    from .errors import MicsError
-    from .optimizer import MicsOptimizer
-    from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
+    def make(arguments: Mapping[str, Any]) -> Any:
+        from . import request
+        from .seams.ds_config import config_argument
 
-    def parse_config(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        self.mics_request = request = read_request(config)
-        original(self, config if request.rest is None else request.rest, *args, **kwargs)
-        if request.state == agreement.ON:
-            try:
-                compat.check_deepspeed()
-                compat.refuse_unsupported(self)
-            except MicsError as error:
-                _tell_others(error)
-                raise
+        build = request.current_build()
+        if build is None:  # constructed by hand
+            build = request.Build(request.read_request(config_argument(arguments)))
+        return _with_build(ours, build) if build.request.is_on else object.__new__(stock)
 
-    def build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        # Building an engine starts with collectives, so this is the last moment to compare notes.
-        request = getattr(kwargs.get("config_class"), "mics_request", Request(agreement.OFF, None, None))
-        _compare(request)
-        if request.state == agreement.ON and request.mics.is_auto:
-            kwargs["config"] = _resolve_auto(request, kwargs)
-        original(self, *args, **kwargs)
+    return make
 
-    def choose_partitioner(cls: type, arguments: Mapping[str, Any]) -> type:
-        ds_config = compat.config_argument(arguments)
-        if ds_config is None:
-            return cls  # whoever wants MiCS finds these parameters later, see MicsParamManager
-        request = read_request(ds_config)
-        if request.state == agreement.ON:
-            compat.check_deepspeed()
-            if not request.mics.is_auto:
-                return MicsPartitioner  # compares when it builds its groups
-            # Nobody knows the whole model yet. Over all ranks its parameters fit if they ever do, and when the
-            # engine is built and the size is chosen, they are partitioned anew one by one.
-            compat.ensure_distributed()
-        if request.state == agreement.DISABLED:
-            compat.ensure_distributed()
-        _compare(request)
-        return cls
 
-    def choose(replacement: type) -> Any:
-        def choose_class(cls: type, arguments: Mapping[str, Any]) -> type:
-            return replacement if read_request(compat.config_argument(arguments)).state == agreement.ON else cls
-
-        return choose_class
-
-    compat.replace_method(compat.DeepSpeedEngine, "__init__", build_engine)
-    compat.replace_method(compat.DeepSpeedConfig, "__init__", parse_config)
-    compat.replace_new(compat.pp.Init, choose_partitioner)
-    compat.replace_new(compat.DeepSpeedZeRoOffload, choose(MicsParamManager))
-    compat.replace_new(compat.DeepSpeedZeroOptimizer_Stage3, choose(MicsOptimizer))
-    compat.replace_new(
-        compat.GatheredParameters, lambda cls, _: MicsGatheredParameters if MicsPartitioner.constructed else cls
-    )
-    if compat.log_stage not in collectives.observers:
-        collectives.observers.append(compat.log_stage)
-    report.record_engine(compat.DeepSpeedEngine)
-    compat.install_checkpoints(
-        lambda engine: isinstance(engine.optimizer, MicsOptimizer),
-        checkpointing.save,
-        checkpointing.load,
-        checkpointing.save_stock,
-        checkpointing.load_stock,
-    )
-    zero.MiCS_Init = MiCS_Init
+def _with_build(cls: type, build: Build) -> Any:
+    instance = object.__new__(cls)
+    instance.mics_build = build  # type: ignore[attr-defined]
+    return instance
 
 
 def MiCS_Init(*args: Any, **kwargs: Any) -> Any:  # noqa: N802 (the name old scripts use)

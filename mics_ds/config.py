@@ -7,9 +7,12 @@ neither torch nor DeepSpeed, so a configuration can be checked on a login node.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Union
+
+import hjson
 
 from .errors import MicsConfigError
 
@@ -95,7 +98,7 @@ class MicsConfig:
 
     shard_size: Union[int, Literal["auto"]]
     """Partition size p: how many ranks together hold one copy of the model states. >= 1, and a
-    divisor of the data-parallel size (checked in :mod:`mics_ds.layout`, where that size is known).
+    divisor of the data-parallel size (checked in :mod:`mics_ds.comm.layout`, where that size is known).
     ``"auto"`` until the engine is built, if it is for the planner to choose."""
 
     hierarchical_params_gather: AutoBool = "auto"
@@ -165,6 +168,22 @@ class MicsConfig:
 def with_shard_size(ds_config: Mapping[str, Any], p: int) -> dict[str, Any]:
     """A copy of a DeepSpeed configuration with a partition size in place of ``"auto"``."""
     return {**ds_config, ZERO_SECTION: {**ds_config[ZERO_SECTION], KEY_PREFIX + "shard_size": p}}
+
+
+def parse_ds_json(text: str) -> Any:
+    """Parse a DeepSpeed configuration as DeepSpeed does: JSON with comments (HJSON), in which no key stands twice.
+
+    Raises:
+        ValueError: it cannot be parsed, or a key stands twice in one section.
+    """
+    return hjson.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"Duplicate keys in DeepSpeed config: {twice}")
+    return dict(pairs)
 
 
 KNOWN_KEYS: tuple[str, ...] = tuple(KEY_PREFIX + field.name for field in fields(MicsConfig))

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import collectives, compat
+from .comm import collectives
+from .comm.groups import MicsGroups, RankGroup
+from .comm.lanes import Pending
 from .errors import MicsConfigError
-from .groups import MicsGroups, RankGroup, build_groups
-from .lanes import Pending
 from .log import log_rank0
+from .request import Build, building
+from .seams import partitioner as seam
+from .seams.engine import ensure_distributed
 
 
 def _bytes(param: torch.nn.Parameter) -> torch.Tensor:
@@ -26,12 +29,13 @@ def _bytes(param: torch.nn.Parameter) -> torch.Tensor:
     return param.data.view(torch.uint8)
 
 
-class MicsPartitioner(compat.PartitionerSeam):
+class MicsPartitioner(seam.PartitionerSeam):
     """``deepspeed.zero.Init`` that shards over a partition group. Takes the same arguments.
 
     ``data_parallel_group`` keeps its meaning: all data-parallel ranks, the world by default.
     """
 
+    mics_build: Build
     mics_groups: MicsGroups
     constructed = False
     """Whether this process has any MiCS parameters at all."""
@@ -44,10 +48,9 @@ class MicsPartitioner(compat.PartitionerSeam):
         sequence_data_parallel_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
-        compat.ensure_distributed()
-        config = compat.mics_config_of(compat.partitioner_config(module, data_parallel_group, *args, **kwargs))
+        ensure_distributed()
         group = sequence_data_parallel_group if data_parallel_group is None else data_parallel_group
-        self.mics_groups = build_groups(config, dist.group.WORLD if group is None else group)
+        self.mics_groups = self.mics_build.groups(dist.group.WORLD if group is None else group)
         MicsPartitioner.constructed = True
         if self.mics_groups.replication is not None:
             group = self.mics_groups.partition.group
@@ -55,7 +58,8 @@ class MicsPartitioner(compat.PartitionerSeam):
         # process: DeepSpeed keeps it in a global and hands it to every engine that follows.
         kwargs["zero_param_parallel_group"] = None
         # For p = n the caller's own argument goes on, so that this is ZeRO-3 to the letter.
-        super().__init__(module, group, *args, **kwargs)
+        with building(self.mics_build):
+            super().__init__(module, group, *args, **kwargs)
 
     def before_first_partition(self, param: torch.nn.Parameter) -> None:
         # Ranks may have drawn different random numbers. DeepSpeed broadcasts from the first rank of
@@ -78,7 +82,7 @@ class MicsPartitioner(compat.PartitionerSeam):
         collectives.broadcast_([_bytes(param) for param in params], 0, self.mics_groups.full)
 
 
-class MicsGatheredParameters(compat.GatheredParameters):
+class MicsGatheredParameters(seam.GatheredParameters):
     """``deepspeed.zero.GatheredParameters`` whose ``modifier_rank`` counts over all data-parallel ranks.
 
     Without this, ``modifier_rank=0`` would mean the first rank of *each* partition group, and weights
@@ -118,21 +122,21 @@ def _groups_of(param: Any) -> MicsGroups | None:
     return getattr(param, "mics_groups", None)
 
 
-class MicsParamManager(compat.ParamManagerSeam):
+class MicsParamManager(seam.ParamManagerSeam):
     """DeepSpeed's parameter manager. Used by the optimizer, and alone when there is none (evaluation)."""
 
     mics_groups: MicsGroups
     """Of the parameters; the optimizer checks that they are its own too."""
 
     def after_all_converted(
-        self, make_partitioner: Callable[[], compat.PartitionerSeam], module: torch.nn.Module
+        self, make_partitioner: Callable[[], seam.PartitionerSeam], module: torch.nn.Module
     ) -> None:
         """Re-partition what ``zero.Init`` partitioned without knowing of MiCS (called without a configuration)."""
         strangers = [param for param in module.parameters() if _groups_of(param) is None]
         if strangers:
             partitioner = make_partitioner()
             for param in strangers:
-                compat.repartition(partitioner, param)
+                seam.repartition(partitioner, param)
             log_rank0(
                 f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
                 f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."

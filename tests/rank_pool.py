@@ -181,17 +181,19 @@ def _rank_main(rank: int, world_size: int, folder: str, pipe: Connection) -> Non
 
 def _make_stock_gathers_wait() -> None:
     """An oracle must not race: under gloo, DeepSpeed up to 0.19.7 waits for the last of several gathers only."""
-    from mics_ds import compat
+    from deepspeed.runtime.zero import partition_parameters as pp
 
-    if not compat.GATHERS_RACE:
+    from mics_ds.seams import support
+
+    if not support.gathers_race():
         return
-    gather = compat.pp.Init._allgather_params_coalesced
+    gather = pp.Init._allgather_params_coalesced
 
     def one_by_one(self: Any, params: list, *args: Any, **kwargs: Any) -> None:
         for param in params:
             gather(self, [param], *args, **kwargs)
 
-    compat.pp.Init._allgather_params_coalesced = one_by_one
+    pp.Init._allgather_params_coalesced = one_by_one
 
 
 def _clean_up() -> None:

@@ -10,8 +10,8 @@ import pytest
 from helpers import ds_config
 from test_launch import BIN, PROGRAM, finish, free_port, start
 
-from mics_ds.ab import compare, summarise
-from mics_ds.report import nic_bytes
+from mics_ds.ab.compare import compare, summarise
+from mics_ds.ab.recorder import nic_bytes
 
 
 def records(folder: Path, seconds: list[float], loss: float, sent: int) -> Path:

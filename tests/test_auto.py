@@ -24,17 +24,17 @@ from helpers import (
     train,
 )
 
+from mics_ds.comm.placement import Claim
 from mics_ds.config import MicsConfig, PlanRequest, split_ds_config
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsPlanError
-from mics_ds.placement import Claim
 from mics_ds.planner import auto as auto_module
 from mics_ds.planner.auto import Facts, Situation, as_configured, assess, decide, find_machine
-from mics_ds.planner.job import Job, ZeroSettings
 from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
 from mics_ds.planner.model import NAMED
 from mics_ds.planner.plan import LEVEL, RESERVE, make_plan, mics, predict
-from mics_ds.planner.timeline import System
+from mics_ds.planner.timeline import Scheme
 from mics_ds.planner.trace import model_from_module
+from mics_ds.planner.workload import Workload, ZeroSettings
 
 SLOW = {"intra": {"bandwidth": 1e6, "latency": 0}, "inter": {"bandwidth": 1e4, "latency": 0}}
 
@@ -57,7 +57,7 @@ def auto(tmp_path: Any = None, word: str = "auto", zero: dict[str, Any] | None =
 def enough_for(p: int) -> float:
     """Memory in GB that is just enough for p shards of the odd net, and so not for fewer."""
     zero = ZeroSettings.from_ds(auto()["zero_optimization"])
-    job = Job(model_from_module(OddNet()), 2, 1, "fp32", optimizer="sgd_momentum", zero=zero)
+    job = Workload(model_from_module(OddNet()), 2, 1, "fp32", optimizer="sgd_momentum", zero=zero)
     machine = Machine("", 2, 1.0, {"fp32": 1.0}, 1.0, Link(1.0, 0.0), Link(1.0, 0.0), backend="gloo", streams=False)
     job = replace(job, model=job.model.with_activations(0.0))
     return predict(machine, job, mics(machine, job, 4, p), 4).memory.peak / (1 - RESERVE) * 1.001 / 1e9
@@ -282,7 +282,7 @@ def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
         Situation(n, 8, memory, 1e12),
     )
     machine = replace(load_machine("p4d.24xlarge"), memory=memory, gpus_per_node=8)
-    rows = make_plan(machine, Job(model, checkpointing=True, **subject.job), n)
+    rows = make_plan(machine, Workload(model, checkpointing=True, **subject.job), n)
     fitting = [row for row in rows if row.system.p is not None and row.fits]
     if not fitting:
         with pytest.raises(MicsPlanError, match="no partition size fits"):
@@ -337,6 +337,6 @@ def test_models_must_be_alike_in_each_data_parallel_group():
 
 def test_the_stages_and_the_reduce_scatter_that_were_asked_for_are_planned():
     flat = {"hierarchical_params_gather": False, "hierarchical_grad_scatter": False}
-    system = as_configured(MicsConfig("auto", **flat, reduce_scatter="native"), System(4, True, True))
-    assert system == System(4, native_scatter=True)
-    assert as_configured(MicsConfig("auto"), System(4, True, True)) == System(4, True, True)
+    system = as_configured(MicsConfig("auto", **flat, reduce_scatter="native"), Scheme(4, True, True))
+    assert system == Scheme(4, native_scatter=True)
+    assert as_configured(MicsConfig("auto"), Scheme(4, True, True)) == Scheme(4, True, True)

@@ -16,7 +16,7 @@ from rank_pool import RankError
 from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
-from mics_ds import manifest
+from mics_ds.checkpoint import manifest
 from mics_ds.errors import MicsCheckpointError
 
 CRASHES = 20

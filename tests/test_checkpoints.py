@@ -18,9 +18,9 @@ from helpers import OddNet, assert_losses_close, build, ds_config, environment, 
 from test_parity import DataParallelUnit
 from torch import nn
 
-from mics_ds import manifest
+from mics_ds.checkpoint import manifest
+from mics_ds.comm.meter import CommMeter
 from mics_ds.errors import MicsCheckpointError
-from mics_ds.meter import CommMeter
 
 RESHAPE = {"mics_reshape_checkpoint": True}
 

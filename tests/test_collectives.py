@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from helpers import environment
 
-from mics_ds import collectives
+from mics_ds.comm import collectives
+from mics_ds.comm.groups import MicsGroups, build_groups
+from mics_ds.comm.meter import CommMeter
 from mics_ds.config import MicsConfig
-from mics_ds.groups import MicsGroups, build_groups
-from mics_ds.meter import CommMeter
 
 
 def groups(p: int, ranks_per_node: int | None = None, gather: bool | str = "auto") -> MicsGroups:
@@ -129,7 +129,7 @@ def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p,
     assert (hierarchy is not None) == (ranks_per_node == 2)
     gradients = integer_gradients(rank, dtype)
     order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
-    plan = collectives.ScatterPlan(tuple(item.numel() for item in gradients), order)
+    plan = collectives.BucketLayout(tuple(item.numel() for item in gradients), order)
     packed = plan.pack(gradients, pieces)
     assert torch.equal(torch.cat(packed, 1), plan.pack(gradients)[0])
     if hierarchy is None:

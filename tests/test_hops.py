@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from helpers import OddNet, batch, build, ds_config, environment, train
 from torch import nn
 
-from mics_ds.collectives import GATHER_INTER, GATHER_INTRA, HOP1, HOP1_INTER, HOP2
-from mics_ds.meter import CommMeter
+from mics_ds.comm.collectives import GATHER_INTER, GATHER_INTRA, HOP1, HOP1_INTER, HOP2
+from mics_ds.comm.meter import CommMeter
 
 HOP1_KINDS = ("reduce_scatter", "all_to_all")
 SCALAR = 64  # bytes; collectives up to this size agree on norms and flags

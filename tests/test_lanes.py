@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from mics_ds.lanes import Lane
+from mics_ds.comm.lanes import Lane
 
 CPU = torch.device("cpu")
 

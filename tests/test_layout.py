@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mics_ds.comm.layout import MicsLayout
 from mics_ds.errors import MicsConfigError
-from mics_ds.layout import MicsLayout
 
 
 def layout(n: int, p: int, k: int, first: int = 0, stride: int = 1) -> MicsLayout:

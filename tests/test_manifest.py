@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from mics_ds import manifest
+from mics_ds.checkpoint import manifest
+from mics_ds.checkpoint.manifest import Manifest
 from mics_ds.errors import MicsCheckpointError
-from mics_ds.manifest import Manifest
 
 
 def staged(folder, tag="t", content=b"abc", steps=1):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mics_ds.comm.placement import Claim, claim, resolve
 from mics_ds.errors import MicsAgreementError, MicsConfigError
-from mics_ds.placement import Claim, claim, resolve
 
 
 @pytest.mark.parametrize("variable", ["CROSS_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_NODEID"])

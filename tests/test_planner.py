@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from mics_ds.comm.layout import MicsLayout
 from mics_ds.errors import MicsPlanError
-from mics_ds.layout import MicsLayout
 from mics_ds.planner import plan as planning
 from mics_ds.planner.cli import main as mics_plan
-from mics_ds.planner.job import Job, ZeroSettings
 from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
 from mics_ds.planner.memory import memory
 from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
-from mics_ds.planner.timeline import StepTime, System, step_time
+from mics_ds.planner.timeline import Scheme, StepTime, step_time
 from mics_ds.planner.trace import model_from_module
+from mics_ds.planner.workload import Workload, ZeroSettings
 
 KB = 1000
 NO_LIMITS = ZeroSettings(prefetch_bucket_size=0, max_reuse_distance=0, param_persistence_threshold=0)
@@ -264,8 +264,8 @@ def test_senseless_descriptions_are_refused(text, match):
 
 
 def test_without_overlap_a_step_is_the_sum_of_its_parts():
-    job = Job(layers(3, 100, flops=2.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
-    system = System(4, hop1_beside=False, hop2_beside=False, prefetch=False)
+    job = Workload(layers(3, 100, flops=2.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    system = Scheme(4, hop1_beside=False, hop2_beside=False, prefetch=False)
     subject = machine(2)
     time = step_time(subject, job, system, 8)
     gather = subject.time("all_gather", 400, GroupForm(2, 2))
@@ -281,13 +281,13 @@ def test_without_overlap_a_step_is_the_sum_of_its_parts():
 def test_overlap_hides_what_fits_beside_compute():
     """Compute so slow that only the first gather and the last two reductions are waited for: a bucket is handed over
     when the next gradient would not fit."""
-    job = Job(
+    job = Workload(
         layers(4, 1000, flops=1e4),
         precision="fp32",
         zero=replace(NO_LIMITS, prefetch_bucket_size=1, reduce_bucket_size=1000, max_live_parameters=10**9),
     )
     subject = machine(2)
-    time = step_time(subject, job, System(2), 4)
+    time = step_time(subject, job, Scheme(2), 4)
     assert time.gathers == pytest.approx(subject.time("all_gather", 4000, GroupForm(1, 2)))
     scatter = subject.time("reduce_scatter", 4000, GroupForm(1, 2))
     assert time.hop1 == pytest.approx(2 * scatter)
@@ -296,8 +296,8 @@ def test_overlap_hides_what_fits_beside_compute():
 
 
 def test_one_shard_gathers_nothing_and_one_replica_averages_nothing():
-    job = Job(layers(3, 100, 1.0), precision="fp32", micro_steps=2)
-    alone, all_of_them = (step_time(machine(2), job, System(p), 4) for p in (1, 4))
+    job = Workload(layers(3, 100, 1.0), precision="fp32", micro_steps=2)
+    alone, all_of_them = (step_time(machine(2), job, Scheme(p), 4) for p in (1, 4))
     assert (alone.counts["gather"], alone.gathers, alone.hop1) == (0, 0, 0)
     assert (all_of_them.counts["average"], all_of_them.hop2) == (0, 0)
 
@@ -305,9 +305,11 @@ def test_one_shard_gathers_nothing_and_one_replica_averages_nothing():
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
 @pytest.mark.parametrize("system", [{}, {"hop1_beside": False}, {"prefetch": False}, {"hop2_beside": False}])
 def test_a_step_lies_between_all_overlapped_and_nothing_overlapped(p, system):
-    job = Job(Transformer(64, 4, 100, heads=4).model(16, 4), micro_steps=3, precision="fp32", zero=replace(NO_LIMITS))
+    job = Workload(
+        Transformer(64, 4, 100, heads=4).model(16, 4), micro_steps=3, precision="fp32", zero=replace(NO_LIMITS)
+    )
     subject = machine(2, flops={"fp32": 1e4}, intra=Link(1e5, 1e-3), inter=Link(1e4, 1e-2))
-    time = step_time(subject, job, System(p, **system), 8)
+    time = step_time(subject, job, Scheme(p, **system), 8)
     floor = max(time.compute, *time.busy.values())
     assert floor <= time.total * (1 + 1e-9)
     assert time.total - time.optimizer - time.overhead <= (time.compute + sum(time.busy.values())) * (1 + 1e-9)
@@ -317,25 +319,25 @@ def test_a_step_lies_between_all_overlapped_and_nothing_overlapped(p, system):
 @pytest.mark.parametrize("s", [4, 7])
 def test_middle_micro_steps_are_alike(s):
     """Beyond three, micro-steps are extrapolated; with nothing carried over, time is linear in them."""
-    base = Job(layers(3, 100, 50.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
-    times = [step_time(machine(2), replace(base, micro_steps=n), System(2), 4) for n in (2, 3, s)]
+    base = Workload(layers(3, 100, 50.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    times = [step_time(machine(2), replace(base, micro_steps=n), Scheme(2), 4) for n in (2, 3, s)]
     step = times[1].total - times[0].total
     assert times[2].total == pytest.approx(times[1].total + (s - 3) * step)
 
 
 def test_checkpointing_computes_again_and_gathers_again():
     model = Model("one", (Block((Unit((100,), 5.0), Unit((100,), 5.0)), 2, True, True, 1000.0, 10.0),))
-    job = Job(model, precision="fp32", zero=NO_LIMITS)
-    system = System(2, prefetch=False)
+    job = Workload(model, precision="fp32", zero=NO_LIMITS)
+    system = Scheme(2, prefetch=False)
     plain, again = (step_time(machine(2), replace(job, checkpointing=on), system, 2) for on in (False, True))
     assert again.compute == pytest.approx(plain.compute * 4 / 3)
     assert (plain.counts["gather"], again.counts["gather"]) == (8, 12)
 
 
 def test_hpz_gathers_inside_the_node_in_backward():
-    job = Job(layers(3, 1000), precision="fp32", zero=NO_LIMITS)
+    job = Workload(layers(3, 1000), precision="fp32", zero=NO_LIMITS)
     subject = machine(2)
-    stock, secondary = (step_time(subject, job, System(None, prefetch=False, secondary=on), 4) for on in (False, True))
+    stock, secondary = (step_time(subject, job, Scheme(None, prefetch=False, secondary=on), 4) for on in (False, True))
     over, inside = (subject.time("all_gather", 4000, form) for form in (GroupForm(2, 2), GroupForm(1, 2)))
     assert stock.gathers - secondary.gathers == pytest.approx(3 * (over - inside))
 
@@ -344,8 +346,8 @@ def test_hpz_gathers_inside_the_node_in_backward():
 
 
 def test_more_replicas_need_more_memory_and_states_halve_with_twice_the_shards():
-    job = Job(layers(4, 1 << 20), precision="bf16", optimizer="adamw")
-    found = [memory(job, System(p), 8, StepTime()) for p in (1, 2, 4, 8)]
+    job = Workload(layers(4, 1 << 20), precision="bf16", optimizer="adamw")
+    found = [memory(job, Scheme(p), 8, StepTime()) for p in (1, 2, 4, 8)]
     for larger, smaller in itertools.pairwise(found):
         assert larger.states - smaller.states == pytest.approx(larger.states / 2, rel=1e-6)
     assert found[0].parameters == 2 * 4 << 20
@@ -354,22 +356,22 @@ def test_more_replicas_need_more_memory_and_states_halve_with_twice_the_shards()
 
 def test_parts_add_up_to_the_peak():
     for optimizer in ("adamw", "sgd"):
-        job = Job(NAMED["bert-10b"].model(512), 4, 1, "fp16", optimizer=optimizer)
+        job = Workload(NAMED["bert-10b"].model(512), 4, 1, "fp16", optimizer=optimizer)
         for row in planning.make_plan(PRESETS["p3dn.24xlarge"], job, 64):
             assert sum(row.memory.parts().values()) == row.memory.peak
 
 
 def test_offload_moves_states_to_the_host():
-    job = Job(layers(4, 1 << 20), precision="bf16", zero=ZeroSettings(offload_optimizer=True, offload_param=True))
-    found = memory(job, System(2), 4, StepTime())
-    plain = memory(replace(job, zero=ZeroSettings()), System(2), 4, StepTime())
+    job = Workload(layers(4, 1 << 20), precision="bf16", zero=ZeroSettings(offload_optimizer=True, offload_param=True))
+    found = memory(job, Scheme(2), 4, StepTime())
+    plain = memory(replace(job, zero=ZeroSettings()), Scheme(2), 4, StepTime())
     assert found.states == 0
     # and gradients have a second, fp32 buffer there
     assert found.host == plain.states + 4 * (4 << 20) // 2
 
 
 def test_the_chosen_size_fits_and_is_the_fastest_that_does():
-    job = Job(NAMED["bert-10b"].model(512), 8, 2, "fp16", True)
+    job = Workload(NAMED["bert-10b"].model(512), 8, 2, "fp16", True)
     rows = planning.make_plan(PRESETS["p3dn.24xlarge"], job, 64)
     chosen = planning.choose(rows)
     assert chosen.fits
@@ -382,7 +384,7 @@ def test_the_chosen_size_fits_and_is_the_fastest_that_does():
 
 
 def test_nothing_is_chosen_where_nothing_fits():
-    job = Job(NAMED["gpt-175b"].model(2048), 1, 1, "fp16")
+    job = Workload(NAMED["gpt-175b"].model(2048), 1, 1, "fp16")
     rows = planning.make_plan(PRESETS["p3dn.24xlarge"], job, 8)
     assert planning.choose(rows) is None
     assert "no partition size fits" in planning.explain(rows, None)
@@ -390,14 +392,14 @@ def test_nothing_is_chosen_where_nothing_fits():
 
 def test_what_does_not_fit_the_host_does_not_fit():
     small = replace(PRESETS["p4d.24xlarge"], host_memory=1e9)
-    job = Job(NAMED["bert-10b"].model(512), zero=ZeroSettings(offload_optimizer=True))
-    row = planning.predict(small, job, System(8), 8)
+    job = Workload(NAMED["bert-10b"].model(512), zero=ZeroSettings(offload_optimizer=True))
+    row = planning.predict(small, job, Scheme(8), 8)
     assert row.memory.peak <= row.capacity
     assert not row.fits
 
 
 def test_weak_and_strong_scaling():
-    subject, job = PRESETS["p4d.24xlarge"], Job(NAMED["bert-10b"].model(512), 8, 8, "fp16", True)
+    subject, job = PRESETS["p4d.24xlarge"], Workload(NAMED["bert-10b"].model(512), 8, 8, "fp16", True)
     weak = planning.scaling(subject, job, [None, 8], [8, 16, 32])
     strong = planning.scaling(subject, job, [None, 8], [8, 16, 32], strong=True)
     assert {name: [row.n for row in curve] for name, curve in weak.items()} == {
@@ -424,20 +426,20 @@ def test_weak_and_strong_scaling():
 )
 def test_impossible_plans_are_refused(n, p, match):
     with pytest.raises(MicsPlanError, match=match):
-        planning.make_plan(PRESETS["p4d.24xlarge"], Job(layers(2, 10)), n, [p])
+        planning.make_plan(PRESETS["p4d.24xlarge"], Workload(layers(2, 10)), n, [p])
 
 
 def test_odd_partition_sizes_can_be_planned():
-    rows = planning.make_plan(PRESETS["p4d.24xlarge"], Job(NAMED["bert-10b"].model(512)), 48, [3, 6, 12, 24])
+    rows = planning.make_plan(PRESETS["p4d.24xlarge"], Workload(NAMED["bert-10b"].model(512)), 48, [3, 6, 12, 24])
     assert [row.p for row in rows[1:]] == [3, 6, 12, 24]
     assert all(math.isfinite(row.time.total) for row in rows)
 
 
 def test_one_node_says_nothing_of_the_network():
     alone = replace(PRESETS["p4d.24xlarge"], nodes_measured=1)
-    assert planning.make_plan(alone, Job(layers(2, 10)), 8)
+    assert planning.make_plan(alone, Workload(layers(2, 10)), 8)
     with pytest.raises(MicsPlanError, match="calibrated on a single node"):
-        planning.make_plan(alone, Job(layers(2, 10)), 16)
+        planning.make_plan(alone, Workload(layers(2, 10)), 16)
 
 
 def test_a_sweep_of_one_size_scales_the_formula():
@@ -449,19 +451,19 @@ def test_a_sweep_of_one_size_scales_the_formula():
 
 
 def test_without_overlap_nothing_runs_beside_compute():
-    subject, job = PRESETS["p4d.24xlarge"], Job(layers(2, 10), zero=ZeroSettings(overlap_comm=False))
+    subject, job = PRESETS["p4d.24xlarge"], Workload(layers(2, 10), zero=ZeroSettings(overlap_comm=False))
     system = planning.mics(subject, job, 16, 8)
     assert (system.hop1_beside, system.hop2_beside) == (False, False)
-    offloaded = Job(layers(2, 10), zero=ZeroSettings(offload_optimizer=True))
+    offloaded = Workload(layers(2, 10), zero=ZeroSettings(offload_optimizer=True))
     system = planning.mics(subject, offloaded, 16, 8)
     assert (system.hop1_beside, system.hop2_beside) == (True, False)
 
 
 def test_evaluation_has_parameters_only():
-    job = Job(layers(4, 1 << 20).without_training(), precision="bf16")
-    found = memory(job, System(2), 4, StepTime())
+    job = Workload(layers(4, 1 << 20).without_training(), precision="bf16")
+    found = memory(job, Scheme(2), 4, StepTime())
     assert (found.parameters, found.gradients, found.master, found.optimizer) == (2 * (4 << 20) // 2, 0, 0, 0)
-    time = step_time(machine(2), replace(job, precision="fp32"), System(2), 4)
+    time = step_time(machine(2), replace(job, precision="fp32"), Scheme(2), 4)
     assert (time.counts["scatter"], time.counts["average"]) == (0, 0)
 
 
@@ -470,7 +472,7 @@ def test_evaluation_has_parameters_only():
 )
 def test_senseless_jobs_are_refused(values):
     with pytest.raises(MicsPlanError, match=next(iter(values))):
-        Job(layers(1, 10), **values)
+        Workload(layers(1, 10), **values)
 
 
 def test_senseless_settings_are_refused():

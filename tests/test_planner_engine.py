@@ -15,13 +15,13 @@ from helpers import OddNet, build, destroy_engines, ds_config, train
 from packaging.version import Version
 from torch import nn
 
-from mics_ds.meter import CommMeter
-from mics_ds.planner.job import Job, ZeroSettings
+from mics_ds.comm.meter import CommMeter
 from mics_ds.planner.machine import GIB, Link, Machine
 from mics_ds.planner.memory import memory
 from mics_ds.planner.plan import mics, predict, zero3
-from mics_ds.planner.timeline import Player, StepTime, System
+from mics_ds.planner.timeline import Player, Scheme, StepTime
 from mics_ds.planner.trace import model_from_module
+from mics_ds.planner.workload import Workload, ZeroSettings
 
 CPU = Machine(
     name="these processors",
@@ -96,11 +96,11 @@ def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
         found = held(engine)
         settings = ZeroSettings.from_ds(config["zero_optimization"])
         accumulation = 4 if extra else 0
-        job = Job(
+        job = Workload(
             model_from_module(engine.module), 2, 1, dtype, optimizer=optimizer, zero=settings,
             accumulation_itemsize=accumulation,
         )  # fmt: skip
-        planned = memory(job, System(p), 4, StepTime())
+        planned = memory(job, Scheme(p), 4, StepTime())
         expected = {name: getattr(planned, name) for name in ("parameters", "gradients", "master", "optimizer")}
         on_host = 0
         if settings.offload_optimizer:
@@ -163,11 +163,11 @@ def test_gathers_are_those_of_the_engine(p, limits):
         train(engine, 1)
     # DeepSpeed gathers a fetch of several parameters in one collective
     actual = [item.payload // 4 for item in meter.select("all_gather") if len(item.ranks) == (p or 4)]
-    job = Job(
+    job = Workload(
         model_from_module(engine.module), 2, 2, "fp32", optimizer="sgd",
         zero=ZeroSettings.from_ds(config["zero_optimization"]),
     )  # fmt: skip
-    player = Recorder(CPU, job, System(p), 4)
+    player = Recorder(CPU, job, Scheme(p), 4)
     player.gathered = []
     for _ in range(3):  # two to get going, as the engine had
         player.micro_step(last=False)
@@ -238,7 +238,7 @@ def test_the_peak_within_a_tenth(p, optimizer, batch, overlap):
     with torch.device("meta"):
         model = model_from_module(Wide(), (torch.zeros(1, width),), precision="fp32")
     settings = ZeroSettings.from_ds(config["zero_optimization"])
-    job = Job(model, batch, 2, "fp32", optimizer=optimizer, zero=settings)
+    job = Workload(model, batch, 2, "fp32", optimizer=optimizer, zero=settings)
     warm_up(config)
     before = resident("VmRSS")
     engine = build(config, Wide, optimizer=OPTIMIZERS[optimizer], inside_init=True)

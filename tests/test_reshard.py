@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mics_ds.errors import MicsCheckpointError
-from mics_ds.reshard import (
+from mics_ds.checkpoint.reshape import (
     BASE_STATE,
     FP32_GROUPS,
     FROZEN_SHARDS,
@@ -16,9 +15,10 @@ from mics_ds.reshard import (
     ShardLayout,
     owners_of,
     regroup,
-    reshard_frozen,
-    reshard_optimizer,
+    reshape_frozen,
+    reshape_optimizer,
 )
+from mics_ds.errors import MicsCheckpointError
 
 # sizes that divide by nothing, some smaller than the number of shards, one empty
 SHAPES = {"a": (13, 7), "b": (1,), "c": (3,), "d": (0,), "e": (5, 5), "f": (16,)}
@@ -76,7 +76,7 @@ def test_resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes
 
     for shard in range(new_shards):
         expected = states(new, new_owners, shard, momentum)
-        actual = reshard_optimizer(load, old, new, shard, new_owners)
+        actual = reshape_optimizer(load, old, new, shard, new_owners)
         assert all(map(torch.equal, actual[FP32_GROUPS], expected[FP32_GROUPS]))
         assert actual[BASE_STATE]["param_groups"] == expected[BASE_STATE]["param_groups"]
         assert actual[BASE_STATE]["state"].keys() == expected[BASE_STATE]["state"].keys()
@@ -102,7 +102,7 @@ def test_frozen_parameters_are_cut_anew_too():
             }
 
         for shard in range(new):
-            actual = reshard_frozen(load, SHAPES, old, new, shard)
+            actual = reshape_frozen(load, SHAPES, old, new, shard)
             for name in SHAPES:
                 single = ShardLayout(after.shards, [{name: SHAPES[name]}])
                 assert torch.equal(actual[name], cut(VALUES, single, 0, shard)), (old, new, name)
@@ -118,14 +118,14 @@ def test_state_that_is_not_elementwise_is_refused():
         return item
 
     with pytest.raises(MicsCheckpointError, match="exp_avg_sq_row"):
-        reshard_optimizer(load, old, new, 0, new_owners)
+        reshape_optimizer(load, old, new, 0, new_owners)
 
 
 def test_other_parameter_groups_are_refused():
     old, owners = grouped(2, 10**9)
     new = ShardLayout(4, [SHAPES])
     with pytest.raises(MicsCheckpointError, match="2 optimizer parameter groups and this optimizer 1"):
-        reshard_optimizer(lambda shard: states(old, owners, shard), old, new, 0, [0])
+        reshape_optimizer(lambda shard: states(old, owners, shard), old, new, 0, [0])
 
 
 def test_differences_between_models_are_in_words():

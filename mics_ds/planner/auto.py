@@ -10,20 +10,23 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import agreement, placement
+from ..comm import agreement, placement
 from ..config import MicsConfig, PlanRequest
 from ..errors import MicsPlanError
 from ..log import log_rank0
 from . import plan as planning
-from .job import ITEMSIZE, Job
 from .machine import PRESETS, Link, Machine, load_machine, ranks_per_node
 from .model import Model, Transformer
-from .timeline import System
+from .timeline import Scheme
 from .trace import model_from_module
+from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
+
+if TYPE_CHECKING:
+    from ..seams.engine import EngineFacts
 
 UNKNOWN_ACTIVATIONS = 0.25
 """Fraction of the memory that is set aside for activations nobody told the size of."""
@@ -79,9 +82,35 @@ class Facts:
     """Name of the GPU, or ``cpu``."""
     device_gib: float
     job: Mapping[str, Any]
-    """Keywords of :class:`mics_ds.planner.job.Job`, without the model."""
+    """Keywords of :class:`mics_ds.planner.workload.Workload`, without the model."""
     trains: bool = True
     """Whether there is an optimizer."""
+
+
+def facts_from(engine: EngineFacts, rank: int) -> Facts:
+    """What the planner wants to know, from what the engine's arguments say."""
+    kind = engine.optimizer
+    if engine.built_by_deepspeed:
+        kind = optimizer_kind(kind, bool(engine.optimizer_params.get("torch_adam")))
+    if kind == "sgd" and any(group.get("momentum") for group in engine.param_groups):
+        kind = "sgd_momentum"
+    return Facts(
+        ranks=engine.ranks,
+        place=placement.claim(rank),
+        memory=engine.memory,
+        host_memory=engine.host_memory,
+        device=engine.device,
+        device_gib=engine.device_memory / 2**30,
+        job={
+            "micro_batch": engine.micro_batch,
+            "micro_steps": engine.micro_steps,
+            "precision": engine.precision,
+            "optimizer": kind if kind in OPTIMIZERS else "fusedadam",
+            "zero": ZeroSettings(**engine.zero),
+            "accumulation_itemsize": engine.accumulation_itemsize,
+        },
+        trains=engine.trains,
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +220,7 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
         model = model.without_training()
     if facts.job["precision"] not in machine.flops:
         machine = replace(machine, flops={**machine.flops, facts.job["precision"]: max(machine.flops.values())})
-    job = Job(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
+    job = Workload(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
     systems = [as_configured(config, planning.mics(machine, job, n, p)) for p in planning.candidates(machine, n)]
     rows = [planning.predict(machine, job, system, n, reserve=reserve) for system in systems]
     stock = planning.predict(machine, job, planning.zero3(machine, job), n, reserve=reserve)
@@ -204,7 +233,7 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
     return chosen.p, "; ".join([reason, f"on {machine.name}", *notes])
 
 
-def as_configured(config: MicsConfig, system: System) -> System:
+def as_configured(config: MicsConfig, system: Scheme) -> Scheme:
     """MiCS with the stages and the reduce-scatter that the configuration asks for."""
     staged_scatter = system.staged_scatter and config.hierarchical_grad_scatter is not False
     return replace(

@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from .. import collectives
+from ..comm import collectives
+from ..comm.groups import MicsGroups, build_groups, reduce_scatter_method
 from ..config import MicsConfig
 from ..errors import MicsError, MicsPlanError
-from ..groups import MicsGroups, build_groups, reduce_scatter_method
 from .machine import OPERATIONS, GroupForm, Link, Machine, Sweep, machine_from_json, ranks_per_node
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
@@ -132,12 +132,12 @@ def _scatter(size: int, mine: MicsGroups, staged: bool) -> Callable[[], object]:
     gradient = _buffer(size // FLOAT)
     hierarchy = mine.scatter_hierarchy if staged else None
     order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    plan = collectives.ScatterPlan((gradient.numel(),), order)
+    layout = collectives.BucketLayout((gradient.numel(),), order)
     whole = method == "native" and hierarchy is None
 
     def run() -> None:
         count = 1 if whole else collectives.pieces_worth(gradient.nbytes, staged=staged)
-        pieces = plan.pack([gradient], count)
+        pieces = layout.pack([gradient], count)
         if hierarchy is None:
             collectives.reduce_scatter_mean(pieces, mine.scatter, method)
         else:

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from ..errors import MicsPlanError
 from . import plan as planning
-from .job import ITEMSIZE, OPTIMIZERS, Job, ZeroSettings, optimizer_kind
 from .machine import PRESETS, Link, Machine, load_machine
 from .model import NAMED, Model, parse_transformer
+from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
 
 
 def find_model(text: str, sequence: int, precision: str, quiet: bool = True) -> Model:
@@ -113,7 +113,7 @@ def _batch(micro_batch: int | None, micro_steps: int | None, global_batch: int |
     return {"micro_batch": global_batch // share, "micro_steps": micro_steps or 1}
 
 
-def build_job(given: argparse.Namespace, gpus: int) -> Job:
+def build_job(given: argparse.Namespace, gpus: int) -> Workload:
     """The job that the command line describes.
 
     Raises:
@@ -138,7 +138,7 @@ def build_job(given: argparse.Namespace, gpus: int) -> Job:
         zero = replace(zero, offload_optimizer=True)
     if given.offload_param:
         zero = replace(zero, offload_param=True)
-    job = Job(
+    job = Workload(
         model=find_model(given.model, given.sequence, found["precision"], _quiet(given)),
         checkpointing=given.checkpointing,
         zero=zero,
@@ -205,7 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return given
 
 
-def describe(machine: Machine, job: Job, gpus: int) -> str:
+def describe(machine: Machine, job: Workload, gpus: int) -> str:
     """What is planned, in two lines."""
     numel = job.model.numel
     size = f"{numel / 1e9:.3g} B" if numel >= 1e9 else f"{numel / 1e6:.3g} M"

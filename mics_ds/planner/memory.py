@@ -23,9 +23,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .job import OPTIMIZERS, Job
 from .model import shard_numel
-from .timeline import StepTime, System
+from .timeline import Scheme, StepTime
+from .workload import OPTIMIZERS, Workload
 
 MASTER_ITEMSIZE = 4
 
@@ -77,7 +77,7 @@ class Memory:
         return values
 
 
-def sub_groups(job: Job, p: int) -> int:
+def sub_groups(job: Workload, p: int) -> int:
     """How many sub-groups DeepSpeed makes of one parameter group with the parameters in the order of their use.
 
     It closes one when it has reached ``sub_group_size``.
@@ -95,7 +95,7 @@ def sub_groups(job: Job, p: int) -> int:
     return groups + (1 if numel else 0)
 
 
-def memory(job: Job, system: System, n: int, played: StepTime) -> Memory:
+def memory(job: Workload, system: Scheme, n: int, played: StepTime) -> Memory:
     """Bytes per GPU of a job on n ranks.
 
     Args:
@@ -157,7 +157,7 @@ def memory(job: Job, system: System, n: int, played: StepTime) -> Memory:
     )
 
 
-def activations(job: Job) -> float:
+def activations(job: Workload) -> float:
     """Bytes that one micro-batch keeps for the backward pass; under checkpointing, every block's input and the
     largest block's all."""
     kept, largest = 0.0, 0.0

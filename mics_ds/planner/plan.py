@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MicsPlanError
-from .job import Job
 from .machine import Machine
 from .memory import Memory, memory
-from .timeline import StepTime, System, step_time
+from .timeline import Scheme, StepTime, step_time
+from .workload import Workload
 
 RESERVE = 0.1
 """Fraction of a GPU's memory that is left free: for the runtime, communicators and fragmentation."""
@@ -34,7 +34,7 @@ class Row:
     """One system on one number of ranks."""
 
     label: str
-    system: System
+    system: Scheme
     n: int
     p: int
     memory: Memory
@@ -43,7 +43,7 @@ class Row:
     """Bytes of a GPU that may be used."""
     host_capacity: int
     """Bytes of host memory per rank."""
-    job: Job
+    job: Workload
     peak_flops: float | None
     """Of one GPU in the job's precision; ``None`` where compute was measured and nobody asked for a peak."""
     linear: float | None = None
@@ -127,19 +127,19 @@ def check_size(machine: Machine, n: int, p: int) -> None:
         raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
 
 
-def mics(machine: Machine, job: Job, n: int, p: int) -> System:
+def mics(machine: Machine, job: Workload, n: int, p: int) -> Scheme:
     """MiCS with its defaults: in two stages where the placement allows it, both hops beside the backward pass unless
     ``overlap_comm`` is off. Hop 2 of offloaded gradients follows at once, after it."""
     staged, beside = machine.can_stage(n, p), job.zero.overlap_comm
-    return System(p, staged, staged, hop1_beside=beside, hop2_beside=beside and not job.zero.offload_optimizer)
+    return Scheme(p, staged, staged, hop1_beside=beside, hop2_beside=beside and not job.zero.offload_optimizer)
 
 
-def zero3(machine: Machine, job: Job) -> System:
+def zero3(machine: Machine, job: Workload) -> Scheme:
     """Stock ZeRO-3. On a CPU its reduce-scatter blocks."""
-    return System(None, hop1_beside=machine.streams and job.zero.overlap_comm)
+    return Scheme(None, hop1_beside=machine.streams and job.zero.overlap_comm)
 
 
-def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: float = RESERVE) -> Row:
+def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve: float = RESERVE) -> Row:
     """One row.
 
     Raises:
@@ -170,7 +170,7 @@ def predict(machine: Machine, job: Job, system: System, n: int, *, reserve: floa
 
 
 def make_plan(
-    machine: Machine, job: Job, n: int, sizes: Iterable[int] | None = None, *, reserve: float = RESERVE
+    machine: Machine, job: Workload, n: int, sizes: Iterable[int] | None = None, *, reserve: float = RESERVE
 ) -> list[Row]:
     """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own."""
     check_ranks(machine, n)
@@ -234,7 +234,7 @@ def _gb(value: float) -> str:
 
 def scaling(
     machine: Machine,
-    job: Job,
+    job: Workload,
     systems: Sequence[int | None],
     ranks: Sequence[int],
     *,

@@ -31,16 +31,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import MicsPlanError
-from .job import OPTIMIZERS, Job
 from .machine import GroupForm, Machine
 from .model import Unit, shard_numel
+from .workload import OPTIMIZERS, Workload
 
 SCALAR_BYTES = 8
 """A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""
 
 
 @dataclass(frozen=True)
-class System:
+class Scheme:
     """Which system runs the job, and how."""
 
     p: int | None
@@ -124,7 +124,7 @@ class _Cost(NamedTuple):
 class Costs:
     """What the collectives of one system cost, by elements."""
 
-    def __init__(self, machine: Machine, job: Job, system: System, n: int) -> None:
+    def __init__(self, machine: Machine, job: Workload, system: Scheme, n: int) -> None:
         p = system.partition_size(n)
         self.machine, self.job = machine, job
         self.partition = machine.partition_form(n, p)
@@ -185,7 +185,7 @@ class Lanes:
 class Player:
     """Plays micro-steps one after another. Time goes on from one to the next, and so do collectives under way."""
 
-    def __init__(self, machine: Machine, job: Job, system: System, n: int) -> None:
+    def __init__(self, machine: Machine, job: Workload, system: Scheme, n: int) -> None:
         self.machine, self.job, self.system = machine, job, system
         self.costs = Costs(machine, job, system, n)
         self.lanes = Lanes()
@@ -378,7 +378,7 @@ def _parameters(units: list[Unit]) -> tuple[list[int], list[tuple[int, ...]]]:
     return numels, owned
 
 
-def compute_seconds(machine: Machine, job: Job) -> float:
+def compute_seconds(machine: Machine, job: Workload) -> float:
     """Seconds of compute per operation of the forward pass, on one rank."""
     if job.compute_s is not None:
         share = 3 * job.model.flops + (job.model.recomputed_flops if job.checkpointing else 0.0)
@@ -391,7 +391,7 @@ def compute_seconds(machine: Machine, job: Job) -> float:
     return 1 / (machine.flops[job.precision] * machine.efficiency)
 
 
-def visits(units: list[Unit], job: Job, seconds_per_flop: float) -> Iterator[Visit]:
+def visits(units: list[Unit], job: Workload, seconds_per_flop: float) -> Iterator[Visit]:
     """The turns of one micro-step: forwards, then backwards.
 
     A module without parameters of its own has its turn before those inside it, both ways: the model itself, and
@@ -425,7 +425,7 @@ def visits(units: list[Unit], job: Job, seconds_per_flop: float) -> Iterator[Vis
             end = start
 
 
-def step_time(machine: Machine, job: Job, system: System, n: int) -> StepTime:
+def step_time(machine: Machine, job: Workload, system: Scheme, n: int) -> StepTime:
     """One optimizer step on n ranks. Beyond three micro-steps, those between the first and the last are alike."""
     player = Player(machine, job, system, n)
     played, more = min(job.micro_steps, 3), max(0, job.micro_steps - 3)

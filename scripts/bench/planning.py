@@ -33,10 +33,10 @@ from bench.formula import Shape
 from bench.job import EmulatedJob
 from bench.systems import Spec, deepspeed_config
 from mics_ds.planner import plan as planning
-from mics_ds.planner.job import Job, ZeroSettings
 from mics_ds.planner.machine import Machine, load_machine
 from mics_ds.planner.model import Block, Model, Unit
-from mics_ds.planner.timeline import System
+from mics_ds.planner.timeline import Scheme
+from mics_ds.planner.workload import Workload, ZeroSettings
 
 STRIDE = 3
 """Every third measurement is fitted on."""
@@ -103,7 +103,7 @@ class Measurement:
         flat = ", flat" if self.spec.options else ""
         return "ZeRO-3" if self.spec.kind == "zero3" else f"MiCS p={self.record['p']}{flat}"
 
-    def job(self) -> Job:
+    def job(self) -> Workload:
         record = self.record
         numel = record["hidden"] ** 2
         emulated = EmulatedJob(record["hidden"], record["layers"], record["micro_steps"], record["micro_batch"])
@@ -111,7 +111,9 @@ class Measurement:
         zero = ZeroSettings.from_ds(deepspeed_config(self.spec, emulated, shape, numel)["zero_optimization"])
         model = Model("emulated", (Block((Unit((numel,), 1.0),), record["layers"]),))
         compute = record["layers"] * 3 * record["layer_s"]
-        return Job(model, record["micro_batch"], record["micro_steps"], "fp32", False, "sgd", zero, compute_s=compute)
+        return Workload(
+            model, record["micro_batch"], record["micro_steps"], "fp32", False, "sgd", zero, compute_s=compute
+        )
 
     def predict(self, constants: tuple[float, float]) -> planning.Row:
         machine = replace(self.machine, issue_overhead=constants[0], step_overhead=constants[1])
@@ -119,7 +121,7 @@ class Measurement:
         if self.spec.kind == "zero3":
             system = planning.zero3(machine, job)
         elif self.spec.options:
-            system = System(self.record["p"])
+            system = Scheme(self.record["p"])
         else:
             system = planning.mics(machine, job, self.n, self.record["p"])
         return planning.predict(machine, job, system, self.n)

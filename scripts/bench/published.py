@@ -19,24 +19,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from mics_ds.planner.job import Job, ZeroSettings
 from mics_ds.planner.machine import Link, Machine, find_preset
 from mics_ds.planner.model import NAMED, Model, Transformer
 from mics_ds.planner.plan import Row, mics, predict
-from mics_ds.planner.timeline import System
+from mics_ds.planner.timeline import Scheme
+from mics_ds.planner.workload import Workload, ZeroSettings
 
 # [Note: systems of the publications]
 # DeepSpeed 0.5.6 waited for the device before it went on, so that communication hid behind nothing.
-OLD_ZERO3 = System(None, hop1_beside=False, prefetch=False)
+OLD_ZERO3 = Scheme(None, hop1_beside=False, prefetch=False)
 # DeepSpeed 0.12 gathers ahead, but "fails to effectively overlap ReduceScatter with computation" (AMSP).
-ZERO3 = System(None, hop1_beside=False)
+ZERO3 = Scheme(None, hop1_beside=False)
 HPZ = replace(ZERO3, secondary=True)
 
 
-def in_tree(p: int) -> System:
+def in_tree(p: int) -> Scheme:
     """MiCS as DeepSpeed shipped it: flat, and the "ReduceScatter operation also blocks the concurrent execution of
     AllReduce" (AMSP)."""
-    return System(p, hop1_beside=False, hop2_beside=False)
+    return Scheme(p, hop1_beside=False, hop2_beside=False)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Figure:
     """Follows from figures above it."""
 
 
-def _job(model: Model, micro_batch: int, micro_steps: int, precision: str, **settings: object) -> Job:
+def _job(model: Model, micro_batch: int, micro_steps: int, precision: str, **settings: object) -> Workload:
     settings.setdefault("checkpointing", True)
-    return Job(model, micro_batch, micro_steps, precision, **settings)
+    return Workload(model, micro_batch, micro_steps, precision, **settings)
 
 
-def hundred(machine: Machine, n: int, system: System | None = None) -> Row:
+def hundred(machine: Machine, n: int, system: Scheme | None = None) -> Row:
     job = _job(NAMED["gpt-100b"].model(2048), 2, 4, "fp16")
     return predict(machine, job, system or mics(machine, job, n, 128), n)
 
@@ -80,7 +80,7 @@ def bloomberg(machine: Machine) -> Row:
     return predict(machine, job, mics(machine, job, 512, 128), 512)
 
 
-def gpt30(machine: Machine, system: System | None = None) -> Row:
+def gpt30(machine: Machine, system: Scheme | None = None) -> Row:
     model = replace(NAMED["gpt-30b"], heads=64, flash=True).model(2048)
     job = _job(model, 2, 1, "bf16")
     return predict(machine, job, system or mics(machine, job, 256, 32), 256)
@@ -105,7 +105,7 @@ LLAMA_30B = Transformer(6144, 60, 32000, heads=48, ffn=16384, gated=True, tied=F
 AMSP_MODELS = {"7B": (NAMED["llama-7b"], 8), "13B": (NAMED["llama-13b"], 8), "30B": (LLAMA_30B, 16)}
 
 
-def amsp(machine: Machine, size: str, n: int, system: System | None) -> Row:
+def amsp(machine: Machine, size: str, n: int, system: Scheme | None) -> Row:
     """One cell of AMSP's table. ``None``: MiCS with the partition size of the paper's table IV."""
     shape, p = AMSP_MODELS[size]
     job = _job(shape.model(4096), 1, 1024 // n, "bf16", checkpointing=size == "30B", zero=ZeroSettings())

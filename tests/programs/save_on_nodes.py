@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import helpers
 
-from mics_ds import manifest
+from mics_ds.checkpoint import manifest
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--common", type=Path, required=True)

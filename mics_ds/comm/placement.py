@@ -1,7 +1,7 @@
 """On which node does this rank run, and do all ranks tell a consistent story?
 
 The launcher knows; every launcher says it in its own variable. Nothing here communicates: each rank
-makes a :class:`Claim`, :mod:`mics_ds.groups` collects the claims, and :func:`resolve` turns them
+makes a :class:`Claim`, :mod:`mics_ds.comm.groups` collects the claims, and :func:`resolve` turns them
 into one node index per rank, the same on every rank.
 """
 
@@ -12,7 +12,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import MicsAgreementError, MicsConfigError
+from ..errors import MicsAgreementError, MicsConfigError
 
 SIMULATE_ENV = "MICS_DS_RANKS_PER_NODE"
 

@@ -4,7 +4,7 @@ On an accelerator nothing is needed for that: collectives and kernels go to stre
 hurries on. On a CPU a collective of several stages needs somebody to start the second stage when the
 first has arrived, so a lane there is one thread. One thread, and a first-in-first-out queue, because
 all ranks have to issue the collectives of a group in the same order; for the same reason a lane needs
-process groups of its own (:mod:`mics_ds.groups`).
+process groups of its own (:mod:`mics_ds.comm.groups`).
 
 Work is written as plain blocking code in either case.
 """

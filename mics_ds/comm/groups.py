@@ -1,23 +1,26 @@
 """The process groups of MiCS, made once and carried as one small object.
 
-:mod:`mics_ds.layout` computes who belongs together; this module checks across ranks that everybody
+:mod:`mics_ds.comm.layout` computes who belongs together; this module checks across ranks that everybody
 computed the same, and only then creates process groups, in the same order on every rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.distributed as dist
 
+from ..config import MicsConfig
+from ..errors import MicsConfigError
+from ..log import log_rank0
 from . import agreement, placement
-from .config import MicsConfig
-from .errors import MicsConfigError
 from .lanes import Lane
 from .layout import MicsLayout, Ranks
-from .log import log_rank0
+
+ReduceScatterMethod = Literal["native", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """This rank's two groups for hierarchical collectives. See :class:`mics_ds.layout.NodeGrid`."""
+    """This rank's two groups for hierarchical collectives. See :class:`mics_ds.comm.layout.NodeGrid`."""
 
     inter: RankGroup
     intra: RankGroup
@@ -94,6 +97,29 @@ class _Cache:
         return cls
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks have agreed on, before any group is made."""
+
+    config: MicsConfig
+    layouts: Mapping[int, MicsLayout]
+    """By the first rank of each data-parallel group."""
+    own: MicsLayout
+    world_nodes: tuple[int, ...]
+    stages_gather: bool
+    stages_scatter: bool
+    scatter_apart: bool
+    """Whether hop 1 gets process groups of its own, see :attr:`MicsGroups.scatter`."""
+
+    @property
+    def can_stage(self) -> bool:
+        return self.stages_gather or self.stages_scatter
+
+    @property
+    def scatter_purpose(self) -> str:
+        return "scatter" if self.scatter_apart else "gather"
+
+
 def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
     """Agree with all other ranks on the configuration and return this rank's groups.
 
@@ -108,7 +134,40 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
         MicsAgreementError: the ranks disagree.
         MicsConfigError: p does not divide the data-parallel size.
     """
+    agreed = _agree(config, full)
+    cache = _Cache.fresh()
+    own = _create(agreed, full, cache)
+    partition, scatter = own["gather", "partition"], own[agreed.scatter_purpose, "partition"]
+
+    def node_groups(purpose: str, staged: bool) -> NodeGroups | None:
+        if not staged:
+            return None
+        chunk_of_slot = agreed.own.node_grid(partition.ranks).chunk_of_slot
+        return NodeGroups(own[purpose, "inter"], own[purpose, "intra"], chunk_of_slot)
+
+    if agreed.own not in cache.announced:
+        cache.announced.add(agreed.own)
+        method = reduce_scatter_method(config, full)
+        log_rank0(agreed.own.describe(agreed.stages_gather, agreed.stages_scatter, method))
+    return MicsGroups(
+        config=config,
+        layout=agreed.own,
+        full=RankGroup.of(full),
+        partition=partition,
+        replication=own.get(("gather", "replication")),
+        hierarchy=node_groups("gather", agreed.stages_gather),
+        scatter=scatter,
+        scatter_hierarchy=node_groups(agreed.scatter_purpose, agreed.stages_scatter),
+        world_nodes=agreed.world_nodes,
+        gather_lane=cache.lanes.setdefault(("gather", config.shard_size), Lane("all-gather")),
+        scatter_lane=cache.lanes.setdefault(("scatter", config.shard_size), Lane("reduction")),
+    )
+
+
+def _agree(config: MicsConfig, full: dist.ProcessGroup) -> _Agreed:
+    """Compare configuration, data-parallel groups and placement with all ranks of the world."""
     mine = tuple(dist.get_process_group_ranks(full))
+    stride = _stride(mine)
     place = placement.claim(dist.get_rank())
     payloads = agreement.exchange(
         {
@@ -116,74 +175,61 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
             agreement.CONFIG: config.to_json(),
             "size": len(mine),
             "first": mine[0],
-            "stride": _stride(mine),
+            "stride": stride,
             "place": place.as_json(),
         }
     )
     agreement.require_same(payloads, {"size": "the data-parallel size", "stride": "the spacing of data-parallel ranks"})
     nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
-
-    stride = _stride(mine)
     layouts = {
-        first: MicsLayout(members, tuple(nodes[rank] for rank in members), config.shard_size)
+        first: MicsLayout(members, tuple(nodes[rank] for rank in members), int(config.shard_size))
         for first in sorted({item["first"] for item in payloads})
         for members in [tuple(first + stride * index for index in range(len(mine)))]
     }
-    layout = layouts[mine[0]]
-    why_flat = next((reason for reason in (item.why_not_hierarchical() for item in layouts.values()) if reason), None)
-    # "auto" is two stages wherever the placement allows them: with p = 4 on four nodes of two ranks at
-    # 100 Mbit/s a step took 3.35 s in two stages and 5.79 s flat (docs/results.md).
-    gather_in_stages = config.hierarchical_params_gather is not False and why_flat is None
-    scatter_in_stages = config.hierarchical_grad_scatter is not False and why_flat is None
-    apart = "scatter" if dist.get_backend(full) == "gloo" else "gather"
-    cache = _Cache.fresh()
-
-    # Every rank creates every group, its own or not, in one order: NCCL splits them off the world
-    # communicator, which takes all of its ranks.
-    own: dict[tuple[str, str], RankGroup] = {}
-    for item in layouts.values():
-        wanted: list[tuple[str, str, tuple[Ranks, ...]]] = [("gather", "partition", item.partition_groups)]
-        wanted.append((apart, "partition", item.partition_groups))
-        if item.replication_size > 1:
-            wanted.append(("gather", "replication", item.replication_groups))
-        grids = [] if why_flat else [item.node_grid(group) for group in item.partition_groups]
-        for purpose, staged in (("gather", gather_in_stages), (apart, scatter_in_stages)):
-            if staged:
-                wanted += [(purpose, "inter", grid.inter) for grid in grids]
-                wanted += [(purpose, "intra", grid.intra) for grid in grids]
-        for purpose, kind, groups in wanted:
-            for ranks in groups:
-                group = full if ranks == mine and purpose == "gather" else _group_of(cache, purpose, ranks)
-                if dist.get_rank() in ranks:
-                    own[purpose, kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
-
-    partition = own["gather", "partition"]
-
-    def node_groups(purpose: str, staged: bool) -> NodeGroups | None:
-        if not staged:
-            return None
-        chunk_of_slot = layout.node_grid(partition.ranks).chunk_of_slot
-        return NodeGroups(own[purpose, "inter"], own[purpose, "intra"], chunk_of_slot)
-
-    if layout not in cache.announced:
-        cache.announced.add(layout)
-        log_rank0(layout.describe(gather_in_stages, scatter_in_stages, reduce_scatter_method(config, full)))
-    return MicsGroups(
+    can_stage = not any(item.why_not_hierarchical() for item in layouts.values())
+    return _Agreed(
         config=config,
-        layout=layout,
-        full=RankGroup.of(full),
-        partition=partition,
-        replication=own.get(("gather", "replication")),
-        hierarchy=node_groups("gather", gather_in_stages),
-        scatter=own[apart, "partition"],
-        scatter_hierarchy=node_groups(apart, scatter_in_stages),
+        layouts=layouts,
+        own=layouts[mine[0]],
         world_nodes=tuple(nodes),
-        gather_lane=cache.lanes.setdefault(("gather", config.shard_size), Lane("all-gather")),
-        scatter_lane=cache.lanes.setdefault(("scatter", config.shard_size), Lane("reduction")),
+        # "auto" is two stages wherever the placement allows them: with p = 4 on four nodes of two ranks at
+        # 100 Mbit/s a step took 3.35 s in two stages and 5.79 s flat (docs/results.md).
+        stages_gather=config.hierarchical_params_gather is not False and can_stage,
+        stages_scatter=config.hierarchical_grad_scatter is not False and can_stage,
+        scatter_apart=dist.get_backend(full) == "gloo",
     )
 
 
-def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup) -> str:
+def _wanted(agreed: _Agreed, layout: MicsLayout) -> Iterator[tuple[str, str, tuple[Ranks, ...]]]:
+    """(purpose, kind, ranks of each group) of all groups of one data-parallel group, in order of creation."""
+    yield "gather", "partition", layout.partition_groups
+    yield agreed.scatter_purpose, "partition", layout.partition_groups
+    if layout.replication_size > 1:
+        yield "gather", "replication", layout.replication_groups
+    grids = [layout.node_grid(group) for group in layout.partition_groups] if agreed.can_stage else []
+    for purpose, staged in (("gather", agreed.stages_gather), (agreed.scatter_purpose, agreed.stages_scatter)):
+        if staged:
+            yield purpose, "inter", tuple(ranks for grid in grids for ranks in grid.inter)
+            yield purpose, "intra", tuple(ranks for grid in grids for ranks in grid.intra)
+
+
+def _create(agreed: _Agreed, full: dist.ProcessGroup, cache: type[_Cache]) -> dict[tuple[str, str], RankGroup]:
+    """Create the process groups and return this rank's, by purpose and kind.
+
+    Every rank creates every group, its own or not, in one order: NCCL splits them off the world
+    communicator, which takes all of its ranks.
+    """
+    own: dict[tuple[str, str], RankGroup] = {}
+    for layout in agreed.layouts.values():
+        for purpose, kind, groups in _wanted(agreed, layout):
+            for ranks in groups:
+                group = full if ranks == agreed.own.ranks and purpose == "gather" else _group_of(cache, purpose, ranks)
+                if dist.get_rank() in ranks:
+                    own[purpose, kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
+    return own
+
+
+def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup) -> ReduceScatterMethod:
     """``"native"`` or ``"all_to_all"``: what the configuration says, or what suits the backend.
 
     gloo's reduce-scatter sends as many bytes as its all-reduce, 2(p-1)/p · M, where an all-to-all sends

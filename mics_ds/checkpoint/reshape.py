@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import MicsCheckpointError
+from ..errors import MicsCheckpointError
 
 # Keys of DeepSpeed's stage 3 files.
 BASE_STATE, FP32_GROUPS, SHARD_COUNT = "optimizer_state_dict", "fp32_flat_groups", "partition_count"
@@ -145,7 +145,7 @@ def copies(old: ShardLayout, old_shard: int, new: ShardLayout, new_shard: int) -
             )
 
 
-def reshard_optimizer(
+def reshape_optimizer(
     load: Callable[[int], dict[str, Any]],
     old: ShardLayout,
     new: ShardLayout,
@@ -237,7 +237,7 @@ def owners_of(optimizer_state: Mapping[str, Any], count: int) -> list[int]:
     return owners
 
 
-def reshard_frozen(
+def reshape_frozen(
     load: Callable[[int], Mapping[str, Any]],
     shapes: Mapping[str, Sequence[int]],
     old_shards: int,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import MicsCheckpointError
+from ..errors import MicsCheckpointError
 
 NAME = "mics_manifest.json"
 LATEST = "latest"
@@ -203,6 +204,12 @@ def read(folder: Path) -> Manifest:
             f"{folder / NAME} is damaged or from a newer mics_ds ({error!r}). Restore it, or load another checkpoint; "
             f"without that file this one can be loaded, but nothing is checked."
         ) from error
+
+
+def count_shards(folder: Path) -> int:
+    """p of a checkpoint without a manifest, from the names of its files. 0 if there are none."""
+    found = (re.match(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt$", path.name) for path in folder.glob("*.pt"))
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def complete_tags(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .errors import MicsConfigError
+from ..errors import MicsConfigError
 
 Ranks = tuple[int, ...]
 

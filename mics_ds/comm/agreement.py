@@ -22,8 +22,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from .errors import MicsAgreementError
-from .log import logger
+from ..errors import MicsAgreementError
+from ..log import logger
 
 TIMEOUT_ENV = "MICS_DS_AGREEMENT_TIMEOUT"
 # Ranks may reach DeepSpeed minutes apart (rank 0 prepares a data set while the others wait), so this
@@ -65,6 +65,11 @@ def post(payload: Payload) -> None:
     if not alone():
         store = c10d._get_default_store()
         store.set(_key(_Round.take(), dist.get_rank()), json.dumps(payload))
+
+
+def post_error(error: BaseException) -> None:
+    """Tell the other ranks why this one will not go on. It still has to raise ``error`` itself."""
+    post({STATE: ERROR, "message": str(error)})
 
 
 def exchange(payload: Payload) -> list[dict[str, Any]]:

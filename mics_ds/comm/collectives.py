@@ -8,7 +8,7 @@
 |   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
 | all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
 
-All of them block, and are meant to run on a :class:`mics_ds.lanes.Lane`. Where a collective has two
+All of them block, and are meant to run on a :class:`mics_ds.comm.lanes.Lane`. Where a collective has two
 stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
 """
 
@@ -19,17 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from .errors import MicsCommError
-from .groups import NodeGroups, RankGroup
+from ..errors import MicsCommError
+from .groups import NodeGroups, RankGroup, ReduceScatterMethod
 from .meter import labelled
 
-ReduceScatterMethod = Literal["native", "all_to_all"]
 _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
 # Stages, as traces, meters and errors name them.
@@ -54,7 +53,7 @@ class StageTime(NamedTuple):
     operator: str
     """torch's name of the collective."""
     payload: int
-    """Bytes, as in :class:`mics_ds.meter.Collective`."""
+    """Bytes, as in :class:`mics_ds.comm.meter.Collective`."""
     seconds: float
     """From issue to arrival. Work on the host; on a device with streams, only until it was enqueued."""
 
@@ -112,17 +111,20 @@ class ReplicaAverage:
         with _named(HOP2, replication):
             tensor.div_(replication.size)
             self._watch = _Watch(HOP2, "all_reduce", tensor.nbytes)
-            self._work = dist.all_reduce(tensor, group=replication.group, async_op=True)
+            self._work: dist.Work | None = dist.all_reduce(tensor, group=replication.group, async_op=True)
 
     def wait(self) -> None:
-        """Return once the mean is there.
+        """Return once the mean is there. May be called again.
 
         Raises:
             MicsCommError: the collective failed.
         """
+        if self._work is None:
+            return
         with _named(HOP2, self._replication):
             self._work.wait()
         self._watch.stop()
+        self._work = None
 
 
 def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None:
@@ -222,7 +224,7 @@ def _cut(numel: int, pieces: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class ScatterPlan:
+class BucketLayout:
     """How the gradients of one bucket lie in the buffer that is scattered.
 
     Each gradient is cut into p chunks of ``ceil(numel / p)``, the last one padded, as ZeRO-3 shards
@@ -306,7 +308,7 @@ def reduce_scatter_mean_hierarchical(
     that 16-bit sums do not overflow in between.
 
     Args:
-        pieces: (p, width) each, rows in *slot* order, see :class:`mics_ds.layout.NodeGrid`. Emptied.
+        pieces: (p, width) each, rows in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`. Emptied.
 
     Returns:
         (sum of widths,), in the dtype of the pieces.

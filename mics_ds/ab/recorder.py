@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..seams.patch import Patches
+
 REPORT_ENV = "MICS_DS_REPORT"
 COUNTERS = Path("/proc/net/dev")
 
@@ -61,28 +63,28 @@ class StepRecorder:
         self._losses.clear()
 
 
-def record_engine(engine_class: type) -> None:
+def record_engine(patches: Patches, engine_class: type) -> None:
     """Have every engine of this class record its steps, if ``MICS_DS_REPORT`` is set."""
     folder = os.environ.get(REPORT_ENV)
-    if not folder or hasattr(engine_class, "_mics_recorder"):
+    if not folder:
         return
-    engine_class._mics_recorder = None
-    backward, step = engine_class.backward, engine_class.step
 
     def recorder(engine: Any) -> StepRecorder:
         if engine._mics_recorder is None:
             engine._mics_recorder = StepRecorder(Path(folder), engine.global_rank, engine.local_rank)
         return engine._mics_recorder
 
-    def backward_recorded(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(original: Any, self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
         recorder(self).saw_loss(loss.detach())
-        return backward(self, loss, *args, **kwargs)
+        return original(self, loss, *args, **kwargs)
 
-    def step_recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.global_steps
-        result = step(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         if self.global_steps > before:
             recorder(self).finished_step()
         return result
 
-    engine_class.backward, engine_class.step = backward_recorded, step_recorded
+    patches.set(engine_class, "_mics_recorder", None)
+    patches.wrap_method(engine_class, "backward", backward)
+    patches.wrap_method(engine_class, "step", step)

@@ -23,8 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .config import DISABLE_ENV
-from .report import REPORT_ENV
+from ..config import DISABLE_ENV
+from .recorder import REPORT_ENV
 
 NAMES = ("stock ZeRO-3", "MiCS")
 
@@ -33,7 +33,7 @@ def summarise(folder: Path, skip: int) -> dict[str, Any]:
     """Medians over steps of one run's records.
 
     Args:
-        folder: holds ``rankN.jsonl`` as written by :class:`mics_ds.report.StepRecorder`.
+        folder: holds ``rankN.jsonl`` as written by :class:`mics_ds.ab.recorder.StepRecorder`.
         skip: leading steps to leave out of times and bytes (not of losses).
 
     Raises:

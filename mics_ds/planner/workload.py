@@ -92,7 +92,7 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """One training job on one model.
 
     Raises:

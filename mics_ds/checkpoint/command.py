@@ -1,0 +1,204 @@
+"""``python -m mics_ds.reshape OLD NEW --shards P``: cut a stage 3 checkpoint into another number of shards.
+
+From MiCS to ZeRO-3 (P = number of ranks), from ZeRO-3 to MiCS (P = ``mics_shard_size``), or between
+partition sizes. The result is a checkpoint as DeepSpeed itself would have written it on P ranks. OLD is
+not changed. Runs in one process, with one new shard in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..errors import MicsCheckpointError
+from ..seams.checkpoint import load_states
+from . import manifest
+from . import reshape as cutting
+from .manifest import FileRecord, Manifest
+
+_OPTIMIZER_FILE = re.compile(r"(?P<prefix>(?:bf16_)?)zero_pp_rank_0_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+_COPIED = ("zero_to_fp32.py", "zero_to_torch.py")
+DEFAULT_SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's
+
+
+def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | None = None) -> Path:
+    """Write ``source``, the folder of one tag, into ``save_dir`` under the same tag, in ``shards`` shards.
+
+    Args:
+        sub_group_size: of the job that will load it; by default as in the job that saved it.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        MicsCheckpointError: ``source`` is not a complete checkpoint of stage 3, or cannot be cut.
+        OSError: reading or writing failed. Nothing was published then.
+    """
+    if shards < 1:
+        raise MicsCheckpointError(f"--shards must be at least 1, got {shards}.")
+    if not source.is_dir():
+        raise MicsCheckpointError(f"{source} is not a folder. Give the folder of one tag, DIR/global_step100 say.")
+    if save_dir.resolve() == source.parent.resolve():
+        raise MicsCheckpointError(
+            f"{save_dir} has the old checkpoint of that tag. Give another folder for the new one."
+        )
+    old_shards, old_manifest = _check(source)
+    target = save_dir / source.name
+    staging = manifest.staging_folder(target)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        files: dict[str, FileRecord] = {}
+        parts = [match for match in map(_OPTIMIZER_FILE.match, _names(source)) if match is not None]
+        steps = 0
+        with tqdm(total=shards * len(parts), unit="shard", desc=f"{old_shards} -> {shards}") as bar:
+            for part in parts:
+                job = _Part(source, part["prefix"], part["mp"], old_shards, shards, sub_group_size)
+                steps = job.global_steps
+                for shard in range(shards):
+                    for name, states in job.files(shard):
+                        torch.save(states, staging / name)
+                        files[name] = manifest.seal(staging / name, 0)
+                        del states
+                    bar.update()
+        described = _describe(source.name, shards, len(parts), steps, old_manifest, files)
+        manifest.publish(staging, target, described)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    manifest.write_text(save_dir / manifest.LATEST, source.name)
+    for name in _COPIED:
+        if (source.parent / name).is_file():
+            shutil.copy2(source.parent / name, save_dir / name)
+    return target
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _check(source: Path) -> tuple[int, Manifest | None]:
+    """Number of shards and manifest, if ``source`` is complete."""
+    old: Manifest | None = None
+    try:
+        old = manifest.read(source)
+        found = manifest.damages(source, sorted(old.files), old.files)
+        shards = old.shards
+    except FileNotFoundError:
+        shards = manifest.count_shards(source)
+        mp = {match["mp"]: match["prefix"] for match in map(_OPTIMIZER_FILE.match, _names(source)) if match}
+        wanted = [
+            name
+            for rank, prefix in mp.items()
+            for shard in range(shards)
+            for name in (
+                f"zero_pp_rank_{shard}_mp_rank_{rank}_model_states.pt",
+                f"{prefix}zero_pp_rank_{shard}_mp_rank_{rank}_optim_states.pt",
+            )
+        ]
+        found = manifest.damages(source, wanted, {}) if wanted else [f"{source} has no files of ZeRO stage 3"]
+    if old is not None and old.node_local:
+        missing = [shard for shard in range(shards) if not list(source.glob(f"*zero_pp_rank_{shard}_mp_*_optim_*"))]
+        if missing:
+            found.append(f"it is node-local and shards {missing} are elsewhere; copy the files of all nodes here")
+    if found:
+        raise MicsCheckpointError(f"{source} is not complete: {'; '.join(found[:6])}. Restore it, or take another one.")
+    return shards, old
+
+
+class _Part:
+    """The shards of one model-parallel rank."""
+
+    def __init__(
+        self, source: Path, prefix: str, mp_rank: str, old_shards: int, shards: int, sub_group_size: int | None
+    ) -> None:
+        self._source, self._prefix, self._mp = source, prefix, mp_rank
+        first = self._model_states(0)
+        self.global_steps: int = first["global_steps"]
+        shapes = first[cutting.PARAM_SHAPES]
+        if sub_group_size is None:
+            zero = first["ds_config"].get("zero_optimization", {}) if isinstance(first["ds_config"], dict) else {}
+            sub_group_size = int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE))
+        owners = cutting.owners_of(self._optimizer_states(0)[cutting.BASE_STATE], len(shapes))
+        groups, self._owners = cutting.regroup(shapes, owners, shards, sub_group_size)
+        self._old, self._new = cutting.ShardLayout(old_shards, shapes), cutting.ShardLayout(shards, groups)
+
+    def _model_name(self, shard: int) -> str:
+        return f"zero_pp_rank_{shard}_mp_rank_{self._mp}_model_states.pt"
+
+    def _optimizer_name(self, shard: int) -> str:
+        return f"{self._prefix}zero_pp_rank_{shard}_mp_rank_{self._mp}_optim_states.pt"
+
+    def _model_states(self, shard: int) -> dict[str, Any]:
+        return load_states(self._source / self._model_name(shard), mmap=True)
+
+    def _optimizer_states(self, shard: int) -> dict[str, Any]:
+        return load_states(self._source / self._optimizer_name(shard), mmap=True)
+
+    def files(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Both files of one new shard, one after the other."""
+        size = self._new.shards
+        states = self._model_states(shard % self._old.shards)
+        states[cutting.DP_WORLD_SIZE] = size
+        states[cutting.PARAM_SHAPES] = list(self._new.groups)
+        if states.get(cutting.FROZEN_SHARDS):
+            shapes = states[cutting.FROZEN_SHAPES]
+            states[cutting.FROZEN_SHARDS] = cutting.reshape_frozen(
+                self._model_states, shapes, self._old.shards, size, shard
+            )
+        yield self._model_name(shard), states
+        whole = self._optimizer_states(shard % self._old.shards)
+        whole[cutting.BASE_STATE] = cutting.reshape_optimizer(
+            lambda old: self._optimizer_states(old)[cutting.BASE_STATE], self._old, self._new, shard, self._owners
+        )
+        yield self._optimizer_name(shard), whole
+
+
+def _describe(
+    tag: str, shards: int, model_parallel: int, steps: int, old: Manifest | None, files: dict[str, FileRecord]
+) -> Manifest:
+    versions = {"mics_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    if old is None:
+        return Manifest(tag, shards, 1, shards, (shards,), model_parallel, steps, False, versions, files)
+    ranks = {"shards": shards, "replicas": 1, "ranks": shards, "ranks_per_node": (shards,), "node_local": False}
+    return dataclasses.replace(old, **ranks, versions={**old.versions, **versions}, files=files)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mics_ds.reshape",
+        description="Cut a ZeRO-3 or MiCS checkpoint into another number of shards, without changing the old one.",
+    )
+    parser.add_argument("old", type=Path, help="folder of one tag, for example checkpoints/global_step100")
+    parser.add_argument("new", type=Path, help="folder to save into; gets the same tag, and becomes its latest")
+    parser.add_argument(
+        "--shards", type=int, required=True, help="mics_shard_size of the job that will load it; all ranks for ZeRO-3"
+    )
+    parser.add_argument(
+        "--sub-group-size", type=float, help="sub_group_size of that job, if it is another than that of the old one"
+    )
+    given = parser.parse_args(arguments)
+    size = None if given.sub_group_size is None else int(given.sub_group_size)
+    try:
+        target = reshape(given.old, given.new, given.shards, sub_group_size=size)
+    except (MicsCheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{target} is complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Loading under MiCS: checked before anything is changed, in as many shards as were saved or cut anew.
+
+DeepSpeed's own ``load_checkpoint`` does the work. :class:`_Loading` stands between it and the files, and makes old
+shards look like this job's.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import MicsCheckpointError
+from ..log import log_rank0
+from ..seams import checkpoint as seam
+from . import manifest, reshape
+from .manifest import Manifest
+from .save import CLIENT_STATE
+from .together import Site, exchange, raise_together, site_of, words
+
+RESHAPE_COMMAND = "python -m mics_ds.reshape"
+
+
+class _Saved:
+    """A checkpoint on disk, as far as it matters before it is loaded."""
+
+    def __init__(self, engine: Any, target: Path) -> None:
+        self._engine, self._folder = engine, target
+        self.manifest: Manifest | None = None
+        self.reshapes = False
+        self.layout: reshape.ShardLayout | None = None
+        try:
+            self.manifest = manifest.read(target)
+            self.shards = self.manifest.shards
+        except FileNotFoundError:
+            self.shards = manifest.count_shards(target)
+
+    def model_states(self, shard: int) -> Path:
+        return self._folder / seam.model_states_name(self._engine, shard)
+
+    def optimizer_states(self, shard: int) -> Path:
+        return self._folder / seam.optimizer_states_name(self._engine, shard)
+
+
+class _Loading:
+    """Between DeepSpeed and the files while loading: makes old shards look like this job's."""
+
+    def __init__(self, engine: Any, saved: _Saved) -> None:
+        self._engine, self._saved = engine, saved
+        self._shard = engine.optimizer.mics_groups.partition.rank
+        self.model_states_shard = self._shard % saved.shards
+
+    def make(self, make: Callable[[], Any]) -> None:
+        make()
+
+    def read(self, path: str) -> dict[str, Any]:
+        name = os.path.basename(path)
+        if name.endswith("_model_states.pt"):
+            return self._model_states(path)
+        return self._optimizer_states(path)
+
+    def _model_states(self, path: str) -> dict[str, Any]:
+        states = seam.load_states(path)
+        # Only the number of shards must fit, and that was seen to; DeepSpeed compares the number of ranks.
+        states[reshape.DP_WORLD_SIZE] = self._engine.seq_dp_world_size
+        frozen = states.get(reshape.FROZEN_SHARDS)
+        if frozen and self._saved.shards != self._size:
+            states[reshape.FROZEN_SHARDS] = reshape.reshape_frozen(
+                lambda shard: seam.load_states(self._saved.model_states(shard), mmap=True),
+                states[reshape.FROZEN_SHAPES],
+                self._saved.shards,
+                self._size,
+                self._shard,
+            )
+        return states
+
+    def _optimizer_states(self, path: str) -> dict[str, Any]:
+        if not self._saved.reshapes:
+            return seam.load_states(path)
+        old, new = self._saved.layout, reshape.ShardLayout(self._size, seam.param_shapes(self._engine))
+        assert old is not None, "read before loading is allowed"
+        states: dict[str, Any] = {}
+
+        def load(shard: int) -> dict[str, Any]:
+            whole = seam.load_states(self._saved.optimizer_states(shard), mmap=True)
+            states.update({key: value for key, value in whole.items() if key != reshape.BASE_STATE})
+            return whole[reshape.BASE_STATE]
+
+        cut = reshape.reshape_optimizer(load, old, new, self._shard, seam.sub_group_owners(self._engine))
+        return {**states, reshape.BASE_STATE: cut}
+
+    @property
+    def _size(self) -> int:
+        return self._engine.optimizer.mics_groups.partition.size
+
+
+def load(
+    original: Callable[..., tuple],
+    engine: Any,
+    load_dir: str | os.PathLike,
+    tag: Any = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Callable | None = None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """``engine.load_checkpoint`` of an engine with MiCS. Collective over the world.
+
+    Raises:
+        MicsCheckpointError: on every rank, before anything was changed: the checkpoint is missing,
+            incomplete, damaged, of another model, or in another number of shards.
+    """
+    if load_module_only:
+        # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
+        load_optimizer_states = False
+    site = site_of(engine)
+    folder = Path(load_dir)
+    tag = _agree_on_tag(site, folder, tag)
+    if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
+        return original(engine, load_dir)
+    target = folder / tag
+    notes: dict[str, Any] = {"errors": [], "complete": manifest.complete_tags(folder)}
+    saved: _Saved | None = None
+    try:
+        if not target.is_dir():
+            raise MicsCheckpointError(f"{target} does not exist")
+        saved = _Saved(engine, target)
+        notes["errors"] = _objections(engine, site, target, saved, load_optimizer_states)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        notes["errors"].append(str(error).rstrip(".") if isinstance(error, MicsCheckpointError) else words(error))
+    everybody = exchange(notes, f"checking {target}")
+    complete = sorted(set.intersection(*(set(item["complete"]) for item in everybody)) - {tag})
+    others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
+    raise_together(everybody, f"Checkpoint {target} cannot be loaded.", f"No state was changed.{others}")
+    assert saved is not None, "a rank without it has an objection"
+
+    if saved.reshapes:
+        log_rank0(f"{target} has {saved.shards} shards; they are cut into {site.groups.partition.size} while loading")
+    elif saved.manifest is not None and saved.manifest.ranks != site.groups.layout.world_size:
+        log_rank0(f"{target} was saved by {saved.manifest.ranks} ranks, with as many shards as now; it loads as it is")
+    session = _Loading(engine, saved)
+    with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
+        path, client_state = original(
+            engine,
+            load_dir,
+            tag=tag,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+    return path, _own_client_state(target, saved, site, client_state)
+
+
+def _agree_on_tag(site: Site, folder: Path, tag: Any) -> str | None:
+    """The tag to load, the same on all ranks; ``None`` if there is no latest one.
+
+    ``latest`` is replaced after everything else, node by node on local folders. If that was interrupted, the
+    newer checkpoint is complete on all nodes, and is taken.
+    """
+    asked = None if tag is None else str(tag)
+    note: dict[str, Any] = {"asked": asked, "latest": None, "steps": -1, "errors": []}
+    try:
+        if site.publishes:
+            for remains in manifest.interrupted_saves(folder):
+                log_rank0(f"{remains} is left from an interrupted save; it is not a checkpoint and is ignored")
+        if asked is None and (folder / manifest.LATEST).is_file():
+            note["latest"] = (folder / manifest.LATEST).read_text().strip()
+        wanted = note["latest"] if asked is None else asked
+        if wanted and site.publishes and manifest.recover(folder / wanted):
+            log_rank0(f"{folder / wanted} was being replaced when that was interrupted; the older one is back")
+        if wanted and (folder / wanted / manifest.NAME).is_file():
+            note["steps"] = manifest.read(folder / wanted).global_steps
+    except (OSError, MicsCheckpointError) as error:
+        note["errors"].append(words(error))
+    notes = exchange(note, f"looking for a checkpoint in {folder}")
+    raise_together(notes, f"No checkpoint can be loaded from {folder}.", "No state was changed.")
+    if len({item["asked"] for item in notes}) > 1:
+        raise MicsCheckpointError(
+            f"All ranks must load the same tag, got {', '.join(repr(item['asked']) for item in notes[:8])} in rank "
+            f"order. Give every rank the same one."
+        )
+    if asked is not None:
+        return asked
+    found = {item["latest"] for item in notes}
+    if len(found) == 1:
+        return note["latest"]
+    seeing = [rank for rank, item in enumerate(notes) if item["latest"] is not None]
+    if not site.node_local:
+        raise MicsCheckpointError(
+            f"{folder / manifest.LATEST} says "
+            + "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(item["latest"] for item in notes))
+            + ". The folder has to be on storage that all nodes share; for folders local to each node set "
+            '"checkpoint": {"use_node_local_storage": true}.'
+        )
+    newest = max((notes[rank] for rank in seeing), key=lambda item: item["steps"])["latest"]
+    log_rank0(f"nodes disagree on the latest checkpoint in {folder}, as after an interrupted save; taking {newest}")
+    return newest
+
+
+def _objections(engine: Any, site: Site, target: Path, saved: _Saved, with_optimizer: bool) -> list[str]:
+    """Why this checkpoint cannot be loaded, as far as this rank can see. Empty if it can."""
+    p = site.groups.partition.size
+    if saved.shards == 0:
+        return [f"{target} has no *_model_states.pt of ZeRO stage 3"]
+    if saved.manifest is not None and saved.manifest.model_parallel != dist.get_world_size() // len(
+        site.groups.layout.ranks
+    ):
+        return [f"it was saved by a job with model parallelism {saved.manifest.model_parallel}"]
+    shards = [site.shard] if saved.shards == p else range(saved.shards)
+    needed = [seam.model_states_name(engine, shard) for shard in shards]
+    if with_optimizer:
+        needed += [seam.optimizer_states_name(engine, shard) for shard in shards]
+    else:  # DeepSpeed takes the weights from all fp32 shards then
+        needed += [seam.optimizer_states_name(engine, shard) for shard in range(saved.shards)]
+    records = {} if saved.manifest is None else saved.manifest.files
+    # Sizes of what this rank will read; contents are shared out, so that every file is read once for it.
+    content = needed if site.node_local else sorted(records)[site.rank :: len(site.peers)]
+    found = manifest.damages(target, [name for name in needed if name not in content], records, contents=False)
+    found += manifest.damages(target, content, records)
+    if found:
+        other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
+        if with_optimizer and (target / other).exists():
+            found.append("it was saved by a job of another 16-bit type (bf16 or not), whose optimizer states differ")
+        elif saved.manifest is not None and saved.manifest.node_local and not site.node_local:
+            found.append("it was saved with use_node_local_storage: this folder has the shards of one node only")
+        elif saved.manifest is not None and saved.manifest.node_local and saved.shards != p:
+            found.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
+        return found
+    if with_optimizer:
+        states = seam.load_states(saved.model_states(site.shard % saved.shards), mmap=True)
+        saved.layout = reshape.ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
+        mine = reshape.ShardLayout(p, seam.param_shapes(engine))
+        strange = mine.differences(saved.layout)
+        if strange:
+            return [f"it is of another model: {'; '.join(strange[:3])}{' and more' if len(strange) > 3 else ''}"]
+        saved.reshapes = not mine.same_as(saved.layout)
+    else:
+        saved.reshapes = saved.shards != p
+    if saved.reshapes and not site.groups.config.reshape_checkpoint:
+        how = (
+            f"it has {saved.shards} shards and this job {p}"
+            if saved.shards != p
+            else "its optimizer sub-groups (sub_group_size, parameter groups) are not this job's"
+        )
+        return [
+            f'{how}: set "mics_reshape_checkpoint": true under zero_optimization to have it cut anew while loading, or '
+            f"do so once with {RESHAPE_COMMAND} {target} NEW_FOLDER --shards {p}"
+        ]
+    return []
+
+
+def _own_client_state(
+    target: Path, saved: _Saved, site: Site, client_state: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Replace the client state of the shard's writer by this rank's, where they differed."""
+    name = CLIENT_STATE.format(rank=site.rank)
+    if client_state is None or saved.manifest is None or name not in saved.manifest.files:
+        return client_state
+    if saved.manifest.ranks != site.groups.layout.world_size:
+        return client_state
+    own = seam.load_states(target / name)
+    rest = {key: value for key, value in client_state.items() if key not in own["instead_of"]}
+    return {**rest, **own["client_state"]}

@@ -1,0 +1,104 @@
+"""All ranks save and load together, and fail together.
+
+A :class:`Site` says who does what. Notes are exchanged at a few places, and whatever one rank noted is raised on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch.distributed as dist
+
+from ..comm.groups import MicsGroups
+from ..errors import MicsCheckpointError
+
+
+def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
+    """The notes of all ranks of the world.
+
+    By a collective and not through the store, because that tells at once when a rank has died.
+
+    Raises:
+        MicsCheckpointError: it has.
+    """
+    if dist.get_world_size() == 1:
+        return [note]
+    notes: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(notes, note)
+    except RuntimeError as error:
+        raise MicsCheckpointError(
+            f"Another rank has most likely died while {doing}; its own output says why. Checkpoints that were complete "
+            f"before are untouched."
+        ) from error
+    return notes
+
+
+def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> None:
+    """Raise the same error on all ranks if any of them noted errors."""
+    by_message: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        for message in note["errors"]:
+            by_message.setdefault(message, []).append(rank)
+    if by_message:
+        said = "; ".join(
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}"
+            f"{' and more' if len(ranks) > 8 else ''}: {message}"
+            for message, ranks in list(by_message.items())[:6]
+        )
+        more = f"; and {len(by_message) - 6} more" if len(by_message) > 6 else ""
+        raise MicsCheckpointError(f"{failed} {said}{more}. {remedy}")
+
+
+def words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().rstrip(".")
+
+
+class Site:
+    """Who does what in saving and loading, from this rank's point of view."""
+
+    def __init__(self, groups: MicsGroups, node_local: bool) -> None:
+        self.rank = dist.get_rank()
+        self.groups = groups
+        self.node_local = node_local
+        self.shard = groups.partition.rank
+
+    @cached_property
+    def peers(self) -> list[int]:
+        """Global ranks that see the same folder."""
+        nodes = self.groups.world_nodes
+        return [rank for rank, node in enumerate(nodes) if not self.node_local or node == nodes[self.rank]]
+
+    @cached_property
+    def publishes(self) -> bool:
+        return self.rank == self.peers[0]
+
+    @cached_property
+    def writer(self) -> int:
+        """Global rank that writes the files of this rank's shard, where this rank can see them."""
+        layout = self.groups.layout
+        same_shard = layout.replication_groups[self.shard]
+        if not self.node_local:
+            return same_shard[self.shard % layout.replication_size]
+        return next(rank for rank in same_shard if rank in self.peers)
+
+
+def site_of(engine: Any) -> Site:
+    return Site(engine.optimizer.mics_groups, engine.use_node_local_storage())
+
+
+def on_publishers(
+    site: Site, work: Callable[[], Any], doing: str, note: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Do something on the ranks that publish, and tell all ranks how it went."""
+    mine: dict[str, Any] = {"errors": [], **(note or {})}
+    if site.publishes:
+        try:
+            work()
+        except MicsCheckpointError as error:
+            mine["errors"].append(str(error).rstrip("."))
+        except OSError as error:
+            mine["errors"].append(words(error))
+    return exchange(mine, doing)

@@ -1,0 +1,133 @@
+"""What a DeepSpeed configuration asks of MiCS: parsed once, and handed on to whatever is built from it.
+
+DeepSpeed parses its JSON wherever it builds something: the configuration object, the engine, ``zero.Init``, the
+optimizer. Here it is parsed where the first of them is made. A :class:`Build` then carries the request, and the
+process groups made for it, to everything that is constructed inside that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from .comm import agreement
+from .comm.groups import MicsGroups, build_groups
+from .config import DISABLE_ENV, MicsConfig, disabled_by_environment, split_ds_config
+from .errors import MicsConfigError
+from .log import log_rank0
+from .seams.ds_config import load_ds_config
+
+
+class Request(NamedTuple):
+    """The MiCS part of a configuration."""
+
+    state: str
+    """One of the states of :mod:`mics_ds.comm.agreement`: on, disabled, off."""
+    mics: MicsConfig | None = None
+    """Set when on or disabled."""
+    rest: dict[str, Any] | None = None
+    """The configuration without our keys, if it had any."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.state == agreement.ON
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether MiCS is on and its partition size is still to be chosen."""
+        return self.is_on and self.mics is not None and self.mics.is_auto
+
+
+OFF = Request(agreement.OFF)
+
+
+def read_request(ds_config: Any) -> Request:
+    """Parse the MiCS part of a configuration in any form DeepSpeed takes.
+
+    Raises:
+        MicsConfigError: the keys are wrong. The other ranks are told before it is raised.
+    """
+    try:
+        param_dict = load_ds_config(ds_config)
+        if param_dict is None:
+            return OFF
+        mics, rest = split_ds_config(param_dict)
+        if mics is None:
+            return Request(agreement.OFF, None, rest)
+        if disabled_by_environment():
+            if not _Said.disabled:
+                _Said.disabled = True
+                log_rank0(f"{DISABLE_ENV} is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks.")
+            return Request(agreement.DISABLED, mics, rest)
+        return Request(agreement.ON, mics, rest)
+    except MicsConfigError as error:
+        agreement.post_error(error)
+        raise
+
+
+class _Said:
+    """What was logged already in this process."""
+
+    disabled = False
+
+
+def compare(request: Request) -> None:
+    """Check with the other ranks that they have the same request. Ranks without the key only report that.
+
+    Raises:
+        MicsAgreementError: they have not.
+    """
+    if request.mics is None:
+        # Ranks whose file has the key must not wait for one whose file lacks it.
+        agreement.post({agreement.STATE: agreement.OFF})
+    else:
+        payload = {agreement.STATE: request.state, agreement.CONFIG: request.mics.to_json()}
+        agreement.require_same(agreement.exchange(payload))
+
+
+@dataclass
+class Build:
+    """An engine or a partitioner under construction, with everything inside it."""
+
+    request: Request
+    _groups: dict[tuple[int, ...], MicsGroups] = field(default_factory=dict)
+
+    @property
+    def config(self) -> MicsConfig:
+        assert self.request.mics is not None, "only asked for where MiCS is on"
+        return self.request.mics
+
+    def groups(self, full: dist.ProcessGroup) -> MicsGroups:
+        """The groups for this request and data-parallel group. Collective over the world the first time.
+
+        Raises:
+            MicsAgreementError: the ranks disagree.
+            MicsConfigError: the partition size does not divide the data-parallel size.
+        """
+        ranks = tuple(dist.get_process_group_ranks(full))
+        if ranks not in self._groups:
+            self._groups[ranks] = build_groups(self.config, full)
+        return self._groups[ranks]
+
+
+_current: ContextVar[Build | None] = ContextVar("mics_ds_build", default=None)
+
+
+def current_build() -> Build | None:
+    """The innermost thing under construction, if there is one."""
+    return _current.get()
+
+
+@contextmanager
+def building(build: Build) -> Iterator[None]:
+    """Hand ``build`` on to everything that is constructed meanwhile."""
+    token = _current.set(build)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,204 @@
+"""DeepSpeed's checkpoint files: their names, what writes and reads them, and the methods of the engine around them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ..errors import MicsCheckpointError
+from .patch import Patches
+
+
+class CheckpointFiles:
+    """DeepSpeed's checkpoint engine, with a session that may stand between it and the files.
+
+    Without a session, everything goes on to DeepSpeed's.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.session: Any = None
+        """With ``write(path, write)``, ``make(make)`` and ``read(path)``."""
+
+    @classmethod
+    def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
+        if not isinstance(engine.checkpoint_engine, cls):
+            engine.checkpoint_engine = cls(engine.checkpoint_engine)
+        return engine.checkpoint_engine
+
+    @contextmanager
+    def through(self, session: Any) -> Iterator[None]:
+        self.session = session
+        try:
+            yield
+        finally:
+            self.session = None
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        if self.session is None:
+            return self.inner.save(state_dict, path)
+        return self.session.write(path, lambda: self.inner.save(state_dict, path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> Any:
+        if self.session is None:
+            return self.inner.makedirs(path, exist_ok=exist_ok)
+        return self.session.make(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        if self.session is None:
+            return self.inner.load(path, map_location=map_location)
+        return self.session.read(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def model_states_name(engine: DeepSpeedEngine, shard: int) -> str:
+    """File name of the model states of one shard."""
+    return os.path.basename(engine._get_ckpt_name("", "", pp_placeholder=str(shard)))
+
+
+def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None = None) -> str:
+    """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
+    bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
+    mp_rank = int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
+    return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
+
+
+def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
+    """Names and shapes of the optimizer's parameters, per sub-group, in the order of the flat buffers."""
+    return engine._get_zero_param_shapes()
+
+
+def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
+    """The parameter group of each sub-group."""
+    owners = engine.optimizer.sub_group_to_group_id
+    return [owners[index] for index in range(len(engine.optimizer.fp16_groups))]
+
+
+def set_writer(engine: DeepSpeedEngine, writes: bool) -> None:
+    """Whether this rank writes the files of its shard at the next save."""
+    engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = writes
+
+
+def _model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:
+    """Paths of the model states of one shard, one for each model-parallel rank that saved."""
+    pattern = engine._get_ckpt_name(folder, "", mp_placeholder="*", pp_placeholder=str(shard))
+    return sorted(glob.glob(os.path.normpath(pattern)))
+
+
+WEIGHTS_ONLY_ENV = "MICS_DS_WEIGHTS_ONLY"
+
+
+def load_states(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
+    """Read one of DeepSpeed's checkpoint files to host memory.
+
+    Tries ``weights_only`` with the few classes that DeepSpeed itself puts there. A file with others (custom
+    objects in ``client_state``, say) is unpickled as DeepSpeed would, unless ``MICS_DS_WEIGHTS_ONLY=1``.
+
+    Args:
+        mmap: leave tensors in the file until they are read. Not for what is to be kept.
+
+    Raises:
+        MicsCheckpointError: the file needs unpickling and that is forbidden.
+    """
+    mapped = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+    with torch.serialization.safe_globals(_SAFE_CLASSES):
+        try:
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not")[0].splitlines()[0]
+            if os.environ.get(WEIGHTS_ONLY_ENV) == "1":
+                raise MicsCheckpointError(
+                    f"{path} holds objects that only unpickling can load, and {WEIGHTS_ONLY_ENV}=1 forbids it: "
+                    f"{reason}. If you trust whoever wrote the file, unset the variable."
+                ) from error
+    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+
+
+def _safe_classes() -> list[Any]:
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum]
+
+
+_SAFE_CLASSES = _safe_classes()
+
+_weights_tag: ContextVar[str | None] = ContextVar("weights_tag", default=None)
+
+
+@contextmanager
+def weights_from(tag: str) -> Iterator[None]:
+    """Have DeepSpeed read consolidated weights from the checkpoint being loaded, and not from the latest one."""
+    token = _weights_tag.set(tag)
+    try:
+        yield
+    finally:
+        _weights_tag.reset(token)
+
+
+def install(
+    patches: Patches,
+    *,
+    runs_mics: Callable[[Any], bool],
+    save: Callable[..., Any],
+    load: Callable[..., Any],
+    before_stock_saves: Callable[[Any, str, str], None],
+    before_stock_loads: Callable[[Any, str, str | None], None],
+) -> None:
+    """Redirect the checkpoint methods of all engines.
+
+    Args:
+        runs_mics: whether an engine is one with MiCS.
+        save, load: called for those, like the methods they replace, with the original first.
+        before_stock_saves, before_stock_loads: told what any other stage 3 engine is about to do: engine, folder, tag.
+    """
+
+    def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
+        return consolidate(checkpoint_dir, tag or _weights_tag.get(), **kwargs)
+
+    def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if save_dir and runs_mics(self):
+            return save(original, self, save_dir, tag, *args, **kwargs)
+        if save_dir and self.zero_optimization_partition_weights():
+            before_stock_saves(self, save_dir, f"global_step{self.global_steps}" if tag is None else str(tag))
+        return original(self, save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self.load_universal_checkpoint():
+            if runs_mics(self):
+                return load(original, self, load_dir, tag, *args, **kwargs)
+            if self.zero_optimization_partition_weights():
+                before_stock_loads(self, load_dir, tag)
+        return original(self, load_dir, tag, *args, **kwargs)
+
+    def _get_all_ckpt_names(original: Any, self: Any, folder: str, tag: str) -> list[str]:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None:
+            return original(self, folder, tag)
+        return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
+
+    def _copy_recovery_script(original: Any, self: Any, folder: str) -> None:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None:
+            original(self, folder)
+        else:
+            session.make(lambda: original(self, folder))
+
+    consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
+    patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
+    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)

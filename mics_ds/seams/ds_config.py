@@ -1,0 +1,52 @@
+"""Reading DeepSpeed configurations in every form that DeepSpeed takes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import KEY_PREFIX, parse_ds_json
+
+
+def load_ds_config(source: Any) -> Mapping[str, Any] | None:
+    """Read a DeepSpeed configuration in any of the forms DeepSpeed takes, if it may concern MiCS.
+
+    Args:
+        source: a dictionary, the path of a JSON or HJSON file, or base64 of such a text.
+
+    Returns:
+        The parsed configuration, or ``None`` if it has no ``mics_`` key or cannot be read: then
+        DeepSpeed gets it as it is and makes its own complaint.
+    """
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    if os.path.exists(source):
+        with open(source) as file:
+            text = file.read()
+    else:
+        try:
+            text = base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8")
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            return None
+    if KEY_PREFIX not in text:
+        return None
+    return parse_ds_json(text)
+
+
+def config_argument(arguments: Mapping[str, Any]) -> Any:
+    """The DeepSpeed configuration among the bound arguments of a constructor, or ``None``."""
+    for name in ("ds_config", "config_dict_or_path", "config"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
+
+
+def offload_device(offload: Any) -> str:
+    """``"none"``, ``"cpu"`` or ``"nvme"``: the device of a parsed ``offload_*`` section, which may be absent."""
+    device = getattr(offload, "device", "none")  # an enum member or its value
+    return str(getattr(device, "value", device))

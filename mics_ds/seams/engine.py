@@ -1,0 +1,139 @@
+"""What is read off an engine and its arguments, and what is done around it in DeepSpeed's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+
+from .ds_config import offload_device
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """An engine that is about to be built, in DeepSpeed's words, and the devices of this rank."""
+
+    ranks: tuple[int, ...]
+    """Global ranks of its data-parallel group."""
+    micro_batch: int
+    micro_steps: int
+    precision: str
+    """``fp32``, ``fp16`` or ``bf16``."""
+    zero: Mapping[str, Any]
+    """Numbers and switches of the ``zero_optimization`` section, under the names of DeepSpeed's own fields."""
+    optimizer: str
+    """Its class's name, or the name in the JSON, in small letters. Empty if there is none."""
+    built_by_deepspeed: bool
+    """Whether DeepSpeed makes the optimizer, from that name and :attr:`optimizer_params`."""
+    optimizer_params: Mapping[str, Any]
+    param_groups: tuple[Mapping[str, Any], ...]
+    """Of the optimizer, or the parameters in the JSON."""
+    accumulation_itemsize: int
+    """Bytes of an accumulated gradient's element, 0 where the JSON leaves it to DeepSpeed."""
+    memory: float
+    """Bytes of its device that this rank can use. On a CPU, what it shares with the other ranks of the node."""
+    device_memory: float
+    """Bytes that the device has."""
+    device: str
+    """Its name, or ``cpu``."""
+    host_memory: float
+    """Bytes of free host memory on the node, shared by its ranks."""
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.optimizer)
+
+
+_ZERO_NUMBERS = (
+    "prefetch_bucket_size",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "param_persistence_threshold",
+    "reduce_bucket_size",
+    "sub_group_size",
+)
+_ZERO_SWITCHES = ("overlap_comm", "contiguous_gradients")
+_ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def engine_facts(engine_arguments: Mapping[str, Any]) -> EngineFacts:
+    """Read the keywords of ``DeepSpeedEngine`` and look at this rank's devices."""
+    parsed = engine_arguments["config_class"]
+    zero, mpu = parsed.zero_config, engine_arguments.get("mpu")
+    group = mpu.get_data_parallel_group() if mpu is not None else torch.distributed.group.WORLD
+    optimizer = engine_arguments.get("optimizer")
+    params = parsed.optimizer_params or {}
+    name = str(parsed.optimizer_name or "").lower() if optimizer is None else type(optimizer).__name__.lower()
+    memory, device_memory, device = _memory_at_hand(engine_arguments["model"])
+    return EngineFacts(
+        ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+        micro_batch=int(parsed.train_micro_batch_size_per_gpu),
+        micro_steps=int(parsed.gradient_accumulation_steps),
+        precision="bf16" if parsed.bfloat16_config.enabled else "fp16" if parsed.float16_config.enabled else "fp32",
+        zero={
+            **{name: int(getattr(zero, name)) for name in _ZERO_NUMBERS},
+            **{name: bool(getattr(zero, name)) for name in _ZERO_SWITCHES},
+            "offload_optimizer": offload_device(zero.offload_optimizer) != "none",
+            "offload_param": offload_device(zero.offload_param) != "none",
+        },
+        optimizer=name,
+        built_by_deepspeed=optimizer is None,
+        optimizer_params=params,
+        param_groups=tuple(getattr(optimizer, "param_groups", (params,))),
+        accumulation_itemsize=_ITEMSIZE.get(str(getattr(parsed, "grad_accum_dtype", None)), 0),
+        memory=float(memory),
+        device_memory=float(device_memory),
+        device=device,
+        host_memory=float(psutil.virtual_memory().available),
+    )
+
+
+def _memory_at_hand(module: torch.nn.Module) -> tuple[float, float, str]:
+    """Bytes this rank can use for ``module`` and its states, bytes its device has, and the device's name.
+
+    On a CPU, the first is shared with the other ranks of the node.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        available = float(psutil.virtual_memory().available)
+        return available, available, "cpu"
+    # DeepSpeed sets the device later, when the engine is built.
+    index = int(os.environ.get("LOCAL_RANK", accelerator.current_device()))
+    # What this process's allocator has but does not use can be used, and so can what the module takes up now: it
+    # is part of the plan.
+    unused = accelerator.memory_reserved(index) - accelerator.memory_allocated(index)
+    own = sum(
+        held.nbytes
+        for param in module.parameters()
+        for held in (param.data, getattr(param, "ds_tensor", None))
+        if held is not None and held.device.type == accelerator.device_name()
+    )
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(index)
+        return free + unused + own, total, torch.cuda.get_device_name(index)
+    total = accelerator.total_memory(index)
+    return accelerator.available_memory(index) + unused + own, total, accelerator.device_name()
+
+
+def log_stage(stage: Any) -> None:
+    """Enter a :class:`mics_ds.comm.collectives.StageTime` into DeepSpeed's ``comms_logger``, if that is switched on.
+
+    Hop 1, hop 2 and the two stages of hierarchical collectives get entries of their own. As for any
+    subgroup, the logger computes its bandwidths as if the whole world had taken part.
+    """
+    log = comm.comm.comms_logger
+    if log.enabled and (log.prof_all or stage.operator in log.prof_ops):
+        log.append(stage.operator, f"mics {stage.label}", 1e3 * stage.seconds, stage.payload)
+
+
+def ensure_distributed() -> None:
+    """Bring the process group up as ``zero.Init`` would do a moment later."""
+    if not comm.is_initialized():
+        deepspeed.init_distributed()

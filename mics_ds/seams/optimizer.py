@@ -1,0 +1,210 @@
+"""DeepSpeed's stage 3 optimizer, with hooks where gradients rest between hop 1 and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from .support import BOUNDARY_IS_A_METHOD, FINALIZES_OFFLOAD
+
+
+class _FullGradients(list):
+    """Gradients that are to be reduced yet, passed where DeepSpeed passes reduced ones."""
+
+
+class _WithoutGrad:
+    """A parameter, but for its gradient. Storing a reduced gradient ends with ``param.grad = None``; done late,
+    on another thread, that could take away the *next* gradient of a parameter that is used twice."""
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self._param = param
+        self.grad = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._param, name)
+
+
+class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
+    """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
+
+    _partitioning_grads = False
+
+    def defers_reduction(self) -> bool:
+        """Whether gradient shards are still partial after DeepSpeed has reduced them."""
+        return False
+
+    def takes_over_hop1(self) -> bool:
+        """Whether :meth:`reduce_bucket` reduces gradients instead of DeepSpeed. Only for ``reduce_scatter: true``."""
+        return False
+
+    def reduce_bucket(
+        self,
+        ids: list[int],
+        gradients: list[torch.Tensor],
+        store: Callable[[list[torch.Tensor]], None],
+    ) -> None:
+        """Take the mean of full gradients over the partition group, now or until :meth:`finish_hop1`.
+
+        Args:
+            ids: ``ds_id`` of the parameters of one bucket.
+            gradients: one per parameter, in the communication dtype. Free to be overwritten by others
+                once this returns.
+            store: to be called with this rank's part of each reduced gradient, without padding. May be
+                called on another thread, before :meth:`finish_hop1` returns.
+        """
+        raise NotImplementedError
+
+    def finish_hop1(self) -> None:
+        """Return once every bucket handed to :meth:`reduce_bucket` has been stored."""
+
+    def shards_changed(self, ids: list[int]) -> None:
+        """The gradient shards of these parameters were written or added to."""
+
+    def complete_reduction_if_needed(self) -> None:
+        """Make :attr:`gradient_shards` final. Called at the boundary and once more before the step."""
+
+    def before_gradients_are_read(self, local: bool) -> None:
+        """Somebody is about to look at gradient shards: all ranks to assemble whole gradients, or, if ``local``,
+        this rank alone to see its own."""
+
+    def agree_on_norms(self, norms: torch.Tensor) -> torch.Tensor:
+        """1-D gradient norms, one per sub-group, -1 where invalid. Return what all replicas shall use."""
+        return norms
+
+    def agree_on_overflow(self, overflow: bool) -> bool:
+        """Return what all replicas shall believe."""
+        return overflow
+
+    @property
+    def gradient_shards(self) -> torch.Tensor:
+        """1-D buffer with this rank's shard of every gradient; DeepSpeed reads views of it."""
+        return self.grad_partitions_flat_buffer
+
+    def gradient_ranges(self) -> dict[int, tuple[int, int]]:
+        """Where in :attr:`gradient_shards` the shard of each parameter lies: ``ds_id`` to (start, end)."""
+        ranges, start = {}, 0
+        for param in (param for group in self.fp16_groups for param in group):
+            ranges[param.ds_id] = (start, start + param.partition_numel())
+            start += param.partition_numel()
+        return ranges
+
+    @contextmanager
+    def reduction_stream(self) -> Iterator[None]:
+        """Order work behind hop 1, and everything that follows behind that work."""
+        with get_accelerator().stream(self.reduce_and_partition_stream):
+            yield
+        if not get_accelerator().resolves_data_dependency():
+            self.reduce_and_partition_stream.synchronize()
+
+    @property
+    def communication_device(self) -> torch.device:
+        return torch.device(get_accelerator().current_device_name())
+
+    def finish_offloaded_gradients(self, ids: set[int]) -> None:
+        """With optimizer offload: compute norms and fp32 copies of the now final shards of these parameters."""
+        if not self.offload_optimizer:
+            return
+        if FINALIZES_OFFLOAD:
+            self._finalize_offload_gradient_accumulation()
+            return
+        # Older versions do that while they add a gradient at the boundary, so add nothing.
+        params = [param for group in self.fp16_groups for param in group if param.ds_id in ids]
+        shards = [self.gradient_shards.new_zeros(param.partition_numel()) for param in params]
+        step, self.micro_step_id = self.micro_step_id, 1  # the first one would overwrite
+        try:
+            super().partition_grads([_WithoutGrad(param) for param in params], shards)
+        finally:
+            self.micro_step_id = step
+
+    def at_boundary(self) -> bool:
+        """Whether this backward pass ends the accumulation."""
+        value = self.is_gradient_accumulation_boundary
+        return value() if callable(value) else value
+
+    if BOUNDARY_IS_A_METHOD:
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return not self._holds_back_boundary() and super().is_gradient_accumulation_boundary()
+
+    def _holds_back_boundary(self) -> bool:
+        # Under offload, partition_grads copies gradients into the optimizer's buffers as soon as it
+        # sees the boundary. Partial gradients must not go there: see finish_offloaded_gradients.
+        return self.offload_optimizer and self._partitioning_grads and self.defers_reduction()
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 (a private name, as Python mangles it)
+        self, params_to_reduce: list, communication_data_type: torch.dtype
+    ) -> Any:
+        if not self.takes_over_hop1():
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params_to_reduce, communication_data_type)
+        return _FullGradients([param.grad.to(communication_data_type) for param in params_to_reduce])
+
+    def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
+        if not isinstance(grad_partitions, _FullGradients):
+            return self._store(params_to_release, grad_partitions)
+        # DeepSpeed hands the bucket over here and uses it for others as soon as we return.
+        stand_ins = [_WithoutGrad(param) for param in params_to_release]
+
+        def store(shards: list[torch.Tensor]) -> None:
+            self._store(stand_ins, [shard.to(self.gradient_accumulation_dtype) for shard in shards])
+
+        self.reduce_bucket([param.ds_id for param in params_to_release], grad_partitions, store)
+        for param in params_to_release:
+            if not get_accelerator().is_synchronized_device():
+                param.grad.record_stream(get_accelerator().current_stream())
+            param.grad = None
+        return []
+
+    def _store(self, params: list, shards: list[torch.Tensor]) -> Any:
+        self._partitioning_grads = True
+        boundary = None if BOUNDARY_IS_A_METHOD else self.is_gradient_accumulation_boundary
+        if boundary is not None and self._holds_back_boundary():
+            self.is_gradient_accumulation_boundary = False
+        try:
+            result = super().partition_grads(params, shards)
+        finally:
+            self._partitioning_grads = False
+            if boundary is not None:
+                self.is_gradient_accumulation_boundary = boundary
+        self.shards_changed([param.ds_id for param in params])
+        return result
+
+    def get_fp32_grad_for_param(self, param: torch.nn.Parameter) -> Any:
+        self.before_gradients_are_read(local=False)
+        return super().get_fp32_grad_for_param(param)
+
+    def update_fp32_grad_for_param_vectorized(self, update_func: Callable, param_list: list) -> Any:
+        self.before_gradients_are_read(local=False)
+        return super().update_fp32_grad_for_param_vectorized(update_func, param_list)
+
+    def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> Any:
+        self.before_gradients_are_read(local=True)
+        return super().get_local_fp32_grad_for_param(param)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        super().independent_gradient_partition_epilogue()
+        self.finish_hop1()
+        if self.at_boundary():
+            self.complete_reduction_if_needed()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        self.complete_reduction_if_needed()
+        super().finalize_gradient_accumulation_boundary()
+
+    def step(self, closure: Callable | None = None) -> None:
+        self.complete_reduction_if_needed()
+        super().step(closure)
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        return self.agree_on_overflow(super().has_overflow(partition_gradients))
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        norms = [torch.as_tensor(norm) for norm in super()._get_norm_groups()]
+        if not norms:
+            return norms
+        agreed = self.agree_on_norms(torch.stack([norm.to(self.communication_device) for norm in norms]))
+        return [value.to(norm.device) for value, norm in zip(agreed, norms)]

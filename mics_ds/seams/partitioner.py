@@ -1,0 +1,182 @@
+"""DeepSpeed's partitioner and parameter manager, with their private methods as named hooks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import partition_parameters as pp
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+from . import support
+
+is_zero_param = pp.is_zero_param
+GatheredParameters = pp.GatheredParameters
+
+
+class PartitionerSeam(pp.Init):
+    """``deepspeed.zero.Init`` with hooks around the birth and the gathering of a parameter."""
+
+    def before_first_partition(self, param: torch.nn.Parameter) -> None:
+        """``param`` still holds its full data, as this rank initialised it."""
+
+    def after_conversion(self, param: torch.nn.Parameter) -> None:
+        """``param`` has just become a ZeRO-3 parameter, not yet partitioned."""
+
+    def start_gather(self, shard: torch.Tensor) -> Any | None:
+        """Gather ``shard`` from all ranks of the partition group, or return ``None`` to let DeepSpeed do it.
+
+        Returns a handle whose ``wait()`` returns an object with ``views(rank, start, length)``: 1-D
+        views that together are the elements [start, start + length) of the shard of a partition rank.
+        """
+        return None
+
+    def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
+        """A function given to ``Module.apply`` has changed these gathered parameters; make all ranks equal."""
+        raise NotImplementedError
+
+    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+        self.before_first_partition(param)
+        super()._zero_init_param(param)
+
+    def _allgather_params_coalesced(self, param_list: list, *args: Any, **kwargs: Any) -> None:
+        if not support.gathers_race():
+            super()._allgather_params_coalesced(param_list, *args, **kwargs)
+            return
+        for param in param_list:  # then the last one is the only one
+            super()._allgather_params_coalesced([param], *args, **kwargs)
+
+    def _convert_to_deepspeed_param(self, param: torch.nn.Parameter) -> None:
+        super()._convert_to_deepspeed_param(param)
+        stock = param.all_gather_coalesced
+
+        @functools.wraps(stock)
+        def all_gather_coalesced(params: Iterable, safe_mode: bool = False, quantize: bool = False) -> Any:
+            params = list(params)
+            handle = None if quantize or safe_mode or not params else self._gather_by_hook(params)
+            return stock(params, safe_mode=safe_mode, quantize=quantize) if handle is None else handle
+
+        param.all_gather_coalesced = all_gather_coalesced
+        self.after_conversion(param)
+
+    def _gather_by_hook(self, params: list[torch.nn.Parameter]) -> Any | None:
+        """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""
+        if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
+            return None
+        self._ensure_availability_of_partitioned_params(params)
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for param in sorted(params, key=lambda item: item.ds_id):  # one order on all ranks
+            if param.ds_status != pp.ZeroParamStatus.NOT_AVAILABLE:
+                raise RuntimeError(f"expected a parameter that is not gathered yet, got {param.ds_summary()}")
+            by_dtype.setdefault(pp.get_allgather_dtype(param, param.ds_tensor), []).append(param)
+        device = get_accelerator().current_device_name()
+        handles = []
+        for dtype, members in by_dtype.items():
+            # cat also copies a single shard: gathering straight from it would let the optimizer
+            # overwrite what is still being sent
+            shard = torch.cat([param.ds_tensor.to(device).to(dtype).view(-1) for param in members])
+            started = self.start_gather(shard)
+            if started is None:
+                assert not handles, "start_gather must answer alike for all dtypes"
+                return None
+            for param in members:
+                param.ds_status = pp.ZeroParamStatus.INFLIGHT
+            handles.append(_SeamGatherHandle(started, members, self.get_partition_dp_group(members[0]).size()))
+        return pp.MultipleAllGatherHandles(handles)
+
+    def patch_init_and_builtins(self) -> None:
+        """DeepSpeed wraps ``Module.apply`` to broadcast from global rank 0 *in the partition group*, which
+        raises wherever rank 0 is not a member. Put a wrapper in its place that asks the hook instead."""
+        super().patch_init_and_builtins()
+        if not pp.Init.override_module_apply:
+            return
+        original = torch.nn.Module._old_apply  # put there by super(), and restored by it from there
+
+        @functools.wraps(original)
+        def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
+            return original(module, fn if hasattr(fn, "wrapped") else gathering(fn))
+
+        def gathering(fn: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+            @functools.wraps(fn)
+            def wrapped(module: torch.nn.Module) -> None:
+                params = sorted(
+                    (param for param in module.parameters(recurse=False) if is_zero_param(param)),
+                    key=lambda param: param.ds_id,
+                )
+                for param in params:
+                    param.all_gather()
+                fn(module)
+                self.broadcast_after_apply(params)
+                for param in params:
+                    param.partition(has_been_updated=True)
+
+            wrapped.wrapped = True  # apply() recurses through itself; gather once per module
+            return wrapped
+
+        torch.nn.Module.apply = apply
+
+
+class _SeamGatherHandle:
+    """What DeepSpeed waits on for a gather that :meth:`PartitionerSeam.start_gather` started."""
+
+    def __init__(self, started: Any, params: list[torch.nn.Parameter], partition_size: int) -> None:
+        self._started = started
+        self._params = params
+        self._partition_size = partition_size
+        self._complete = False
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Give every parameter its full data. ``handle_dependency`` is ignored: it is always handled."""
+        if self._complete:
+            return
+        gathered, offset = self._started.wait(), 0
+        for param in self._params:
+            width = param.ds_tensor.ds_numel
+            views = [
+                view
+                for rank in range(self._partition_size)
+                for view in gathered.views(rank, offset, min(width, param.ds_numel - rank * width))
+            ]
+            # the shards of one parameter lie apart in the buffer of a coalesced gather; DeepSpeed's own
+            # handle joins them by this one copy too
+            param.data = torch.cat(views).view(param.ds_shape).to(param.ds_tensor.dtype)
+            param.ds_status = pp.ZeroParamStatus.AVAILABLE
+            offset += width
+            if not get_accelerator().is_synchronized_device():
+                for view in views:
+                    view.record_stream(get_accelerator().current_stream())
+        self._complete = True
+
+
+def repartition(partitioner: PartitionerSeam, param: torch.nn.Parameter) -> None:
+    """Take a parameter that another ``zero.Init`` partitioned, and partition it anew. Collective.
+
+    Needs the memory of this one full parameter.
+    """
+    param.all_gather()
+    partitioner._zero_init_param(param)
+
+
+class ParamManagerSeam(DeepSpeedZeRoOffload):
+    """DeepSpeed's parameter manager with a hook after it has made all parameters ZeRO-3 parameters."""
+
+    def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
+        """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""
+
+    def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
+        super()._convert_to_zero_parameters(ds_config, module, mpu)
+
+        def make_partitioner() -> PartitionerSeam:
+            return pp.Init(
+                data_parallel_group=mpu.get_data_parallel_group() if hasattr(mpu, "get_data_parallel_group") else None,
+                dtype=self.dtype,
+                config_dict_or_path=ds_config,
+                remote_device=self.offload_device,
+                pin_memory=self.offload_param_pin_memory,
+                mpu=mpu,
+            )
+
+        self.after_all_converted(make_partitioner, module)

@@ -1,0 +1,198 @@
+"""Is this a DeepSpeed we know, has it what we need, and does the configuration ask for something MiCS cannot do?"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters as pp
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from packaging.version import Version
+
+from ..errors import MicsCompatError, MicsConfigError
+from .ds_config import offload_device
+
+TESTED_VERSIONS = ("0.19.8", "0.19.7", "0.19.6", "0.18.9")
+ALLOW_UNTESTED_ENV = "MICS_DS_ALLOW_UNTESTED"
+
+
+def missing_seams() -> list[str]:
+    """What mics_ds needs of DeepSpeed and does not find in the installed one."""
+    needed: dict[type, tuple[str, ...]] = {
+        pp.Init: (
+            "_zero_init_param",
+            "_convert_to_deepspeed_param",
+            "_ensure_availability_of_partitioned_params",
+            "patch_init_and_builtins",
+            "get_partition_dp_group",
+        ),
+        DeepSpeedZeRoOffload: ("_convert_to_zero_parameters",),
+        DeepSpeedZeroOptimizer_Stage3: (
+            "independent_gradient_partition_epilogue",
+            "partition_grads",
+            "_get_norm_groups",
+            "has_overflow",
+            "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
+        ),
+        DeepSpeedEngine: (
+            "_get_ckpt_name",
+            "_get_all_ckpt_names",
+            "_get_rank_zero_ckpt_name",
+            "_get_zero_param_shapes",
+            "_copy_recovery_script",
+        ),
+    }
+    return [f"{cls.__name__}.{name}" for cls, names in needed.items() for name in names if not hasattr(cls, name)]
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed that would misbehave under us. Called only when MiCS is asked for.
+
+    Raises:
+        MicsCompatError: a needed seam is missing, or the version is not among those tested and
+            ``MICS_DS_ALLOW_UNTESTED=1`` is not set.
+    """
+    missing = missing_seams()
+    if missing:
+        raise MicsCompatError(
+            f"mics_ds needs parts of DeepSpeed that {deepspeed.__version__} does not have: {', '.join(missing)}. "
+            f"Install deepspeed=={TESTED_VERSIONS[0]}, or remove the mics_ keys to run stock ZeRO-3."
+        )
+    release = deepspeed.__version__.split("+")[0]
+    if release not in TESTED_VERSIONS and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
+        raise MicsCompatError(
+            f"mics_ds was tested with DeepSpeed {', '.join(TESTED_VERSIONS)}, but this is {deepspeed.__version__}. "
+            f"Install a tested version, or set {ALLOW_UNTESTED_ENV}=1 on all ranks and compare your losses with stock "
+            f"ZeRO-3 (MICS_DS_DISABLE=1) before you trust them."
+        )
+
+
+class Refusal(NamedTuple):
+    """A feature that does not work under MiCS yet."""
+
+    feature: str
+    remedy: str
+    is_asked_for: Callable[[DeepSpeedConfig], bool]
+
+
+def _zero(name: str) -> Callable[[DeepSpeedConfig], bool]:
+    """Whether a switch of the ``zero_optimization`` section is on."""
+    return lambda config: bool(getattr(config.zero_config, name))
+
+
+def _enabled(section: str) -> Callable[[DeepSpeedConfig], bool]:
+    """Whether a section, which older versions do not have, is enabled."""
+    return lambda config: bool(getattr(getattr(config, section, None), "enabled", False))
+
+
+def _sequence_parallel_size(config: DeepSpeedConfig) -> int:
+    size = config._param_dict.get("sequence_parallel_size", 1)
+    return size if isinstance(size, int) else 1
+
+
+REFUSALS = (
+    Refusal(
+        "zero_hpz_partition_size (ZeRO++ hpZ)",
+        "MiCS already keeps parameter gathers inside the partition group; remove it",
+        lambda config: config.zero_config.zero_hpz_partition_size > 1,
+    ),
+    Refusal("zero_quantized_gradients (ZeRO++ qgZ)", "set it to false", _zero("zero_quantized_gradients")),
+    Refusal("zero_quantized_weights (ZeRO++ qwZ)", "set it to false", _zero("zero_quantized_weights")),
+    Refusal("zero_quantized_nontrainable_weights", "set it to false", _zero("zero_quantized_nontrainable_weights")),
+    Refusal(
+        "zenflow",
+        "remove the zenflow section",
+        lambda config: getattr(config.zero_config, "zenflow", None) is not None,
+    ),
+    Refusal(
+        "offload_optimizer.super_offload (SuperOffload)",
+        "set it to false",
+        lambda config: bool(getattr(config.zero_config.offload_optimizer, "super_offload", False)),
+    ),
+    Refusal(
+        "offload_optimizer to NVMe",
+        "offload to cpu",
+        lambda config: offload_device(config.zero_config.offload_optimizer) == "nvme",
+    ),
+    Refusal(
+        "offload_param to NVMe",
+        "offload to cpu",
+        lambda config: offload_device(config.zero_config.offload_param) == "nvme",
+    ),
+    Refusal(
+        "compile.deepcompile (DeepCompile)",
+        "set it to false; torch.compile of your model is not affected",
+        lambda config: bool(getattr(getattr(config, "compile_config", None), "deepcompile", False)),
+    ),
+    Refusal(
+        "the Muon optimizer", "use Adam, AdamW or SGD", lambda config: str(config.optimizer_name).lower() == "muon"
+    ),
+    Refusal("gradient_predivide_factor", "leave it at 1.0", lambda config: config.gradient_predivide_factor != 1.0),
+    Refusal("prescale_gradients", "set it to false", lambda config: bool(config.prescale_gradients)),
+    Refusal(
+        "pipeline_loading_checkpoint",
+        "set it to false: it passes the baton by partition rank, which replicas share",
+        _zero("pipeline_loading_checkpoint"),
+    ),
+    Refusal(
+        "elastic_checkpoint",
+        "set it to false; mics_reshape_checkpoint resumes in any number of shards",
+        _zero("elastic_checkpoint"),
+    ),
+    Refusal(
+        "tensor_parallel.autotp_size (AutoTP)",
+        "remove the tensor_parallel section",
+        lambda config: (getattr(getattr(config, "tensor_parallel_config", None), "autotp_size", 0) or 0) > 1,
+    ),
+    Refusal(
+        "expert_parallel (AutoEP)",
+        "it sets partition groups of its own; remove the section",
+        _enabled("expert_parallel_config"),
+    ),
+    Refusal("sequence_parallel_size", "leave it at 1", lambda config: _sequence_parallel_size(config) > 1),
+    Refusal("hybrid_engine", "set enabled to false", _enabled("hybrid_engine")),
+    Refusal(
+        "checkpoint.writer",
+        "remove it: MiCS checkpoints are published when they are complete, and files are written by torch.save",
+        lambda config: bool(config.checkpoint_config.get("writer")),
+    ),
+    Refusal("datastates checkpoints", "set enabled to false", _enabled("datastates_config")),
+    Refusal("nebula checkpoints", "set enabled to false", _enabled("nebula_config")),
+)
+
+
+def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
+    """Name what the parsed configuration asks for that does not work under MiCS.
+
+    Raises:
+        MicsConfigError: with every such feature and what to do about it.
+    """
+    found = [f"{item.feature}: {item.remedy}" for item in REFUSALS if item.is_asked_for(ds_config)]
+    if found:
+        raise MicsConfigError(
+            "MiCS (zero_optimization.mics_shard_size) does not support the following yet. "
+            + "; ".join(found)
+            + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
+        )
+
+
+# What older versions lack.
+BOUNDARY_IS_A_METHOD = hasattr(DeepSpeedZeroOptimizer_Stage3, "is_gradient_accumulation_boundary")  # 0.19
+FINALIZES_OFFLOAD = hasattr(DeepSpeedZeroOptimizer_Stage3, "_finalize_offload_gradient_accumulation")  # 0.19
+
+
+@functools.cache
+def gathers_race() -> bool:
+    """Whether a gather of several parameters waits for the last of them only, as it does up to 0.19.7. Under gloo the
+    others may still be on their way then."""
+    try:
+        return "launch_handles[-1].wait()" in inspect.getsource(pp.Init._allgather_params_coalesced)
+    except OSError:  # installed without sources
+        return Version(deepspeed.__version__) < Version("0.19.8")
