@@ -11,9 +11,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 _HERE = Path(__file__).resolve().parent
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(_HERE), str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
+# Ranks import test modules by name; the same folders are in pyproject.toml for this process.
+_FOLDERS = [_HERE, _HERE / "unit", _HERE / "ranks", _HERE / "system", _HERE.parent, _HERE.parent / "scripts"]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 for _name in [name for name in os.environ if name.startswith("MICS_DS_")]:
     del os.environ[_name]
 

@@ -6,15 +6,10 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 from bench import cluster as emulation
 from bench.cluster import Cluster, ClusterError
 

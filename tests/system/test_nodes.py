@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 from bench import cluster as emulation
 
-PROGRAM = str(Path(__file__).resolve().parent / "programs" / "save_on_nodes.py")
+PROGRAM = str(Path(__file__).resolve().parents[1] / "programs" / "save_on_nodes.py")
 
 
 @pytest.mark.skipif(

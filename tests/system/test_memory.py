@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = str(Path(__file__).resolve().parent.parent / "scripts" / "benchmark.py")
+BENCHMARK = str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py")
 
 
 def peak(out: Path, shape: str, system: str) -> int:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 from bench import planning, published
 
 from mics_ds.planner import plan
 from mics_ds.planner.machine import PRESETS
 
-RECORDS = Path(__file__).resolve().parent.parent / "docs" / "planner"
+RECORDS = Path(__file__).resolve().parents[2] / "docs" / "planner"
 MEASURED, PROFILES = RECORDS / "measured.jsonl", RECORDS / "profiles"
 ASKED = [figure for figure in published.FIGURES if published.holds(figure) is not None]
 

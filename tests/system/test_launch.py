@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers import ds_config
 
-PROGRAM = str(Path(__file__).parent / "programs" / "train_odd.py")
+PROGRAM = str(Path(__file__).resolve().parents[1] / "programs" / "train_odd.py")
 BIN = Path(sys.executable).parent
 LIMIT_S = 150  # generous; the slowest takes half a minute on two busy cores
 

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 from bench import cluster as emulation
 
-BENCHMARK = str(Path(__file__).resolve().parent.parent / "scripts" / "benchmark.py")
+BENCHMARK = str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py")
 M, S = 6 * 512 * 512 * 4, 4  # bytes of the emulated model, micro-steps
 N, K = 2, 2  # nodes, ranks on each
 # Every layer gathered for forward and again for backward, as the formulas have it. DeepSpeed would keep
