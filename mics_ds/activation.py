@@ -218,7 +218,7 @@ def _resolve_auto(asked: Request, engine_arguments: Mapping[str, Any]) -> tuple[
     assert mics is not None, "whoever asked for auto has a configuration"
     try:
         ds_config = load_ds_config(engine_arguments.get("config"))
-        assert ds_config is not None, "likewise"
+        assert ds_config is not None, "whoever asked for auto has a configuration"
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)
     except Exception as error:  # whatever it is, the others wait for this rank's facts

@@ -65,7 +65,7 @@ class _Loading:
 
     def _model_states(self, path: str) -> dict[str, Any]:
         states = seam.load_states(path)
-        # Only the number of shards must fit, and that was seen to; DeepSpeed compares the number of ranks.
+        # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
         states[reshape.DP_WORLD_SIZE] = self._engine.seq_dp_world_size
         frozen = states.get(reshape.FROZEN_SHARDS)
         if frozen and self._saved.shards != self._size:

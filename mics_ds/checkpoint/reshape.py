@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -161,53 +161,62 @@ def reshape_optimizer(
     Raises:
         MicsCheckpointError: the optimizer keeps tensors that are not one value per element.
     """
-    needed = [shard for shard in range(old.shards) if any(True for _ in copies(old, shard, new, new_shard))]
-    home = min(new_shard, old.shards - 1)
-    template = load(home)
-    result = {key: value for key, value in template.items() if key not in (BASE_STATE, FP32_GROUPS)}
-    result[SHARD_COUNT] = new.shards
-    count = len(new.groups)
-    # A sub-group takes what is not one value per element, such as the step, from where its first parameter was.
-    origin = [old.places[next(iter(group))][0] if group else 0 for group in new.groups]
+    template = load(min(new_shard, old.shards - 1))
     _check_elementwise(template)
+    result = _empty_optimizer(template, old, new, new_owners)
+    del template  # one old shard in memory at a time
+    for shard in range(old.shards):
+        pieces = list(copies(old, shard, new, new_shard))
+        if pieces:
+            _copy_pieces(pieces, load(shard), result)
+    return result
 
+
+def _empty_optimizer(
+    template: Mapping[str, Any], old: ShardLayout, new: ShardLayout, new_owners: Sequence[int]
+) -> dict[str, Any]:
+    """The optimizer state of a new shard with zeros for everything that has one value per element."""
     base = template[BASE_STATE]
     if len(base["param_groups"]) != len(set(new_owners)):
         raise MicsCheckpointError(
             f"The checkpoint has {len(base['param_groups'])} optimizer parameter groups and this optimizer "
             f"{len(set(new_owners))}. Build the optimizer with the groups it had."
         )
-    fp32 = [template[FP32_GROUPS][origin[group]].new_zeros(new.length(group)) for group in range(count)]
+    fp32: list[torch.Tensor] = []
     state: dict[int, dict[str, Any]] = {}
-    for group in range(count):
-        if origin[group] in base["state"]:
-            flat = template[FP32_GROUPS][origin[group]]
-            state[group] = {
-                # a step counter of its own for each sub-group, which will count it up in place
-                key: value.new_zeros(new.length(group)) if _elementwise(value, flat) else copy.deepcopy(value)
-                for key, value in base["state"][origin[group]].items()
+    for number, group in enumerate(new.groups):
+        # What is not one value per element, such as the step, comes from where the first parameter was.
+        origin = old.places[next(iter(group))][0] if group else 0
+        flat = template[FP32_GROUPS][origin]
+        fp32.append(flat.new_zeros(new.length(number)))
+        if origin in base["state"]:
+            state[number] = {
+                # A copy for each sub-group, because the optimizer counts a step up in place.
+                key: value.new_zeros(new.length(number)) if _elementwise(value, flat) else copy.deepcopy(value)
+                for key, value in base["state"][origin].items()
             }
-    del template, base
-    for shard in needed:
-        source = load(shard)
-        old_fp32, old_state = source[FP32_GROUPS], source[BASE_STATE]["state"]
-        for piece in copies(old, shard, new, new_shard):
-            pairs = [(fp32[piece.new_group], old_fp32[piece.old_group])]
-            for key, target in state.get(piece.new_group, {}).items():
-                value = old_state.get(piece.old_group, {}).get(key)
-                if _elementwise(value, old_fp32[piece.old_group]):
-                    pairs.append((target, value))
-            for target, value in pairs:
-                part = value.narrow(0, piece.old_start, piece.length)
-                target.narrow(0, piece.new_start, piece.length).copy_(part)
-        del source, old_fp32, old_state
     groups = [
-        {**group, "params": [index for index, owner in enumerate(new_owners) if owner == number]}
-        for number, group in enumerate(load(home)[BASE_STATE]["param_groups"])
+        {**copy.deepcopy(group), "params": [index for index, owner in enumerate(new_owners) if owner == number]}
+        for number, group in enumerate(base["param_groups"])
     ]
-    result[BASE_STATE] = {"state": state, "param_groups": groups}
-    result[FP32_GROUPS] = fp32
+    result = {key: value for key, value in template.items() if key not in (BASE_STATE, FP32_GROUPS)}
+    result.update({SHARD_COUNT: new.shards, BASE_STATE: {"state": state, "param_groups": groups}, FP32_GROUPS: fp32})
     return result
+
+
+def _copy_pieces(pieces: Iterable[Copy], source: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Copy what an old shard (``source``) has of a new one (``result``)."""
+    old_fp32, old_state = source[FP32_GROUPS], source[BASE_STATE]["state"]
+    new_fp32, new_state = result[FP32_GROUPS], result[BASE_STATE]["state"]
+    for piece in pieces:
+        pairs = [(new_fp32[piece.new_group], old_fp32[piece.old_group])]
+        for key, target in new_state.get(piece.new_group, {}).items():
+            value = old_state.get(piece.old_group, {}).get(key)
+            if _elementwise(value, old_fp32[piece.old_group]):
+                pairs.append((target, value))
+        for target, value in pairs:
+            part = value.narrow(0, piece.old_start, piece.length)
+            target.narrow(0, piece.new_start, piece.length).copy_(part)
 
 
 def _elementwise(value: Any, flat: torch.Tensor) -> bool:

@@ -75,7 +75,7 @@ class MicsGroups:
     gather_lane: Lane
     """Where hierarchical gathers run. One for all engines that share the process groups."""
     scatter_lane: Lane
-    """Where hop 1 and hop 2 run. Likewise."""
+    """Where hop 1 and hop 2 run."""
 
 
 class _Cache:

@@ -32,9 +32,9 @@ class Pending(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
 
-    def run(self, job: Callable[[], T]) -> None:
+    def run(self, task: Callable[[], T]) -> None:
         try:
-            self._result = job()
+            self._result = task()
         except BaseException as error:  # handed to whoever waits
             self._error = error
         finally:
@@ -57,7 +57,7 @@ class Pending(Generic[T]):
         """Block until the work is done, and hand its result over: to the first caller, ``None`` to later ones.
 
         Raises what the work raised. The result is not kept, because it may be large, and the lane
-        remembers its jobs for a while.
+        remembers its tasks for a while.
         """
         self.check()
         result, self._result = self._result, None
@@ -65,11 +65,11 @@ class Pending(Generic[T]):
 
 
 class Lane:
-    """Runs jobs one after another: on a thread for CPU tensors, at once for a device with streams.
+    """Runs tasks one after another: on a thread for CPU tensors, at once for a device with streams.
 
     Args:
         name: shown as the thread's name in traces and stack dumps.
-        limit: bytes that jobs under way may hold together; one job is always allowed. ``submit`` waits.
+        limit: bytes that tasks under way may hold together; one task is always allowed. ``submit`` waits.
     """
 
     def __init__(self, name: str, *, limit: int = 16 << 20) -> None:
@@ -80,18 +80,18 @@ class Lane:
         self._pending: deque[Pending] = deque()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Callable[[], T], device: torch.device, *, nbytes: int = 0, beside: bool = True) -> Pending[T]:
-        """Hand over a job on tensors of ``device``.
+    def submit(self, task: Callable[[], T], device: torch.device, *, nbytes: int = 0, beside: bool = True) -> Pending[T]:
+        """Hand over a task on tensors of ``device``.
 
         Args:
-            nbytes: what the job holds until it is done.
+            nbytes: what the task holds until it is done.
             beside: whether it may run beside the caller. Without it, or where the device has streams
-                for that, the job has been run when this returns.
+                for that, the task has been run when this returns.
         """
         pending: Pending[T] = Pending()
         if not beside or device.type != "cpu":
             self.drain()
-            pending.run(job)
+            pending.run(task)
             pending.check()  # raise here and now
             return pending
         if self._thread is None:
@@ -104,11 +104,11 @@ class Lane:
             self._pending.popleft().check()
         self._pending.append(pending)
         self._held.append(nbytes)
-        self._queue.put((pending, meter.carried(job)))
+        self._queue.put((pending, meter.carried(task)))
         return pending
 
     def drain(self) -> None:
-        """Wait for all jobs handed over so far. Raises what the first failing one raised."""
+        """Wait for all tasks handed over so far. Raises what the first failing one raised."""
         while self._pending:
             self._held.popleft()
             self._pending.popleft().check()
@@ -117,11 +117,11 @@ class Lane:
         torch.set_grad_enabled(False)
         error: BaseException | None = None
         while True:
-            pending, job = self._queue.get()
+            pending, task = self._queue.get()
             if error is not None:
                 # Going on after a failure would issue collectives that no other rank expects next.
                 pending.fail(error)
                 continue
-            pending.run(job)
+            pending.run(task)
             error = pending._error
-            del pending, job  # and with it the buffers it worked on, while this thread sleeps
+            del pending, task  # and with it the buffers it worked on, while this thread sleeps

@@ -14,12 +14,15 @@ from .support import BOUNDARY_IS_A_METHOD, FINALIZES_OFFLOAD
 
 
 class _FullGradients(list):
-    """Gradients that are to be reduced yet, passed where DeepSpeed passes reduced ones."""
+    """Gradients still to be reduced, passed where DeepSpeed passes reduced ones."""
 
 
 class _WithoutGrad:
-    """A parameter, but for its gradient. Storing a reduced gradient ends with ``param.grad = None``; done late,
-    on another thread, that could take away the *next* gradient of a parameter that is used twice."""
+    """A stand-in for a parameter, with a ``grad`` of its own.
+
+    Storing a reduced gradient ends with ``param.grad = None``. Done late, on another thread, that could delete the
+    *next* gradient of a parameter that is used twice.
+    """
 
     def __init__(self, param: torch.nn.Parameter) -> None:
         self._param = param

@@ -1,4 +1,4 @@
-"""What really crosses the network cards of an emulated cluster, held to the formulas of mics.md."""
+"""What really crosses the network cards of an emulated cluster, held to the formulas of the README."""
 
 from __future__ import annotations
 
