@@ -80,7 +80,9 @@ class Lane:
         self._pending: deque[Pending] = deque()
         self._thread: threading.Thread | None = None
 
-    def submit(self, task: Callable[[], T], device: torch.device, *, nbytes: int = 0, beside: bool = True) -> Pending[T]:
+    def submit(
+        self, task: Callable[[], T], device: torch.device, *, nbytes: int = 0, beside: bool = True
+    ) -> Pending[T]:
         """Hand over a task on tensors of ``device``.
 
         Args:

@@ -1,0 +1,118 @@
+"""Hooking into DeepSpeed: whatever is imported first, completely or not at all. Each case is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "mics_ds"
+MODULES = sorted(
+    ".".join(["mics_ds", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__main__.py"
+)
+
+# Everything that install() changes, with and without MiCS.
+STATE = """
+import sys, warnings
+def hooks():
+    import deepspeed.runtime.zero as zero
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import partition_parameters as pp
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    return {
+        "config": hasattr(DeepSpeedConfig.__init__, "__wrapped__"),
+        "engine": hasattr(DeepSpeedEngine.__init__, "__wrapped__"),
+        "save": hasattr(DeepSpeedEngine.save_checkpoint, "__wrapped__"),
+        "load": hasattr(DeepSpeedEngine.load_checkpoint, "__wrapped__"),
+        "Init": "__new__" in vars(pp.Init),
+        "manager": "__new__" in vars(DeepSpeedZeRoOffload),
+        "optimizer": "__new__" in vars(DeepSpeedZeroOptimizer_Stage3),
+        "gathered": "__new__" in vars(pp.GatheredParameters),
+        "MiCS_Init": "mics_ds" in getattr(getattr(zero, "MiCS_Init", None), "__module__", ""),
+    }
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    """Run ``code`` in a fresh interpreter, without the entry point that would import mics_ds at once."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:mics_ds", "-c", STATE + code],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "could not hook" not in result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+# Those that import DeepSpeed from the middle of an import of ours, and one that does not.
+FIRST = [
+    "mics_ds.optimizer",
+    "mics_ds.partitioner",
+    "mics_ds.seams.patch",
+    "mics_ds.checkpoint.save",
+    "mics_ds.comm.groups",
+]
+
+
+@pytest.mark.parametrize(
+    "first", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+)
+def test_any_module_may_be_imported_first(first):
+    code = f"import {first}, deepspeed\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')"
+    assert python(code) == "hooked"
+
+
+@pytest.mark.parametrize("order", ["import mics_ds, deepspeed", "import deepspeed, mics_ds"])
+def test_before_or_after_deepspeed(order):
+    assert python(f"{order}\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')") == "hooked"
+
+
+def test_not_hooked_until_told_to():
+    code = """
+import mics_ds, deepspeed
+assert not any(hooks().values()), hooks()
+mics_ds.activate()
+assert all(hooks().values()), hooks()
+print("hooked")
+"""
+    assert python(code, MICS_DS_AUTOLOAD="0") == "hooked"
+
+
+@pytest.mark.parametrize("missing", ["stage3.DeepSpeedZeroOptimizer_Stage3", "save_checkpoint"])
+def test_all_or_nothing(missing):
+    """A DeepSpeed that lacks something is warned about, left as it was, and usable."""
+    code = f"""
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import stage3
+before = hooks()
+assert not any(before.values()), before
+kept = {{name: vars(DeepSpeedEngine)[name] for name in ("__init__", "save_checkpoint", "load_checkpoint")}}
+if {missing!r} == "save_checkpoint":
+    del DeepSpeedEngine.save_checkpoint
+else:
+    whole = stage3.DeepSpeedZeroOptimizer_Stage3
+    del stage3.DeepSpeedZeroOptimizer_Stage3
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import mics_ds
+assert any("could not hook" in str(item.message) for item in caught), caught
+if {missing!r} == "save_checkpoint":
+    DeepSpeedEngine.save_checkpoint = kept["save_checkpoint"]
+else:
+    stage3.DeepSpeedZeroOptimizer_Stage3 = whole
+assert not any(hooks().values()), hooks()
+assert all(vars(DeepSpeedEngine)[name] is value for name, value in kept.items())
+print("untouched")
+"""
+    assert python(code) == "untouched"
