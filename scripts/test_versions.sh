@@ -20,7 +20,7 @@ for version in "${versions[@]}"; do
     for suite in "${suites[@]}"; do
         echo "== DeepSpeed $version: $suite"
         # Extensions that one version compiled must not be loaded by another.
-        PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}" TORCH_EXTENSIONS_DIR="$root/.cache/torch_extensions_$version" \
+        MICS_DS_ALLOW_UNTESTED=1 PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}" TORCH_EXTENSIONS_DIR="$root/.cache/torch_extensions_$version" \
             python -m pytest -q "tests/ranks/test_$suite.py" -k "${chosen[$suite]:-}" >"$root/.cache/version_$version-$suite.log" 2>&1
         status=$?
         result["$version-$suite"]=$(tail -n 1 "$root/.cache/version_$version-$suite.log" | tr -d '=' | sed 's/ in .*//; s/, [0-9]* warnings*//')

@@ -46,7 +46,7 @@ class PartitionerSeam(pp.Init):
         if not support.gathers_race():
             super()._allgather_params_coalesced(param_list, *args, **kwargs)
             return
-        for param in param_list:  # then the last one is the only one
+        for param in param_list:  # one at a time, so that the last is waited for
             super()._allgather_params_coalesced([param], *args, **kwargs)
 
     def _convert_to_deepspeed_param(self, param: torch.nn.Parameter) -> None:

@@ -69,8 +69,8 @@ def check_deepspeed() -> None:
     if release not in TESTED_VERSIONS and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
         raise MicsCompatError(
             f"mics_ds was tested with DeepSpeed {', '.join(TESTED_VERSIONS)}, but this is {deepspeed.__version__}. "
-            f"Install a tested version, or set {ALLOW_UNTESTED_ENV}=1 on all ranks and compare your losses with stock "
-            f"ZeRO-3 (MICS_DS_DISABLE=1) before you trust them."
+            f"Install a tested version. To know whether yours works, run `bash scripts/test_versions.sh {release}` in "
+            f"a checkout of mics_ds; if every test passes, set {ALLOW_UNTESTED_ENV}=1 on all ranks (docs/versions.md)."
         )
 
 

@@ -148,7 +148,10 @@ def test_an_untested_deepspeed_is_refused_unless_overridden():
     actual = deepspeed.__version__
     deepspeed.__version__ = "9.9.9"
     try:
-        with pytest.raises(MicsCompatError, match=r"9\.9\.9.*MICS_DS_ALLOW_UNTESTED=1"):
+        with (
+            environment(MICS_DS_ALLOW_UNTESTED="0"),
+            pytest.raises(MicsCompatError, match=r"9\.9\.9.*test_versions.*MICS_DS_ALLOW_UNTESTED=1"),
+        ):
             build(ds_config(2))
         with environment(MICS_DS_ALLOW_UNTESTED="1"):
             healthy()
