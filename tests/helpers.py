@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -158,6 +159,42 @@ def train(engine: Any, steps: int, *, rank: int | None = None) -> list[float]:
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
     return losses
+
+
+class Reference(NamedTuple):
+    """A training run of stock ZeRO-3, kept in the ranks for all tests that compare with it."""
+
+    initial: dict[str, torch.Tensor]
+    losses: list[float]
+    params: dict[str, torch.Tensor]
+
+
+_references: dict[str, Reference] = {}
+
+
+def stock_reference(
+    steps: int,
+    *,
+    model: Callable[[], nn.Module] = OddNet,
+    optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
+    **config: Any,
+) -> Reference:
+    """Train stock ZeRO-3 with :func:`ds_config` of these arguments, or remember it.
+
+    Remembered where the same configuration gives the same run: for a model and an optimizer that are known by name.
+    """
+    known = all(item is None or "<" not in item.__qualname__ for item in (model, optimizer))
+    names = [f"{item.__module__}.{item.__qualname__}" for item in (model, optimizer) if item is not None]
+    key = json.dumps([steps, names, dist.get_world_size(), config], sort_keys=True)
+    if not known or key not in _references:
+        engine = build(ds_config(None, **config), model, optimizer=optimizer)
+        assert not hasattr(engine.optimizer, "mics_groups")
+        initial = full_params(engine)
+        _references[key] = Reference(initial, train(engine, steps), full_params(engine))
+    reference = _references[key]
+    moved = any(not torch.equal(reference.params[name], reference.initial[name]) for name in reference.params)
+    assert moved, "the oracle must train"
+    return reference
 
 
 def full_params(engine: Any) -> dict[str, torch.Tensor]:

@@ -75,13 +75,14 @@ def resume_step_and_die_saving(folder, victim, fatal, losses):
         os._exit(SURVIVED)  # as an uncaught error would; the ranks of a pool live on
 
 
-def test_killed_at_random_moments_of_saving(pools, tmp_path):
+@pytest.mark.parametrize("crashes", [6, pytest.param(CRASHES, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes):
     folder = str(tmp_path / "saved")
     answers = pools.run(4, __name__, "uninterrupted", {"folder": folder}, 120)
     losses = answers[0][0]
     chance = random.Random(20261123)
     reached = set()
-    for crash in range(CRASHES):
+    for crash in range(crashes):
         victim = chance.randrange(4)
         fatal = chance.randrange(1, answers[victim][1])
         arguments = {"folder": folder, "victim": victim, "fatal": fatal, "losses": losses}

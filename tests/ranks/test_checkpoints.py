@@ -111,7 +111,9 @@ def resume_train(folder, dtype):
     return results
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", ["fp32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bf16", "fp16"))]
+)
 def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dtype):
     arguments = {"folder": str(tmp_path), "dtype": dtype}
     # fresh: the pool, that is all ranks, is killed by SIGKILL when it has answered
@@ -128,7 +130,10 @@ def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dt
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("old", "new"), [(2, 4), (4, 2), (2, 1), (1, 4), (None, 2), (None, 1)])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(2, 4), (4, 2), (None, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(2, 1), (1, 4), (None, 1)])],
+)
 def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
     make = {"adamw": adamw, "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)}[optimizer]
     engine = engine_of(old, optimizer=make, zero={"sub_group_size": 150})
@@ -173,7 +178,7 @@ def resume_on(folder, p, steps, zero=None):
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resume_on_another_number_of_ranks(pools, tmp_path, before, after, p):
     # Ranks 2 and 3 train on the data of ranks 0 and 1, so that n = 2 and n = 4 have the same mean gradients.
     expected = pools.run(before, __name__, "save_on", {"folder": str(tmp_path), "p": p, "steps": 4}, 60)
@@ -328,7 +333,7 @@ def test_module_only(tmp_path, p):
 
 
 @pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_under_tensor_parallelism(tmp_path, p):
     mpu = DataParallelUnit()
     rank = mpu.get_data_parallel_rank()

@@ -26,11 +26,28 @@ def micro_step(engine: Any, index: int) -> CommMeter:
     return meter
 
 
+MORE_WAYS = [
+    *((1, checkpointing, True) for checkpointing in (None, "reentrant", "non-reentrant")),
+    (3, "non-reentrant", True),
+    (3, None, False),
+    (3, "reentrant", False),
+    (1, "reentrant", False),
+    (1, "non-reentrant", False),
+]
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("micro_steps", [1, 3])
-@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("micro_steps", "checkpointing", "overlap"),
+    [
+        (3, None, True),
+        (3, "reentrant", True),
+        (3, "non-reentrant", False),
+        (1, None, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_WAYS),
+    ],
+)
 def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_steps, checkpointing, overlap):
     config = ds_config(p, micro_steps=micro_steps, clip=0.5, zero={"overlap_comm": overlap})
     engine = build(config, lambda: OddNet(checkpointing))

@@ -20,6 +20,7 @@ from helpers import (
     environment,
     full_params,
     same_on_all_ranks,
+    stock_reference,
     train,
 )
 from torch import nn
@@ -30,14 +31,12 @@ STEPS = {"fp32": 20, "bf16": 6, "fp16": 6}
 TOLERANCE = {"fp32": 1e-6, "bf16": 0.05, "fp16": 0.01}
 
 
-def compare(sizes: list[int], tolerance: float, **kwargs: Any) -> None:
+def compare(sizes: list[int], tolerance: float, steps: int | None = None, **kwargs: Any) -> None:
     model = kwargs.pop("model", None)
     more = {} if model is None else {"model": model}
-    steps = STEPS[kwargs.get("dtype", "fp32")]
+    steps = steps or STEPS[kwargs.get("dtype", "fp32")]
     stock_zero = {key: value for key, value in kwargs.get("zero", {}).items() if not key.startswith("mics_")}
-    stock = build(ds_config(None, **{**kwargs, "zero": stock_zero}), **more)
-    initial = full_params(stock)
-    expected_losses, expected = train(stock, steps), full_params(stock)
+    initial, expected_losses, expected = stock_reference(steps, **more, **{**kwargs, "zero": stock_zero})
     assert expected_losses[-1] < expected_losses[0], "the oracle must learn something"
     for p in sizes:
         exact = p == 4
@@ -55,40 +54,43 @@ def compare(sizes: list[int], tolerance: float, **kwargs: Any) -> None:
 
 
 FLAGS = list(itertools.product([True, False], repeat=3))
-# Each flag both ways, and in fp32 each pair of values of reduce_scatter and another flag for two of the pairs of
-# micro-steps and clipping. All combinations take minutes more: those are the slow tests.
-SOME_FLAGS = {
-    "fp32": [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
-    "bf16": [(True, True, True), (False, False, False)],
-    "fp16": [(True, True, True), (False, False, False)],
+# In fp32 every pair of values of two settings comes up: micro-steps, clipping, reduce_scatter, contiguous_gradients,
+# overlap_comm. All combinations take many minutes more: those are the slow tests.
+LONG = ("fp32", 3, 0.5, True, True, True)
+FAST = {
+    LONG,
+    ("fp32", 1, 0.0, True, False, True),
+    ("fp32", 3, 0.0, False, True, False),
+    ("fp32", 1, 0.5, False, False, True),
+    ("fp32", 3, 0.5, True, False, False),
+    ("fp32", 1, 0.5, True, True, False),
+    ("fp32", 1, 0.0, False, True, True),
+    ("bf16", 3, 0.5, True, True, True),
+    ("bf16", 1, 0.5, False, False, False),
+    ("fp16", 3, 0.5, True, True, True),
+    ("fp16", 1, 0.5, False, False, False),
 }
-
-
-def _flags_of(dtype: str, micro_steps: int, clip: float) -> list[tuple[bool, ...]]:
-    """Which of :data:`FLAGS` are not slow."""
-    if dtype == "fp32":
-        return SOME_FLAGS[dtype] if (micro_steps == 3) == bool(clip) else SOME_FLAGS[dtype][::3]
-    return SOME_FLAGS[dtype] if clip else []
-
-
 CASES = [
-    pytest.param(
-        dtype,
-        micro_steps,
-        clip,
-        *flags,
-        marks=[] if flags in _flags_of(dtype, micro_steps, clip) else [pytest.mark.slow],
-    )
+    pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
     for dtype, micro_steps, clip, flags in itertools.product(["fp32", "bf16", "fp16"], [1, 3], [0.0, 0.5], FLAGS)
+    for case in [(dtype, micro_steps, clip, *flags)]
 ]
+
+
+def test_every_pair_of_settings_comes_up_in_fp32():
+    fast = [case[1:] for case in FAST if case[0] == "fp32"]
+    for a, b in itertools.combinations(range(5), 2):
+        assert len({(case[a], case[b]) for case in fast}) == 4
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(("dtype", "micro_steps", "clip", "reduce_scatter", "contiguous", "overlap"), CASES)
 def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scatter, contiguous, overlap):
+    case = (dtype, micro_steps, clip, reduce_scatter, contiguous, overlap)
     compare(
         [1, 2, 4],
         TOLERANCE[dtype],
+        steps=6 if case in FAST - {LONG} else STEPS[dtype],
         dtype=dtype,
         micro_steps=micro_steps,
         clip=clip,
@@ -100,7 +102,7 @@ def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scat
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
-    compare([1, 2, 4], 1e-6, model=lambda: OddNet(checkpointing), micro_steps=micro_steps, clip=0.5)
+    compare([1, 2, 4], 1e-6, steps=8, model=lambda: OddNet(checkpointing), micro_steps=micro_steps, clip=0.5)
 
 
 @pytest.mark.ranks(4)
@@ -116,9 +118,7 @@ def test_hierarchical_gather_changes_nothing(dtype):
 @pytest.mark.parametrize("method", ["native", "all_to_all"])
 @pytest.mark.parametrize(("p", "ranks_per_node"), [(4, 4), (4, 2), (2, 1), (2, 2)])
 def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, ranks_per_node, method, micro_steps):
-    stock = build(ds_config(micro_steps=micro_steps, clip=0.5))
-    initial = full_params(stock)
-    expected_losses, expected = train(stock, 20), full_params(stock)
+    initial, expected_losses, expected = stock_reference(20, micro_steps=micro_steps, clip=0.5)
     with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
         config = ds_config(p, micro_steps=micro_steps, clip=0.5, zero={"mics_reduce_scatter": method})
         engine = build(config, inside_init=True)
@@ -132,24 +132,24 @@ def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, rank
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("sub_group_size", [50, 200])
 def test_many_sub_groups(sub_group_size):
-    compare([1, 2, 4], 1e-6, clip=0.5, zero={"sub_group_size": sub_group_size})
+    compare([1, 2, 4], 1e-6, steps=8, clip=0.5, zero={"sub_group_size": sub_group_size})
 
 
 @pytest.mark.ranks(4)
 def test_persistent_parameters():
-    compare([1, 2, 4], 1e-6, clip=0.5, micro_steps=3, zero={"stage3_param_persistence_threshold": 100})
+    compare([1, 2, 4], 1e-6, steps=8, clip=0.5, micro_steps=3, zero={"stage3_param_persistence_threshold": 100})
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("where", [{"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}])
 def test_offload_to_host_memory(where, micro_steps):
-    compare([1, 2, 4], 1e-6, clip=0.5, micro_steps=micro_steps, zero=where)
+    compare([1, 2, 4], 1e-6, steps=8, clip=0.5, micro_steps=micro_steps, zero=where)
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
     """Plain PyTorch, without DeepSpeed: the mean loss over all ranks' and micro-steps' data."""
@@ -189,7 +189,7 @@ def test_gradient_norm_is_that_of_zero3(p):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("first", ["inside", "outside"])
+@pytest.mark.parametrize("first", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
 def test_a_model_built_inside_zero_init_trains_alike(p, first):
     results = []
     for inside in (first == "inside", first != "inside"):
@@ -280,12 +280,10 @@ def test_partition_groups_are_cut_from_the_data_parallel_group(p):
 
 
 @pytest.mark.ranks(3)
-@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_odd_number_of_ranks(micro_steps):
     """Three replicas: dividing by 3 rounds, so nothing is exact here but the replicas' equality."""
-    stock = build(ds_config(micro_steps=micro_steps, clip=0.5))
-    initial = full_params(stock)
-    expected_losses, expected = train(stock, 20), full_params(stock)
+    initial, expected_losses, expected = stock_reference(20, micro_steps=micro_steps, clip=0.5)
     for p in (1, 3):
         engine = build(ds_config(p, micro_steps=micro_steps, clip=0.5))
         assert_losses_close(train(engine, 20), expected_losses, 1e-6)

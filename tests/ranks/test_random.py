@@ -6,6 +6,7 @@ import itertools
 import os
 from typing import Any
 
+import pytest
 import torch
 from helpers import (
     assert_close,
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
+FEW = 4
 EXAMPLES = int(os.environ.get("MICS_TEST_EXAMPLES", "10"))
 TOLERANCE = {"fp32": 1e-6, "bf16": 0.05}
 
@@ -125,9 +127,10 @@ def trains_alike(case: dict[str, Any]) -> None:
         assert_close(params, expected[1], 10 * TOLERANCE[case["dtype"]], initial)
 
 
-def test_whatever_is_combined_trains_as_under_zero3(pools):
+@pytest.mark.parametrize("examples", [FEW, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
+def test_whatever_is_combined_trains_as_under_zero3(pools, examples):
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

@@ -143,7 +143,7 @@ def test_mics_init_of_old_scripts(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_saved_and_loaded_again(p, tmp_path):
     """One replica writes; every replica reads. Training goes on bit for bit."""
     engine = build(ds_config(p, clip=0.5), optimizer=lambda items: torch.optim.AdamW(items, lr=1e-2))

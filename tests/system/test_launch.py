@@ -79,6 +79,7 @@ def test_deepspeed_launcher():
     assert ranks[0]["nodes"] == [0, 0, 0, 0]
 
 
+@pytest.mark.slow  # others start with torchrun as well
 def test_torchrun():
     ranks = run_well(torchrun_command(ds_config(2), 4))
     assert [item["optimizer"] for item in ranks] == ["MicsOptimizer"] * 4
@@ -108,7 +109,9 @@ def test_two_nodes_without_ssh(tmp_path):
         assert item["partition"] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("when", ["before", "after", "late"])
+@pytest.mark.parametrize(
+    "when", ["before", pytest.param("after", marks=pytest.mark.slow), pytest.param("late", marks=pytest.mark.slow)]
+)
 def test_importing_it_is_enough_where_it_is_not_loaded_by_torch(when):
     ranks = run_well(torchrun_command(ds_config(1), 2, ("--import-mics", when)), {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
     assert [item["optimizer"] for item in ranks] == ["MicsOptimizer"] * 2
@@ -145,13 +148,37 @@ def test_disabled_everywhere_is_stock_zero3_and_says_so():
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
-        (ds_config(3), (), "mics_shard_size = 3 must divide the number of data-parallel ranks, which is 4"),
-        (ds_config(2), ("--other-config", json.dumps(ds_config(4))), "All ranks must agree on the MiCS configuration"),
-        (ds_config(2), ("--other-config", json.dumps(ds_config())), "All ranks must agree on whether MiCS is on"),
-        (ds_config(2), ("--other-config", json.dumps(ds_config(0))), "mics_shard_size must be at least 1"),
-        (ds_config(2), ("--disable-on", "3"), "All ranks must agree on whether MiCS is on"),
+        pytest.param(
+            *(ds_config(3), ()),
+            "mics_shard_size = 3 must divide the number of data-parallel ranks, which is 4",
+            id="size 3",
+        ),
+        # The rest are in test_bad_input.py too, without a launcher.
+        pytest.param(
+            *(ds_config(2), ("--other-config", json.dumps(ds_config(4)))),
+            "All ranks must agree on the MiCS configuration",
+            id="two sizes",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(ds_config(2), ("--other-config", json.dumps(ds_config()))),
+            "All ranks must agree on whether MiCS is on",
+            id="key on some ranks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(ds_config(2), ("--other-config", json.dumps(ds_config(0)))),
+            "mics_shard_size must be at least 1",
+            id="wrong on one rank",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(ds_config(2), ("--disable-on", "3")),
+            "All ranks must agree on whether MiCS is on",
+            id="disabled on one rank",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["size 3", "two sizes", "key on some ranks", "wrong on one rank", "disabled on one rank"],
 )
 def test_the_launcher_ends_with_the_reason(config, more, message):
     code, output = finish(start(deepspeed_command(config, more=more)))
@@ -160,7 +187,7 @@ def test_the_launcher_ends_with_the_reason(config, more, message):
     assert not results(output)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_rank_ends_the_job_with_a_named_cause(victim):
     code, output = finish(start(torchrun_command(ds_config(2), 4, ("--kill", str(victim)))))
     assert code != 0
