@@ -273,8 +273,8 @@ def _maker(stock: type, ours: type) -> Any:
 
 
 def _with_build(cls: type, build: Build) -> Any:
-    instance = object.__new__(cls)
-    instance.mics_build = build  # type: ignore[attr-defined]
+    instance: Any = object.__new__(cls)
+    instance.mics_build = build
     return instance
 
 

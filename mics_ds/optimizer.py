@@ -59,7 +59,7 @@ class MicsOptimizer(OptimizerSeam):
         strange = [
             name
             for name, param in module.named_parameters()
-            if param.mics_groups.partition.ranks != self.mics_groups.partition.ranks
+            if getattr(param, "mics_groups").partition.ranks != self.mics_groups.partition.ranks  # noqa: B009
         ]
         if strange:
             raise MicsConfigError(

@@ -24,7 +24,7 @@ from .seams import partitioner as seam
 from .seams.engine import ensure_distributed
 
 
-def _bytes(param: torch.nn.Parameter) -> torch.Tensor:
+def _bytes(param: seam.ZeroParam) -> torch.Tensor:
     """A full parameter as bytes: gloo and NCCL do not broadcast every dtype."""
     return param.data.view(torch.uint8)
 
@@ -50,7 +50,9 @@ class MicsPartitioner(seam.PartitionerSeam):
     ) -> None:
         ensure_distributed()
         group = sequence_data_parallel_group if data_parallel_group is None else data_parallel_group
-        self.mics_groups = self.mics_build.groups(dist.group.WORLD if group is None else group)
+        full = dist.group.WORLD if group is None else group
+        assert full is not None, "initialised a line above"
+        self.mics_groups = self.mics_build.groups(full)
         MicsPartitioner.constructed = True
         if self.mics_groups.replication is not None:
             group = self.mics_groups.partition.group
@@ -61,13 +63,13 @@ class MicsPartitioner(seam.PartitionerSeam):
         with building(self.mics_build):
             super().__init__(module, group, *args, **kwargs)
 
-    def before_first_partition(self, param: torch.nn.Parameter) -> None:
+    def before_first_partition(self, param: seam.ZeroParam) -> None:
         # Ranks may have drawn different random numbers. DeepSpeed broadcasts from the first rank of
         # the group it shards over, which leaves replicas different; this makes them equal first.
         if self.mics_groups.replication is not None:
             collectives.broadcast_([_bytes(param)], 0, self.mics_groups.full)
 
-    def after_conversion(self, param: torch.nn.Parameter) -> None:
+    def after_conversion(self, param: seam.ZeroParam) -> None:
         param.mics_groups = self.mics_groups
 
     def start_gather(self, shard: torch.Tensor) -> Pending[collectives.GatheredShards] | None:
@@ -78,7 +80,7 @@ class MicsPartitioner(seam.PartitionerSeam):
             lambda: collectives.all_gather_hierarchical(shard, hierarchy), shard.device, nbytes=shard.nbytes
         )
 
-    def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
+    def broadcast_after_apply(self, params: list[seam.ZeroParam]) -> None:
         collectives.broadcast_([_bytes(param) for param in params], 0, self.mics_groups.full)
 
 
@@ -141,7 +143,7 @@ class MicsParamManager(seam.ParamManagerSeam):
                 f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
                 f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."
             )
-        found = {groups.config: groups for groups in map(_groups_of, module.parameters())}
+        found = {groups.config: groups for groups in map(_groups_of, module.parameters()) if groups is not None}
         if len(found) > 1:
             raise MicsConfigError(
                 f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "

@@ -8,9 +8,9 @@ if [ ! -x .venv/bin/python ]; then
 fi
 . .venv/bin/activate
 python -c "import torch" 2>/dev/null || python -m pip install --quiet torch==2.13.0
-stamp=".venv/.mics-ds-$(cat setup.py mics_ds/__init__.py | cksum | cut -d' ' -f1)-$1"
+stamp=".venv/.mics-ds-$(cat pyproject.toml mics_ds/__init__.py | cksum | cut -d' ' -f1)-$1"
 if [ ! -e "$stamp" ]; then
-    python -m pip install --quiet "setuptools>=61" wheel deepspeed==0.19.8
+    python -m pip install --quiet "setuptools>=77" wheel deepspeed==0.19.8
     python -m pip install --quiet --no-build-isolation --editable ".[$1]"
     touch "$stamp"
 fi

@@ -172,8 +172,16 @@ def _describe(
     versions = {"mics_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     if old is None:
         return Manifest(tag, shards, 1, shards, (shards,), model_parallel, steps, False, versions, files)
-    ranks = {"shards": shards, "replicas": 1, "ranks": shards, "ranks_per_node": (shards,), "node_local": False}
-    return dataclasses.replace(old, **ranks, versions={**old.versions, **versions}, files=files)
+    return dataclasses.replace(
+        old,
+        shards=shards,
+        replicas=1,
+        ranks=shards,
+        ranks_per_node=(shards,),
+        node_local=False,
+        versions={**old.versions, **versions},
+        files=files,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,13 +113,25 @@ def save(
         _remove(staging, site)
         raise
 
-    latest = Path(save_dir) / manifest.LATEST
-    notes = on_publishers(site, lambda: save_latest and manifest.write_text(latest, tag), f"publishing {target}")
-    raise_together(notes, f"Checkpoint {target} is complete, but {latest} could not be updated.", "Load it by its tag.")
-    if site.publishes:
-        for remains in manifest.interrupted_saves(Path(save_dir)):
-            log_rank0(f"{remains} is left from an interrupted save and can be deleted")
+    _update_latest(site, Path(save_dir), tag, save_latest)
     return True
+
+
+def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
+    """Name the published checkpoint in ``latest``, if that is wanted, and mention what crashes left."""
+    latest = folder / manifest.LATEST
+
+    def update() -> None:
+        if wanted:
+            manifest.write_text(latest, tag)
+
+    notes = on_publishers(site, update, f"publishing {folder / tag}")
+    raise_together(
+        notes, f"Checkpoint {folder / tag} is complete, but {latest} could not be updated.", "Load it by its tag."
+    )
+    if site.publishes:
+        for remains in manifest.interrupted_saves(folder):
+            log_rank0(f"{remains} is left from an interrupted save and can be deleted")
 
 
 def _prepare(

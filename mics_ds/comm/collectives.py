@@ -340,9 +340,9 @@ class _Following:
     """Completes what was started one step behind, so that two are under way and no more are held in memory."""
 
     def __init__(self) -> None:
-        self._complete: Callable[[], None] | None = None
+        self._complete: Callable[[], object] | None = None
 
-    def then(self, complete: Callable[[], None]) -> None:
+    def then(self, complete: Callable[[], object]) -> None:
         previous, self._complete = self._complete, complete
         if previous is not None:
             previous()
@@ -357,7 +357,7 @@ class _Following:
 
 def _start_reducing(
     label: str, blocks: torch.Tensor, group: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Start reducing (g, width) blocks; the returned function waits for it and fills ``output``, (width,)."""
     if group.size == 1:
         return lambda: output.copy_(blocks[0])

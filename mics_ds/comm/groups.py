@@ -159,8 +159,8 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
         scatter=scatter,
         scatter_hierarchy=node_groups(agreed.scatter_purpose, agreed.stages_scatter),
         world_nodes=agreed.world_nodes,
-        gather_lane=cache.lanes.setdefault(("gather", config.shard_size), Lane("all-gather")),
-        scatter_lane=cache.lanes.setdefault(("scatter", config.shard_size), Lane("reduction")),
+        gather_lane=cache.lanes.setdefault(("gather", int(config.shard_size)), Lane("all-gather")),
+        scatter_lane=cache.lanes.setdefault(("scatter", int(config.shard_size)), Lane("reduction")),
     )
 
 

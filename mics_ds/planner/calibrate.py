@@ -19,8 +19,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from ..comm import collectives
-from ..comm.groups import MicsGroups, build_groups, reduce_scatter_method
+from ..comm.groups import MicsGroups, build_groups
 from ..config import MicsConfig
 from ..errors import MicsError, MicsPlanError
-from .machine import OPERATIONS, GroupForm, Link, Machine, Sweep, machine_from_json, ranks_per_node
+from .cases import Case, buffer, cases, device
+from .machine import OPERATIONS, Link, Machine, Sweep, machine_from_json, ranks_per_node
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
 """Bytes of the full buffer, 16 KB to 1 GB."""
@@ -42,27 +42,6 @@ REPEATS = 5
 SHORT_S = 0.1
 """Collectives that take longer are run three times at most, and not warmed up."""
 DEFAULT_BUDGET_S = 120.0
-FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Case:
-    """One sweep to make."""
-
-    operation: str
-    form: GroupForm
-    staged: bool
-    prepare: Callable[[int], Callable[[], object]]
-    """Bytes of the full buffer -> what to time."""
-
-    def __str__(self) -> str:
-        form = self.form
-        where = f"{form.size} ranks on {form.nodes} node{'s' * (form.nodes > 1)}"
-        return f"{self.operation.replace('_', '-')}, {where}{', in two stages' if self.staged else ''}"
-
-
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def synchronize() -> None:
@@ -80,81 +59,6 @@ def partition_sizes(n: int, k: int, limit: int = 8) -> list[int]:
             break
         del sizes[min(inner, key=lambda index: sizes[index + 1] / sizes[index - 1])]
     return sizes
-
-
-def cases(groups: dict[int, MicsGroups], k: int) -> Iterator[Case]:
-    """Every sweep, in one order on all ranks."""
-    frame = Machine("", k, 1, {"fp32": 1}, 1.0, Link(1, 0), Link(1, 0))
-    n = next(iter(groups.values())).layout.world_size
-    for p, mine in groups.items():
-        form = frame.partition_form(n, p)
-        if p > 1:
-            yield Case("all_gather", form, False, lambda size, mine=mine: _gather(size, mine))
-            yield Case("reduce_scatter", form, False, lambda size, mine=mine: _scatter(size, mine, staged=False))
-            if mine.hierarchy is not None:
-                yield Case("all_gather", form, True, lambda size, mine=mine: _gather_in_stages(size, mine))
-                yield Case("reduce_scatter", form, True, lambda size, mine=mine: _scatter(size, mine, staged=True))
-        if mine.replication is not None:
-            yield Case("all_reduce", frame.replication_form(n, p), False, lambda size, mine=mine: _reduce(size, mine))
-        if p == n > 1:
-            yield Case("stock_reduce_scatter", form, False, lambda size, mine=mine: _stock_scatter(size, mine))
-
-
-def _buffer(numel: int) -> torch.Tensor:
-    return torch.zeros(max(1, numel), device=device())
-
-
-def _gather(size: int, mine: MicsGroups) -> Callable[[], object]:
-    shard = _buffer(size // FLOAT // mine.partition.size)
-
-    def run() -> None:
-        # with its own output and the copy of it, as DeepSpeed does
-        whole = shard.new_empty(shard.numel() * mine.partition.size)
-        dist.all_gather_into_tensor(whole, shard, group=mine.partition.group)
-        torch.cat(whole.chunk(mine.partition.size))
-
-    return run
-
-
-def _gather_in_stages(size: int, mine: MicsGroups) -> Callable[[], object]:
-    shard = _buffer(size // FLOAT // mine.partition.size)
-
-    def run() -> None:
-        gathered = collectives.all_gather_hierarchical(shard, mine.hierarchy)
-        ranks = range(mine.partition.size)
-        torch.cat([view for rank in ranks for view in gathered.views(rank, 0, shard.numel())])
-
-    return run
-
-
-def _scatter(size: int, mine: MicsGroups, staged: bool) -> Callable[[], object]:
-    method = reduce_scatter_method(mine.config, mine.full.group)
-    gradient = _buffer(size // FLOAT)
-    hierarchy = mine.scatter_hierarchy if staged else None
-    order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = collectives.BucketLayout((gradient.numel(),), order)
-    whole = method == "native" and hierarchy is None
-
-    def run() -> None:
-        count = 1 if whole else collectives.pieces_worth(gradient.nbytes, staged=staged)
-        pieces = layout.pack([gradient], count)
-        if hierarchy is None:
-            collectives.reduce_scatter_mean(pieces, mine.scatter, method)
-        else:
-            collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, method)
-
-    return run
-
-
-def _stock_scatter(size: int, mine: MicsGroups) -> Callable[[], object]:
-    output = _buffer(size // FLOAT // mine.full.size)
-    whole = _buffer(output.numel() * mine.full.size)
-    return lambda: dist.reduce_scatter_tensor(output, whole, group=mine.full.group)
-
-
-def _reduce(size: int, mine: MicsGroups) -> Callable[[], object]:
-    tensor = _buffer(size // FLOAT)
-    return lambda: collectives.average_over_replicas_(tensor, mine.replication)
 
 
 def slowest(seconds: float) -> float:
@@ -321,43 +225,20 @@ def calibrate(
             was too small to see any bandwidth.
     """
     n = dist.get_world_size()
-    config = MicsConfig(shard_size=n)
-    whole = build_groups(config, dist.group.WORLD)
-    k = ranks_per_node(whole.layout.nodes)
-    wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
-    for p in wanted:
-        if p < 1 or n % p:
-            raise MicsPlanError(f"A partition size must divide the {n} ranks of this job, got {p}.")
-    groups = {p: build_groups(replace(config, shard_size=p), dist.group.WORLD) for p in wanted}
-    # Those inside nodes first: what they leave of their share goes to the slow ones.
-    todo = sorted(cases(groups, k), key=lambda case: case.form.nodes > 1)
-    began, sweeps = time.monotonic(), []
-    bar = tqdm(todo, disable=not progress or dist.get_rank() != 0, desc="calibrating", unit="sweep", file=sys.stderr)
-    for index, case in enumerate(bar):
-        bar.set_postfix_str(str(case))
-        left = budget_s - slowest(time.monotonic() - began)
-        sweeps.append(sweep(case, left / (len(todo) - index), sizes))
-        gc.collect()
+    groups, k = _groups(partitions)
+    sweeps = _sweep_all(list(cases(groups, k)), sizes, budget_s, progress)
+    intra, inter = _links(sweeps, budget_s)
     cuda = torch.cuda.is_available()
     hidden = hidden or (4096 if cuda else 256)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} if cuda else {"fp32": torch.float32}
-    flops = {precision: layer_speed(dtype, hidden, sequence) for precision, dtype in dtypes.items()}
-    intra = fit_link(sweeps, True)
-    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
-    if sweeps and intra is None and inter is None:
-        raise MicsPlanError(
-            f"A budget of {budget_s:g} s was over before any collective was measured at two sizes. Give more "
-            f"(--budget)."
-        )
-    unknown = Link(1e12, 0.0)  # of a single rank
     machine = Machine(
         name=name,
         gpus_per_node=k,
         memory=-slowest(-memory_bytes(k)),
-        flops=flops,
+        flops={precision: layer_speed(dtype, hidden, sequence) for precision, dtype in dtypes.items()},
         efficiency=1.0,
-        intra=intra or inter or unknown,
-        inter=inter or intra or unknown,
+        intra=intra,
+        inter=inter,
         memory_bandwidth=_memory_bandwidth(),
         backend=str(dist.get_backend()).split(":")[-1],
         streams=cuda,
@@ -378,9 +259,49 @@ def calibrate(
     return machine_from_json(found[0])
 
 
+def _groups(partitions: Sequence[int] | None) -> tuple[dict[int, MicsGroups], int]:
+    """The groups for each partition size to measure, and the ranks on each node. Collective over the world."""
+    world = dist.group.WORLD
+    assert world is not None, "calibration runs in an initialised process group"
+    n = dist.get_world_size()
+    config = MicsConfig(shard_size=n)
+    k = ranks_per_node(build_groups(config, world).layout.nodes)
+    wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
+    for p in wanted:
+        if p < 1 or n % p:
+            raise MicsPlanError(f"A partition size must divide the {n} ranks of this job, got {p}.")
+    return {p: build_groups(replace(config, shard_size=p), world) for p in wanted}, k
+
+
+def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress: bool) -> list[Sweep]:
+    # Those inside nodes first: what they leave of their share goes to the slow ones.
+    todo.sort(key=lambda case: case.form.nodes > 1)
+    began, sweeps = time.monotonic(), []
+    bar = tqdm(todo, disable=not progress or dist.get_rank() != 0, desc="calibrating", unit="sweep", file=sys.stderr)
+    for index, case in enumerate(bar):
+        bar.set_postfix_str(str(case))
+        left = budget_s - slowest(time.monotonic() - began)
+        sweeps.append(sweep(case, left / (len(todo) - index), sizes))
+        gc.collect()
+    return sweeps
+
+
+def _links(sweeps: Sequence[Sweep], budget_s: float) -> tuple[Link, Link]:
+    """The links inside and between nodes. Where there are links of one kind only, they stand for both."""
+    intra = fit_link(sweeps, True)
+    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
+    if sweeps and intra is None and inter is None:
+        raise MicsPlanError(
+            f"A budget of {budget_s:g} s was over before any collective was measured at two sizes. Give more "
+            f"(--budget)."
+        )
+    unknown = Link(1e12, 0.0)  # of a single rank
+    return intra or inter or unknown, inter or intra or unknown
+
+
 def _memory_bandwidth() -> float:
     """Bytes per second read and written by an in-place update, on the slowest rank while all ranks do it."""
-    tensor = _buffer(1 << 24 if torch.cuda.is_available() else 1 << 22)
+    tensor = buffer(1 << 24 if torch.cuda.is_available() else 1 << 22)
     tensor.mul_(1.0)
     return 2 * tensor.nbytes / timed(lambda: tensor.mul_(1.0), 3, 3)
 

@@ -226,10 +226,8 @@ class Machine:
     def formula(self, operation: str, payload: float, form: GroupForm, staged: bool = False) -> float:
         """The alpha-beta model alone."""
         if staged:
-            inter = GroupForm(form.nodes, 1, form.per_node)
-            intra = GroupForm(1, form.per_node)
-            outer = self.formula(operation, payload / form.per_node, inter)
-            inner = self.formula(operation, payload, intra)
+            outer = self.formula(operation, payload / form.per_node, GroupForm(form.nodes, 1, form.per_node))
+            inner = self.formula(operation, payload, GroupForm(1, form.per_node))
             return max(outer, inner) + min(outer, inner) / self.pieces
         g, gloo = form.size, self.backend == "gloo"
         if g == 1:

@@ -181,7 +181,17 @@ class Transformer:
         h, s, f = self.hidden, sequence, self.ffn or 4 * self.hidden
         kv = h * (self.kv_heads or self.all_heads) // self.all_heads
         if self.gated:
-            sizes = [(h,), (h * h,), (h * kv,), (h * kv,), (h * h,), (h,), (h * f,), (h * f,), (f * h,)]
+            sizes: list[tuple[int, ...]] = [
+                (h,),
+                (h * h,),
+                (h * kv,),
+                (h * kv,),
+                (h * h,),
+                (h,),
+                (h * f,),
+                (h * f,),
+                (f * h,),
+            ]
             # two norms' inputs, inputs of q k v, of attention's projection and of gate and up, q, k, v; the gate's
             # two factors, the gate before its activation, and their product
             kept = s * itemsize * (6 * h + 2 * kv + 4 * f)

@@ -7,6 +7,8 @@ follows from them is prediction. Memory is what torch reports as the device's to
 
 from __future__ import annotations
 
+from typing import Any
+
 from .machine import GB, GIB, PRESETS, Link, Machine
 
 US = 1e-6
@@ -14,7 +16,7 @@ US = 1e-6
 _A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 _H100 = {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}
 
-_P4 = {
+_P4: dict[str, Any] = {
     "gpus_per_node": 8,
     "flops": _A100,
     "efficiency": 0.55,

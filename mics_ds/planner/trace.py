@@ -44,7 +44,7 @@ def model_from_module(
     """Describe a module.
 
     Args:
-        module: on the meta device if ``inputs`` are given, anywhere otherwise. Not changed, but for its dtype.
+        module: on the meta device if ``inputs`` are given, anywhere otherwise. Only its dtype is changed.
         inputs: of one sample, positional or by name, on the meta device. Without them nothing is run: submodules are
             taken in the order of ``module.modules()``, with two operations per parameter and token, and
             activations count nothing.
@@ -58,53 +58,70 @@ def model_from_module(
     if inputs is None:
         order = [item for item in module.modules() if any(True for _ in item.parameters(recurse=False))]
         return Model(name, _blocks([(item, 2.0 * tokens * _own_numel(item)) for item in order], module, {}), tokens)
-    module = module.to(DTYPES[precision])
-    visits: list[tuple[nn.Module, float]] = []
-    kept: dict[nn.Module, tuple[float, float]] = {}
-    counter, saved = FlopCounterMode(display=False), _Saved(module)
-
-    def before(item: nn.Module, *_: Any) -> None:
-        if any(True for _ in item.parameters(recurse=False)):
-            visits.append((item, float(counter.get_total_flops())))
-
-    starts: dict[nn.Module, float] = {}
-
-    def enter(item: nn.Module, args: Any, kwargs: Any) -> None:
-        starts[item] = saved.bytes
-        kept[item] = (0.0, _bytes(args) + _bytes(list(kwargs.values())))
-
-    layers = _layers(module)
-
-    def leave(item: nn.Module, *_: Any) -> None:
-        kept[item] = (saved.bytes - starts[item], kept[item][1])
-        if progress is not None:
-            progress(len(kept), len(layers))
-
-    with ExitStack() as stack:
-        for item in module.modules():
-            stack.callback(item.register_forward_pre_hook(before).remove)
-        for item in layers:
-            stack.callback(item.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(item.register_forward_hook(leave).remove)
-        stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attend))
-        stack.enter_context(saved.hooks())
-        stack.enter_context(counter)
-        try:
-            module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise MicsPlanError(
-                f"{name} could not be run on the meta device to count its operations and activations: {error}. "
-                f"Describe it as a transformer instead (hidden=...,layers=...,vocabulary=...), or give no inputs."
-            ) from error
-        ends = [start for _, start in visits[1:]] + [float(counter.get_total_flops())]
-    if not visits:
+    trace = _Trace(module.to(DTYPES[precision]), progress)
+    try:
+        trace.run(inputs)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise MicsPlanError(
+            f"{name} could not be run on the meta device to count its operations and activations: {error}. "
+            f"Describe it as a transformer instead (hidden=...,layers=...,vocabulary=...), or give no inputs."
+        ) from error
+    if not trace.visits:
         raise MicsPlanError(f"{name} has no parameters, so there is nothing to plan.")
-    spent = [(item, max(0.0, end - start)) for (item, start), end in zip(visits, ends)]
-    blocks = _blocks(spent, module, kept)
-    rest = saved.bytes - sum(block.activations * block.repeat for block in blocks)
+    blocks = _blocks(trace.visits, module, trace.kept)
+    rest = trace.saved_bytes - sum(block.activations * block.repeat for block in blocks)
     if rest > 0:  # what is kept outside of the repeated layers
         blocks = (*blocks, Block((), activations=rest))
     return Model(name, blocks, tokens)
+
+
+class _Trace:
+    """One forward pass of a module on the meta device, watched by hooks."""
+
+    def __init__(self, module: nn.Module, progress: Progress | None) -> None:
+        self.visits: list[tuple[nn.Module, float]] = []
+        """Modules with parameters of their own in the order in which they ran, and operations until the next."""
+        self.kept: dict[nn.Module, tuple[float, float]] = {}
+        """Of each repeated layer: bytes that autograd keeps in it, and bytes of its inputs."""
+        self._module = module
+        self._layers = _layers(module)
+        self._progress = progress
+        self._counter = FlopCounterMode(display=False)
+        self._saved = _Saved(module)
+        self._starts: dict[nn.Module, float] = {}
+
+    @property
+    def saved_bytes(self) -> float:
+        return self._saved.bytes
+
+    def run(self, inputs: Inputs) -> None:
+        module = self._module
+        with ExitStack() as stack:
+            for item in module.modules():
+                stack.callback(item.register_forward_pre_hook(self._before).remove)
+            for item in self._layers:
+                stack.callback(item.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                stack.callback(item.register_forward_hook(self._leave).remove)
+            stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attend))
+            stack.enter_context(self._saved.hooks())
+            stack.enter_context(self._counter)
+            module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
+            # What was noted so far is the count at which each module began.
+            ends = [start for _, start in self.visits[1:]] + [float(self._counter.get_total_flops())]
+        self.visits = [(item, max(0.0, end - start)) for (item, start), end in zip(self.visits, ends)]
+
+    def _before(self, item: nn.Module, *_: Any) -> None:
+        if any(True for _ in item.parameters(recurse=False)):
+            self.visits.append((item, float(self._counter.get_total_flops())))
+
+    def _enter(self, item: nn.Module, args: Any, kwargs: Any) -> None:
+        self._starts[item] = self._saved.bytes
+        self.kept[item] = (0.0, _bytes(args) + _bytes(list(kwargs.values())))
+
+    def _leave(self, item: nn.Module, *_: Any) -> None:
+        self.kept[item] = (self._saved.bytes - self._starts[item], self.kept[item][1])
+        if self._progress is not None:
+            self._progress(len(self.kept), len(self._layers))
 
 
 class _Saved:
@@ -233,7 +250,7 @@ def model_from_hf(path: Path, sequence: int, precision: str, progress: Progress 
         config = transformers.AutoConfig.for_model(**data)
         factories = [transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM]
         factories += [transformers.AutoModelForSeq2SeqLM, transformers.AutoModel]
-        factory = next((item for item in factories if type(config) in item._model_mapping), None)
+        factory = next((item for item in factories if type(config) in (item._model_mapping or ())), None)
         if factory is None:
             raise ValueError("there is no model class for it")
         text = config.get_text_config()

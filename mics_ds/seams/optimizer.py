@@ -36,6 +36,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
 
     _partitioning_grads = False
+    micro_step_id: int
 
     def defers_reduction(self) -> bool:
         """Whether gradient shards are still partial after DeepSpeed has reduced them."""
@@ -166,13 +167,13 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         self._partitioning_grads = True
         boundary = None if BOUNDARY_IS_A_METHOD else self.is_gradient_accumulation_boundary
         if boundary is not None and self._holds_back_boundary():
-            self.is_gradient_accumulation_boundary = False
+            self.is_gradient_accumulation_boundary = False  # type: ignore[method-assign,assignment]
         try:
             result = super().partition_grads(params, shards)
         finally:
             self._partitioning_grads = False
             if boundary is not None:
-                self.is_gradient_accumulation_boundary = boundary
+                self.is_gradient_accumulation_boundary = boundary  # type: ignore[method-assign]
         self.shards_changed([param.ds_id for param in params])
         return result
 

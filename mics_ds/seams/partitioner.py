@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,9 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 from . import support
 
+ZeroParam = Any
+"""A ``torch.nn.Parameter`` with the attributes that DeepSpeed adds to it."""
+
 is_zero_param = pp.is_zero_param
 GatheredParameters = pp.GatheredParameters
 
@@ -20,10 +24,10 @@ GatheredParameters = pp.GatheredParameters
 class PartitionerSeam(pp.Init):
     """``deepspeed.zero.Init`` with hooks around the birth and the gathering of a parameter."""
 
-    def before_first_partition(self, param: torch.nn.Parameter) -> None:
+    def before_first_partition(self, param: ZeroParam) -> None:
         """``param`` still holds its full data, as this rank initialised it."""
 
-    def after_conversion(self, param: torch.nn.Parameter) -> None:
+    def after_conversion(self, param: ZeroParam) -> None:
         """``param`` has just become a ZeRO-3 parameter, not yet partitioned."""
 
     def start_gather(self, shard: torch.Tensor) -> Any | None:
@@ -34,11 +38,11 @@ class PartitionerSeam(pp.Init):
         """
         return None
 
-    def broadcast_after_apply(self, params: list[torch.nn.Parameter]) -> None:
+    def broadcast_after_apply(self, params: list[ZeroParam]) -> None:
         """A function given to ``Module.apply`` has changed these gathered parameters; make all ranks equal."""
         raise NotImplementedError
 
-    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+    def _zero_init_param(self, param: ZeroParam) -> None:
         self.before_first_partition(param)
         super()._zero_init_param(param)
 
@@ -49,7 +53,7 @@ class PartitionerSeam(pp.Init):
         for param in param_list:  # one at a time, so that the last is waited for
             super()._allgather_params_coalesced([param], *args, **kwargs)
 
-    def _convert_to_deepspeed_param(self, param: torch.nn.Parameter) -> None:
+    def _convert_to_deepspeed_param(self, param: ZeroParam) -> None:
         super()._convert_to_deepspeed_param(param)
         stock = param.all_gather_coalesced
 
@@ -62,18 +66,18 @@ class PartitionerSeam(pp.Init):
         param.all_gather_coalesced = all_gather_coalesced
         self.after_conversion(param)
 
-    def _gather_by_hook(self, params: list[torch.nn.Parameter]) -> Any | None:
+    def _gather_by_hook(self, params: list[ZeroParam]) -> Any | None:
         """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""
         if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
             return None
         self._ensure_availability_of_partitioned_params(params)
-        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        by_dtype: dict[torch.dtype, list[ZeroParam]] = {}
         for param in sorted(params, key=lambda item: item.ds_id):  # one order on all ranks
             if param.ds_status != pp.ZeroParamStatus.NOT_AVAILABLE:
                 raise RuntimeError(f"expected a parameter that is not gathered yet, got {param.ds_summary()}")
             by_dtype.setdefault(pp.get_allgather_dtype(param, param.ds_tensor), []).append(param)
         device = get_accelerator().current_device_name()
-        handles = []
+        handles: list[_SeamGatherHandle] = []
         for dtype, members in by_dtype.items():
             # cat also copies a single shard: gathering straight from it would let the optimizer
             # overwrite what is still being sent
@@ -93,7 +97,7 @@ class PartitionerSeam(pp.Init):
         super().patch_init_and_builtins()
         if not pp.Init.override_module_apply:
             return
-        original = torch.nn.Module._old_apply  # put there by super(), and restored by it from there
+        original = torch.nn.Module._old_apply  # type: ignore[attr-defined]  # put there by super(), and restored by it from there
 
         @functools.wraps(original)
         def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
@@ -102,9 +106,9 @@ class PartitionerSeam(pp.Init):
         def gathering(fn: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
             @functools.wraps(fn)
             def wrapped(module: torch.nn.Module) -> None:
-                params = sorted(
+                params: list[ZeroParam] = sorted(
                     (param for param in module.parameters(recurse=False) if is_zero_param(param)),
-                    key=lambda param: param.ds_id,
+                    key=operator.attrgetter("ds_id"),
                 )
                 for param in params:
                     param.all_gather()
@@ -113,16 +117,16 @@ class PartitionerSeam(pp.Init):
                 for param in params:
                     param.partition(has_been_updated=True)
 
-            wrapped.wrapped = True  # apply() recurses through itself; gather once per module
+            wrapped.wrapped = True  # type: ignore[attr-defined]  # apply() recurses through itself; gather once per module
             return wrapped
 
-        torch.nn.Module.apply = apply
+        torch.nn.Module.apply = apply  # type: ignore[method-assign,assignment]
 
 
 class _SeamGatherHandle:
     """What DeepSpeed waits on for a gather that :meth:`PartitionerSeam.start_gather` started."""
 
-    def __init__(self, started: Any, params: list[torch.nn.Parameter], partition_size: int) -> None:
+    def __init__(self, started: Any, params: list[ZeroParam], partition_size: int) -> None:
         self._started = started
         self._params = params
         self._partition_size = partition_size
@@ -151,7 +155,7 @@ class _SeamGatherHandle:
         self._complete = True
 
 
-def repartition(partitioner: PartitionerSeam, param: torch.nn.Parameter) -> None:
+def repartition(partitioner: PartitionerSeam, param: ZeroParam) -> None:
     """Take a parameter that another ``zero.Init`` partitioned, and partition it anew. Collective.
 
     Needs the memory of this one full parameter.

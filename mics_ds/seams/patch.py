@@ -58,7 +58,7 @@ class Patches:
             make: called with the constructor's bound arguments by name, defaults not filled in. Returns an instance
                 whose ``__init__`` was not called yet.
         """
-        signature = inspect.signature(cls.__init__)
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
 
         def __new__(actual: type, *args: Any, **kwargs: Any) -> Any:
             if actual is not cls or not (args or kwargs):  # copy and pickle call without arguments
