@@ -17,6 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mics_ds.config import parse_ds_json
+from mics_ds.text import columns
+
 HERE = Path(__file__).resolve().parent
 SHOWN = ("step ", "GPT ", "final ", "  partition", "  replication", "  placement", "  parameter")
 
@@ -50,10 +53,9 @@ def run(config: Path, ranks: int, port: int, more: list[str], disable: bool) -> 
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    """Right-aligned columns, with a line under the first row."""
+    rule = tuple("-" * max(map(len, cells)) for cells in zip(*rows))
+    return "\n".join(columns([rows[0], rule, *rows[1:]], right=True))
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
     if not arguments.config.exists():
         parser.error(f"{arguments.config} does not exist")
-    p = json.loads(arguments.config.read_text()).get("zero_optimization", {}).get("mics_shard_size")
+    p = parse_ds_json(arguments.config.read_text()).get("zero_optimization", {}).get("mics_shard_size")
     if p is None:
         parser.error(f"{arguments.config} has no zero_optimization.mics_shard_size, so there is nothing to compare")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DISABLE_ENV
+from ..text import columns
 from .recorder import REPORT_ENV
 
 NAMES = ("stock ZeRO-3", "MiCS")
@@ -82,8 +83,7 @@ def compare(stock: dict[str, Any], mics: dict[str, Any]) -> str:
                 *(f"{run['sent'].get(interface, 0) / 1e6:.2f}" for interface in interfaces),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    lines = columns(rows, right=True)
     pairs = [(a, b) for a, b in zip(stock["losses"], mics["losses"]) if a is not None and b is not None]
     if pairs:
         worst = max(abs(a - b) / max(abs(a), 1e-12) for a, b in pairs)

@@ -306,7 +306,7 @@ def _memory_bandwidth() -> float:
     return 2 * tensor.nbytes / timed(lambda: tensor.mul_(1.0), 3, 3)
 
 
-def report(machine: Machine) -> str:
+def describe(machine: Machine) -> str:
     """What was found, readable."""
     lines = [
         f"{machine.name}: {machine.gpus_per_node} ranks per node, {machine.backend}",
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     written = True
     if dist.get_rank() == 0:
-        print(report(machine))
+        print(describe(machine))
         try:
             write(machine, given.out)
             print(f"written to {given.out}; use it with: mics-plan --cluster {given.out} --model ...")

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..config import parse_ds_json
 from ..errors import MicsPlanError
 from . import plan as planning
 from .machine import PRESETS, Link, Machine, load_machine
@@ -65,7 +66,7 @@ def settings_from_ds(path: Path) -> dict[str, Any]:
         MicsPlanError: it cannot be read, or is not for stage 3.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parse_ds_json(path.read_text())
     except (OSError, ValueError) as error:
         raise MicsPlanError(f"{path} cannot be read as JSON: {error}.") from error
     zero = data.get("zero_optimization") if isinstance(data, Mapping) else None

@@ -13,8 +13,8 @@ shard has c = ceil(numel / p) elements, padding included:
 | persistent        | Σ c · p · b of parameters that stay gathered; 0 for p = 1                     | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
 
-On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as the play of
-:mod:`mics_ds.planner.timeline` has them), the buffers of a gather and of a reduce-scatter, one submodule's full
+On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as
+:mod:`mics_ds.planner.timeline` computes them), the buffers of a gather and of a reduce-scatter, one submodule's full
 gradients, and activations. Or, if that is more, in the optimizer's step: an fp32 copy of one sub-group's gradients and
 what the update needs in between.
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MicsPlanError
+from ..text import columns
 from .machine import Machine
 from .memory import Memory, memory
 from .timeline import Scheme, StepTime, step_time
@@ -294,7 +295,4 @@ def render(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [head, *body]
-    )
+    return "\n".join(columns([head, *body]))

@@ -50,7 +50,7 @@ def calibrate_all(shapes: Sequence[str], rates: Sequence[str], budget: float, fo
     """One profile per cluster."""
     import torch
 
-    from bench.runner import Plan, run
+    from bench.runner import Session, run
     from mics_ds.planner import calibrate
 
     torch.set_num_threads(1)
@@ -59,19 +59,19 @@ def calibrate_all(shapes: Sequence[str], rates: Sequence[str], budget: float, fo
         for text in shapes:
             shape, path = Shape.parse(text), profile_path(folder, text, rate)
 
-            def work(rank: int, plan: Plan, interface: str, say: Any, path: Path = path, text: str = text) -> str:
+            def work(rank: int, session: Session, interface: str, say: Any, path: Path = path, text: str = text) -> str:
                 machine = calibrate.calibrate(
                     # up to the whole model of the benchmark, and a little more
                     sizes=[1 << power for power in range(14, 25, 2)],
                     budget_s=budget,
-                    name=f"emulated {text} at {plan.rate}",
+                    name=f"emulated {text} at {session.rate}",
                     progress=False,
                 )
                 if rank == 0:
                     calibrate.write(machine, path)
-                return calibrate.report(machine)
+                return calibrate.describe(machine)
 
-            plan = Plan(shape, None if rate == "none" else rate, EmulatedJob(), (), 0, 0, 0, 300.0, work=work)
+            plan = Session(shape, None if rate == "none" else rate, EmulatedJob(), (), 0, 0, 0, 300.0, work=work)
             print(run(plan, lambda text: print(text, flush=True))[0], flush=True)
 
 

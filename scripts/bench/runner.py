@@ -58,7 +58,7 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Session:
     """What every rank is to do."""
 
     shape: Shape
@@ -91,20 +91,20 @@ class Measured:
 # In a rank
 
 
-def _rank_main(rank: int, plan: Plan, cluster: Cluster, port: int, folder: Path, pipe: Connection) -> None:
+def _rank_main(rank: int, session: Session, cluster: Cluster, port: int, folder: Path, pipe: Connection) -> None:
     """Life of a rank. Never returns: gloo's threads may abort an interpreter that shuts down in order."""
     code = 0
     try:
-        _prepare_process(rank, plan, cluster, port, folder)
+        _prepare_process(rank, session, cluster, port, folder)
         store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], port, plan.shape.world, rank == 0, timedelta(seconds=plan.timeout_s)
+            os.environ["MASTER_ADDR"], port, session.shape.world, rank == 0, timedelta(seconds=session.timeout_s)
         )
         dist.init_process_group(
             "gloo",
             store=store,
             rank=rank,
-            world_size=plan.shape.world,
-            timeout=timedelta(seconds=plan.timeout_s),
+            world_size=session.shape.world,
+            timeout=timedelta(seconds=session.timeout_s),
         )
         # Compiling DeepSpeed's shared-memory extension takes a minute, and would bypass our network.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -114,7 +114,7 @@ def _rank_main(rank: int, plan: Plan, cluster: Cluster, port: int, folder: Path,
             if rank == 0:
                 pipe.send(("progress", text))
 
-        pipe.send(("result", (plan.work or _measure)(rank, plan, cluster.interface, say)))
+        pipe.send(("result", (session.work or _measure)(rank, session, cluster.interface, say)))
         dist.barrier()
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
@@ -124,7 +124,7 @@ def _rank_main(rank: int, plan: Plan, cluster: Cluster, port: int, folder: Path,
     os._exit(code)
 
 
-def _prepare_process(rank: int, plan: Plan, cluster: Cluster, port: int, folder: Path) -> None:
+def _prepare_process(rank: int, session: Session, cluster: Cluster, port: int, folder: Path) -> None:
     import ctypes
 
     # The parent cleans up on Ctrl-C. If it is killed outright, ranks must not stay behind.
@@ -135,12 +135,12 @@ def _prepare_process(rank: int, plan: Plan, cluster: Cluster, port: int, folder:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, file=open(folder / f"stack{rank}", "w"), all_threads=True)
-    node = plan.shape.node_of(rank)
+    node = session.shape.node_of(rank)
     cluster.enter_node(node)
-    local, per_node = rank % plan.shape.per_node, plan.shape.per_node
+    local, per_node = rank % session.shape.per_node, session.shape.per_node
     os.environ.update(
         RANK=str(rank),
-        WORLD_SIZE=str(plan.shape.world),
+        WORLD_SIZE=str(session.shape.world),
         LOCAL_RANK=str(local),
         LOCAL_SIZE=str(per_node),  # the deepspeed launcher's word
         LOCAL_WORLD_SIZE=str(per_node),  # torchrun's
@@ -152,28 +152,28 @@ def _prepare_process(rank: int, plan: Plan, cluster: Cluster, port: int, folder:
     torch.set_num_threads(1)
 
 
-def _measure(rank: int, plan: Plan, interface: str, say: Callable[[str | None], None]) -> list[Measured]:
+def _measure(rank: int, session: Session, interface: str, say: Callable[[str | None], None]) -> list[Measured]:
     """Build all systems, warm them up, let them take turns. One result per system.
 
     ``say(None)`` after each step tells the parent that we are alive; it is outside what is measured.
     """
-    results = [Measured() for _ in plan.specs]
-    data = [plan.job.data(rank) for _ in plan.specs]
+    results = [Measured() for _ in session.specs]
+    data = [session.job.data(rank) for _ in session.specs]
     built: dict[int, systems.System] = {}
     # hpZ leaves its groups in a global of DeepSpeed, and every engine built after it uses them too: build it last.
-    for index in sorted(range(len(plan.specs)), key=lambda index: plan.specs[index].kind == "hpz"):
+    for index in sorted(range(len(session.specs)), key=lambda index: session.specs[index].kind == "hpz"):
         before = systems.held_bytes()
-        built[index] = systems.build(plan.specs[index], plan.job, plan.shape)
-        for _ in range(plan.warmup):
+        built[index] = systems.build(session.specs[index], session.job, session.shape)
+        for _ in range(session.warmup):
             results[index].losses.append(built[index].train_step(data[index]))
             say(None)
         results[index].held_bytes = systems.held_bytes() - before
-        say(f"{plan.specs[index]} is built and warm")
-    turns = [(spec, built[index], results[index], data[index]) for index, spec in enumerate(plan.specs)]
-    counts = rank % plan.shape.per_node == 0 and interface != "lo"
-    for number in range(plan.rounds):
+        say(f"{session.specs[index]} is built and warm")
+    turns = [(spec, built[index], results[index], data[index]) for index, spec in enumerate(session.specs)]
+    counts = rank % session.shape.per_node == 0 and interface != "lo"
+    for number in range(session.rounds):
         for spec, system, result, batches in turns:
-            for _ in range(plan.steps):
+            for _ in range(session.steps):
                 dist.barrier()
                 sent = sent_bytes(interface) if counts else 0
                 start = time.perf_counter()
@@ -183,10 +183,10 @@ def _measure(rank: int, plan: Plan, interface: str, say: Callable[[str | None], 
                 if counts:
                     result.sent.append(sent_bytes(interface) - sent)
                 say(None)
-            recent = statistics.median(result.seconds[-plan.steps :])
-            say(f"round {number + 1}/{plan.rounds}  {spec}: {recent:.3f} s per step")
+            recent = statistics.median(result.seconds[-session.steps :])
+            say(f"round {number + 1}/{session.rounds}  {spec}: {recent:.3f} s per step")
     for spec, system, result, batches in turns:
-        if spec in plan.timelines:
+        if spec in session.timelines:
             dist.barrier()
             result.timeline = _record_timeline(system, batches) if rank == 0 else []
             if rank != 0:
@@ -233,8 +233,8 @@ def _record_timeline(system: systems.System, batches: Any) -> list[dict[str, Any
 class Ranks:
     """Forked ranks of one run; ``with`` makes sure that none survives it."""
 
-    def __init__(self, plan: Plan, cluster: Cluster) -> None:
-        self.plan, self.cluster = plan, cluster
+    def __init__(self, session: Session, cluster: Cluster) -> None:
+        self.session, self.cluster = session, cluster
         self.pids: list[int] = []
         self.pipes: list[Connection] = []
         self.exit_codes: dict[int, int] = {}
@@ -244,12 +244,12 @@ class Ranks:
         self.folder = Path(self._temporary.name)
         port = PORT if self.cluster.isolated else _free_port()
         try:
-            for rank in range(self.plan.shape.world):
+            for rank in range(self.session.shape.world):
                 ours, theirs = Pipe(duplex=False)
                 sys.stdout.flush()
                 pid = os.fork()
                 if pid == 0:
-                    _rank_main(rank, self.plan, self.cluster, port, self.folder, theirs)
+                    _rank_main(rank, self.session, self.cluster, port, self.folder, theirs)
                 self.pids.append(pid)
                 self.pipes.append(ours)
                 theirs.close()
@@ -281,7 +281,7 @@ class Ranks:
         """
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        world, silence = self.plan.shape.world, self.plan.timeout_s
+        world, silence = self.session.shape.world, self.session.timeout_s
         deadline = time.monotonic() + silence
         while len(results) + len(failures) < world:
             pending = {
@@ -316,8 +316,8 @@ class Ranks:
         return "still running when time was up; it was here:\n" + (self.folder / f"stack{rank}").read_text()
 
     def _report(self, failures: dict[int, str]) -> str:
-        lines = [f"ranks {sorted(failures)} of {self.plan.shape} failed"]
-        for rank in range(self.plan.shape.world):
+        lines = [f"ranks {sorted(failures)} of {self.session.shape} failed"]
+        for rank in range(self.session.shape.world):
             lines.append(f"──── rank {rank} ────\n{failures.get(rank, 'had no error of its own').rstrip()}")
             log = self.folder / f"log{rank}"
             if rank in failures and log.exists():
@@ -331,48 +331,51 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> list[Any]:
+def run(session: Session, say: Callable[[str], None]) -> list[Any]:
     """Measure on a cluster of its own. Returns the results by rank, then by system."""
-    with Cluster(plan.shape.nodes, plan.rate) as cluster, Ranks(plan, cluster) as ranks:
+    with Cluster(session.shape.nodes, session.rate) as cluster, Ranks(session, cluster) as ranks:
         return ranks.collect(say)
 
 
-def merge(plan: Plan, by_rank: list[list[Measured]]) -> list[dict[str, Any]]:
+def merge(session: Session, by_rank: list[list[Measured]]) -> list[dict[str, Any]]:
     """One record per system from those of all ranks: slowest rank, busiest card, mean loss."""
     records = []
-    size = model_bytes(plan.job.model())
-    emulated = Cluster(plan.shape.nodes, plan.rate).isolated
-    for index, spec in enumerate(plan.specs):
+    size = model_bytes(session.job.model())
+    emulated = Cluster(session.shape.nodes, session.rate).isolated
+    samples = session.job.micro_steps * session.job.micro_batch
+    for index, spec in enumerate(session.specs):
         mine = [results[index] for results in by_rank]
-        p = spec.partition_size(plan.shape)
-        ideal = formula.nic_bytes(spec.kind, size, plan.job.micro_steps, plan.shape, p, spec.staged)
+        p = spec.partition_size(session.shape)
+        ideal = formula.nic_bytes(spec.kind, size, session.job.micro_steps, session.shape, p, spec.staged)
         seconds = [max(step) for step in zip(*(item.seconds for item in mine))]
         cards = [item.sent for item in mine if item.sent]
         sent = max(statistics.median(card) for card in cards) if cards else None
         limit = None
-        if plan.rate is not None and emulated and plan.job.compute_s is not None:
+        if session.rate is not None and emulated and session.job.compute_s is not None:
             # DeepSpeed keeps the last layer from forward to backward and the first one from backward to the next
             # forward, and so may send less than the formula, which gathers every layer twice.
             needed = ideal if sent is None else min(ideal, sent)
-            limit = formula.bound(needed, formula.parse_rate(plan.rate), plan.job.compute_s)
+            limit = formula.bound(needed, formula.parse_rate(session.rate), session.job.compute_s)
         records.append(
             {
                 "system": str(spec),
                 "kind": spec.kind,
                 "p": p,
-                "shape": str(plan.shape),
-                "nodes": plan.shape.nodes,
-                "per_node": plan.shape.per_node,
-                "rate": plan.rate if emulated else None,
+                "shape": str(session.shape),
+                "nodes": session.shape.nodes,
+                "per_node": session.shape.per_node,
+                "rate": session.rate if emulated else None,
                 "emulated_network": emulated,
-                "job": plan.job.name,
-                **plan.job.settings(),
-                "micro_steps": plan.job.micro_steps,
-                "micro_batch": plan.job.micro_batch,
+                "job": session.job.name,
+                **session.job.settings(),
+                "micro_steps": session.job.micro_steps,
+                "micro_batch": session.job.micro_batch,
                 "model_bytes": size,
                 "seconds": seconds,
                 "median_s": statistics.median(seconds),
-                "samples_per_s_per_rank": plan.job.micro_steps * plan.job.micro_batch / statistics.median(seconds),
+                "samples_per_s_per_rank": session.job.micro_steps
+                * session.job.micro_batch
+                / statistics.median(seconds),
                 "nic_bytes": sent,
                 "nic_bytes_formula": ideal,
                 "bound_overlapped_s": limit.overlapped if limit else None,
@@ -521,7 +524,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", flush=True)
 
     for shape in given.shapes:
-        plan = Plan(
+        session = Session(
             shape,
             given.rate,
             job,
@@ -534,21 +537,21 @@ def main(arguments: list[str] | None = None) -> int:
         )
         say(
             f"{shape}: {job.name} model of {model_bytes(job.model()) / 1e6:.1f} MB, {job.micro_steps} micro-steps, "
-            f"links {plan.rate or 'unshaped'}"
+            f"links {session.rate or 'unshaped'}"
         )
         load = os.getloadavg()[0]
         try:
-            records = merge(plan, run(plan, say))
+            records = merge(session, run(session, say))
             if given.floor:
                 say("the same with unshaped links")
-                floor = dataclasses.replace(plan, rate=None, timelines=())
+                floor = dataclasses.replace(session, rate=None, timelines=())
                 for record, other in zip(records, merge(floor, run(floor, say))):
                     record["floor_s"] = other["median_s"]
         except RunError as error:
             print(error, file=sys.stderr, flush=True)
             return 1
         compare(records)
-        print(f"\n{shape}, {job.name}, {plan.rate or 'unshaped'}, load {load:.1f} at the start\n{render(records)}\n")
+        print(f"\n{shape}, {job.name}, {session.rate or 'unshaped'}, load {load:.1f} at the start\n{render(records)}\n")
         worst = max(worst, *(record["loss_difference"] for record in records))
         if given.out:
             _append(given.out, records, load)

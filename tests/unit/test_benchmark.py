@@ -9,7 +9,7 @@ from bench import formula, runner
 from bench.cluster import Cluster
 from bench.formula import Shape
 from bench.job import EmulatedJob, GPTJob, model_bytes
-from bench.runner import Measured, Plan, Ranks, RunError
+from bench.runner import Measured, Ranks, RunError, Session
 from bench.systems import Spec, deepspeed_config
 
 M, S = 6.0, 4
@@ -87,12 +87,12 @@ def test_a_job_repeats_its_weights_and_data(job):
 
 
 def _records() -> list[dict]:
-    plan = Plan(
+    session = Session(
         Shape(1, 2), None, EmulatedJob(hidden=8), (Spec.parse("zero3"), Spec.parse("hsdp:1")), 1, 2, 1, timeout_s=1
     )
     slow = [Measured([2.0, 4.0], [], [3.0, 2.0, 1.0]), Measured([3.0, 1.0], [], [5.0, 4.0, 3.0])]
     fast = [Measured([1.0, 1.0], [], [3.0, 2.0, 1.0]), Measured([0.5, 2.0], [], [5.0, 4.0, 3.5])]
-    return runner.merge(plan, list(zip(slow, fast)))
+    return runner.merge(session, list(zip(slow, fast)))
 
 
 def test_records_take_the_slowest_rank_and_the_mean_loss():
@@ -114,7 +114,7 @@ def test_the_table_compares_with_the_references_and_shows_a_wrong_loss():
 
 
 def test_a_dead_rank_and_a_raising_one_are_both_reported(monkeypatch):
-    def rank_main(rank, plan, cluster, port, folder, pipe) -> None:
+    def rank_main(rank, session, cluster, port, folder, pipe) -> None:
         try:
             if rank == 0:
                 pipe.send(("error", "Traceback: something broke"))
@@ -122,8 +122,8 @@ def test_a_dead_rank_and_a_raising_one_are_both_reported(monkeypatch):
             os._exit(3)
 
     monkeypatch.setattr(runner, "_rank_main", rank_main)
-    plan = Plan(Shape(1, 2), None, EmulatedJob(hidden=8), (), 1, 1, 0, timeout_s=20)
-    with pytest.raises(RunError) as caught, Cluster(1) as cluster, Ranks(plan, cluster) as ranks:
+    session = Session(Shape(1, 2), None, EmulatedJob(hidden=8), (), 1, 1, 0, timeout_s=20)
+    with pytest.raises(RunError) as caught, Cluster(1) as cluster, Ranks(session, cluster) as ranks:
         ranks.collect(print)
     assert "something broke" in str(caught.value)
     assert "died with exit code 3" in str(caught.value)
