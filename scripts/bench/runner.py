@@ -373,9 +373,7 @@ def merge(session: Session, by_rank: list[list[Measured]]) -> list[dict[str, Any
                 "model_bytes": size,
                 "seconds": seconds,
                 "median_s": statistics.median(seconds),
-                "samples_per_s_per_rank": session.job.micro_steps
-                * session.job.micro_batch
-                / statistics.median(seconds),
+                "samples_per_s_per_rank": samples / statistics.median(seconds),
                 "nic_bytes": sent,
                 "nic_bytes_formula": ideal,
                 "bound_overlapped_s": limit.overlapped if limit else None,
