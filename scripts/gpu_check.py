@@ -18,23 +18,20 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from local_ranks import LocalRanks, RankError, serve_tasks
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
@@ -44,7 +41,6 @@ BUDGET_S = 440.0  # no check is waited for longer than this after the start
 HARD_STOP_S = 475  # each process ends itself then, whatever it is doing
 GLOO_TIMEOUT_S = 60
 GRACE_S = 3.0  # between the first failing rank and asking the others where they are
-LOG_TAIL = 3000
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-2}
 DELAY_CYCLES = 200_000  # a tenth of a millisecond on an H100
@@ -484,124 +480,40 @@ def _unequal_replicas(rank: Rank, tensors: dict[str, torch.Tensor]) -> float:
 # Processes
 
 
-class RankError(Exception):
-    """A rank raised, died or did not finish. The message has every rank's traceback or stack."""
-
-
 class Ranks:
-    """Live processes that share the one device, each with a pipe."""
+    """Live processes that share the one device."""
 
     def __init__(self, world_size: int, device: str, backend: str, end: float) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mics_gpu_"))
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        context = multiprocessing.get_context("spawn")
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_rank_main,
-                args=(rank, world_size, device, backend, str(self.folder), end, theirs),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        serve = functools.partial(_serve, world_size, device, backend, end)
+        self._ranks = LocalRanks(world_size, serve, multiprocessing.get_context("spawn"), grace_s=GRACE_S)
+        self.close = self._ranks.close
 
-    def run(self, job: str, timeout: float, **arguments: Any) -> list[Any]:
+    def run(self, name: str, timeout: float, **arguments: Any) -> list[Any]:
         """Run a job on all ranks and return what it returned, in rank order.
 
         Raises:
             RankError: it did not return everywhere. These processes are of no use any more.
         """
-        results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                pipe.send((job, arguments))
-            except OSError:
-                failures[rank] = self._death(rank)
-        deadline = time.monotonic() + (GRACE_S if failures else timeout)
-        while pending := {
-            pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results and rank not in failures
-        }:
-            ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                failures.update({rank: self._stack(rank) for rank in pending.values()})
-                break
-            for pipe in ready:
-                rank = pending[pipe]
-                try:
-                    succeeded, value = pipe.recv()
-                except (EOFError, OSError):
-                    succeeded, value = False, self._death(rank)
-                (results if succeeded else failures)[rank] = value
-                if not succeeded:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
-        if failures:
-            raise RankError(
-                "not all ranks succeeded\n"
-                + "\n".join(
-                    f"──── rank {rank}: {job} {arguments}\n{text}\n──── end of its output\n{self._log(rank)}"
-                    for rank, text in sorted(failures.items())
-                )
-            )
-        return [results[rank] for rank in range(len(self._pipes))]
-
-    def _death(self, rank: int) -> str:
-        self._processes[rank].join(5)
-        return f"died with exit code {self._processes[rank].exitcode}"
-
-    def _stack(self, rank: int) -> str:
-        path = self.folder / f"stack{rank}"
-        if self._processes[rank].is_alive() and path.exists():
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)
-            time.sleep(0.3)
-        stack = path.read_text() if path.exists() else "(still starting)"
-        return f"did not finish, or another rank had failed; it was here:\n{stack}"
-
-    def _log(self, rank: int) -> str:
-        path = self.folder / f"log{rank}"
-        return path.read_text(errors="replace")[-LOG_TAIL:] if path.exists() else "(none)"
-
-    def close(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-        for process in self._processes:
-            process.join(10)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._ranks.send((name, arguments))
+        return self._ranks.collect(timeout, what=f"{name} {arguments}")
 
 
-def _rank_main(
-    rank: int, world_size: int, device_type: str, backend: str, folder: str, end: float, pipe: Connection
+def _serve(
+    world_size: int, device_type: str, backend: str, end: float, rank: int, folder: Path, pipe: Connection
 ) -> None:
     """Set up one rank and serve jobs until the pipe is closed, or until ``end`` (as ``time.time()``)."""
-    log = os.open(os.path.join(folder, f"log{rank}"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     faulthandler.dump_traceback_later(max(end - time.time(), 1.0), exit=True)
-    try:
-        state = _set_up(rank, world_size, device_type, backend, folder)
-        stack = open(os.path.join(folder, f"stack{rank}"), "w")
-        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-        os._exit(1)
-    while True:
-        try:
-            name, arguments = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            torch.manual_seed(0)
-            result = JOBS[name](state, **arguments)
-            pipe.send((True, result))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+    state = _set_up(rank, world_size, device_type, backend, folder)
+
+    def call(task: tuple[str, dict[str, Any]]) -> Any:
+        name, arguments = task
+        torch.manual_seed(0)
+        return JOBS[name](state, **arguments)
+
+    serve_tasks(pipe, call)
 
 
-def _set_up(rank: int, world_size: int, device_type: str, backend: str, folder: str) -> Rank:
+def _set_up(rank: int, world_size: int, device_type: str, backend: str, folder: Path) -> Rank:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",  # device 0 for every rank ...

@@ -1,28 +1,25 @@
 """A persistent pool of ranks: real processes, real gloo, paid for once per test run.
 
-Ranks are forked from a forkserver that has torch and DeepSpeed imported. Each has a pipe of its own,
-so rank i is always process i. A task is the name of a top-level function and its keyword arguments.
-When a rank fails, the others get a moment to fail too, the rest are asked for their stacks, the pool
-is thrown away, and one exception carries everything that is known. The next task gets a new pool.
+Ranks are forked from a forkserver that has torch and DeepSpeed imported. A task is the name of a top-level function and
+its keyword arguments. When a rank fails, the pool is thrown away, and the next task gets a new one.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import functools
 import gc
 import importlib
 import multiprocessing
 import os
 import random
-import shutil
-import signal
 import sys
-import tempfile
-import time
-import traceback
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from local_ranks import LocalRanks, RankError, serve_tasks
+
+__all__ = ["Pools", "RankError", "RankPool"]
 
 PRELOAD = [
     "torch",
@@ -39,103 +36,32 @@ PRELOAD = [
     "lightning.fabric",
 ]
 GLOO_TIMEOUT_S = 30
-GRACE_S = 2.0  # between the first failure and asking the others where they are
-LOG_TAIL = 4000
-
-
-class RankError(AssertionError):
-    """Some rank raised, died or did not finish. The message has every rank's traceback or stack."""
 
 
 class RankPool:
     """``world_size`` live ranks with an initialised process group."""
 
     def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.folder = Path(tempfile.mkdtemp(prefix="mics_ranks_"))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank_main, args=(rank, world_size, str(self.folder), theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self._ranks = LocalRanks(world_size, functools.partial(_serve, world_size), context)
+        self.close = self._ranks.close
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], timeout: float) -> list[Any]:
         """Call ``module.function(**kwargs)`` on all ranks and return their results in rank order.
 
         Raises:
-            RankError: at least one rank did not return.
+            RankError: at least one rank did not return. The pool is closed then.
         """
-        for pipe in self.pipes:
-            pipe.send((module, function, kwargs))
-        results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        deadline = time.monotonic() + timeout
-        while len(results) + len(failures) < self.world_size:
-            pending = {
-                self.pipes[rank]: rank
-                for rank in range(self.world_size)
-                if rank not in results and rank not in failures
-            }
-            left = deadline - time.monotonic()
-            ready = wait(list(pending), timeout=max(left, 0))
-            if not ready:
-                for rank in pending.values():
-                    failures[rank] = self._stack(rank)
-                break
-            for pipe in ready:
-                rank = pending[pipe]
-                try:
-                    succeeded, value = pipe.recv()
-                except EOFError:
-                    self.processes[rank].join(5)
-                    succeeded, value = False, f"died with exit code {self.processes[rank].exitcode}"
-                if succeeded:
-                    results[rank] = value
-                else:
-                    failures[rank] = value
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
-        if failures:
-            report = "\n".join(
-                f"──── rank {rank} of {self.world_size} ────\n{failures.get(rank, 'returned normally')}"
-                for rank in range(self.world_size)
-            )
-            logs = "\n".join(f"──── end of rank {rank}'s output ────\n{self._log(rank)}" for rank in failures)
+        self._ranks.send((module, function, kwargs))
+        try:
+            return self._ranks.collect(timeout, what=f"{module}.{function}")
+        except RankError:
             self.close()
-            raise RankError(f"{module}.{function} failed on ranks {sorted(failures)}\n{report}\n{logs}")
-        return [results[rank] for rank in range(self.world_size)]
-
-    def _stack(self, rank: int) -> str:
-        path = self.folder / f"stack{rank}"
-        if self.processes[rank].is_alive():
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
-            time.sleep(0.3)
-        return "still running when the others had failed or time was up; it was here:\n" + path.read_text()
-
-    def _log(self, rank: int) -> str:
-        path = self.folder / f"log{rank}"
-        return path.read_text(errors="replace")[-LOG_TAIL:] if path.exists() else "(none)"
-
-    def close(self) -> None:
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-        for process in self.processes:
-            process.join(10)
-        shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
 
-def _rank_main(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
-    log = os.open(os.path.join(folder, f"log{rank}"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    stack = open(os.path.join(folder, f"stack{rank}"), "w")
-    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -168,20 +94,17 @@ def _rank_main(rank: int, world_size: int, folder: str, pipe: Connection) -> Non
     # quarters of the time to build one; what is there now will never be garbage.
     gc.collect()
     gc.freeze()
-    while True:
-        try:
-            module, function, kwargs = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            random.seed(0)
-            torch.manual_seed(0)
-            result = getattr(importlib.import_module(module), function)(**kwargs)
-            _clean_up()
-            dist.barrier()
-            pipe.send((True, result))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+
+    def call(task: tuple[str, str, dict[str, Any]]) -> Any:
+        module, function, kwargs = task
+        random.seed(0)
+        torch.manual_seed(0)
+        result = getattr(importlib.import_module(module), function)(**kwargs)
+        _clean_up()
+        dist.barrier()
+        return result
+
+    serve_tasks(pipe, call)
 
 
 def _make_stock_gathers_wait() -> None:

@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import faulthandler
+import functools
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import socket
 import statistics
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from ab_gpt import table
+from local_ranks import LocalRanks, RankError
 
 import mics_ds
 
@@ -49,12 +48,7 @@ from .systems import Spec
 PRELOAD = ("torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.fsdp", "torch.distributed.tensor")
 PORT = 29400  # in a namespace of its own, any port is free
 GRACE_S = 3.0  # between the first failure and asking the other ranks where they are
-LOG_TAIL = 3000
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-
-
-class RunError(RuntimeError):
-    """Some rank raised, died or fell silent. The message has every rank's traceback or stack."""
 
 
 @dataclass(frozen=True)
@@ -91,50 +85,38 @@ class Measured:
 # In a rank
 
 
-def _rank_main(rank: int, session: Session, cluster: Cluster, port: int, folder: Path, pipe: Connection) -> None:
-    """Life of a rank. Never returns: gloo's threads may abort an interpreter that shuts down in order."""
-    code = 0
-    try:
-        _prepare_process(rank, session, cluster, port, folder)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], port, session.shape.world, rank == 0, timedelta(seconds=session.timeout_s)
-        )
-        dist.init_process_group(
-            "gloo",
-            store=store,
-            rank=rank,
-            world_size=session.shape.world,
-            timeout=timedelta(seconds=session.timeout_s),
-        )
-        # Compiling DeepSpeed's shared-memory extension takes a minute, and would bypass our network.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo", dist_init_required=False)
+def _serve(session: Session, cluster: Cluster, port: int, rank: int, folder: Path, pipe: Connection) -> None:
+    """Life of a rank."""
+    _prepare_process(rank, session, cluster, port)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], port, session.shape.world, rank == 0, timedelta(seconds=session.timeout_s)
+    )
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=session.shape.world,
+        timeout=timedelta(seconds=session.timeout_s),
+    )
+    # Compiling DeepSpeed's shared-memory extension takes a minute, and would bypass our network.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", dist_init_required=False)
 
-        def say(text: str | None) -> None:
-            if rank == 0:
-                pipe.send(("progress", text))
+    def say(text: str | None) -> None:
+        if rank == 0:
+            pipe.send(("progress", text))
 
-        pipe.send(("result", (session.work or _measure)(rank, session, cluster.interface, say)))
-        dist.barrier()
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    pipe.send(("result", (session.work or _measure)(rank, session, cluster.interface, say)))
+    dist.barrier()
 
 
-def _prepare_process(rank: int, session: Session, cluster: Cluster, port: int, folder: Path) -> None:
+def _prepare_process(rank: int, session: Session, cluster: Cluster, port: int) -> None:
     import ctypes
 
     # The parent cleans up on Ctrl-C. If it is killed outright, ranks must not stay behind.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    faulthandler.register(signal.SIGUSR1, file=open(folder / f"stack{rank}", "w"), all_threads=True)
     node = session.shape.node_of(rank)
     cluster.enter_node(node)
     local, per_node = rank % session.shape.per_node, session.shape.per_node
@@ -230,99 +212,22 @@ def _record_timeline(system: systems.System, batches: Any) -> list[dict[str, Any
 # In the parent
 
 
-class Ranks:
-    """Forked ranks of one run; ``with`` makes sure that none survives it."""
+class Ranks(LocalRanks):
+    """Forked ranks of one session; ``with`` makes sure that none survives it."""
 
     def __init__(self, session: Session, cluster: Cluster) -> None:
-        self.session, self.cluster = session, cluster
-        self.pids: list[int] = []
-        self.pipes: list[Connection] = []
-        self.exit_codes: dict[int, int] = {}
+        self._silence_s = session.timeout_s
+        port = PORT if cluster.isolated else _free_port()
+        serve = functools.partial(_serve, session, cluster, port)
+        super().__init__(session.shape.world, serve, multiprocessing.get_context("fork"), grace_s=GRACE_S)
 
-    def __enter__(self) -> Ranks:
-        self._temporary = tempfile.TemporaryDirectory(prefix="micsbench_")
-        self.folder = Path(self._temporary.name)
-        port = PORT if self.cluster.isolated else _free_port()
-        try:
-            for rank in range(self.session.shape.world):
-                ours, theirs = Pipe(duplex=False)
-                sys.stdout.flush()
-                pid = os.fork()
-                if pid == 0:
-                    _rank_main(rank, self.session, self.cluster, port, self.folder, theirs)
-                self.pids.append(pid)
-                self.pipes.append(ours)
-                theirs.close()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.exit_codes:
-                os.kill(pid, signal.SIGKILL)  # ours and not waited for yet, so the number is still theirs
-                self._reap(rank)
-        for pipe in self.pipes:
-            pipe.close()
-        self._temporary.cleanup()
-
-    def _reap(self, rank: int) -> int:
-        if rank not in self.exit_codes:
-            _, status = os.waitpid(self.pids[rank], 0)
-            self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
-        return self.exit_codes[rank]
-
-    def collect(self, say: Callable[[str], None]) -> list[Any]:
+    def results(self, say: Callable[[str], None]) -> list[Any]:
         """Wait for all ranks. Returns their results, by rank.
 
         Raises:
-            RunError: a rank failed, or nothing was heard of any for longer than the plan's timeout.
+            RankError: a rank failed, or nothing was heard of any for longer than the session's timeout.
         """
-        results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        world, silence = self.session.shape.world, self.session.timeout_s
-        deadline = time.monotonic() + silence
-        while len(results) + len(failures) < world:
-            pending = {
-                pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in results and rank not in failures
-            }
-            ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                for rank in pending.values():
-                    failures[rank] = self._stack(rank)
-                break
-            for pipe in ready:
-                rank = pending[pipe]
-                try:
-                    kind, value = pipe.recv()
-                except EOFError:
-                    kind, value = "error", f"died with exit code {self._reap(rank)}"
-                if kind == "progress":
-                    if value is not None:
-                        say(value)
-                elif kind == "result":
-                    results[rank] = value
-                else:
-                    failures[rank] = value
-            deadline = time.monotonic() + silence if not failures else min(deadline, time.monotonic() + GRACE_S)
-        if failures:
-            raise RunError(self._report(failures))
-        return [results[rank] for rank in range(world)]
-
-    def _stack(self, rank: int) -> str:
-        os.kill(self.pids[rank], signal.SIGUSR1)
-        time.sleep(0.3)
-        return "still running when time was up; it was here:\n" + (self.folder / f"stack{rank}").read_text()
-
-    def _report(self, failures: dict[int, str]) -> str:
-        lines = [f"ranks {sorted(failures)} of {self.session.shape} failed"]
-        for rank in range(self.session.shape.world):
-            lines.append(f"──── rank {rank} ────\n{failures.get(rank, 'had no error of its own').rstrip()}")
-            log = self.folder / f"log{rank}"
-            if rank in failures and log.exists():
-                lines.append(f"──── end of its output ────\n{log.read_text(errors='replace')[-LOG_TAIL:].rstrip()}")
-        return "\n".join(lines)
+        return self.collect(self._silence_s, since_last_news=True, say=say, what="the benchmark")
 
 
 def _free_port() -> int:
@@ -334,7 +239,7 @@ def _free_port() -> int:
 def run(session: Session, say: Callable[[str], None]) -> list[Any]:
     """Measure on a cluster of its own. Returns the results by rank, then by system."""
     with Cluster(session.shape.nodes, session.rate) as cluster, Ranks(session, cluster) as ranks:
-        return ranks.collect(say)
+        return ranks.results(say)
 
 
 def merge(session: Session, by_rank: list[list[Measured]]) -> list[dict[str, Any]]:
@@ -545,7 +450,7 @@ def main(arguments: list[str] | None = None) -> int:
                 floor = dataclasses.replace(session, rate=None, timelines=())
                 for record, other in zip(records, merge(floor, run(floor, say))):
                     record["floor_s"] = other["median_s"]
-        except RunError as error:
+        except RankError as error:
             print(error, file=sys.stderr, flush=True)
             return 1
         compare(records)

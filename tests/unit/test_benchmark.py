@@ -9,8 +9,9 @@ from bench import formula, runner
 from bench.cluster import Cluster
 from bench.formula import Shape
 from bench.job import EmulatedJob, GPTJob, model_bytes
-from bench.runner import Measured, Ranks, RunError, Session
+from bench.runner import Measured, Ranks, Session
 from bench.systems import Spec, deepspeed_config
+from local_ranks import RankError
 
 M, S = 6.0, 4
 
@@ -114,17 +115,17 @@ def test_the_table_compares_with_the_references_and_shows_a_wrong_loss():
 
 
 def test_a_dead_rank_and_a_raising_one_are_both_reported(monkeypatch):
-    def rank_main(rank, session, cluster, port, folder, pipe) -> None:
+    def serve(session, cluster, port, rank, folder, pipe) -> None:
         try:
             if rank == 0:
                 pipe.send(("error", "Traceback: something broke"))
         finally:
             os._exit(3)
 
-    monkeypatch.setattr(runner, "_rank_main", rank_main)
+    monkeypatch.setattr(runner, "_serve", serve)
     session = Session(Shape(1, 2), None, EmulatedJob(hidden=8), (), 1, 1, 0, timeout_s=20)
-    with pytest.raises(RunError) as caught, Cluster(1) as cluster, Ranks(session, cluster) as ranks:
-        ranks.collect(print)
+    with pytest.raises(RankError) as caught, Cluster(1) as cluster, Ranks(session, cluster) as ranks:
+        ranks.results(print)
     assert "something broke" in str(caught.value)
     assert "died with exit code 3" in str(caught.value)
 
