@@ -158,8 +158,8 @@ class Costs:
         return self._cache[key]
 
 
-class Lanes:
-    """Collectives that queue up by kind and by link."""
+class Queues:
+    """Collectives of one kind run one after another; those of all kinds share the links of the network."""
 
     def __init__(self) -> None:
         self.free = {"gather": 0.0, "scatter": 0.0, "average": 0.0}
@@ -167,18 +167,18 @@ class Lanes:
         self.busy = dict.fromkeys(self.free, 0.0)
         self.counts = dict.fromkeys(self.free, 0)
 
-    def issue(self, lane: str, cost: _Cost, now: float) -> float:
+    def issue(self, queue: str, cost: _Cost, now: float) -> float:
         """Returns when the collective is done."""
-        start = max(now, self.free[lane])
+        start = max(now, self.free[queue])
         if cost.inter:
             start = max(start, self.inter)
             self.inter = start + cost.inter
         if cost.intra:
             start = max(start, self.intra)
             self.intra = start + cost.intra
-        self.free[lane] = end = start + cost.whole
-        self.busy[lane] += cost.whole
-        self.counts[lane] += 1
+        self.free[queue] = end = start + cost.whole
+        self.busy[queue] += cost.whole
+        self.counts[queue] += 1
         return end
 
 
@@ -188,7 +188,7 @@ class Player:
     def __init__(self, machine: Machine, job: Workload, system: Scheme, n: int) -> None:
         self.machine, self.job, self.system = machine, job, system
         self.costs = Costs(machine, job, system, n)
-        self.lanes = Lanes()
+        self.queues = Queues()
         units = [unit for block in job.model.blocks for _ in range(block.repeat) for unit in block.units]
         self.numel, self.params = _parameters(units)
         """Elements of each parameter; and for each unit, which ones are its own."""
@@ -222,8 +222,8 @@ class Player:
     def totals(self) -> dict[str, float]:
         """Seconds and counts so far, by name."""
         found = self.time.parts()
-        found |= {"busy " + lane: seconds for lane, seconds in self.lanes.busy.items()}
-        return found | {"count " + lane: float(count) for lane, count in self.lanes.counts.items()}
+        found |= {"busy " + queue: seconds for queue, seconds in self.queues.busy.items()}
+        return found | {"count " + queue: float(count) for queue, count in self.queues.counts.items()}
 
     def _own(self, visit: Visit) -> tuple[int, ...]:
         return () if visit.unit is None else self.params[visit.unit]
@@ -240,7 +240,7 @@ class Player:
 
     def micro_step(self, last: bool) -> None:
         """Forward and backward of one micro-batch; ``last``: at the accumulation boundary."""
-        job, zero, lanes = self.job, self.job.zero, self.lanes
+        job, zero, queues = self.job, self.job.zero, self.queues
         queue, bucket, passed = 0, 0, {}
         average = last and self.costs.r > 1
         reduced: list[tuple[int, float]] = []
@@ -286,10 +286,10 @@ class Player:
         if average and job.model.trainable:
             if self.system.hop2_beside:
                 self._average_finished(reduced)
-                self._wait("hop2", lanes.free["average"])
+                self._wait("hop2", queues.free["average"])
             else:
                 everything = shard_numel(job.model.trainable, 1)
-                self._wait("hop2", lanes.issue("average", self.costs.average(everything), self.now))
+                self._wait("hop2", queues.issue("average", self.costs.average(everything), self.now))
         # whoever was kept beyond its last turn is released at the end
         self.ready.clear()
         self.live = 0
@@ -319,8 +319,8 @@ class Player:
         self._spend("overhead", agree + machine.step_overhead * machine.host_slowdown)
         persistent = sum(numel for numel, stays in zip(self.numel, self.stays) if stays)
         if persistent and p > 1:
-            self._wait("gathers", self.lanes.issue("gather", self.costs.gather(persistent), self.now))
-        self.time.busy, self.time.counts = dict(self.lanes.busy), dict(self.lanes.counts)
+            self._wait("gathers", self.queues.issue("gather", self.costs.gather(persistent), self.now))
+        self.time.busy, self.time.counts = dict(self.queues.busy), dict(self.queues.counts)
         self.time.live_numel, self.time.bucket_numel = self.most_live, self.most_bucket
         return self.time
 
@@ -339,7 +339,7 @@ class Player:
         if self.job.zero.offload_param:
             # each rank's shard comes up from the host before it is sent on
             cost = cost._replace(whole=cost.whole + numel / self.costs.p * self.job.itemsize / self.machine.host_link)
-        done = self.lanes.issue("gather", cost, self.now)
+        done = self.queues.issue("gather", cost, self.now)
         self.live += numel
         self.most_live = max(self.most_live, self.live)
         for param in params:
@@ -348,7 +348,7 @@ class Player:
     def _reduce(self, bucket: int) -> tuple[int, float]:
         if self.costs.p > 1:
             self._spend("overhead", self.overhead)
-        done = self.lanes.issue("scatter", self.costs.scatter(bucket), self.now)
+        done = self.queues.issue("scatter", self.costs.scatter(bucket), self.now)
         if not self.system.hop1_beside:
             self._wait("hop1", done)
         return bucket, done
@@ -357,7 +357,7 @@ class Player:
         """Start hop 2 of the buckets whose hop 1 is done by now, in order."""
         while reduced and reduced[0][1] <= self.now:
             bucket, done = reduced.pop(0)
-            self.lanes.issue("average", self.costs.average(bucket), done)
+            self.queues.issue("average", self.costs.average(bucket), done)
 
 
 def _parameters(units: list[Unit]) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -439,7 +439,7 @@ def step_time(machine: Machine, job: Workload, system: Scheme, n: int) -> StepTi
     if more:
         for part in StepTime.PARTS:
             setattr(result, part, getattr(result, part) + more * middle[part])
-        for lane in result.busy:
-            result.busy[lane] += more * middle["busy " + lane]
-            result.counts[lane] += round(more * middle["count " + lane])
+        for queue in result.busy:
+            result.busy[queue] += more * middle["busy " + queue]
+            result.counts[queue] += round(more * middle["count " + queue])
     return result
