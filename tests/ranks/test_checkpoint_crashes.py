@@ -97,7 +97,8 @@ def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes):
         assert manifest.damages(Path(folder) / latest, described.files, described.files) == []
         for published in Path(folder).glob("global_step*"):
             assert manifest.read(published).files, "whatever has its name is complete"
-    assert len(reached) > 1, "some saves should have got through before the kill"
+    if crashes == CRASHES:  # a few moments may all be early ones
+        assert len(reached) > 1, "some saves should have got through before the kill"
     pools.run(4, __name__, "resume_and_finish", {"folder": folder, "losses": losses}, 60)
 
 
