@@ -211,7 +211,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("p", "optimizer", "batch", "overlap"),
     [
-        (2, "adamw", 8, True),
+        pytest.param(2, "adamw", 8, True, marks=pytest.mark.slow),
         pytest.param(2, "sgd", 1024, True, marks=pytest.mark.slow),
         pytest.param(None, "sgd", 8, True, marks=pytest.mark.slow),
         pytest.param(2, "sgd", 8, True, marks=pytest.mark.slow),

@@ -183,7 +183,10 @@ def write_pretrained(folder: str, seed: int) -> None:
     integration._hf_deepspeed_config_weak_ref = config
 
 
-@pytest.mark.parametrize("route", ["constructor", "from_config", "from_pretrained"])
+@pytest.mark.parametrize(
+    "route",
+    [*(pytest.param(route, marks=pytest.mark.slow) for route in ("constructor", "from_config")), "from_pretrained"],
+)
 def test_hf_trainer(pools, tmp_path, route):
     both(pools, "hf_trainer", tmp_path, route=route)
 
@@ -239,7 +242,7 @@ def accelerate(p, folder, route):
     return {"losses": first + second, "weights": [total]}
 
 
-@pytest.mark.parametrize("route", ["file", "plugin"])
+@pytest.mark.parametrize("route", ["file", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_accelerate(pools, tmp_path, route):
     both(pools, "accelerate", tmp_path, route=route)
 
