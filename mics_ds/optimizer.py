@@ -56,10 +56,11 @@ class MicsOptimizer(OptimizerSeam):
     def _refuse_unsupported(self, module: torch.nn.Module) -> None:
         if getattr(self, "use_muon", False):
             raise MicsConfigError("MiCS does not support the Muon optimizer yet. Use Adam, AdamW or SGD.")
+        named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 parameters have more attributes than torch's
         strange = [
             name
-            for name, param in module.named_parameters()
-            if getattr(param, "mics_groups").partition.ranks != self.mics_groups.partition.ranks  # noqa: B009
+            for name, param in named.items()
+            if param.mics_groups.partition.ranks != self.mics_groups.partition.ranks
         ]
         if strange:
             raise MicsConfigError(

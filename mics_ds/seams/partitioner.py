@@ -97,7 +97,8 @@ class PartitionerSeam(pp.Init):
         super().patch_init_and_builtins()
         if not pp.Init.override_module_apply:
             return
-        original = torch.nn.Module._old_apply  # type: ignore[attr-defined]  # put there by super(), and restored by it from there
+        # Put there by super(), and restored by it from there.
+        original = torch.nn.Module._old_apply  # type: ignore[attr-defined]
 
         @functools.wraps(original)
         def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
@@ -117,7 +118,8 @@ class PartitionerSeam(pp.Init):
                 for param in params:
                     param.partition(has_been_updated=True)
 
-            wrapped.wrapped = True  # type: ignore[attr-defined]  # apply() recurses through itself; gather once per module
+            # apply() recurses through itself; gather once per module.
+            wrapped.wrapped = True  # type: ignore[attr-defined]
             return wrapped
 
         torch.nn.Module.apply = apply  # type: ignore[method-assign,assignment]
