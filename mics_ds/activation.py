@@ -162,39 +162,44 @@ def _patch_checkpoints(patches: Patches) -> None:
 # In place of DeepSpeed's constructors
 
 
-def _parse_config(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:
     """``DeepSpeedConfig(config)``: hide our keys from DeepSpeed, and keep what they ask for."""
     from . import request
     from .comm import agreement
     from .errors import MicsError
-    from .seams import support
+    from .seams import engine, support
 
     outer = request.current_build()
-    self.mics_request = asked = request.read_request(config) if outer is None else outer.request
-    original(self, config if asked.rest is None else asked.rest, *args, **kwargs)
+    among = engine.participants(mpu)
+    self.mics_request = asked = request.read_request(config, among) if outer is None else outer.request
+    original(self, config if asked.rest is None else asked.rest, mpu, *args, **kwargs)
     if asked.is_on:
         try:
             support.check_deepspeed()
             support.refuse_unsupported(self)
         except MicsError as error:
-            agreement.post_error(error)
+            agreement.post_error(error, among)
             raise
 
 
 def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """``DeepSpeedEngine(...)``: its construction starts with collectives, so compare notes first."""
     from . import request
+    from .seams import engine
 
     asked = getattr(kwargs.get("config_class"), "mics_request", request.OFF)
-    request.compare(asked)
+    among = engine.participants(kwargs.get("mpu"))
+    request.compare(asked, among)
     if asked.is_auto:
-        asked, kwargs["config"] = _resolve_auto(asked, kwargs)
-    with request.building(request.Build(asked)):
+        asked, kwargs["config"] = _resolve_auto(asked, kwargs, among)
+    with request.building(request.Build(asked, among)):
         original(self, *args, **kwargs)
 
 
-def _resolve_auto(asked: Request, engine_arguments: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
-    """Choose the partition size for the model of an engine that is about to be built. Collective over the world.
+def _resolve_auto(
+    asked: Request, engine_arguments: Mapping[str, Any], among: tuple[int, ...] | None
+) -> tuple[Request, dict[str, Any]]:
+    """Choose the partition size for the model of an engine that is about to be built. Collective over its ranks.
 
     Returns:
         The request and the configuration with that size, for the engine to hand on. The caller's own is left alone:
@@ -222,9 +227,9 @@ def _resolve_auto(asked: Request, engine_arguments: Mapping[str, Any]) -> tuple[
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)
     except Exception as error:  # whatever it is, the others wait for this rank's facts
-        agreement.post_error(error)
+        agreement.post_error(error, among)
         raise
-    p = auto.choose_partition_size(mics, facts, model, dist.get_rank())
+    p = auto.choose_partition_size(mics, facts, model, dist.get_rank(), among)
     return asked._replace(mics=replace(mics, shard_size=p)), with_shard_size(ds_config, p)
 
 
@@ -236,7 +241,7 @@ def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
     from .partitioner import MicsPartitioner
     from .seams import support
     from .seams.ds_config import config_argument
-    from .seams.engine import ensure_distributed
+    from .seams.engine import ensure_distributed, participants
 
     build = request.current_build()
     if build is not None:
@@ -244,16 +249,18 @@ def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
     ds_config = config_argument(arguments)
     if ds_config is None:
         return object.__new__(pp.Init)  # whoever wants MiCS finds these parameters later, see MicsParamManager
-    asked = request.read_request(ds_config)
+    group = arguments.get("data_parallel_group") or arguments.get("sequence_data_parallel_group")
+    among = participants(arguments.get("mpu"), group)
+    asked = request.read_request(ds_config, among)
     if asked.is_on:
         support.check_deepspeed()
         if not asked.is_auto:
-            return _with_build(MicsPartitioner, request.Build(asked))  # compares when it builds its groups
+            return _with_build(MicsPartitioner, request.Build(asked, among))  # compares when it builds its groups
         # Nobody knows the whole model yet. Over all ranks its parameters fit if they ever do, and when the
         # engine is built and the size is chosen, they are partitioned anew one by one.
     if asked.mics is not None:
         ensure_distributed()
-    request.compare(asked)
+    request.compare(asked, among)
     return object.__new__(pp.Init)
 
 

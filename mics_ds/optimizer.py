@@ -1,6 +1,6 @@
 """The stage 3 optimizer of MiCS: DeepSpeed's over a partition group, with :mod:`mics_ds.two_hop` in between.
 
-With ``overlap_comm: false`` both hops block, and hop 2 is one all-reduce.
+With ``overlap_comm: false`` hop 1 blocks, and hop 2 comes after the backward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from .comm import collectives
-from .comm.groups import MicsGroups, reduce_scatter_method
+from .comm.groups import MicsGroups
+from .comm.lanes import Stages
 from .errors import MicsConfigError, MicsUsageError
 from .request import Build, building
 from .seams.optimizer import OptimizerSeam
@@ -37,7 +38,6 @@ class MicsOptimizer(OptimizerSeam):
         **kwargs: Any,
     ) -> None:
         groups = self.mics_groups = self.mics_build.groups(dp_process_group)
-        self._method = reduce_scatter_method(groups.config, dp_process_group)
         self._overlap = overlap_comm
         if groups.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
@@ -51,6 +51,7 @@ class MicsOptimizer(OptimizerSeam):
             groups.replication,
             groups.scatter_lane,
             self.communication_device,
+            part=self.reduce_bucket_size // groups.partition.size,
         )
 
     def _refuse_unsupported(self, module: torch.nn.Module) -> None:
@@ -72,14 +73,6 @@ class MicsOptimizer(OptimizerSeam):
 
     # ---------------------------------------------------------------------------------------- hop 1
 
-    def takes_over_hop1(self) -> bool:
-        """DeepSpeed's own does where it is as good: flat, native, and not to be run beside the backward pass.
-
-        On a device with streams its reduce-scatter overlaps by itself; on a CPU it blocks.
-        """
-        beside_on_cpu = self._overlap and self.communication_device.type == "cpu"
-        return beside_on_cpu or self._method != "native" or self.mics_groups.scatter_hierarchy is not None
-
     def reduce_bucket(
         self,
         ids: list[int],
@@ -87,28 +80,26 @@ class MicsOptimizer(OptimizerSeam):
         store: Callable[[list[torch.Tensor]], None],
     ) -> None:
         groups = self.mics_groups
-        hierarchy = groups.scatter_hierarchy
+        hierarchy, method = groups.scatter_hierarchy, groups.reduce_scatter
         order = tuple(range(groups.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
         layout = collectives.BucketLayout(tuple(gradient.numel() for gradient in gradients), order)
         # the backend's own reduce-scatter gives DeepSpeed's bits only for the bucket as a whole
-        whole = self._method == "native" and hierarchy is None
+        whole = method == "native" and hierarchy is None
         payload = sum(gradient.nbytes for gradient in gradients)
         count = 1 if whole else collectives.pieces_worth(payload, staged=hierarchy is not None)
         pieces = layout.pack(gradients, count)
 
-        def hop1() -> None:
+        def hop1(stages: Stages) -> None:
             if hierarchy is None:
-                shard = collectives.reduce_scatter_mean(pieces, groups.scatter, self._method)
+                shard = collectives.reduce_scatter_mean(pieces, groups.scatter, method, stages)
             else:
-                shard = collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, self._method)
-            store(layout.unpack(shard, groups.partition.rank))
+                shard = collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, method, stages)
+            with stages.second():
+                store(layout.unpack(shard, groups.partition.rank))
 
         # Offloaded gradients go on to host buffers at the boundary, all at once: no early hop 2 for them.
         last = self._overlap and not self.offload_optimizer and self.at_boundary()
         self.two_hop.reduce(ids, hop1, nbytes=payload, beside=self._overlap, last=last)
-
-    def finish_hop1(self) -> None:
-        self.two_hop.finish_hop1()
 
     # ---------------------------------------------------------------------------------------- hop 2
 
@@ -118,13 +109,11 @@ class MicsOptimizer(OptimizerSeam):
     def shards_changed(self, ids: list[int]) -> None:
         self.two_hop.added(ids)
 
-    def complete_reduction_if_needed(self) -> None:
-        """Called at the boundary of the backward pass, and again before the step, because with unmanaged
-        accumulation only the step knows where the boundary is."""
-        self._complete()
-        changed = self.two_hop.changed
-        if changed and self.defers_reduction():
-            self.finish_offloaded_gradients(changed)
+    def backward_pass_ended(self) -> None:
+        self._hop2(lambda: self.two_hop.end_of_pass(self.at_boundary()))
+
+    def gradients_are_used(self) -> None:
+        self._hop2(self.two_hop.complete)
         self.two_hop.next_boundary()
 
     def before_gradients_are_read(self, local: bool) -> None:
@@ -133,20 +122,21 @@ class MicsOptimizer(OptimizerSeam):
         Raises:
             MicsUsageError: one rank alone asked, and hop 2 takes all of them.
         """
-        self.finish_hop1()
         if local and self.two_hop.is_partial:
             raise MicsUsageError(
                 "Before the gradient accumulation boundary, a local gradient shard under MiCS is the mean over the "
                 "partition group only, and the mean over all ranks takes a collective. Ask at the boundary, or call "
                 "safe_get_full_grad on all ranks first."
             )
-        self._complete()
+        self._hop2(self.two_hop.complete)
 
-    def _complete(self) -> None:
-        self.finish_hop1()
-        if self.two_hop.is_partial:
-            with self.reduction_stream():
-                self.two_hop.complete()
+    def _hop2(self, work: Callable[[], None]) -> None:
+        """Do something that may complete hop 2."""
+        was_partial = self.two_hop.is_partial
+        work()
+        if was_partial and not self.two_hop.is_partial:
+            self.finish_offloaded_gradients(self.two_hop.changed)
+            self.order_behind_current_stream()
 
     # ------------------------------------------------------------------------------ agreed scalars
 

@@ -77,7 +77,7 @@ class MicsPartitioner(seam.PartitionerSeam):
         if hierarchy is None:
             return None
         return self.mics_groups.gather_lane.submit(
-            lambda: collectives.all_gather_hierarchical(shard, hierarchy), shard.device, nbytes=shard.nbytes
+            lambda stages: collectives.all_gather_hierarchical(shard, hierarchy, stages=stages), nbytes=shard.nbytes
         )
 
     def broadcast_after_apply(self, params: list[seam.ZeroParam]) -> None:

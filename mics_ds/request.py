@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 from .comm import agreement
 from .comm.groups import MicsGroups, build_groups
+from .comm.layout import Ranks
 from .config import DISABLE_ENV, MicsConfig, disabled_by_environment, split_ds_config
 from .errors import MicsConfigError
 from .log import log_rank0
 from .seams.ds_config import load_ds_config
+from .seams.engine import device_streams
 
 
 class Request(NamedTuple):
@@ -46,8 +48,11 @@ class Request(NamedTuple):
 OFF = Request(agreement.OFF)
 
 
-def read_request(ds_config: Any) -> Request:
+def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
     """Parse the MiCS part of a configuration in any form DeepSpeed takes.
+
+    Args:
+        participants: ranks that build something from it; by default the world.
 
     Raises:
         MicsConfigError: the keys are wrong. The other ranks are told before it is raised.
@@ -66,7 +71,7 @@ def read_request(ds_config: Any) -> Request:
             return Request(agreement.DISABLED, mics, rest)
         return Request(agreement.ON, mics, rest)
     except MicsConfigError as error:
-        agreement.post_error(error)
+        agreement.post_error(error, participants)
         raise
 
 
@@ -76,7 +81,7 @@ class _Said:
     disabled = False
 
 
-def compare(request: Request) -> None:
+def compare(request: Request, participants: Ranks | None = None) -> None:
     """Check with the other ranks that they have the same request. Ranks without the key only report that.
 
     Raises:
@@ -84,10 +89,10 @@ def compare(request: Request) -> None:
     """
     if request.mics is None:
         # Ranks whose file has the key must not wait for one whose file lacks it.
-        agreement.post({agreement.STATE: agreement.OFF})
+        agreement.post({agreement.STATE: agreement.OFF}, participants)
     else:
         payload = {agreement.STATE: request.state, agreement.CONFIG: request.mics.to_json()}
-        agreement.require_same(agreement.exchange(payload))
+        agreement.require_same(agreement.exchange(payload, participants), ranks=participants)
 
 
 @dataclass
@@ -95,6 +100,8 @@ class Build:
     """An engine or a partitioner under construction, with everything inside it."""
 
     request: Request
+    participants: Ranks | None = None
+    """Global ranks that build it together; ``None`` for the world."""
     _groups: dict[tuple[int, ...], MicsGroups] = field(default_factory=dict)
 
     @property
@@ -103,7 +110,7 @@ class Build:
         return self.request.mics
 
     def groups(self, full: dist.ProcessGroup) -> MicsGroups:
-        """The groups for this request and data-parallel group. Collective over the world the first time.
+        """The groups for this request and data-parallel group. Collective over the participants the first time.
 
         Raises:
             MicsAgreementError: the ranks disagree.
@@ -111,7 +118,7 @@ class Build:
         """
         ranks = tuple(dist.get_process_group_ranks(full))
         if ranks not in self._groups:
-            self._groups[ranks] = build_groups(self.config, full)
+            self._groups[ranks] = build_groups(self.config, full, self.participants, device_streams())
         return self._groups[ranks]
 
 

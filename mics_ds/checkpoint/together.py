@@ -68,8 +68,8 @@ class Site:
     @cached_property
     def peers(self) -> list[int]:
         """Global ranks that see the same folder."""
-        nodes = self.groups.world_nodes
-        return [rank for rank, node in enumerate(nodes) if not self.node_local or node == nodes[self.rank]]
+        nodes = self.groups.node_of
+        return [rank for rank, node in nodes.items() if not self.node_local or node == nodes[self.rank]]
 
     @cached_property
     def publishes(self) -> bool:

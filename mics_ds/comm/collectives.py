@@ -8,8 +8,8 @@
 |   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
 | all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
 
-All of them block, and are meant to run on a :class:`mics_ds.comm.lanes.Lane`. Where a collective has two
-stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
+They are meant to run on a :class:`mics_ds.comm.lanes.Lane`, which says where each of their stages waits. Where a
+collective has two stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.profiler import record_function
 
 from ..errors import MicsCommError
 from .groups import NodeGroups, RankGroup, ReduceScatterMethod
+from .lanes import INLINE, Stages
 from .meter import labelled
 
 _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
@@ -132,10 +133,29 @@ def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None
     ReplicaAverage(tensor, replication).wait()
 
 
+class Maximum:
+    """The elementwise maximum of a small tensor over a group, under way.
+
+    Args:
+        tensor: overwritten. Must be left alone until :meth:`wait` has returned.
+        what: names the quantity in an error.
+    """
+
+    def __init__(self, tensor: torch.Tensor, group: RankGroup, what: str) -> None:
+        self.tensor = tensor
+        self._group = group
+        self._what = f"agreement on the {what}"
+        with _named(self._what, group):
+            self._work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group, async_op=True)
+
+    def wait(self) -> None:
+        with _named(self._what, self._group):
+            self._work.wait()
+
+
 def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
     """Elementwise maximum over a group, in place. ``what`` names the quantity in an error."""
-    with _named(f"agreement on the {what}", group):
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group)
+    Maximum(tensor, group, what).wait()
 
 
 def broadcast_(tensors: Sequence[torch.Tensor], source: int, group: RankGroup) -> None:
@@ -168,7 +188,9 @@ class GatheredShards:
                 yield piece[self.row_of[rank], low - first : high - first]
 
 
-def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int | None = None) -> GatheredShards:
+def all_gather_hierarchical(
+    shard: torch.Tensor, groups: NodeGroups, pieces: int | None = None, stages: Stages = INLINE
+) -> GatheredShards:
     """All-gather in two stages, between nodes and then inside each node.
 
     The first stage runs k times side by side, each among the N ranks with the same local place, and
@@ -180,6 +202,7 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
         shard: 1-D, this rank's chunk, the same length and dtype on all ranks of the partition group.
         groups: this rank's inter- and intra-node groups.
         pieces: how many to cut the shard into; by default as many as are worth it.
+        stages: where they run. Whoever uses the result on another stream has to wait for both.
     """
     inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
     starts = _cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots, staged=True))
@@ -192,19 +215,21 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, pieces: int
             dist.all_gather_into_tensor(buffer[own].view(-1), shard[first:last], group=inter.group, async_op=True)
             for buffer, first, last in zip(buffers, starts, starts[1:])
         ]
-    seconds = []
-    for work, buffer in zip(firsts, buffers):
-        with _named(GATHER_INTER, inter):
-            work.wait()
+    with stages.second():
+        seconds = []
+        for work, buffer in zip(firsts, buffers):
+            with _named(GATHER_INTER, inter):
+                work.wait()
+            with _named(GATHER_INTRA, intra):
+                seconds.append(
+                    dist.all_gather_into_tensor(buffer.view(-1), buffer[own].view(-1), group=intra.group, async_op=True)
+                )
+        outer.stop()
         with _named(GATHER_INTRA, intra):
-            seconds.append(
-                dist.all_gather_into_tensor(buffer.view(-1), buffer[own].view(-1), group=intra.group, async_op=True)
-            )
-    outer.stop()
-    with _named(GATHER_INTRA, intra):
-        for work in seconds:
-            work.wait()
-    inner.stop()
+            for work in seconds:
+                work.wait()
+        inner.stop()
+        stages.used(shard, *buffers)
     return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
 
 
@@ -268,7 +293,9 @@ class BucketLayout:
         ]
 
 
-def reduce_scatter_mean(pieces: list[torch.Tensor], group: RankGroup, method: ReduceScatterMethod) -> torch.Tensor:
+def reduce_scatter_mean(
+    pieces: list[torch.Tensor], group: RankGroup, method: ReduceScatterMethod, stages: Stages = INLINE
+) -> torch.Tensor:
     """Hop 1: the mean over the group of the block that is for this rank.
 
     ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and for one
@@ -277,14 +304,16 @@ def reduce_scatter_mean(pieces: list[torch.Tensor], group: RankGroup, method: Re
 
     Args:
         pieces: (g, width) each, row i for rank i of the group. Emptied, so that each is freed when done.
+        stages: collectives are issued in the first, and waited for in the second.
 
     Returns:
-        (sum of widths,), in the dtype of the pieces.
+        (sum of widths,), in the dtype of the pieces. For the second stage.
     """
     reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
-    with _Following() as following:
+    with _Following(stages) as following:
         for piece, output in _consume(pieces, reduced):
-            following.then(_start_reducing(HOP1, piece, group, method, output))
+            following.then(_start_reducing(HOP1, piece, group, method, output, stages))
+    stages.used(reduced)
     return reduced
 
 
@@ -298,7 +327,7 @@ def _mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_scatter_mean_hierarchical(
-    pieces: list[torch.Tensor], groups: NodeGroups, method: ReduceScatterMethod
+    pieces: list[torch.Tensor], groups: NodeGroups, method: ReduceScatterMethod, stages: Stages = INLINE
 ) -> torch.Tensor:
     """Hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
 
@@ -309,20 +338,25 @@ def reduce_scatter_mean_hierarchical(
 
     Args:
         pieces: (p, width) each, rows in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`. Emptied.
+        stages: the one inside nodes is issued in the first, the one between them in the second.
 
     Returns:
-        (sum of widths,), in the dtype of the pieces.
+        (sum of widths,), in the dtype of the pieces. For the second stage.
     """
     inter, intra = groups.inter, groups.intra
     reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
-    with _Following() as following:
+    with _Following(stages) as following:
         for piece, output in _consume(pieces, reduced):
             # (k, N · width): row l is for local place l, and holds the blocks for its N ranks
             rows = piece.view(intra.size, -1)
             inner = piece.new_empty(rows.shape[1])
-            _start_reducing(HOP1, rows, intra, method, inner)()
+            inside_done = _start_reducing(HOP1, rows, intra, method, inner, stages)
             del piece, rows
-            following.then(_start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output))
+            with stages.second():
+                inside_done()
+                following.then(_start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output, INLINE))
+                stages.used(inner)
+    stages.used(reduced)
     return reduced
 
 
@@ -337,30 +371,44 @@ def _consume(pieces: list[torch.Tensor], reduced: torch.Tensor) -> Iterator[tupl
 
 
 class _Following:
-    """Completes what was started one step behind, so that two are under way and no more are held in memory."""
+    """Completes what was started, in the second stage and one step behind: two are under way, and no more are held."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
         self._complete: Callable[[], object] | None = None
 
-    def then(self, complete: Callable[[], object]) -> None:
+    def then(self, complete: Callable[[], object] | None) -> None:
         previous, self._complete = self._complete, complete
         if previous is not None:
-            previous()
+            with self._stages.second():
+                previous()
 
     def __enter__(self) -> _Following:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is None and self._complete is not None:
-            self._complete()
+        if kind is None:
+            self.then(None)
 
 
 def _start_reducing(
-    label: str, blocks: torch.Tensor, group: RankGroup, method: ReduceScatterMethod, output: torch.Tensor
+    label: str,
+    blocks: torch.Tensor,
+    group: RankGroup,
+    method: ReduceScatterMethod,
+    output: torch.Tensor,
+    stages: Stages,
 ) -> Callable[[], object]:
-    """Start reducing (g, width) blocks; the returned function waits for it and fills ``output``, (width,)."""
+    """Start reducing (g, width) blocks in the first stage. The returned function is for the second: it waits and fills
+    ``output``, (width,)."""
     if group.size == 1:
-        return lambda: output.copy_(blocks[0])
+
+        def take() -> None:
+            stages.wait_for_first()
+            output.copy_(blocks[0])
+            stages.used(blocks)
+
+        return take
     watch = _Watch(label, _OPERATOR[method], blocks.nbytes)
     with _named(label, group):
         if method == "native":
@@ -375,7 +423,9 @@ def _start_reducing(
         with _named(label, group):
             work.wait()
         watch.stop()
+        stages.used(blocks)
         if received is not None:
             output.copy_(_mean_of_rows(received))
+            stages.used(received)
 
     return complete

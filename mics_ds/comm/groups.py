@@ -1,23 +1,26 @@
 """The process groups of MiCS, made once and carried as one small object.
 
 :mod:`mics_ds.comm.layout` computes who belongs together; this module checks across ranks that everybody
-computed the same, and only then creates process groups, in the same order on every rank.
+computed the same, and only then creates process groups: one call for each kind of group, in which a
+rank takes part with its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
 
 from ..config import MicsConfig
 from ..errors import MicsConfigError
 from ..log import log_rank0
 from . import agreement, placement
-from .lanes import Lane
+from .lanes import Lane, Streams, make_lane
 from .layout import MicsLayout, Ranks
 
 ReduceScatterMethod = Literal["native", "all_to_all"]
@@ -66,12 +69,14 @@ class MicsGroups:
     hierarchy: NodeGroups | None
     """Set when parameters are gathered in two stages."""
     scatter: RankGroup
-    """The ranks of :attr:`partition` once more, for hop 1. On a CPU it is another process group, because
-    hop 1 runs on a thread of its own, and two threads cannot agree on an order within one group."""
+    """The ranks of :attr:`partition` once more, for hop 1. On a device without streams it is another process group,
+    because hop 1 runs on a thread of its own, and two threads cannot agree on an order within one group."""
     scatter_hierarchy: NodeGroups | None
     """Set when gradients are reduced in two stages. See :attr:`scatter`."""
-    world_nodes: tuple[int, ...]
-    """Node of every rank of the world, of other data-parallel groups too."""
+    reduce_scatter: ReduceScatterMethod
+    """How hop 1 moves gradients."""
+    node_of: Mapping[int, int]
+    """Node of every rank that took part in the agreement, by global rank: all of the world, as a rule."""
     gather_lane: Lane
     """Where hierarchical gathers run. One for all engines that share the process groups."""
     scatter_lane: Lane
@@ -79,14 +84,14 @@ class MicsGroups:
 
 
 class _Cache:
-    """Process groups by purpose and ranks, for the lifetime of one world.
+    """This rank's process groups by purpose and by all groups of their kind, for the lifetime of one world.
 
     Creating a group costs a communicator, so a model with many ``zero.Init`` contexts must not
-    create one for each. A world that was destroyed took its groups with it.
+    create one for each, nor an engine that follows another. A world that was destroyed took its groups with it.
     """
 
     world: dist.ProcessGroup | None = None
-    groups: ClassVar[dict[tuple[str, Ranks], dist.ProcessGroup]] = {}
+    groups: ClassVar[dict[tuple[str, tuple[Ranks, ...]], dist.ProcessGroup]] = {}
     lanes: ClassVar[dict[tuple[str, int], Lane]] = {}
     announced: ClassVar[set[MicsLayout]] = set()
 
@@ -101,11 +106,8 @@ class _Cache:
 class _Agreed:
     """What all ranks have agreed on, before any group is made."""
 
-    config: MicsConfig
-    layouts: Mapping[int, MicsLayout]
-    """By the first rank of each data-parallel group."""
     own: MicsLayout
-    world_nodes: tuple[int, ...]
+    node_of: Mapping[int, int]
     stages_gather: bool
     stages_scatter: bool
     scatter_apart: bool
@@ -120,23 +122,32 @@ class _Agreed:
         return "scatter" if self.scatter_apart else "gather"
 
 
-def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
+def build_groups(
+    config: MicsConfig,
+    full: dist.ProcessGroup,
+    participants: Ranks | None = None,
+    streams: Streams | None = None,
+) -> MicsGroups:
     """Agree with all other ranks on the configuration and return this rank's groups.
 
-    Collective over the whole world: every rank must call it the same number of times.
+    Collective over the participants: every one of them must call it the same number of times.
 
     Args:
         config: what was asked for; must be equal on all ranks.
         full: the data-parallel group of this rank. Ranks of different data-parallel groups (under
             tensor parallelism) call with their own.
+        participants: global ranks that have to agree, all of ``full`` among them; by default the world.
+        streams: of the device that the groups work on, ``None`` for the CPU.
 
     Raises:
         MicsAgreementError: the ranks disagree.
         MicsConfigError: p does not divide the data-parallel size.
     """
-    agreed = _agree(config, full)
+    scatter_apart = streams is None
+    agreed = _agree(config, full, participants or agreement.world_ranks(), scatter_apart)
+    device = torch.device("cpu" if streams is None else streams.current_device_name())
     cache = _Cache.fresh()
-    own = _create(agreed, full, cache)
+    own = _create(agreed, full, device, cache)
     partition, scatter = own["gather", "partition"], own[agreed.scatter_purpose, "partition"]
 
     def node_groups(purpose: str, staged: bool) -> NodeGroups | None:
@@ -145,9 +156,12 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
         chunk_of_slot = agreed.own.node_grid(partition.ranks).chunk_of_slot
         return NodeGroups(own[purpose, "inter"], own[purpose, "intra"], chunk_of_slot)
 
+    def lane(purpose: str, name: str, ahead: int | None = None) -> Lane:
+        return cache.lanes.setdefault((purpose, int(config.shard_size)), make_lane(name, streams, ahead=ahead))
+
+    method = reduce_scatter_method(config, full, device)
     if agreed.own not in cache.announced:
         cache.announced.add(agreed.own)
-        method = reduce_scatter_method(config, full)
         log_rank0(agreed.own.describe(agreed.stages_gather, agreed.stages_scatter, method))
     return MicsGroups(
         config=config,
@@ -158,17 +172,17 @@ def build_groups(config: MicsConfig, full: dist.ProcessGroup) -> MicsGroups:
         hierarchy=node_groups("gather", agreed.stages_gather),
         scatter=scatter,
         scatter_hierarchy=node_groups(agreed.scatter_purpose, agreed.stages_scatter),
-        world_nodes=agreed.world_nodes,
-        gather_lane=cache.lanes.setdefault(("gather", int(config.shard_size)), Lane("all-gather")),
-        scatter_lane=cache.lanes.setdefault(("scatter", int(config.shard_size)), Lane("reduction")),
+        reduce_scatter=method,
+        node_of=agreed.node_of,
+        gather_lane=lane("gather", "all-gather"),
+        scatter_lane=lane("scatter", "reduction", ahead=2),
     )
 
 
-def _agree(config: MicsConfig, full: dist.ProcessGroup) -> _Agreed:
-    """Compare configuration, data-parallel groups and placement with all ranks of the world."""
+def _agree(config: MicsConfig, full: dist.ProcessGroup, participants: Ranks, scatter_apart: bool) -> _Agreed:
+    """Compare configuration, data-parallel groups and placement with all participants."""
     mine = tuple(dist.get_process_group_ranks(full))
     stride = _stride(mine)
-    place = placement.claim(dist.get_rank())
     payloads = agreement.exchange(
         {
             agreement.STATE: agreement.ON,
@@ -176,32 +190,34 @@ def _agree(config: MicsConfig, full: dist.ProcessGroup) -> _Agreed:
             "size": len(mine),
             "first": mine[0],
             "stride": stride,
-            "place": place.as_json(),
-        }
+            "place": placement.claim(dist.get_rank()).as_json(),
+        },
+        participants,
     )
-    agreement.require_same(payloads, {"size": "the data-parallel size", "stride": "the spacing of data-parallel ranks"})
+    same = {"size": "the data-parallel size", "stride": "the spacing of data-parallel ranks"}
+    agreement.require_same(payloads, same, participants)
     nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+    node_of = dict(zip(participants, nodes))
     layouts = {
-        first: MicsLayout(members, tuple(nodes[rank] for rank in members), int(config.shard_size))
+        first: MicsLayout(members, tuple(node_of[rank] for rank in members), int(config.shard_size))
         for first in sorted({item["first"] for item in payloads})
         for members in [tuple(first + stride * index for index in range(len(mine)))]
     }
     can_stage = not any(item.why_not_hierarchical() for item in layouts.values())
     return _Agreed(
-        config=config,
-        layouts=layouts,
         own=layouts[mine[0]],
-        world_nodes=tuple(nodes),
+        node_of=node_of,
         # "auto" is two stages wherever the placement allows them: with p = 4 on four nodes of two ranks at
         # 100 Mbit/s a step took 3.35 s in two stages and 5.79 s flat (docs/results.md).
         stages_gather=config.hierarchical_params_gather is not False and can_stage,
         stages_scatter=config.hierarchical_grad_scatter is not False and can_stage,
-        scatter_apart=dist.get_backend(full) == "gloo",
+        scatter_apart=scatter_apart,
     )
 
 
-def _wanted(agreed: _Agreed, layout: MicsLayout) -> Iterator[tuple[str, str, tuple[Ranks, ...]]]:
-    """(purpose, kind, ranks of each group) of all groups of one data-parallel group, in order of creation."""
+def _wanted(agreed: _Agreed) -> Iterator[tuple[str, str, tuple[Ranks, ...]]]:
+    """(purpose, kind, ranks of each group) of all groups of the data-parallel group, in order of creation."""
+    layout = agreed.own
     yield "gather", "partition", layout.partition_groups
     yield agreed.scatter_purpose, "partition", layout.partition_groups
     if layout.replication_size > 1:
@@ -213,23 +229,46 @@ def _wanted(agreed: _Agreed, layout: MicsLayout) -> Iterator[tuple[str, str, tup
             yield purpose, "intra", tuple(ranks for grid in grids for ranks in grid.intra)
 
 
-def _create(agreed: _Agreed, full: dist.ProcessGroup, cache: type[_Cache]) -> dict[tuple[str, str], RankGroup]:
-    """Create the process groups and return this rank's, by purpose and kind.
-
-    Every rank creates every group, its own or not, in one order: NCCL splits them off the world
-    communicator, which takes all of its ranks.
-    """
+def _create(
+    agreed: _Agreed, full: dist.ProcessGroup, device: torch.device, cache: type[_Cache]
+) -> dict[tuple[str, str], RankGroup]:
+    """Create the process groups and return this rank's, by purpose and kind."""
     own: dict[tuple[str, str], RankGroup] = {}
-    for layout in agreed.layouts.values():
-        for purpose, kind, groups in _wanted(agreed, layout):
-            for ranks in groups:
-                group = full if ranks == agreed.own.ranks and purpose == "gather" else _group_of(cache, purpose, ranks)
-                if dist.get_rank() in ranks:
-                    own[purpose, kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
+    for purpose, kind, groups in _wanted(agreed):
+        ranks = next(ranks for ranks in groups if dist.get_rank() in ranks)
+        if ranks == agreed.own.ranks and purpose == "gather":
+            group = full
+        else:
+            if (purpose, groups) not in cache.groups:
+                cache.groups[purpose, groups] = _new_group(full, groups, ranks, device, f"mics {purpose} {kind}")
+            group = cache.groups[purpose, groups]
+        own[purpose, kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
     return own
 
 
-def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup) -> ReduceScatterMethod:
+def _new_group(
+    full: dist.ProcessGroup, groups: tuple[Ranks, ...], own: Ranks, device: torch.device, name: str
+) -> dist.ProcessGroup:
+    """Create all groups of one kind, in one call whatever their number, and return this rank's own.
+
+    Where the job has bound its ranks to devices, every new group is split off a communicator, by all ranks of it:
+    then ``full`` is split into all of ``groups`` at once. Elsewhere only the members of a group meet. Either way no
+    rank outside ``full`` is needed, and the new groups are as patient as ``full`` is, where ``new_group`` would give
+    them torch's default.
+    """
+    backend = full._get_backend(device)
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    if full.bound_device_id is not None and getattr(backend, "supports_splitting", False):
+        place = {rank: index for index, rank in enumerate(dist.get_process_group_ranks(full))}
+        split = [[place[rank] for rank in ranks] for ranks in groups]
+        group = dist.split_group(full, split, timeout=timeout, group_desc=name)
+    else:
+        group = dist.new_group(list(own), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    return group
+
+
+def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup, device: torch.device) -> ReduceScatterMethod:
     """``"native"`` or ``"all_to_all"``: what the configuration says, or what suits the backend.
 
     gloo's reduce-scatter sends as many bytes as its all-reduce, 2(p-1)/p · M, where an all-to-all sends
@@ -238,13 +277,9 @@ def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup) -> Reduc
     """
     if config.reduce_scatter != "auto":
         return config.reduce_scatter
-    return "all_to_all" if dist.get_backend(group) == "gloo" else "native"
-
-
-def _group_of(cache: type[_Cache], purpose: str, ranks: Ranks) -> dist.ProcessGroup:
-    if (purpose, ranks) not in cache.groups:
-        cache.groups[purpose, ranks] = dist.new_group(list(ranks))
-    return cache.groups[purpose, ranks]
+    # A group may have a backend for each device, so its own name says little.
+    backend: Any = group._get_backend(device)
+    return "all_to_all" if backend.name() == "gloo" else "native"
 
 
 def _stride(ranks: Ranks) -> int:

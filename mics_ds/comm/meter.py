@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _active = threading.local()
@@ -108,15 +109,15 @@ class CommMeter:
         self._recording.__exit__(*exc)
 
 
-def carried(job: Callable[[], T]) -> Callable[[], T]:
+def carried(job: Callable[P, T]) -> Callable[P, T]:
     """``job``, to be run on another thread under the meters that are active on this one."""
     active: list[list[Collective]] = list(getattr(_active, "recordings", []))
     if not active:
         return job
 
-    def metered() -> T:
+    def metered(*args: P.args, **kwargs: P.kwargs) -> T:
         with _recording_into(*active):
-            return job()
+            return job(*args, **kwargs)
 
     return metered
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..comm import agreement, placement
+from ..comm.layout import Ranks
 from ..config import MicsConfig, PlanRequest
 from ..errors import MicsPlanError
 from ..log import log_rank0
@@ -129,10 +130,13 @@ class Situation:
     """Data-parallel groups that share a node and its card (tensor parallelism)."""
 
 
-def choose_partition_size(config: MicsConfig, facts: Facts, model: Model, rank: int) -> int:
-    """The same p on all ranks. Collective over the world.
+def choose_partition_size(
+    config: MicsConfig, facts: Facts, model: Model, rank: int, participants: Ranks | None = None
+) -> int:
+    """The same p on all ranks. Collective over the participants.
 
     Args:
+        participants: global ranks that have to agree; by default the world.
         model: of this rank; rank 0's is planned with.
 
     Raises:
@@ -149,25 +153,29 @@ def choose_partition_size(config: MicsConfig, facts: Facts, model: Model, rank: 
             "size": len(facts.ranks),
             "first": facts.ranks[0],
             "model": model_digest(model),
-        }
+        },
+        participants,
     )
-    agreement.require_same(payloads, {"size": "the data-parallel size"})
+    agreement.require_same(payloads, {"size": "the data-parallel size"}, participants)
     answer: dict[str, Any] = {}
-    if rank == 0:
+    if rank == (participants or (0,))[0]:
         try:
-            p, reason = decide(config, facts, model, assess(payloads, facts))
+            p, reason = decide(config, facts, model, assess(payloads, facts, participants))
         except Exception as error:  # whatever it is, the others wait for an answer
-            agreement.post({agreement.STATE: agreement.ERROR, "message": str(error)})
+            agreement.post_error(error, participants)
             raise
         log_rank0(f'mics_shard_size "auto": {reason}.')
         answer = {"p": p}
-    answers = agreement.exchange({agreement.STATE: agreement.ON, **answer})
-    agreement.require_same(answers)
+    answers = agreement.exchange({agreement.STATE: agreement.ON, **answer}, participants)
+    agreement.require_same(answers, ranks=participants)
     return int(answers[0]["p"])
 
 
-def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts) -> Situation:
+def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts, ranks: Ranks | None = None) -> Situation:
     """Put together what the ranks said.
+
+    Args:
+        ranks: whose payloads they are; by default the world's.
 
     Raises:
         MicsPlanError: ranks of one data-parallel group have different models, or are placed unevenly.
@@ -180,7 +188,8 @@ def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts) -> Situation:
             "All data-parallel ranks must have the same model, but their parameters differ. Build it alike everywhere."
         )
     nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
-    per_node = ranks_per_node([nodes[member] for member in facts.ranks])
+    node_of = dict(zip(ranks or range(len(nodes)), nodes))
+    per_node = ranks_per_node([node_of[member] for member in facts.ranks])
     on_a_node = max(Counter(nodes).values())
     memory = min(item["memory"] for item in payloads)
     return Situation(

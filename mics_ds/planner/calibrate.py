@@ -261,16 +261,18 @@ def calibrate(
 
 def _groups(partitions: Sequence[int] | None) -> tuple[dict[int, MicsGroups], int]:
     """The groups for each partition size to measure, and the ranks on each node. Collective over the world."""
+    from ..seams.engine import device_streams  # DeepSpeed's view of the device; plans do without
+
     world = dist.group.WORLD
     assert world is not None, "calibration runs in an initialised process group"
     n = dist.get_world_size()
     config = MicsConfig(shard_size=n)
-    k = ranks_per_node(build_groups(config, world).layout.nodes)
+    k = ranks_per_node(build_groups(config, world, streams=device_streams()).layout.nodes)
     wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
     for p in wanted:
         if p < 1 or n % p:
             raise MicsPlanError(f"A partition size must divide the {n} ranks of this job, got {p}.")
-    return {p: build_groups(replace(config, shard_size=p), world) for p in wanted}, k
+    return {p: build_groups(replace(config, shard_size=p), world, streams=device_streams()) for p in wanted}, k
 
 
 def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress: bool) -> list[Sweep]:

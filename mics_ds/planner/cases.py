@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import collectives
-from ..comm.groups import MicsGroups, NodeGroups, RankGroup, reduce_scatter_method
+from ..comm.groups import MicsGroups, NodeGroups, RankGroup
 from .machine import GroupForm, Link, Machine
 
 FLOAT = 4
@@ -90,7 +90,7 @@ def _gather_in_stages(mine: MicsGroups, hierarchy: NodeGroups, size: int) -> Cal
 
 
 def _scatter(mine: MicsGroups, hierarchy: NodeGroups | None, size: int) -> Callable[[], object]:
-    method = reduce_scatter_method(mine.config, mine.full.group)
+    method = mine.reduce_scatter
     gradient = buffer(size // FLOAT)
     order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
     layout = collectives.BucketLayout((gradient.numel(),), order)

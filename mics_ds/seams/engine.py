@@ -122,6 +122,41 @@ def _memory_at_hand(module: torch.nn.Module) -> tuple[float, float, str]:
     return accelerator.available_memory(index) + unused + own, total, accelerator.device_name()
 
 
+def device_streams() -> Any | None:
+    """The accelerator, if it has streams that run beside the host; ``None`` for a CPU."""
+    accelerator = get_accelerator()
+    return None if accelerator.is_synchronized_device() else accelerator
+
+
+def participants(mpu: Any = None, group: Any = None) -> tuple[int, ...] | None:
+    """Global ranks that build an engine together, in ascending order; ``None`` for the world.
+
+    Args:
+        mpu: DeepSpeed's model-parallel unit. If its groups do not span the world, only the data-parallel group of
+            this rank is sure to take part.
+        group: the data-parallel group, where there is no ``mpu``.
+    """
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world == 1:
+        return None
+    if mpu is not None:
+        group = _group(mpu, "get_data_parallel_group")
+        across = [_group(mpu, "get_model_parallel_group"), _group(mpu, "get_sequence_parallel_group")]
+        if group is None or any(_size(group) * _size(other) == world for other in across if other is not None):
+            return None
+    if group is None or _size(group) == world:
+        return None
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
+def _group(mpu: Any, name: str) -> Any:
+    return getattr(mpu, name)() if hasattr(mpu, name) else None
+
+
+def _size(group: Any) -> int:
+    return torch.distributed.get_world_size(group)
+
+
 def log_stage(stage: Any) -> None:
     """Enter a :class:`mics_ds.comm.collectives.StageTime` into DeepSpeed's ``comms_logger``, if that is switched on.
 

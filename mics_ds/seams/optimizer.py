@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +31,12 @@ class _WithoutGrad:
         return getattr(self._param, name)
 
 
+def _holds_data(param: Any) -> bool:
+    """Whether this rank's shard is more than padding."""
+    rank = torch.distributed.get_rank(param.ds_process_group)
+    return param.partition_numel() * rank < param.ds_numel
+
+
 class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
 
@@ -42,35 +47,33 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         """Whether gradient shards are still partial after DeepSpeed has reduced them."""
         return False
 
-    def takes_over_hop1(self) -> bool:
-        """Whether :meth:`reduce_bucket` reduces gradients instead of DeepSpeed. Only for ``reduce_scatter: true``."""
-        return False
-
     def reduce_bucket(
         self,
         ids: list[int],
         gradients: list[torch.Tensor],
         store: Callable[[list[torch.Tensor]], None],
     ) -> None:
-        """Take the mean of full gradients over the partition group, now or until :meth:`finish_hop1`.
+        """Take the mean of full gradients over the partition group, now or until :meth:`backward_pass_ended`. Only
+        called for ``reduce_scatter: true``; otherwise DeepSpeed reduces them, and calls nothing but
+        :meth:`shards_changed`.
 
         Args:
             ids: ``ds_id`` of the parameters of one bucket.
             gradients: one per parameter, in the communication dtype. Free to be overwritten by others
-                once this returns.
+                once this returns, on the stream that is current now.
             store: to be called with this rank's part of each reduced gradient, without padding. May be
-                called on another thread, before :meth:`finish_hop1` returns.
+                called on another thread or stream, before :meth:`backward_pass_ended` returns.
         """
         raise NotImplementedError
-
-    def finish_hop1(self) -> None:
-        """Return once every bucket handed to :meth:`reduce_bucket` has been stored."""
 
     def shards_changed(self, ids: list[int]) -> None:
         """The gradient shards of these parameters were written or added to."""
 
-    def complete_reduction_if_needed(self) -> None:
-        """Make :attr:`gradient_shards` final. Called at the boundary and once more before the step."""
+    def backward_pass_ended(self) -> None:
+        """A backward pass has handed over its last bucket, at a boundary or not."""
+
+    def gradients_are_used(self) -> None:
+        """The step is about to use :attr:`gradient_shards`, which have to be final."""
 
     def before_gradients_are_read(self, local: bool) -> None:
         """Somebody is about to look at gradient shards: all ranks to assemble whole gradients, or, if ``local``,
@@ -97,27 +100,31 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
             start += param.partition_numel()
         return ranges
 
-    @contextmanager
-    def reduction_stream(self) -> Iterator[None]:
-        """Order work behind hop 1, and everything that follows behind that work."""
-        with get_accelerator().stream(self.reduce_and_partition_stream):
-            yield
-        if not get_accelerator().resolves_data_dependency():
-            self.reduce_and_partition_stream.synchronize()
+    def order_behind_current_stream(self) -> None:
+        """DeepSpeed takes for granted that gradients are there for its reduction stream too."""
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
 
     @property
     def communication_device(self) -> torch.device:
         return torch.device(get_accelerator().current_device_name())
 
     def finish_offloaded_gradients(self, ids: set[int]) -> None:
-        """With optimizer offload: compute norms and fp32 copies of the now final shards of these parameters."""
+        """With optimizer offload: compute norms and fp32 copies of the now final shards of these parameters, if this
+        is the boundary."""
         if not self.offload_optimizer:
+            return
+        params = [param for group in self.fp16_groups for param in group if param.ds_id in ids]
+        if FINALIZES_OFFLOAD:
+            # Those that only another replica had gradients for are not among them yet.
+            self._offload_boundary_param_ids |= {param.ds_id for param in params if _holds_data(param)}
+        if not self.at_boundary():
             return
         if FINALIZES_OFFLOAD:
             self._finalize_offload_gradient_accumulation()
             return
         # Older versions do that while they add a gradient at the boundary, so add nothing.
-        params = [param for group in self.fp16_groups for param in group if param.ds_id in ids]
         shards = [self.gradient_shards.new_zeros(param.partition_numel()) for param in params]
         step, self.micro_step_id = self.micro_step_id, 1  # the first one would overwrite
         try:
@@ -143,8 +150,6 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 (a private name, as Python mangles it)
         self, params_to_reduce: list, communication_data_type: torch.dtype
     ) -> Any:
-        if not self.takes_over_hop1():
-            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params_to_reduce, communication_data_type)
         return _FullGradients([param.grad.to(communication_data_type) for param in params_to_reduce])
 
     def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
@@ -189,18 +194,24 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         self.before_gradients_are_read(local=True)
         return super().get_local_fp32_grad_for_param(param)
 
+    def set_local_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+        self.before_gradients_are_read(local=True)
+        super().set_local_grad_for_param(value, param)
+
+    def get_fp32_grad_partitions(self) -> Any:
+        self.before_gradients_are_read(local=True)
+        return super().get_fp32_grad_partitions()
+
     def independent_gradient_partition_epilogue(self) -> None:
         super().independent_gradient_partition_epilogue()
-        self.finish_hop1()
-        if self.at_boundary():
-            self.complete_reduction_if_needed()
+        self.backward_pass_ended()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
-        self.complete_reduction_if_needed()
+        self.before_gradients_are_read(local=False)
         super().finalize_gradient_accumulation_boundary()
 
     def step(self, closure: Callable | None = None) -> None:
-        self.complete_reduction_if_needed()
+        self.gradients_are_used()
         super().step(closure)
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
