@@ -51,6 +51,9 @@ class MicsOptimizer(OptimizerSeam):
             groups.replication,
             groups.scatter_lane,
             self.communication_device,
+            # Offloaded gradients go on to host buffers at the boundary, all at once. And what DeepSpeed reduces by
+            # itself (reduce_scatter: false) comes without a word about where a bucket ends.
+            early=overlap_comm and self.reduce_scatter and not self.offload_optimizer,
             part=self.reduce_bucket_size // groups.partition.size,
         )
 
@@ -97,23 +100,32 @@ class MicsOptimizer(OptimizerSeam):
             with stages.second():
                 store(layout.unpack(shard, groups.partition.rank))
 
-        # Offloaded gradients go on to host buffers at the boundary, all at once: no early hop 2 for them.
-        last = self._overlap and not self.offload_optimizer and self.at_boundary()
-        self.two_hop.reduce(ids, hop1, nbytes=payload, beside=self._overlap, last=last)
+        # DeepSpeed waits for its own stream before it looks at gradients in host memory, so that is where they have
+        # to be written.
+        beside = self._overlap and not self.offload_optimizer
+        self.two_hop.reduce(hop1, nbytes=payload, beside=beside, last=beside and self.at_boundary())
 
     # ---------------------------------------------------------------------------------------- hop 2
 
     def defers_reduction(self) -> bool:
         return self.mics_groups.replication is not None
 
+    def shards_change(self, ids: list[int], overwriting: bool) -> None:
+        self.two_hop.adding(ids, overwriting=overwriting)
+
     def shards_changed(self, ids: list[int]) -> None:
         self.two_hop.added(ids)
 
     def backward_pass_ended(self) -> None:
-        self._hop2(lambda: self.two_hop.end_of_pass(self.at_boundary()))
+        self.two_hop.finish_hop1()  # before anybody asks for the boundary
+        self.two_hop.end_of_pass(self.at_boundary())
+        self.order_behind_current_stream()
 
     def gradients_are_used(self) -> None:
-        self._hop2(self.two_hop.complete)
+        if self.two_hop.complete_for_step(look=self.offload_optimizer):
+            self._means_are_there()
+
+    def step_ended(self) -> None:
         self.two_hop.next_boundary()
 
     def before_gradients_are_read(self, local: bool) -> None:
@@ -128,15 +140,23 @@ class MicsOptimizer(OptimizerSeam):
                 "partition group only, and the mean over all ranks takes a collective. Ask at the boundary, or call "
                 "safe_get_full_grad on all ranks first."
             )
-        self._hop2(self.two_hop.complete)
+        if self.two_hop.complete():
+            self._means_are_there()
 
-    def _hop2(self, work: Callable[[], None]) -> None:
-        """Do something that may complete hop 2."""
-        was_partial = self.two_hop.is_partial
-        work()
-        if was_partial and not self.two_hop.is_partial:
-            self.finish_offloaded_gradients(self.two_hop.changed)
-            self.order_behind_current_stream()
+    def _means_are_there(self) -> None:
+        self.finish_offloaded_gradients(self.two_hop.changed)
+        self.order_behind_current_stream()
+
+    def gradients_in_doubt(self) -> torch.Tensor:
+        return self.two_hop.came_again
+
+    def settle_gradients(self, in_doubt: bool) -> None:
+        self.two_hop.settle(in_doubt)
+        self.order_behind_current_stream()
+
+    def destroy(self) -> None:
+        super().destroy()
+        self.mics_groups.scatter_lane.close()
 
     # ------------------------------------------------------------------------------ agreed scalars
 
@@ -148,18 +168,9 @@ class MicsOptimizer(OptimizerSeam):
         clipping factor that differs in one bit would make replicas drift apart for good.
         """
         replication = self.mics_groups.replication
-        if replication is None:
-            return norms
-        # -1 marks an invalid norm and must win over any number, on all replicas
-        agreed = torch.where(norms < 0, torch.inf, norms)
-        collectives.max_over_(agreed, replication, "gradient norm")
-        return torch.where(agreed.isinf(), -1.0, agreed)
-
-    def agree_on_overflow(self, overflow: bool) -> bool:
-        """True if any replica overflowed. The partition group has agreed already."""
-        replication = self.mics_groups.replication
-        if replication is None:
-            return overflow
-        flag = torch.tensor([overflow], dtype=torch.uint8, device=self.communication_device)
-        collectives.max_over_(flag, replication, "overflow flag")
-        return bool(flag.item())
+        if replication is not None:
+            # -1 marks an invalid norm and must win over any number, on all replicas
+            norms = torch.where(norms < 0, torch.inf, norms)
+            collectives.max_over_(norms, replication, "gradient norm")
+            norms = torch.where(norms.isinf(), -1.0, norms)
+        return norms

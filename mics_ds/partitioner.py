@@ -150,3 +150,7 @@ class MicsParamManager(seam.ParamManagerSeam):
                 f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
             )
         self.mics_groups = next(iter(found.values()))
+
+    def destroy(self) -> None:
+        super().destroy()
+        self.mics_groups.gather_lane.close()

@@ -13,23 +13,28 @@
 
 Hop 1, a reduce-scatter on the partition group, leaves a *partial gradient*, the mean over p ranks, in
 one flat buffer per rank. Hop 2 averages that buffer over the replication group, once per boundary. In
-the last micro-step it follows hop 1 unit by unit, beside the backward pass of earlier layers. What is
-left (parameters that got gradients only in earlier micro-steps, or everything, where only ``step``
-knows the boundary) is averaged when the pass ends, or before the step. Together that is the whole
-buffer, every element once.
+the last micro-step it follows hop 1 unit by unit, beside the backward pass of earlier layers; what is
+left is started when that pass ends. It is completed before the step, or when somebody reads. Where
+nobody knows beforehand which pass is the last, everything is averaged at that time. Either way that is
+the whole buffer, every element once.
 
 [Note: units]
 
 Replicas need not fill the same buckets: one of them may skip a module (a text-only batch, an expert that nobody was
 sent to), or get its gradients in another order. But collectives of the replication group have to be the same on all
-replicas. So hop 2 works in *units*, sets of shards that the replicas agree on once, after the first boundary: the
-buckets of the first replica, in the order in which they came, and last a unit with whatever did not come. They are
-always averaged in that order, each as soon as those before it are and every shard in it is final. A replica that
-does something else is late with them, and never different.
+replicas. So hop 2 works in *units*, sets of shards that the replicas agree on: the buckets of the first replica, in
+the order in which they came, and last a unit with whatever did not come. They agree after the first boundary, the
+second, the fourth and so on, because modules may be frozen, or used at last. Units are always averaged in that order,
+each as soon as those before it are and every shard in it is final. A replica that does something else is late with
+them, and never different.
 
-A replica that had no gradient for a shard still holds the mean of the boundary before. It contributes zero instead.
-If *no* replica had one, everybody keeps that old mean, as stock ZeRO-3 does. A small all-reduce of flags tells which,
-just before the last unit.
+[Note: old means]
+
+Gradients overwrite a shard in the first micro-step of a boundary and are added to it in later ones. So in stock
+ZeRO-3 a parameter without a gradient in the first one adds to the mean of the boundary before, and one that gets none
+keeps that mean. Replicas see the same only together: if one of them overwrites, the old mean must be gone on all, and
+if none does, it counts once. So each replica averages only what is new, and keeps an old mean aside where it did not
+overwrite it. A small all-reduce of flags, just before the last unit, tells whether some replica did.
 
 [Note: phases of a shard]
 
@@ -41,7 +46,8 @@ just before the last unit.
 
 A mean may be repeated: averaging what is equal on all replicas changes nothing, and adding a partial gradient to
 a mean and averaging once more gives the mean of the sum. So a shard whose hop 2 was early, because somebody read it or
-because it got another gradient after all, simply becomes PARTIAL again.
+because it got another gradient after all, simply becomes PARTIAL again. If that happens within one pass on one replica
+only, the others have to know: the flags say so too, and :meth:`TwoHop.settle` averages once more.
 """
 
 from __future__ import annotations
@@ -49,6 +55,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -76,6 +83,16 @@ LEGAL_TRANSITIONS = frozenset(
 )
 
 
+class Given(enum.IntEnum):
+    """What a shard got since the last boundary, see [Note: old means]. The greatest of all replicas' holds."""
+
+    NOTHING = 0
+    ADDED = 1
+    """On top of the old mean."""
+    WRITTEN = 2
+    """Over the old mean."""
+
+
 @dataclass
 class GradientShard:
     """This rank's shard of one parameter's gradient."""
@@ -86,15 +103,14 @@ class GradientShard:
     phase: Phase = Phase.MEAN
     average: collectives.ReplicaAverage | None = None
     """Hop 2, while AVERAGING. Neighbours in the buffer share one."""
-    changed: bool = False
-    """Whether hop 1 has added to it since the last boundary."""
+    given: Given = Given.NOTHING
+    old: torch.Tensor | None = None
+    """The old mean, while the buffer holds only what is new."""
     reduced: bool = False
     """Whether it went through hop 1 in this backward pass."""
     comes_twice: bool = False
     """Whether it ever did so twice in one pass: tied parameters under reentrant checkpointing. An early hop 2 after
     the first time would have to be done again, so from then on it waits for the end of the pass."""
-    before: torch.Tensor | None = None
-    """The old mean, where this rank had no gradient to add to it and contributes zero."""
 
     def move(self, phase: Phase) -> None:
         assert (self.phase, phase) in LEGAL_TRANSITIONS, f"a gradient shard cannot go from {self.phase} to {phase}"
@@ -107,8 +123,8 @@ class TwoHop:
     Hop 1 runs on a lane, and so does the early hop 2, in the order in which buckets were handed over. All other
     methods drain the lane first. Where there is one replica only, hop 2 does nothing.
 
-    All ranks of the replication group call :meth:`end_of_pass`, :meth:`complete` and :meth:`next_boundary` in the same
-    order, with the same arguments.
+    All ranks of the replication group call :meth:`end_of_pass`, :meth:`complete`, :meth:`complete_for_step`,
+    :meth:`settle` and :meth:`next_boundary` in the same order, with the same arguments.
 
     Args:
         ranges: for each parameter, by an id that all ranks share, where its shard lies in the buffer.
@@ -116,7 +132,8 @@ class TwoHop:
         replication: the group of hop 2, ``None`` for one replica.
         lane: where hop 1 runs.
         device: where collectives of ``replication`` can work. A buffer elsewhere is copied there and back, in parts of
-            at most ``part`` elements.
+            at most ``part`` elements, two of them at a time.
+        early: whether hop 2 may start before it has to be complete.
     """
 
     def __init__(
@@ -126,6 +143,8 @@ class TwoHop:
         replication: RankGroup | None,
         lane: Lane,
         device: torch.device,
+        *,
+        early: bool = True,
         part: int = 1 << 24,
     ) -> None:
         self.shards = {key: GradientShard(start, end) for key, (start, end) in ranges.items()}
@@ -133,48 +152,48 @@ class TwoHop:
         self._replication = replication
         self._lane = lane
         self._device = device
+        self._early = early and replication is not None
         self._part = max(1, part)
         self._units: list[list[int]] | None = None
         """See [Note: units]. None until the first boundary."""
         self._started = 0
         """How many of them hop 2 was started for."""
-        self._arrivals: dict[int, int] = {}
-        """Before there are units: for each parameter, the number of the bucket it came in first."""
-        self._buckets = 0
+        self._all_started = False
+        """Whether it was for all, at the end of a pass."""
+        self._arrivals: list[list[int]] = []
+        """The parameters of this pass, bucket by bucket."""
+        self._order: list[list[int]] = []
+        """The same of the last pass that ended the accumulation."""
+        self._boundaries = 0
         self._passes = 0
         """Backward passes since gradients were last complete."""
         self._last_passes = 0
-        """Those among them since the last boundary that might have been the last one before the step."""
-        self._expected_passes = 1
-        """How many of those the last boundary had: a step may follow several backward passes."""
+        """Those since the last boundary that might have been the last one before the step."""
+        self._passes_before = [1, 1]
+        """How many of those the last two boundaries had: a step may follow several backward passes."""
+        self._completed = False
+        """Whether gradients were complete after the last pass of this boundary."""
+        self._again = False
+        """Whether a shard got another gradient in the pass in which its hop 2 had started."""
         self._flags: collectives.Maximum | None = None
+        self._said: torch.Tensor | None = None
+        """What the flags of the last hop 2 said, until the host has looked at it."""
 
     # ---------------------------------------------------------------------------------------- hop 1
 
-    def reduce(
-        self,
-        ids: list[int],
-        hop1: Callable[[Stages], None],
-        *,
-        nbytes: int,
-        beside: bool,
-        last: bool,
-    ) -> None:
+    def reduce(self, hop1: Callable[[Stages], None], *, nbytes: int, beside: bool, last: bool) -> None:
         """Hand one bucket over to the lane.
 
         Args:
-            ids: the parameters in it.
-            hop1: reduces the bucket in the first stage and adds the result to the shards in the second; has to call
-                :meth:`added`.
+            hop1: reduces the bucket in the first stage and adds the result to the shards in the second, between
+                :meth:`adding` and :meth:`added`.
             nbytes: what ``hop1`` holds until it is done.
             beside: whether this may return before it is done.
             last: whether this micro-step ends the accumulation, so that hop 2 may follow at once.
         """
-        starts_hop2 = last and self._is_last_pass
+        starts_hop2 = self._early and last and self._is_last_pass
 
         def work(stages: Stages) -> None:
-            with stages.second():
-                self._before_adding(ids)
             hop1(stages)
             if starts_hop2:
                 with stages.second():
@@ -182,23 +201,27 @@ class TwoHop:
 
         self._lane.submit(work, nbytes=nbytes, beside=beside)
 
-    def _before_adding(self, ids: Iterable[int]) -> None:
-        if self._units is None:
-            for key in ids:
-                self._arrivals.setdefault(key, self._buckets)
-            self._buckets += 1
-        for key in ids:
-            shard = self.shards[key]
+    def adding(self, ids: list[int], *, overwriting: bool) -> None:
+        """Partial gradients of one bucket are about to be added to these shards, or written over them."""
+        if self._all_started:
+            self._finish_hop2()  # of an earlier pass, which was not the last one after all
+            self._look()
+        self._arrivals.append(ids)
+        for shard in (self.shards[key] for key in ids):
             shard.comes_twice |= shard.reduced
             shard.reduced = True
+            self._again |= shard.phase is Phase.AVERAGING
             self._finish_averaging(shard)
+            if overwriting:
+                shard.given, shard.old = Given.WRITTEN, None
+            elif shard.given is Given.NOTHING:
+                shard.given = Given.ADDED
+                self._set_aside(shard)
 
     def added(self, ids: Iterable[int]) -> None:
-        """Partial gradients were written or added to these shards, by :meth:`reduce` or by somebody else."""
+        """Partial gradients were added to these shards."""
         for key in ids:
-            shard = self.shards[key]
-            shard.move(Phase.PARTIAL)
-            shard.changed = True
+            self.shards[key].move(Phase.PARTIAL)
 
     def finish_hop1(self) -> None:
         """Let the caller's stream or thread wait until every bucket of this backward pass has been stored.
@@ -206,77 +229,113 @@ class TwoHop:
         Raises what failed on the lane.
         """
         self._lane.drain()
-        for shard in self.shards.values():
-            shard.reduced = False
 
     # ---------------------------------------------------------------------------------------- hop 2
 
     @property
     def changed(self) -> set[int]:
-        """Parameters whose gradient somebody has added to since the last boundary: after :meth:`complete`, on any
-        replica."""
-        return {key for key, shard in self.shards.items() if shard.changed}
+        """Parameters that got a gradient since the last boundary: once gradients are settled, on any replica."""
+        return {key for key, shard in self.shards.items() if shard.given is not Given.NOTHING}
 
     @property
     def is_partial(self) -> bool:
-        """Whether some shard is not the mean over all ranks yet."""
-        if self._replication is None:
-            return False
-        return self._passes > 0 or any(shard.phase is not Phase.MEAN for shard in self.shards.values())
+        """Whether some shard is not the mean over all ranks yet. The same on all replicas."""
+        return self._replication is not None and self._passes > 0
 
     def end_of_pass(self, last: bool) -> None:
-        """A backward pass has ended.
+        """A backward pass has ended. Start hop 2 if it was the last one, as far as anybody can know.
 
         Args:
-            last: whether it ends the accumulation. Then it completes hop 2, unless the last boundary had more passes
-                than this one has had so far.
+            last: whether it ends the accumulation. Several passes may, before one step.
         """
         self.finish_hop1()
-        is_last = last and self._is_last_pass
+        for shard in self.shards.values():
+            shard.reduced = False
+        was_last = last and self._is_last_pass
+        if last:
+            self._order = self._arrivals
+        self._arrivals = []
         self._passes += 1
         self._last_passes += last
-        if is_last:
-            self.complete()
+        self._completed = False
+        if self._all_started:
+            self._finish_hop2()  # of an earlier pass, too: this replica had no gradient in this one
+            self._look()
+        if self._early and was_last and self._units is not None:
+            self._start_all_units()
 
-    def complete(self) -> None:
-        """Finish both hops. Afterwards every shard is the mean over all ranks, bitwise equal on all replicas.
-
-        Collective over the replication group if :attr:`is_partial`. All ranks reach the places where it is called.
-        """
+    def complete(self) -> bool:
+        """Finish both hops, for a reader. Afterwards every shard is the mean over all ranks, bitwise equal on all
+        replicas. Returns whether there was anything to do."""
         self.finish_hop1()
         if not self.is_partial:
-            return
-        assert self._replication is not None
-        if self._on_device:
-            self._start_all_units()
-            # What came again after its unit was started, and was not known to come twice.
-            self._start_averaging(key for key, shard in self.shards.items() if shard.phase is Phase.PARTIAL)
-        else:
-            self._start_flags()
-            self._average_by_way_of_device(self._replication)
-        for shard in self.shards.values():
-            self._finish_averaging(shard)
-        self._keep_old_means()
-        self._started = self._passes = 0
+            return False
+        self._hop2()
+        self.settle(self._look())
+        return True
+
+    def complete_for_step(self, *, look: bool) -> bool:
+        """The same, before a step.
+
+        Args:
+            look: whether the host waits to learn what other replicas did. Otherwise somebody has to look at
+                :attr:`came_again` before gradients are used, and to call :meth:`settle`; and :attr:`changed` speaks of
+                this replica only.
+        """
+        self.finish_hop1()
+        if self._replication is None or self._completed:
+            return False
+        self._hop2()
+        if look:
+            self.settle(self._look())
+        return True
+
+    @property
+    def came_again(self) -> torch.Tensor:
+        """(1,), on the device: not 0 if on some replica a shard got another gradient after its hop 2 had started."""
+        return torch.zeros(1, device=self._device) if self._said is None else self._said[-1:]
+
+    def settle(self, again: bool) -> None:
+        """Average once more if :attr:`came_again` said so."""
+        if again:
+            if self._said is not None:
+                self._look()
+            self._hop2()
+            self._look()
+        self._said = None
 
     def next_boundary(self) -> None:
-        """The gradients of this boundary were used; what comes now is for the next one.
-
-        The first time, collective over the replication group.
-        """
+        """The gradients of this boundary were used, or not; what comes now is for the next one."""
+        if self._replication is None:
+            return
+        if self._said is not None:  # nobody has asked, so they were not used
+            self.settle(self._look())
         for shard in self.shards.values():
-            shard.changed = False
-        self._expected_passes, self._last_passes = max(1, self._last_passes), 0
-        if self._units is None and self._buckets and self._replication is not None:
+            shard.given = Given.NOTHING
+        self._passes_before = [self._passes_before[-1], max(1, self._last_passes)]
+        self._last_passes, self._completed = 0, False
+        self._boundaries += 1
+        if self._early and self._boundaries & (self._boundaries - 1) == 0:  # a power of two
             self._agree_on_units(self._replication)
 
     @property
     def _is_last_pass(self) -> bool:
-        return self._last_passes + 1 >= self._expected_passes
+        return self._last_passes + 1 >= max(self._passes_before)
 
     @property
     def _on_device(self) -> bool:
         return self._buffer().device == self._device
+
+    def _hop2(self) -> None:
+        """All of hop 2, or what is left of it."""
+        assert self._replication is not None
+        if self._on_device:
+            self._start_all_units()
+        else:
+            self._start_flags(self._replication)
+            self._average_by_way_of_device(self._replication)
+        self._finish_hop2()
+        self._completed, self._passes = True, 0
 
     def _start_ready_units(self) -> None:
         """Start hop 2 on the units whose turn it is and whose shards are all final; never on the last."""
@@ -284,42 +343,35 @@ class TwoHop:
             shards = [self.shards[key] for key in self._units[self._started]]
             if not all(shard.reduced and not shard.comes_twice for shard in shards):
                 return
-            self._start_averaging(self._units[self._started])
+            self._start_averaging(shards)
             self._started += 1
 
     def _start_all_units(self) -> None:
+        assert self._replication is not None
         units = [list(self.shards)] if self._units is None else self._units
         while self._started < len(units):
             if self._started == len(units) - 1:
-                self._start_flags()
-            self._contribute_zero(units[self._started])
-            self._start_averaging(units[self._started])
+                self._start_flags(self._replication)
+            shards = [self.shards[key] for key in units[self._started]]
+            self._contribute_nothing(shards)
+            self._start_averaging(shards)
             self._started += 1
+        self._all_started = True
 
-    def _start_averaging(self, ids: Iterable[int]) -> None:
+    def _start_averaging(self, shards: Iterable[GradientShard]) -> None:
         """Start hop 2 on these shards, in one collective where they are neighbours in the buffer."""
-        if self._replication is None:
-            return
-        for run in _neighbours([self.shards[key] for key in ids]):
+        assert self._replication is not None
+        for run in _neighbours(shards):
             part = self._buffer()[run[0].start : run[-1].end]
             average = collectives.ReplicaAverage(part, self._replication)
             for shard in run:
                 shard.move(Phase.AVERAGING)
                 shard.average = average
 
-    @staticmethod
-    def _finish_averaging(shard: GradientShard) -> None:
-        """Wait for hop 2 on this shard, if it is under way."""
-        if shard.phase is Phase.AVERAGING:
-            if shard.average is not None:
-                shard.average.wait()
-            shard.average = None
-            shard.move(Phase.MEAN)
-
     def _average_by_way_of_device(self, replication: RankGroup) -> None:
         """Hop 2 on shards in host memory, where only gloo could reduce them. One part is copied while another is
         averaged, and no more than two are on the device."""
-        self._contribute_zero(self.shards)
+        self._contribute_nothing(self.shards.values())
         for shard in self.shards.values():
             shard.move(Phase.AVERAGING)
         on_its_way: tuple[torch.Tensor, torch.Tensor, collectives.ReplicaAverage] | None = None
@@ -332,50 +384,82 @@ class TwoHop:
                 previous[2].wait()
                 previous[0].copy_(previous[1])
 
+    @staticmethod
+    def _finish_averaging(shard: GradientShard) -> None:
+        """Wait for hop 2 on this shard, if it is under way."""
+        if shard.phase is Phase.AVERAGING:
+            if shard.average is not None:
+                shard.average.wait()
+            shard.average = None
+            shard.move(Phase.MEAN)
+
+    def _finish_hop2(self) -> None:
+        """Wait for all that was started. Where no replica has written over an old mean, add it again."""
+        for shard in self.shards.values():
+            self._finish_averaging(shard)
+        assert self._flags is not None, "started with the last unit"
+        self._flags.wait()
+        self._said, self._flags = self._flags.tensor, None
+        self._started, self._all_started = 0, False
+        said = self._said if self._on_device else self._said.cpu()
+        for place, shard in enumerate(self.shards.values()):
+            if shard.old is not None:
+                counts = said[place] < Given.WRITTEN  # where it is, so that the host need not wait
+                self._shard(shard).add_(torch.where(counts, shard.old, torch.zeros_like(shard.old)))
+                self._lane.used(shard.old)
+                shard.old = None
+        self._lane.used(self._said)
+
     # ------------------------------------------------------------------- replicas that do different things
 
-    def _start_flags(self) -> None:
-        """Ask which shards somebody had a gradient for."""
-        assert self._replication is not None
-        if self._flags is None:
-            flags = torch.tensor([shard.changed for shard in self.shards.values()], dtype=torch.uint8)
-            self._flags = collectives.Maximum(flags.to(self._device), self._replication, "gradients at hand")
+    def _shard(self, shard: GradientShard) -> torch.Tensor:
+        return self._buffer()[shard.start : shard.end]
 
-    def _contribute_zero(self, ids: Iterable[int]) -> None:
-        for shard in (self.shards[key] for key in ids):
-            if not shard.changed:
-                mine = self._buffer()[shard.start : shard.end]
-                shard.before = mine.clone()
-                mine.zero_()
+    def _set_aside(self, shard: GradientShard) -> None:
+        if self._replication is not None:
+            shard.old = self._shard(shard).clone()
+            self._shard(shard).zero_()
 
-    def _keep_old_means(self) -> None:
-        """Where no replica had a gradient, what was there before stays."""
-        assert self._flags is not None, "started with the last unit"
-        flags, self._flags = self._flags, None
-        flags.wait()
-        if all(shard.before is None for shard in self.shards.values()):
-            return  # without a look at the flags, for which the host would have to wait
-        for shard, flag in zip(self.shards.values(), flags.tensor.tolist()):
-            if shard.before is not None and not flag:
-                self._buffer()[shard.start : shard.end].copy_(shard.before)
-            shard.before = None
-            shard.changed |= bool(flag)
+    def _contribute_nothing(self, shards: Iterable[GradientShard]) -> None:
+        for shard in shards:
+            if shard.given is Given.NOTHING and shard.old is None:
+                self._set_aside(shard)
+
+    def _start_flags(self, replication: RankGroup) -> None:
+        """Ask what the others did with each shard, and whether one of them was too early with hop 2."""
+        values = [*(int(shard.given) for shard in self.shards.values()), int(self._again)]
+        self._again = False
+        flags = torch.empty(len(values), dtype=torch.uint8, device=self._device)
+        start = 0
+        for value, run in groupby(values):  # filled there: a copy from the host would have to wait for it
+            end = start + sum(1 for _ in run)
+            flags[start:end].fill_(value)
+            start = end
+        self._flags = collectives.Maximum(flags, replication, "gradients at hand")
+
+    def _look(self) -> bool:
+        """Have the host learn what the flags said. Returns whether gradients have to be averaged once more."""
+        assert self._said is not None, "hop 2 is complete"
+        (*given, again), self._said = self._said.tolist(), None
+        for shard, value in zip(self.shards.values(), given):
+            shard.given = Given(value)
+        return bool(again)
 
     def _agree_on_units(self, replication: RankGroup) -> None:
-        """Take the first replica's buckets for units. One small broadcast, once."""
-        last = self._buckets
-        numbers = torch.tensor([self._arrivals.get(key, last) for key in self.shards], dtype=torch.int64)
-        last_number = torch.tensor([last], dtype=torch.int64)
-        agreed = torch.cat([numbers, last_number]).to(self._device)
+        """Take the first replica's buckets for units. One small broadcast."""
+        places = {key: place for place, ids in reversed(list(enumerate(self._order))) for key in ids}
+        last = len(self._order)
+        numbers = [*(places.get(key, last) for key in self.shards), last]
+        agreed = torch.tensor(numbers, dtype=torch.int64).to(self._device)
         collectives.broadcast_([agreed], 0, replication)
-        *mine, end = agreed.tolist()
-        units: list[list[int]] = [[] for _ in range(end + 1)]
-        for key, number in zip(self.shards, mine):
+        *numbers, last = agreed.tolist()
+        units: list[list[int]] = [[] for _ in range(last + 1)]
+        for key, number in zip(self.shards, numbers):
             units[number].append(key)
         self._units = [*(unit for unit in units[:-1] if unit), units[-1]]
 
 
-def _neighbours(shards: list[GradientShard]) -> list[list[GradientShard]]:
+def _neighbours(shards: Iterable[GradientShard]) -> list[list[GradientShard]]:
     """Group shards that touch each other in the buffer, in ascending order."""
     runs: list[list[GradientShard]] = []
     for shard in sorted(shards, key=lambda item: (item.start, item.end)):

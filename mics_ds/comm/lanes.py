@@ -108,6 +108,10 @@ class Lane(Protocol):
     def drain(self) -> None:
         """Let the caller's thread or stream wait for all tasks handed over so far. Raises what one raised."""
 
+    def used(self, *tensors: torch.Tensor) -> None:
+        """The caller works on tensors that a task has made: do not give their memory away before it has."""
+        ...
+
     def close(self) -> None:
         """Free what the lane holds, once its tasks are done. It may be used again."""
 
@@ -172,6 +176,11 @@ class StreamLane:
                 current.wait_stream(stream)
         self._busy.clear()
         self._ends.clear()
+
+    def used(self, *tensors: torch.Tensor) -> None:
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                tensor.record_stream(self._streams.current_stream())
 
     def close(self) -> None:
         self.drain()
@@ -263,10 +272,15 @@ class ThreadLane:
             self._held.popleft()
             self._pending.popleft().check()
 
+    def used(self, *tensors: torch.Tensor) -> None:
+        """Memory is freed when nobody refers to it."""
+
     def close(self) -> None:
-        """Let the thread end. A next task starts another."""
+        """Let the thread end, and wait for that unless a task hangs in it. A next task starts another."""
         if self._thread is not None:
             self._queue.put(None)
+            if all(pending.done() for pending in self._pending):
+                self._thread.join()
             self._thread, self._queue = None, SimpleQueue()
 
     @staticmethod

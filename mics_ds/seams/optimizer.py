@@ -55,7 +55,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     ) -> None:
         """Take the mean of full gradients over the partition group, now or until :meth:`backward_pass_ended`. Only
         called for ``reduce_scatter: true``; otherwise DeepSpeed reduces them, and calls nothing but
-        :meth:`shards_changed`.
+        :meth:`shards_change` and :meth:`shards_changed`.
 
         Args:
             ids: ``ds_id`` of the parameters of one bucket.
@@ -66,14 +66,29 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         """
         raise NotImplementedError
 
+    def shards_change(self, ids: list[int], overwriting: bool) -> None:
+        """Gradients are about to be added to the shards of these parameters, or written over them. Called where, and on
+        the stream on which, that happens."""
+
     def shards_changed(self, ids: list[int]) -> None:
-        """The gradient shards of these parameters were written or added to."""
+        """They were."""
 
     def backward_pass_ended(self) -> None:
         """A backward pass has handed over its last bucket, at a boundary or not."""
 
     def gradients_are_used(self) -> None:
-        """The step is about to use :attr:`gradient_shards`, which have to be final."""
+        """The step is about to use :attr:`gradient_shards`, which have to be final, or in doubt."""
+
+    def gradients_in_doubt(self) -> torch.Tensor:
+        """One element, on the device: not 0 if gradients turn out not to be final. The same on all ranks that share a
+        shard. The host looks at it where DeepSpeed makes it wait anyway."""
+        return torch.zeros(1, device=self.communication_device)
+
+    def settle_gradients(self, in_doubt: bool) -> None:
+        """The host has looked at :meth:`gradients_in_doubt`: make gradients final if they are not."""
+
+    def step_ended(self) -> None:
+        """A step was taken, or skipped because of an overflow."""
 
     def before_gradients_are_read(self, local: bool) -> None:
         """Somebody is about to look at gradient shards: all ranks to assemble whole gradients, or, if ``local``,
@@ -82,10 +97,6 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def agree_on_norms(self, norms: torch.Tensor) -> torch.Tensor:
         """1-D gradient norms, one per sub-group, -1 where invalid. Return what all replicas shall use."""
         return norms
-
-    def agree_on_overflow(self, overflow: bool) -> bool:
-        """Return what all replicas shall believe."""
-        return overflow
 
     @property
     def gradient_shards(self) -> torch.Tensor:
@@ -169,6 +180,8 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         return []
 
     def _store(self, params: list, shards: list[torch.Tensor]) -> Any:
+        ids = [param.ds_id for param in params]
+        self.shards_change(ids, overwriting=self.micro_step_id == 0)
         self._partitioning_grads = True
         boundary = None if BOUNDARY_IS_A_METHOD else self.is_gradient_accumulation_boundary
         if boundary is not None and self._holds_back_boundary():
@@ -179,7 +192,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
             self._partitioning_grads = False
             if boundary is not None:
                 self.is_gradient_accumulation_boundary = boundary  # type: ignore[method-assign]
-        self.shards_changed([param.ds_id for param in params])
+        self.shards_changed(ids)
         return result
 
     def get_fp32_grad_for_param(self, param: torch.nn.Parameter) -> Any:
@@ -210,16 +223,42 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         self.before_gradients_are_read(local=False)
         super().finalize_gradient_accumulation_boundary()
 
+    def offload_states(self, *args: Any, **kwargs: Any) -> Any:
+        self.before_gradients_are_read(local=False)  # hop 2 must not go on in memory that is given away
+        return super().offload_states(*args, **kwargs)
+
     def step(self, closure: Callable | None = None) -> None:
         self.gradients_are_used()
         super().step(closure)
+        self.step_ended()
+
+    # Replicas hold the same bits, so they see an overflow together, without a word. DeepSpeed's host waits for it, and
+    # for the norms: it learns of a doubt at the same time.
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        return self.agree_on_overflow(super().has_overflow(partition_gradients))
+        may_doubt = partition_gradients and self.defers_reduction() and not self.offload_optimizer
+        if may_doubt:
+            with get_accelerator().stream(self.reduce_and_partition_stream):
+                self.inf_or_nan_tracker.logical_or_(self.gradients_in_doubt().bool())
+        overflow = super().has_overflow(partition_gradients)
+        if overflow and may_doubt:
+            self.settle_gradients(bool(self.gradients_in_doubt()))
+            overflow = super().has_overflow(partition_gradients)
+        return overflow
 
     def _get_norm_groups(self) -> list[torch.Tensor]:
-        norms = [torch.as_tensor(norm) for norm in super()._get_norm_groups()]
-        if not norms:
+        norms = super()._get_norm_groups()
+        if not norms or not self.defers_reduction():
             return norms
-        agreed = self.agree_on_norms(torch.stack([norm.to(self.communication_device) for norm in norms]))
-        return [value.to(norm.device) for value, norm in zip(agreed, norms)]
+        agreed, in_doubt = self._agreed_norms(norms)
+        self.settle_gradients(in_doubt)
+        if in_doubt:
+            agreed, _ = self._agreed_norms(super()._get_norm_groups())
+        return list(agreed.unbind())
+
+    def _agreed_norms(self, norms: list) -> tuple[torch.Tensor, bool]:
+        """On the host, where DeepSpeed looks at them next, so that it waits once and not twice."""
+        device = self.communication_device
+        agreed = self.agree_on_norms(torch.stack([torch.as_tensor(norm).to(device) for norm in norms]))
+        on_host = torch.cat([agreed, self.gradients_in_doubt().to(agreed.dtype)]).cpu()
+        return on_host[:-1], bool(on_host[-1])

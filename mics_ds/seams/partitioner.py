@@ -68,6 +68,8 @@ class PartitionerSeam(pp.Init):
 
     def _gather_by_hook(self, params: list[ZeroParam]) -> Any | None:
         """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""
+        if self.allgather_sequential or self.use_all_reduce_for_fetch_params:
+            return None  # whoever asks for a way of gathering gets DeepSpeed's
         if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
             return None
         self._ensure_availability_of_partitioned_params(params)
