@@ -1,29 +1,36 @@
-"""Lanes: order, results, errors."""
+"""Lanes: order, results, errors, and who waits for whom."""
 
 from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from mics_ds.comm.lanes import Lane
-
-CPU = torch.device("cpu")
+from mics_ds.comm.lanes import INLINE, StreamLane, ThreadLane, make_lane
 
 
-def test_jobs_run_in_order_beside_the_caller():
-    lane, seen, gate = Lane("test"), [], threading.Event()
+def lane_thread(name: str) -> threading.Thread | None:
+    return next((thread for thread in threading.enumerate() if thread.name == f"mics {name}"), None)
 
-    def job(index: int) -> int:
+
+# --------------------------------------------------------------------------------------------------
+# A thread
+
+
+def test_tasks_run_in_order_beside_the_caller():
+    lane, seen, gate = ThreadLane("test"), [], threading.Event()
+
+    def task(index: int) -> int:
         gate.wait()
         seen.append((index, threading.current_thread().name))
         return index * index
 
-    pending = [lane.submit(lambda index=index: job(index), CPU) for index in range(3)]
+    pending = [lane.submit(lambda _, index=index: task(index)) for index in range(3)]
     assert seen == []
     assert not pending[0].done()
     gate.set()
@@ -31,26 +38,33 @@ def test_jobs_run_in_order_beside_the_caller():
     assert seen == [(index, "mics test") for index in range(3)]
 
 
-def test_without_beside_the_job_runs_at_once_and_after_those_before_it():
-    lane, seen = Lane("test"), []
-    lane.submit(lambda: (time.sleep(0.05), seen.append("first")), CPU)
-    assert lane.submit(lambda: seen.append("second"), CPU, beside=False).done()
-    assert seen == ["first", "second"]
+def test_without_beside_the_task_runs_on_the_caller_after_those_before_it():
+    lane, seen, gate = ThreadLane("test"), [], threading.Event()
+    lane.submit(lambda _: (gate.wait(), seen.append("first")))
+    threading.Timer(0.02, gate.set).start()
+    assert lane.submit(lambda _: seen.append(threading.current_thread()), beside=False).done()
+    assert seen == ["first", threading.main_thread()]
 
 
-def test_a_device_with_streams_needs_no_thread():
-    lane = Lane("test")
-    assert lane.submit(threading.current_thread, torch.device("meta")).wait() is threading.main_thread()
+def test_both_stages_run_on_the_thread():
+    def task(stages):
+        first = threading.current_thread().name
+        with stages.second():
+            return first, threading.current_thread().name
+
+    assert ThreadLane("test").submit(task).wait() == ("mics test", "mics test")
 
 
 def test_a_failure_reaches_the_caller_and_stops_the_lane():
-    lane, ran = Lane("test"), []
+    lane, ran, gate = ThreadLane("test"), [], threading.Event()
 
-    def fail() -> None:
+    def fail(_) -> None:
+        gate.wait()
         raise ValueError("on the lane")
 
-    lane.submit(fail, CPU)
-    later = lane.submit(lambda: ran.append(1), CPU)
+    lane.submit(fail)
+    later = lane.submit(lambda _: ran.append(1))
+    gate.set()
     with pytest.raises(ValueError, match="on the lane"):
         lane.drain()
     with pytest.raises(ValueError, match="on the lane"):
@@ -59,37 +73,227 @@ def test_a_failure_reaches_the_caller_and_stops_the_lane():
 
 
 @pytest.mark.parametrize(("nbytes", "most_expected"), [(0, 6), (4, 3), (10, 2), (99, 2)])
-def test_jobs_under_way_hold_no_more_than_the_limit(nbytes, most_expected):
-    """One job, whatever it holds, and more as long as they fit together; plus the one that submit is about."""
-    lane, running, most, gate = Lane("test", limit=10), [0], [0], threading.Event()
+def test_tasks_under_way_hold_no_more_than_the_limit(nbytes, most_expected):
+    """One task, whatever it holds, and more as long as they fit together; plus the one that submit is about."""
+    lane, running, most, gate = ThreadLane("test", limit=10), [0], [0], threading.Event()
 
-    def job() -> None:
+    def task(_) -> None:
         gate.wait(0.02)
         running[0] -= 1
 
     for _ in range(6):
         running[0] += 1
         most[0] = max(most[0], running[0])
-        lane.submit(job, CPU, nbytes=nbytes)
+        lane.submit(task, nbytes=nbytes)
     lane.drain()
     assert most[0] <= most_expected
 
 
 def test_the_lane_keeps_no_autograd_graph():
-    assert Lane("test").submit(torch.is_grad_enabled, CPU).wait() is False
+    assert ThreadLane("test").submit(lambda _: torch.is_grad_enabled()).wait() is False
 
 
-def test_nothing_large_is_kept_after_a_job():
-    lane = Lane("test")
+def test_nothing_large_is_kept_after_a_task():
+    lane = ThreadLane("test")
     buffer = torch.zeros(10)
     dies = weakref.ref(buffer)
-    pending = lane.submit(lambda buffer=buffer: buffer * 2, CPU)
+    pending = lane.submit(lambda _, buffer=buffer: buffer * 2)
     del buffer
     result = pending.wait()
     also_dies = weakref.ref(result)
     del result
-    lane.submit(lambda: None, CPU).check()
+    lane.submit(lambda _: None).check()
     gc.collect()
     assert dies() is None
     assert also_dies() is None
     assert pending.done()
+
+
+def test_a_closed_lane_has_no_thread_and_starts_another_with_the_next_task():
+    lane = ThreadLane("closing")
+    lane.close()  # nothing to close
+    assert lane.submit(lambda _: 1).wait() == 1
+    assert lane_thread("closing") is not None
+    lane.close()
+    assert lane_thread("closing") is None
+    assert lane.submit(lambda _: 2).wait() == 2
+    lane.close()
+
+
+def test_closing_does_not_wait_for_a_task_that_hangs():
+    lane, gate = ThreadLane("hanging"), threading.Event()
+    pending = lane.submit(lambda _: gate.wait())
+    lane.close()
+    assert lane_thread("hanging") is not None
+    gate.set()
+    pending.check()
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams
+
+
+class FakeStream:
+    """Remembers what it was told, in order, and what each entry has to wait for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.log: list[str] = []
+        self.after: set[str] = set()
+        """Work of other streams that this one waits for."""
+
+    def do(self, what: str) -> None:
+        self.log.append(what)
+
+    def seen(self) -> set[str]:
+        return {*self.log, *self.after}
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.after |= other.seen()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.after |= event.seen
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def record(self, stream: FakeStream) -> None:
+        self.seen = stream.seen()
+
+
+class FakeStreams:
+    """An accelerator as :class:`mics_ds.comm.lanes.Streams` describes it, on which nothing ever happens."""
+
+    def __init__(self) -> None:
+        self.made: list[FakeStream] = []
+        self._current = [FakeStream("default")]
+
+    def Stream(self) -> Any:  # noqa: N802
+        self.made.append(FakeStream(f"own {len(self.made)}"))
+        return self.made[-1]
+
+    def Event(self) -> Any:  # noqa: N802
+        return FakeEvent()
+
+    @contextmanager
+    def stream(self, stream):
+        self._current.append(stream)
+        yield
+        self._current.pop()
+
+    def current_stream(self):
+        return self._current[-1]
+
+    def current_device_name(self) -> str:
+        return "cpu"
+
+
+def two_stages(streams: FakeStreams, name: str):
+    def task(stages):
+        streams.current_stream().do(f"{name} first")
+        with stages.second():
+            stages.wait_for_first()
+            streams.current_stream().do(f"{name} second")
+        return name
+
+    return task
+
+
+def test_the_first_stage_is_on_the_callers_stream_and_the_second_on_the_lanes_own():
+    streams = FakeStreams()
+    lane = StreamLane("streams", streams)
+    pending = [lane.submit(two_stages(streams, name)) for name in "ab"]
+    current, (own,) = streams.current_stream(), streams.made
+    assert current.log == ["a first", "b first"]
+    assert own.log == ["a second", "b second"]
+    assert lane_thread("streams") is None
+    # the first stage of b is not held up by the second of a; the second of each sees its first
+    assert current.after == set()
+    assert own.after == {"a first", "b first"}
+    assert pending[0].wait() == "a"
+    assert current.after == {"a first", "a second"}
+
+
+def test_whoever_waits_on_another_stream_sees_both_stages():
+    streams = FakeStreams()
+    lane = StreamLane("test", streams)
+    issuing, using = FakeStream("issuing"), FakeStream("using")
+    with streams.stream(issuing):
+        pending = lane.submit(two_stages(streams, "a"))
+        lane.submit(two_stages(streams, "b"))
+    with streams.stream(using):
+        pending.wait()
+    assert using.after == {"a first", "a second"}, "and nothing of b"
+
+
+def test_a_result_is_handed_over_once():
+    streams = FakeStreams()
+    pending = StreamLane("test", streams).submit(lambda _: torch.zeros(3))
+    dies = weakref.ref(pending.wait())
+    gc.collect()
+    assert dies() is None
+
+
+def test_without_beside_everything_is_on_the_callers_stream():
+    streams = FakeStreams()
+    lane = StreamLane("test", streams)
+    lane.submit(two_stages(streams, "a"), beside=False)
+    assert streams.made == []
+    assert streams.current_stream().log == ["a first", "a second"]
+    assert streams.current_stream().after == set()
+
+
+def test_drain_lets_the_current_stream_see_everything():
+    streams = FakeStreams()
+    lane = StreamLane("test", streams)
+    elsewhere = FakeStream("reduction")
+    with streams.stream(elsewhere):
+        lane.submit(two_stages(streams, "a"))
+        lane.submit(two_stages(streams, "b"), beside=False)
+    lane.drain()
+    assert streams.current_stream().after == {"a first", "a second", "b first", "b second"}
+    waited = len(streams.current_stream().after)
+    lane.drain()  # nothing is left to wait for
+    assert len(streams.current_stream().after) == waited
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_the_first_stage_is_no_more_than_so_many_tasks_ahead(ahead):
+    streams = FakeStreams()
+    lane = StreamLane("test", streams, ahead=ahead)
+    for index in range(5):
+        before = {f"{done} second" for done in range(index - ahead + 1)}
+        lane.submit(two_stages(streams, str(index)))
+        waited = {item for item in streams.current_stream().after if item.endswith("second")}
+        assert waited == before, index
+
+
+def test_a_failure_is_raised_where_the_task_was_handed_over():
+    def fail(_):
+        raise ValueError("at once")
+
+    with pytest.raises(ValueError, match="at once"):
+        StreamLane("test", FakeStreams()).submit(fail)
+
+
+def test_a_closed_lane_of_streams_takes_a_new_stream():
+    streams = FakeStreams()
+    lane = StreamLane("test", streams)
+    lane.submit(two_stages(streams, "a"))
+    lane.close()
+    assert streams.current_stream().after == {"a first", "a second"}
+    lane.submit(two_stages(streams, "b"))
+    assert [stream.log for stream in streams.made] == [["a second"], ["b second"]]
+
+
+def test_the_device_decides_which_lane():
+    assert isinstance(make_lane("test", None), ThreadLane)
+    assert isinstance(make_lane("test", FakeStreams()), StreamLane)
+
+
+def test_inline_stages_are_where_the_task_is():
+    with INLINE.second():
+        INLINE.wait_for_first()
+        INLINE.used(torch.zeros(1))
