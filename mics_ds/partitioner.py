@@ -8,6 +8,7 @@ data-parallel group.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch.distributed as dist
 from .comm import collectives
 from .comm.groups import MicsGroups, RankGroup
 from .comm.lanes import Pending
-from .errors import MicsConfigError
+from .errors import MicsConfigError, MicsUsageError
 from .log import log_rank0
 from .request import Build, building
 from .seams import partitioner as seam
-from .seams.engine import ensure_distributed
+from .seams.engine import communication_device, ensure_distributed
 
 
 def _bytes(param: seam.ZeroParam) -> torch.Tensor:
@@ -150,6 +151,25 @@ class MicsParamManager(seam.ParamManagerSeam):
                 f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
             )
         self.mics_groups = next(iter(found.values()))
+
+    def require_same_modules(self, order: list[int]) -> bool:
+        # Replicas may differ: they gather by themselves, and agree on hop 2 (see two_hop). If they were compared over
+        # the world, one that came to record its modules anew would wait for others that did not.
+        groups = self.mics_groups
+        if groups.replication is None:
+            return False
+        number = int.from_bytes(hashlib.sha256(repr(order).encode()).digest()[:7], "big")
+        same = torch.tensor([number, -number], device=communication_device())
+        collectives.max_over_(same, groups.partition, "order of modules")
+        most, least = same.tolist()
+        if most != -least:
+            raise MicsUsageError(
+                f"Ranks {list(groups.partition.ranks)}, a partition group, must run the same modules in the same "
+                f"order, because they gather them together, but they do not. Make the data decide alike on all of "
+                f"them, or declare the module that chooses among its parts a leaf module "
+                f"(deepspeed.utils.set_z3_leaf_modules)."
+            )
+        return True
 
     def destroy(self) -> None:
         super().destroy()

@@ -128,6 +128,11 @@ def device_streams() -> Any | None:
     return None if accelerator.is_synchronized_device() else accelerator
 
 
+def communication_device() -> torch.device:
+    """Where collectives of this rank work."""
+    return torch.device(get_accelerator().current_device_name())
+
+
 def participants(mpu: Any = None, group: Any = None) -> tuple[int, ...] | None:
     """Global ranks that build an engine together, in ascending order; ``None`` for the world.
 

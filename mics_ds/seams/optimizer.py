@@ -9,6 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from .engine import communication_device
 from .support import BOUNDARY_IS_A_METHOD, FINALIZES_OFFLOAD
 
 
@@ -119,7 +120,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def communication_device(self) -> torch.device:
-        return torch.device(get_accelerator().current_device_name())
+        return communication_device()
 
     def finish_offloaded_gradients(self, ids: set[int]) -> None:
         """With optimizer offload: compute norms and fp32 copies of the now final shards of these parameters, if this

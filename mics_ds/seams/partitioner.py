@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters as pp
+from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator_module
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 from . import support
@@ -170,6 +171,35 @@ def repartition(partitioner: PartitionerSeam, param: ZeroParam) -> None:
 
 class ParamManagerSeam(DeepSpeedZeRoOffload):
     """DeepSpeed's parameter manager with a hook after it has made all parameters ZeRO-3 parameters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        coordinator = self.get_param_coordinator()
+        coordinator.reset_step = functools.partial(self._reset_step, coordinator.reset_step)
+
+    def require_same_modules(self, order: list[int]) -> bool:
+        """DeepSpeed has recorded which modules run in which order, and has all ranks of the world compare that.
+
+        Args:
+            order: of modules or parameters, as numbers.
+
+        Returns:
+            Whether the comparison has been made here. If not, DeepSpeed makes its own.
+        """
+        return False
+
+    def _reset_step(self, stock: Callable[[], None]) -> None:
+        stock_comparison = coordinator_module.assert_ints_same_as_other_ranks
+
+        def compare(ints: list[int]) -> None:
+            if not self.require_same_modules(ints):
+                stock_comparison(ints)
+
+        coordinator_module.assert_ints_same_as_other_ranks = compare
+        try:
+            stock()
+        finally:
+            coordinator_module.assert_ints_same_as_other_ranks = stock_comparison
 
     def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
         """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""

@@ -1,0 +1,141 @@
+"""Replicas that use different modules in one step, as text-only batches in multimodal training do.
+
+Inside a partition group ranks use the same ones, as in ZeRO-3, where all ranks have to. There, a rank that has nothing
+for a module sends zeros through it; that is the oracle.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    WIDTH,
+    assert_close,
+    assert_losses_close,
+    batch,
+    build,
+    ds_config,
+    full_params,
+    same_on_all_ranks,
+)
+from torch import nn
+
+from mics_ds.comm.collectives import HOP2
+from mics_ds.comm.meter import CommMeter
+from mics_ds.errors import MicsUsageError
+
+BRANCHES = 4
+
+
+class Branches(nn.Module):
+    """Every branch gets the same input, so the order in which they run changes nothing but the order of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.branches = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BRANCHES))
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
+        """``weights``: of the branches to run, in the order to run them in."""
+        x = torch.tanh(self.first(x))
+        outputs = {index: self.branches[index](x) * weight for index, weight in weights.items()}
+        for index in sorted(outputs):
+            x = x + outputs[index]
+        return (self.last(x) - y).pow(2).mean()
+
+
+def used_by(seed: int, step: int, micro_step: int, replica: int) -> list[int]:
+    """The branches of one replica in one micro-step, in some order. In each step there is one that nobody uses."""
+    nobody = random.Random(f"{seed} {step}").randrange(BRANCHES)
+    draws = random.Random(f"{seed} {step} {micro_step} {replica}")
+    used = [index for index in range(BRANCHES) if index != nobody and draws.random() < 0.5]
+    draws.shuffle(used)
+    return used
+
+
+def train(engine, p: int, seed: int, steps: int) -> list[float]:
+    stock = not hasattr(engine.optimizer, "mics_groups")
+    rank, losses = dist.get_rank(), []
+    for step in range(steps):
+        for micro_step in range(engine.gradient_accumulation_steps()):
+            used = [used_by(seed, step, micro_step, replica) for replica in range(4 // p)]
+            mine = used[rank // p]
+            some = sorted({index for branches in used for index in branches})
+            weights = {index: float(index in mine) for index in some} if stock else dict.fromkeys(mine, 1.0)
+            loss = engine(*batch(step, micro_step, rank), weights)
+            engine.backward(loss)
+            engine.step()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(total.item() / 4)
+    return losses
+
+
+CASES = [(p, micro_steps, overlap) for p in (1, 2) for micro_steps in (1, 3) for overlap in (True, False)]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize(("p", "micro_steps", "overlap"), CASES)
+def test_any_pattern_equals_zero3(p, micro_steps, overlap, seed):
+    zero = {"overlap_comm": overlap, "reduce_bucket_size": 60}
+    results = []
+    for size in (None, p):
+        engine = build(ds_config(size, micro_steps=micro_steps, clip=0.5, zero=zero), Branches)
+        initial = full_params(engine)
+        results.append((train(engine, p, seed, steps=9), full_params(engine)))
+        same_on_all_ranks(results[-1][1])
+    (expected_losses, expected), (losses, params) = results
+    assert_losses_close(losses, expected_losses, 1e-6)
+    assert_close(params, expected, 1e-6, initial)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("micro_steps", "clip", "zero"),
+    [
+        # Offloaded, stock forgets what came in earlier micro-steps only, and clips an old gradient once more.
+        (1, 0.0, {"offload_optimizer": {"device": "cpu"}}),
+        (2, 0.5, {"reduce_scatter": False}),
+    ],
+)
+def test_offloaded_and_reduced_by_deepspeed(micro_steps, clip, zero):
+    results = []
+    for size in (None, 2):
+        config = ds_config(size, micro_steps=micro_steps, clip=clip, zero={**zero, "reduce_bucket_size": 60})
+        engine = build(config, Branches)
+        initial = full_params(engine)
+        results.append((train(engine, 2, 0, steps=6), full_params(engine)))
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6, initial)
+
+
+@pytest.mark.ranks(4)
+def test_hop2_is_the_same_whoever_uses_what():
+    """As many collectives over as many bytes as if all used all, beside the backward pass where they do."""
+    engine = build(ds_config(2, zero={"reduce_bucket_size": 60}), Branches)
+    everything = dict.fromkeys(range(BRANCHES), 1.0)
+    counts = []
+    for step in range(6):
+        mine = everything if step < 4 or dist.get_rank() < 2 else {1: 1.0}
+        with CommMeter() as meter:
+            engine.backward(engine(*batch(step, 0, dist.get_rank()), mine))
+            engine.step()
+        hop2 = meter.select(label=HOP2)
+        assert sum(item.payload for item in hop2) == engine.optimizer.gradient_shards.nbytes
+        counts.append(len(hop2))
+    assert counts[0] == 1
+    assert counts[1] > 1
+    assert counts[1:] == [counts[1]] * 5
+
+
+@pytest.mark.ranks(4)
+def test_a_partition_group_that_does_not_run_the_same_modules_is_told():
+    engine = build(ds_config(2), Branches)
+    mine = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}
+    with pytest.raises(MicsUsageError, match=r"same modules in the same order.*leaf module"):
+        engine.optimizer.parameter_offload.require_same_modules(list(mine))
