@@ -262,4 +262,5 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         device = self.communication_device
         agreed = self.agree_on_norms(torch.stack([torch.as_tensor(norm).to(device) for norm in norms]))
         on_host = torch.cat([agreed, self.gradients_in_doubt().to(agreed.dtype)]).cpu()
-        return on_host[:-1], bool(on_host[-1])
+        *_, in_doubt = on_host.tolist()
+        return on_host[:-1], in_doubt != 0

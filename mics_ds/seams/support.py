@@ -194,5 +194,5 @@ def gathers_race() -> bool:
     others may still be on their way then."""
     try:
         return "launch_handles[-1].wait()" in inspect.getsource(pp.Init._allgather_params_coalesced)
-    except OSError:  # installed without sources
+    except (OSError, TypeError):  # installed without sources, or compiled
         return Version(deepspeed.__version__) < Version("0.19.8")

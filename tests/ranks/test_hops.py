@@ -8,8 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from helpers import OddNet, batch, build, ds_config, environment, train
+from helpers import (
+    DTYPES,
+    OddNet,
+    assert_close,
+    assert_losses_close,
+    batch,
+    build,
+    ds_config,
+    environment,
+    full_params,
+    train,
+)
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mics_ds.comm.collectives import GATHER_INTER, GATHER_INTRA, HOP1, HOP1_INTER, HOP2
 from mics_ds.comm.meter import CommMeter
@@ -219,3 +231,81 @@ def test_with_one_replica_not_one_byte_more_than_zero3(method):
         meters = [micro_step(engine, index) for index in range(2)]
         sent.append([sum(item.bytes_sent for item in meter.collectives) for meter in meters])
     assert sent[1] == sent[0]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_several_backward_passes_of_one_step_share_one_hop2(p, overlap):
+    """The losses of PPO's policy and value, or of a GAN: every pass may be the last, and stock has no objection."""
+    results = []
+    for size in (None, p):
+        engine = build(ds_config(size, clip=0.5, zero={"overlap_comm": overlap}))
+        losses = []
+        for step in range(4):
+            with CommMeter() as meter:
+                for half in range(2):
+                    loss = engine(*batch(step, half, dist.get_rank()))
+                    engine.backward(loss)
+                    losses.append(loss.item())
+                engine.step()
+            if size is not None:
+                averaged = sum(item.payload for item in meter.select("all_reduce", label=HOP2))
+                assert averaged == engine.optimizer.gradient_shards.nbytes, step
+        results.append((losses, full_params(engine)))
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts where the host waits for a value of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_a_step_asks_no_more_than_that_of_zero3(p, dtype):
+    """Replicas see an overflow in the same bits. On top of stock's questions comes one about norms, and the flags."""
+    asked, reads = [], []
+    for size in (None, p):
+        engine = build(ds_config(size, dtype=dtype, clip=0.5))
+        train(engine, 2)
+        engine.backward(engine(*batch(2, 0, dist.get_rank(), DTYPES[dtype])))
+        with CommMeter() as meter, HostReads() as host:
+            engine.step()
+        asked.append([item.kind for item in meter.collectives if item.label != HOP2])
+        reads.append(host.count)
+    more = [] if p == 4 else ["all_reduce"]
+    # overlap_comm starts hop 2 and asks for the flags when the pass ends
+    assert asked[1] == [*asked[0], *more]
+    assert reads[1] == reads[0]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("key", ["stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params"])
+def test_another_way_of_gathering_is_deepspeeds_own(key):
+    """Both are about gathers over all ranks at once, so there is none in two stages then."""
+    results = []
+    for p in (None, 4):
+        with environment(MICS_DS_RANKS_PER_NODE="2"):
+            engine = build(ds_config(p, zero={key: True}))
+        losses = train(engine, 2)
+        with CommMeter() as meter:
+            losses.append(train(engine, 1)[0])
+        results.append(losses)
+        gathers = [(item.kind, item.payload) for item in meter.collectives if item.kind != "all_to_all"]
+        if p is None:
+            expected = sorted(item for item in gathers if item[0] != "reduce_scatter")
+        else:
+            assert engine.optimizer.mics_groups.hierarchy is not None
+            assert meter.select(label=GATHER_INTER) == meter.select(label=GATHER_INTRA) == []
+            assert sorted(gathers) == expected
+    assert_losses_close(results[1], results[0], 1e-6)
