@@ -118,7 +118,8 @@ class MicsOptimizer(OptimizerSeam):
 
     def backward_pass_ended(self) -> None:
         self.two_hop.finish_hop1()  # before anybody asks for the boundary
-        self.two_hop.end_of_pass(self.at_boundary())
+        if self.two_hop.end_of_pass(self.at_boundary()):
+            self._means_are_there()
         self.order_behind_current_stream()
 
     def gradients_are_used(self) -> None:
@@ -134,14 +135,17 @@ class MicsOptimizer(OptimizerSeam):
         Raises:
             MicsUsageError: one rank alone asked, and hop 2 takes all of them.
         """
-        if local and self.two_hop.is_partial:
+        if not local:
+            if self.two_hop.complete():
+                self._means_are_there()
+        elif not self.two_hop.complete_alone():
             raise MicsUsageError(
                 "Before the gradient accumulation boundary, a local gradient shard under MiCS is the mean over the "
                 "partition group only, and the mean over all ranks takes a collective. Ask at the boundary, or call "
                 "safe_get_full_grad on all ranks first."
             )
-        if self.two_hop.complete():
-            self._means_are_there()
+        else:
+            self.order_behind_current_stream()
 
     def _means_are_there(self) -> None:
         self.finish_offloaded_gradients(self.two_hop.changed)

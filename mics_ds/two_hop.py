@@ -14,9 +14,9 @@
 Hop 1, a reduce-scatter on the partition group, leaves a *partial gradient*, the mean over p ranks, in
 one flat buffer per rank. Hop 2 averages that buffer over the replication group, once per boundary. In
 the last micro-step it follows hop 1 unit by unit, beside the backward pass of earlier layers; what is
-left is started when that pass ends. It is completed before the step, or when somebody reads. Where
-nobody knows beforehand which pass is the last, everything is averaged at that time. Either way that is
-the whole buffer, every element once.
+left is started when that pass ends. It is completed before the step, or when somebody reads. Where the
+boundary is known to the step only, everything is averaged at that time. Either way that is the whole
+buffer, every element once.
 
 [Note: units]
 
@@ -203,9 +203,7 @@ class TwoHop:
 
     def adding(self, ids: list[int], *, overwriting: bool) -> None:
         """Partial gradients of one bucket are about to be added to these shards, or written over them."""
-        if self._all_started:
-            self._finish_hop2()  # of an earlier pass, which was not the last one after all
-            self._look()
+        self._learn_from_earlier_pass()
         self._arrivals.append(ids)
         for shard in (self.shards[key] for key in ids):
             shard.comes_twice |= shard.reduced
@@ -242,11 +240,14 @@ class TwoHop:
         """Whether some shard is not the mean over all ranks yet. The same on all replicas."""
         return self._replication is not None and self._passes > 0
 
-    def end_of_pass(self, last: bool) -> None:
+    def end_of_pass(self, last: bool) -> bool:
         """A backward pass has ended. Start hop 2 if it was the last one, as far as anybody can know.
 
         Args:
             last: whether it ends the accumulation. Several passes may, before one step.
+
+        Returns:
+            Whether hop 2 is complete already, as it is where gradients are copied to another device and back.
         """
         self.finish_hop1()
         for shard in self.shards.values():
@@ -258,11 +259,13 @@ class TwoHop:
         self._passes += 1
         self._last_passes += last
         self._completed = False
-        if self._all_started:
-            self._finish_hop2()  # of an earlier pass, too: this replica had no gradient in this one
-            self._look()
-        if self._early and was_last and self._units is not None:
-            self._start_all_units()
+        self._learn_from_earlier_pass()  # where this replica had no gradient in this one
+        if was_last and self._replication is not None:
+            if self._on_device:
+                self._start_all_units()
+            else:
+                return self.complete()
+        return False
 
     def complete(self) -> bool:
         """Finish both hops, for a reader. Afterwards every shard is the mean over all ranks, bitwise equal on all
@@ -270,9 +273,20 @@ class TwoHop:
         self.finish_hop1()
         if not self.is_partial:
             return False
-        self._hop2()
+        if self._said is None:
+            self._hop2()
         self.settle(self._look())
         return True
+
+    def complete_alone(self) -> bool:
+        """The same for one rank by itself. That can be done if hop 2 was started on all shards, at the end of a pass.
+        Returns whether gradients are means now."""
+        self.finish_hop1()
+        if self.is_partial and self._all_started:
+            self._finish_hop2()
+            if not self.came_again.item():
+                self.settle(self._look())
+        return not self.is_partial
 
     def complete_for_step(self, *, look: bool) -> bool:
         """The same, before a step.
@@ -285,7 +299,8 @@ class TwoHop:
         self.finish_hop1()
         if self._replication is None or self._completed:
             return False
-        self._hop2()
+        if self._said is None:
+            self._hop2()
         if look:
             self.settle(self._look())
         return True
@@ -296,13 +311,14 @@ class TwoHop:
         return torch.zeros(1, device=self._device) if self._said is None else self._said[-1:]
 
     def settle(self, again: bool) -> None:
-        """Average once more if :attr:`came_again` said so."""
+        """:attr:`came_again` was looked at. Average once more if it said so."""
         if again:
             if self._said is not None:
                 self._look()
             self._hop2()
             self._look()
         self._said = None
+        self._completed, self._passes = True, 0
 
     def next_boundary(self) -> None:
         """The gradients of this boundary were used, or not; what comes now is for the next one."""
@@ -335,7 +351,13 @@ class TwoHop:
             self._start_flags(self._replication)
             self._average_by_way_of_device(self._replication)
         self._finish_hop2()
-        self._completed, self._passes = True, 0
+
+    def _learn_from_earlier_pass(self) -> None:
+        """If hop 2 was started after one, that was not the last after all."""
+        if self._all_started:
+            self._finish_hop2()
+        if self._said is not None:
+            self._look()
 
     def _start_ready_units(self) -> None:
         """Start hop 2 on the units whose turn it is and whose shards are all final; never on the last."""

@@ -282,6 +282,9 @@ class ThreadLane:
             if all(pending.done() for pending in self._pending):
                 self._thread.join()
             self._thread, self._queue = None, SimpleQueue()
+        # What failed was for whoever used the lane before.
+        self._pending.clear()
+        self._held.clear()
 
     @staticmethod
     def _work(queue: SimpleQueue[tuple[_OnThread, Task] | None]) -> None:

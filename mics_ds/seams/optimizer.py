@@ -200,6 +200,10 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         self.before_gradients_are_read(local=False)
         return super().get_fp32_grad_for_param(param)
 
+    def set_fp32_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+        self.before_gradients_are_read(local=False)
+        super().set_fp32_grad_for_param(value, param)
+
     def update_fp32_grad_for_param_vectorized(self, update_func: Callable, param_list: list) -> Any:
         self.before_gradients_are_read(local=False)
         return super().update_fp32_grad_for_param_vectorized(update_func, param_list)

@@ -520,6 +520,41 @@ def test_local_gradients_are_refused_while_they_are_partial():
     assert torch.equal(local[: part.numel()], part)
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_one_rank_alone_reads_its_local_gradient_at_the_boundary(overlap):
+    """As for logging: nobody else has to take part, and training goes on alike."""
+    results = []
+    for p, reads in ((None, False), (2, True)):
+        engine = build(ds_config(p, micro_steps=2, zero={"overlap_comm": overlap}))
+        losses = []
+        for step in range(3):
+            for micro_step in range(2):
+                loss = engine(*batch(step, micro_step, dist.get_rank()))
+                engine.backward(loss)
+                if reads and micro_step == 1 and dist.get_rank() == step:
+                    local = safe_get_local_grad(engine.module.head.weight)
+                    assert local.abs().max() > 0
+                engine.step()
+                losses.append(loss.item())
+        results.append((losses, full_params(engine)))
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
+
+
+def set_full_gradients_unseen(engine):
+    """Without a look at what is there before."""
+    losses = []
+    for step in range(3):
+        loss = engine(*batch(step, 0, dist.get_rank()))
+        engine.backward(loss)
+        param = trainable(engine)["blocks.0.0.weight"]
+        safe_set_full_grad(param, torch.full(param.ds_shape, 0.25))
+        engine.step()
+        losses.append(averaged(loss))
+    return losses
+
+
 def halve(value, _param):
     return value * 0.5
 
@@ -552,7 +587,7 @@ def set_states(engine):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("way", [set_gradients, set_states], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [set_gradients, set_full_gradients_unseen, set_states], ids=lambda way: way.__name__)
 def test_setting_gradients_parameters_and_states(way):
     # sizes that divide by the ranks: DeepSpeed's setters cannot do without
     compare(drive=way, optimizer=adamw, model=Deep)

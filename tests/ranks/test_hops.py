@@ -251,7 +251,8 @@ def test_several_backward_passes_of_one_step_share_one_hop2(p, overlap):
                 engine.step()
             if size is not None:
                 averaged = sum(item.payload for item in meter.select("all_reduce", label=HOP2))
-                assert averaged == engine.optimizer.gradient_shards.nbytes, step
+                # in the first step nobody can know yet that there will be two
+                assert averaged == engine.optimizer.gradient_shards.nbytes * (1 if step else 2), step
         results.append((losses, full_params(engine)))
     assert_losses_close(results[1][0], results[0][0], 1e-6)
     assert_close(results[1][1], results[0][1], 1e-6)

@@ -116,3 +116,33 @@ assert all(vars(DeepSpeedEngine)[name] is value for name, value in kept.items())
 print("untouched")
 """
     assert python(code) == "untouched"
+
+
+def test_nothing_of_ours_reads_sources_at_import():
+    """An installation may have none."""
+    code = """
+import inspect
+real, ours = inspect.getsource, []
+def getsource(*args):
+    ours.append(sys._getframe(1).f_globals["__name__"])
+    return real(*args)
+inspect.getsource = getsource
+import mics_ds, deepspeed, mics_ds.optimizer, mics_ds.partitioner
+print([name for name in ours if name.startswith("mics_ds")])
+"""
+    assert python(code) == "[]"
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError])
+def test_a_deepspeed_without_sources_is_known_by_its_version(error, monkeypatch):
+    import inspect
+
+    from mics_ds.seams import support
+
+    def getsource(_: object) -> str:
+        raise error("no sources")
+
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    for version, races in [("0.19.7", True), ("0.19.8", False)]:
+        monkeypatch.setattr(support.deepspeed, "__version__", version)
+        assert support.gathers_race.__wrapped__() is races

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
+from fake_streams import FakeStream, FakeStreams
 
 from mics_ds.comm.lanes import INLINE, StreamLane, ThreadLane, make_lane
 
@@ -120,6 +119,25 @@ def test_a_closed_lane_has_no_thread_and_starts_another_with_the_next_task():
     lane.close()
 
 
+def test_a_failure_ends_with_the_lane():
+    """Another engine may use it next."""
+    lane, gate = ThreadLane("failing"), threading.Event()
+
+    def fail(_) -> None:
+        gate.wait()
+        raise ValueError("on the lane")
+
+    pending = [lane.submit(fail), lane.submit(lambda _: 1)]
+    gate.set()
+    with pytest.raises(ValueError, match="on the lane"):
+        pending[1].wait()
+    lane.close()
+    assert lane_thread("failing") is None
+    assert lane.submit(lambda _: 2).wait() == 2
+    lane.drain()
+    lane.close()
+
+
 def test_closing_does_not_wait_for_a_task_that_hangs():
     lane, gate = ThreadLane("hanging"), threading.Event()
     pending = lane.submit(lambda _: gate.wait())
@@ -131,63 +149,6 @@ def test_closing_does_not_wait_for_a_task_that_hangs():
 
 # --------------------------------------------------------------------------------------------------
 # Streams
-
-
-class FakeStream:
-    """Remembers what it was told, in order, and what each entry has to wait for."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.log: list[str] = []
-        self.after: set[str] = set()
-        """Work of other streams that this one waits for."""
-
-    def do(self, what: str) -> None:
-        self.log.append(what)
-
-    def seen(self) -> set[str]:
-        return {*self.log, *self.after}
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.after |= other.seen()
-
-    def wait_event(self, event: FakeEvent) -> None:
-        self.after |= event.seen
-
-
-class FakeEvent:
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def record(self, stream: FakeStream) -> None:
-        self.seen = stream.seen()
-
-
-class FakeStreams:
-    """An accelerator as :class:`mics_ds.comm.lanes.Streams` describes it, on which nothing ever happens."""
-
-    def __init__(self) -> None:
-        self.made: list[FakeStream] = []
-        self._current = [FakeStream("default")]
-
-    def Stream(self) -> Any:  # noqa: N802
-        self.made.append(FakeStream(f"own {len(self.made)}"))
-        return self.made[-1]
-
-    def Event(self) -> Any:  # noqa: N802
-        return FakeEvent()
-
-    @contextmanager
-    def stream(self, stream):
-        self._current.append(stream)
-        yield
-        self._current.pop()
-
-    def current_stream(self):
-        return self._current[-1]
-
-    def current_device_name(self) -> str:
-        return "cpu"
 
 
 def two_stages(streams: FakeStreams, name: str):

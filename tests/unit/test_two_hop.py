@@ -363,10 +363,10 @@ def test_a_unit_that_did_not_come_holds_up_only_those_after_it():
         started = []
         original = schedule.end_of_pass
 
-        def end_of_pass(last: bool) -> None:
+        def end_of_pass(last: bool) -> bool:
             schedule.finish_hop1()
             started.append({key for key, shard in schedule.shards.items() if shard.phase is Phase.AVERAGING})
-            original(last)
+            return original(last)
 
         schedule.end_of_pass = end_of_pass
         for missing in [None, *BUCKETS[:2]]:
@@ -381,18 +381,20 @@ def test_a_unit_that_did_not_come_holds_up_only_those_after_it():
 # Several backward passes
 
 
-def test_several_passes_before_one_step_average_every_element_once(monkeypatch):
-    """PPO's policy and value losses: each might be the last. The first step does not start early, later ones know."""
+@pytest.mark.parametrize("early", [True, False])
+def test_several_passes_before_one_step_average_every_element_once(early, monkeypatch):
+    """PPO's policy and value losses: each might be the last. In the first step hop 2 starts after each, later ones
+    know better."""
     counting = Counting(monkeypatch)
 
     def body() -> None:
-        replica = Replica()
+        replica = Replica(early=early)
         for step in range(5):
             for losses in range(2):
                 replica.backward(BUCKETS, last=True)
-                assert replica.rank or losses or counting.parts == [], step
+                assert replica.rank or bool(counting.parts) == (losses == 1 or step == 0), step
             replica.boundary()
-            assert replica.rank or sum(size for _, size in counting.take()) == 11, step
+            assert replica.rank or sum(size for _, size in counting.take()) == (11 if step else 22), step
             dist.barrier()
 
     on_threads(REPLICAS, body)
@@ -412,6 +414,44 @@ def test_steps_of_one_and_two_passes_by_turns(monkeypatch):
             dist.barrier()
         # once the schedule was wrong: it had not yet seen a step of two
         assert replica.rank or covered == [11, 22, *([11] * 6)]
+
+    on_threads(REPLICAS, body)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("reads", list(itertools.product([False, True], repeat=2)), ids=str)
+def test_one_rank_alone_reads_at_the_boundary(early, reads):
+    """Hop 2 was started on all ranks, so none of the others has to know, even if another pass follows."""
+
+    def body() -> None:
+        replica = Replica(early=early)
+        for _ in range(3):
+            replica.backward(BUCKETS, last=False)
+            assert not replica.schedule.complete_alone()
+            for read in reads:
+                # one pass too many in the first step, and then those that might have been the last are known
+                replica.backward(BUCKETS, last=True)
+                if read and replica.rank == 1 and replica.schedule._all_started:
+                    assert replica.schedule.complete_alone()
+                    assert replica.schedule.complete_alone()
+            replica.boundary()
+
+    on_threads(REPLICAS, body)
+
+
+def test_one_rank_alone_cannot_read_what_takes_all_of_them():
+    def body() -> None:
+        replica = Replica()
+        replica.step(BUCKETS)
+        again = (BUCKETS[0],) if replica.rank else ()
+        replica.backward(BUCKETS, last=False)
+        replica.backward((*BUCKETS, *again), last=True)
+        assert not replica.schedule.complete_alone() if replica.rank else True
+        replica.boundary()
+        replica.backward(BUCKETS, last=False)
+        replica.backward(BUCKETS, last=True)
+        replica.schedule.complete()
+        replica.boundary()
 
     on_threads(REPLICAS, body)
 
