@@ -175,7 +175,13 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         coordinator = self.get_param_coordinator()
-        coordinator.reset_step = functools.partial(self._reset_step, coordinator.reset_step)
+        stock = coordinator.reset_step
+
+        def reset_step() -> None:
+            self._reset_step(stock)
+
+        # As stock's: hooks that call it may be compiled.
+        coordinator.reset_step = torch.compiler.disable(reset_step)
 
     def require_same_modules(self, order: list[int]) -> bool:
         """DeepSpeed has recorded which modules run in which order, and has all ranks of the world compare that.

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fake_streams import FakeStreams
 from thread_ranks import on_threads
 
 from mics_ds import two_hop
 from mics_ds.comm.groups import RankGroup
-from mics_ds.comm.lanes import INLINE, ThreadLane
+from mics_ds.comm.lanes import INLINE, StreamLane, ThreadLane
 from mics_ds.two_hop import LEGAL_TRANSITIONS, GradientShard, Phase, TwoHop
 
 CPU = torch.device("cpu")
@@ -59,11 +60,15 @@ def inline() -> ThreadLane:
     return ThreadLane("inline")
 
 
+def on_streams() -> StreamLane:
+    return StreamLane("streams", FakeStreams(), ahead=2)
+
+
 def deferring(seed: int) -> Callable[[], ThreadLane]:
     return lambda: Deferring(100 * seed + dist.get_rank())  # each rank defers in its own way
 
 
-LANES = {"inline": inline, **{f"deferring {seed}": deferring(seed) for seed in range(2)}}
+LANES = {"inline": inline, "streams": on_streams, **{f"deferring {seed}": deferring(seed) for seed in range(2)}}
 each_lane = pytest.mark.parametrize("lane", LANES)
 
 
@@ -89,7 +94,7 @@ class Replica:
         """The means of the boundary before."""
         self.micro_step = 0
         lane = LANES[self.lane]()
-        self.beside = isinstance(lane, Deferring)
+        self.beside = self.lane != "inline"
         group = RankGroup.of(dist.group.WORLD)
         kind = TwoHop if self.on_device else ByWayOfDevice
         self.schedule = kind(RANGES, lambda: self.buffer, group, lane, CPU, early=self.early, part=4)
