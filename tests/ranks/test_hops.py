@@ -25,9 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mics_ds.comm.collectives import GATHER_INTER, GATHER_INTRA, HOP1, HOP1_INTER, HOP2
 from mics_ds.comm.meter import CommMeter
+from mics_ds.two_hop import TwoHop
 
 HOP1_KINDS = ("reduce_scatter", "all_to_all")
 SCALAR = 64  # bytes; collectives up to this size agree on norms and flags
+
+
+def by_default_not(*cases: tuple) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def micro_step(engine: Any, index: int) -> CommMeter:
@@ -234,8 +239,7 @@ def test_with_one_replica_not_one_byte_more_than_zero3(method):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("p", "overlap"), [(2, True), (1, False), *by_default_not((1, True), (2, False))])
 def test_several_backward_passes_of_one_step_share_one_hop2(p, overlap):
     """The losses of PPO's policy and value, or of a GAN: every pass may be the last, and stock has no objection."""
     results = []
@@ -258,6 +262,30 @@ def test_several_backward_passes_of_one_step_share_one_hop2(p, overlap):
     assert_close(results[1][1], results[0][1], 1e-6)
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("p", "micro_steps"), [(1, 3), (2, 1), *by_default_not((1, 1), (2, 3))])
+def test_offloaded_gradients_go_through_the_device_in_parts(p, micro_steps):
+    """As on a GPU, where hop 2 cannot work in host memory: the largest part is a reduce bucket's shard."""
+    zero = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 120}
+    on_device, TwoHop._on_device = TwoHop._on_device, property(lambda schedule: False)
+    results = []
+    try:
+        for size in (None, p):
+            engine = build(ds_config(size, clip=0.5, micro_steps=micro_steps, zero=zero))
+            losses = train(engine, 3)
+            meters = [micro_step(engine, index) for index in range(micro_steps)]
+            results.append((losses, full_params(engine)))
+    finally:
+        TwoHop._on_device = on_device
+    parts = [item.payload for item in meters[-1].select("all_reduce", label=HOP2)]
+    buffer = engine.optimizer.gradient_shards
+    assert max(parts) == 120 // p * buffer.itemsize
+    assert sum(parts) == buffer.nbytes
+    assert all(meter.select(label=HOP2) == [] for meter in meters[:-1])
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
+
+
 class HostReads(TorchDispatchMode):
     """Counts where the host waits for a value of the device."""
 
@@ -271,8 +299,10 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [(1, "fp16"), (2, "fp16"), (4, "fp16"), (2, "bf16"), *by_default_not((1, "bf16"), (1, "fp32"), (2, "fp32"))],
+)
 def test_a_step_asks_no_more_than_that_of_zero3(p, dtype):
     """Replicas see an overflow in the same bits. On top of stock's questions comes one about norms, and the flags."""
     asked, reads = [], []
