@@ -23,10 +23,11 @@ buffer, every element once.
 Replicas need not fill the same buckets: one of them may skip a module (a text-only batch, an expert that nobody was
 sent to), or get its gradients in another order. But collectives of the replication group have to be the same on all
 replicas. So hop 2 works in *units*, sets of shards that the replicas agree on: the buckets of the first replica, in
-the order in which they came, and last a unit with whatever did not come. They agree after the first boundary, the
-second, the fourth and so on, because modules may be frozen, or used at last. Units are always averaged in that order,
-each as soon as those before it are and every shard in it is final. A replica that does something else is late with
-them, and never different.
+the order in which they came, and last a unit with whatever did not come. They agree at the end of the first pass that
+ends an accumulation (before its hop 2, because bits may depend on what is averaged in one collective, and a run that
+was resumed shall have those of one that was not), and anew after the second boundary, the fourth and so on, because
+modules may be frozen, or used at last. Units are always averaged in that order, each as soon as those before it are and
+every shard in it is final. A replica that does something else is late with them, and never different.
 
 [Note: old means]
 
@@ -155,7 +156,7 @@ class TwoHop:
         self._early = early and replication is not None
         self._part = max(1, part)
         self._units: list[list[int]] | None = None
-        """See [Note: units]. None until the first boundary."""
+        """See [Note: units]. None until they are agreed on, or for good where hop 2 never starts early."""
         self._started = 0
         """How many of them hop 2 was started for."""
         self._all_started = False
@@ -261,10 +262,11 @@ class TwoHop:
         self._completed = False
         self._learn_from_earlier_pass()  # where this replica had no gradient in this one
         if was_last and self._replication is not None:
-            if self._on_device:
-                self._start_all_units()
-            else:
+            if not self._on_device:
                 return self.complete()
+            if self._early and self._units is None:
+                self._agree_on_units(self._replication)
+            self._start_all_units()
         return False
 
     def complete(self) -> bool:
@@ -331,7 +333,8 @@ class TwoHop:
         self._passes_before = [self._passes_before[-1], max(1, self._last_passes)]
         self._last_passes, self._completed = 0, False
         self._boundaries += 1
-        if self._early and self._boundaries & (self._boundaries - 1) == 0:  # a power of two
+        power_of_two = self._boundaries > 1 and self._boundaries & (self._boundaries - 1) == 0
+        if power_of_two and self._units is not None:
             self._agree_on_units(self._replication)
 
     @property
@@ -428,7 +431,8 @@ class TwoHop:
             if shard.old is not None:
                 counts = said[place] < Given.WRITTEN  # where it is, so that the host need not wait
                 self._shard(shard).add_(torch.where(counts, shard.old, torch.zeros_like(shard.old)))
-                self._lane.used(shard.old)
+                if self._on_device:
+                    self._lane.used(shard.old)
                 shard.old = None
         self._lane.used(self._said)
 

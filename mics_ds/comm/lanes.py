@@ -179,8 +179,7 @@ class StreamLane:
 
     def used(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:
-            if tensor.device.type != "cpu":
-                tensor.record_stream(self._streams.current_stream())
+            tensor.record_stream(self._streams.current_stream())
 
     def close(self) -> None:
         self.drain()
