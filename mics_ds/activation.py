@@ -166,25 +166,24 @@ def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args:
     """``DeepSpeedConfig(config)``: hide our keys from DeepSpeed, and keep what they ask for."""
     from . import request
     from .comm import agreement
-    from .errors import MicsError
     from .seams import engine, support
 
     outer = request.current_build()
     among = engine.participants(mpu)
     self.mics_request = asked = request.read_request(config, among) if outer is None else outer.request
-    original(self, config if asked.rest is None else asked.rest, mpu, *args, **kwargs)
-    if asked.is_on:
-        try:
+    with agreement.failing_together(among):
+        original(self, config if asked.rest is None else asked.rest, mpu, *args, **kwargs)
+        if asked.is_on:
             support.check_deepspeed()
             support.refuse_unsupported(self)
-        except MicsError as error:
-            agreement.post_error(error, among)
-            raise
 
 
 def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """``DeepSpeedEngine(...)``: its construction starts with collectives, so compare notes first."""
+    from contextlib import nullcontext
+
     from . import request
+    from .comm import agreement
     from .seams import engine
 
     asked = getattr(kwargs.get("config_class"), "mics_request", request.OFF)
@@ -192,7 +191,9 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     request.compare(asked, among)
     if asked.is_auto:
         asked, kwargs["config"] = _resolve_auto(asked, kwargs, among)
-    with request.building(request.Build(asked, among)):
+    # The next round is taken in there. Ranks that run stock ZeRO-3 have nobody who waits for them.
+    together = agreement.failing_together(among) if asked.is_on else nullcontext()
+    with together, request.building(request.Build(asked, among)):
         original(self, *args, **kwargs)
 
 
@@ -221,26 +222,25 @@ def _resolve_auto(
     ensure_distributed()
     mics = asked.mics
     assert mics is not None, "whoever asked for auto has a configuration"
-    try:
+    with agreement.failing_together(among):
         ds_config = load_ds_config(engine_arguments.get("config"))
         assert ds_config is not None, "whoever asked for auto has a configuration"
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)
-    except Exception as error:  # whatever it is, the others wait for this rank's facts
-        agreement.post_error(error, among)
-        raise
     p = auto.choose_partition_size(mics, facts, model, dist.get_rank(), among)
     return asked._replace(mics=replace(mics, shard_size=p)), with_shard_size(ds_config, p)
 
 
 def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
     """``zero.Init(...)``: one of ours if its configuration, or the engine it is built in, asks for MiCS."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero import partition_parameters as pp
 
     from . import request
+    from .comm import agreement
     from .partitioner import MicsPartitioner
     from .seams import support
-    from .seams.ds_config import config_argument
+    from .seams.ds_config import config_argument, is_readable
     from .seams.engine import ensure_distributed, participants
 
     build = request.current_build()
@@ -251,9 +251,12 @@ def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
         return object.__new__(pp.Init)  # whoever wants MiCS finds these parameters later, see MicsParamManager
     group = arguments.get("data_parallel_group") or arguments.get("sequence_data_parallel_group")
     among = participants(arguments.get("mpu"), group)
+    if not is_readable(ds_config):
+        DeepSpeedConfig(ds_config, arguments.get("mpu"))  # DeepSpeed's own complaint, of which the others are told
     asked = request.read_request(ds_config, among)
     if asked.is_on:
-        support.check_deepspeed()
+        with agreement.failing_together(among):
+            support.check_deepspeed()
         if not asked.is_auto:
             return _with_build(MicsPartitioner, request.Build(asked, among))  # compares when it builds its groups
         # Nobody knows the whole model yet. Over all ranks its parameters fit if they ever do, and when the

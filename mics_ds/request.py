@@ -19,7 +19,6 @@ from .comm import agreement
 from .comm.groups import MicsGroups, build_groups
 from .comm.layout import Ranks
 from .config import DISABLE_ENV, MicsConfig, disabled_by_environment, split_ds_config
-from .errors import MicsConfigError
 from .log import log_rank0
 from .seams.ds_config import load_ds_config
 from .seams.engine import device_streams
@@ -55,9 +54,11 @@ def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
         participants: ranks that build something from it; by default the world.
 
     Raises:
-        MicsConfigError: the keys are wrong. The other ranks are told before it is raised.
+        MicsConfigError: the keys are wrong.
+        ValueError, OSError: it cannot be read, as DeepSpeed would have said.
+        The other ranks are told before anything is raised.
     """
-    try:
+    with agreement.failing_together(participants):
         param_dict = load_ds_config(ds_config)
         if param_dict is None:
             return OFF
@@ -70,9 +71,6 @@ def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
                 log_rank0(f"{DISABLE_ENV} is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks.")
             return Request(agreement.DISABLED, mics, rest)
         return Request(agreement.ON, mics, rest)
-    except MicsConfigError as error:
-        agreement.post_error(error, participants)
-        raise
 
 
 class _Said:

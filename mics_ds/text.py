@@ -16,3 +16,8 @@ def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
     if right:
         return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def abbreviate(ranks: Sequence[int]) -> str:
+    """A list of ranks, at most eight of them by number."""
+    return str(list(ranks)) if len(ranks) <= 8 else f"[{', '.join(map(str, ranks[:8]))}, ... {len(ranks)} in all]"

@@ -23,15 +23,20 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from base64 import b85decode, b85encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from itertools import groupby
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from ..errors import MicsAgreementError
+from ..errors import MicsAgreementError, MicsError
 from ..log import logger
+from ..text import abbreviate
 from .layout import Ranks
 
 TIMEOUT_ENV = "MICS_DS_AGREEMENT_TIMEOUT"
@@ -41,6 +46,9 @@ FAN_IN = 32
 
 STATE, CONFIG = "state", "config"
 ON, DISABLED, OFF, ERROR = "on", "disabled", "off", "error"
+_UNHEARD = "unheard"
+"""State of a rank that had not been heard when another ended the round with an error."""
+_KEPT_ROUNDS = 16
 
 Payload = Mapping[str, Any]
 
@@ -50,7 +58,8 @@ class _Rounds:
 
     world: dist.ProcessGroup | None = None
     numbers: ClassVar[dict[Ranks, int]] = {}
-    posted: ClassVar[dict[Ranks, list[str]]] = {}
+    posted: ClassVar[dict[Ranks, dict[int, list[str]]]] = {}
+    """Keys of this rank that are still in the store, by round."""
 
     @classmethod
     def take(cls, ranks: Ranks) -> int:
@@ -60,23 +69,36 @@ class _Rounds:
         return cls.numbers[ranks]
 
     @classmethod
-    def forget(cls, ranks: Ranks, store: dist.Store, posted: list[str]) -> None:
-        """Delete what this rank posted in the round before this one, and remember what it posted in this one."""
-        for key in cls.posted.pop(ranks, []):
-            store.delete_key(key)
-        cls.posted[ranks] = posted
+    def remember(cls, ranks: Ranks, number: int, key: str) -> None:
+        cls.posted.setdefault(ranks, {}).setdefault(number, []).append(key)
+
+    @classmethod
+    def forget(cls, ranks: Ranks, store: dist.Store, before: int) -> None:
+        """Delete what this rank has posted in rounds before this one."""
+        rounds = cls.posted.get(ranks, {})
+        for number in [number for number in rounds if number < before]:
+            for key in rounds.pop(number):
+                store.delete_key(key)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """How long a collective of ``group`` may take on ``device``, or ``None`` where its backend does not say."""
+    backend: Any = group._get_backend(device)
+    while hasattr(backend, "wrapped_pg"):  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+        backend = backend.wrapped_pg
+    try:
+        return getattr(backend.options, "_timeout", None)
+    except (AttributeError, RuntimeError):  # a backend that somebody added to torch need not have options
+        return None
 
 
 def job_timeout_s() -> float:
     """How long the job lets a collective wait, in seconds: ranks may reach DeepSpeed as far apart as that."""
     world = dist.group.WORLD
     assert world is not None, "only asked for in an initialised process group"
-    backends: list[Any] = [world._get_backend(device) for device in world._device_types]
-    timeouts = [getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends]
-    return min(
-        (timeout.total_seconds() for timeout in timeouts if timeout is not None),
-        default=c10d.default_pg_timeout.total_seconds(),
-    )
+    timeouts = [timeout_of(world, device) for device in world._device_types]
+    default = c10d.default_pg_timeout.total_seconds()
+    return min((timeout.total_seconds() for timeout in timeouts if timeout is not None), default=default)
 
 
 def world_ranks() -> Ranks:
@@ -88,23 +110,38 @@ class _RoundEndedError(Exception):
 
 
 class _Round:
-    """One round among ``ranks``, from the calling rank's point of view."""
+    """One round among ``ranks``, from the calling rank's point of view.
 
-    def __init__(self, ranks: Ranks) -> None:
+    Keys in the store, under the round's prefix: ``0/i`` is what the i-th participant says, ``l/i`` the table that it
+    has joined of the FAN_IN**l participants from the i-th on, and ``all`` the result.
+    """
+
+    def __init__(self, ranks: Ranks, least: Sequence[str] = ()) -> None:
         self.ranks = ranks
         self.place = ranks.index(dist.get_rank())
+        self._least = least
         self._store = c10d._get_default_store()
+        self._number = _Rounds.take(ranks)
         among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
-        self._prefix = f"mics_ds/{among}/{_Rounds.take(ranks)}/"
-        self._posted: list[str] = []
+        self._prefix = f"mics_ds/{among}/{self._number}/"
         patience = os.environ.get(TIMEOUT_ENV)
         self._deadline = time.monotonic() + (job_timeout_s() if patience is None else float(patience))
 
     def post(self, table: Sequence[Payload], level: int = 0) -> None:
         """Post what this rank has joined: at level 0, its own payload."""
         key = f"{self._prefix}{level}/{self.place}"
-        self._posted.append(key)
+        _Rounds.remember(self.ranks, self._number, key)
         self._store.set(key, pack_table(table))  # type: ignore[arg-type]  # takes bytes, whatever its stub says
+
+    def leave(self, payload: Payload) -> None:
+        """Post without waiting for anybody. An error ends the round, also for those who have not come yet."""
+        if payload[STATE] == ERROR:
+            rows: list[Payload] = [{STATE: _UNHEARD}] * len(self.ranks)
+            rows[self.place] = payload
+            self._publish(rows)
+        self.post([payload])
+        # Who does not wait never learns how far the others are, but nobody is that many rounds behind.
+        _Rounds.forget(self.ranks, self._store, self._number - _KEPT_ROUNDS)
 
     def result(self, payload: Payload) -> list[dict[str, Any]]:
         """Join tables where that is this rank's part, and return the whole."""
@@ -112,8 +149,9 @@ class _Round:
             table = self._join([dict(payload)])
         except _RoundEndedError:
             return self._read("all")
-        # Everybody has posted in this round, and so has read the one before.
-        _Rounds.forget(self.ranks, self._store, [*self._posted, *([f"{self._prefix}all"] if self.place == 0 else [])])
+        if not any(row[STATE] == _UNHEARD for row in table):
+            # Everybody has posted in this round, and so has read the ones before.
+            _Rounds.forget(self.ranks, self._store, self._number)
         return table
 
     def _join(self, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,23 +160,35 @@ class _Round:
             for child in range(self.place + span, min(self.place + span * FAN_IN, n), span):
                 self._require_willing(child)
                 table += self._await(f"{level}/{child}", range(child, min(child + span, n)))
+            self._take_least(table)
             span, level = span * FAN_IN, level + 1
             self.post(table, level)
         if self.place == 0:
-            self._publish(table)
-            return table
+            return self._publish(table)
         self._require_willing(self.place - self.place % (span * FAN_IN))
         return self._await("all", range(n))
 
+    def _take_least(self, table: list[dict[str, Any]]) -> None:
+        for name in self._least:
+            least = min((row[name] for row in table if name in row), default=None)
+            for row in table:
+                if name in row:
+                    row[name] = least
+
     def _require_willing(self, place: int) -> None:
         """If this rank will not join tables, for it does not run MiCS, end the round with what each rank has said."""
-        if self._await(f"0/{place}", [place])[0][STATE] in (OFF, ERROR):
+        state = self._await(f"0/{place}", [place])[0][STATE]
+        if state == OFF:
             self._publish([self._await(f"0/{other}", [other])[0] for other in range(len(self.ranks))])
+        if state in (OFF, ERROR):
             raise _RoundEndedError
 
-    def _publish(self, table: Sequence[Payload]) -> None:
-        # Several ranks may end a round at once. The first one's words are for all, so that all raise the same error.
-        self._store.compare_set(f"{self._prefix}all", "", pack_table(table).hex())
+    def _publish(self, table: Sequence[Payload]) -> list[dict[str, Any]]:
+        """Post the result and return it. Of several, the first is for all, so that all raise the same error."""
+        key = f"{self._prefix}all"
+        _Rounds.remember(self.ranks, self._number, key)
+        # The store compares and sets text.
+        return unpack_table(b85decode(self._store.compare_set(key, "", b85encode(pack_table(table)).decode())))
 
     def _await(self, what: str, awaited: Sequence[int]) -> list[dict[str, Any]]:
         """Wait for a table by polling: a blocking ``store.wait`` would not let Ctrl-C through.
@@ -148,16 +198,17 @@ class _Round:
             MicsAgreementError: the job's patience is over.
         """
         started, pause, reminded = time.monotonic(), 0.001, False
+        longest_pause = 0.2 + 5e-5 * len(self.ranks)  # one process answers all of them
         while not self._store.check([self._prefix + what]):
             if what != "all" and self._store.check([f"{self._prefix}all"]):
                 raise _RoundEndedError
             now = time.monotonic()
             if now > self._deadline:
                 raise MicsAgreementError(
-                    f"Expected every rank to report its MiCS configuration, but nothing came from ranks "
-                    f"{_short(self._silent(awaited))} in {now - started:.0f} s. Either they died (look at their "
-                    f"output), or they do not have mics_ds installed and imported; {TIMEOUT_ENV} (seconds) sets how "
-                    f"long to wait, by default the timeout of the job's process group."
+                    f"Expected every rank to report its MiCS configuration, but {self._who_is_missing(awaited)} in "
+                    f"{now - started:.0f} s. Either they died (look at their output), or they do not build the same "
+                    f"model with mics_ds installed and imported; {TIMEOUT_ENV} (seconds) sets how long to wait, by "
+                    f"default the timeout of the job's process group."
                 )
             if now - started > _REMIND_AFTER_S and not reminded:
                 reminded = True
@@ -165,15 +216,34 @@ class _Round:
                     "rank %d still waits for other ranks to report their MiCS configuration", dist.get_rank()
                 )
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.2)
+            pause = min(pause * 1.5, longest_pause)
         return self._read(what)
 
-    def _silent(self, awaited: Sequence[int]) -> list[int]:
-        return [self.ranks[place] for place in awaited if not self._store.check([f"{self._prefix}0/{place}"])]
+    def _who_is_missing(self, awaited: Sequence[int]) -> str:
+        silent = self._lacking(0, awaited)
+        if silent:
+            return f"nothing came from ranks {abbreviate(silent)}"
+        # All have reported, so one of those that join reports has stopped since. A table lacks where one below does.
+        span, level = FAN_IN, 1
+        while span < len(self.ranks) * FAN_IN:
+            stopped = self._lacking(level, range(0, len(self.ranks), span))
+            if stopped:
+                break
+            span, level = span * FAN_IN, level + 1
+        return f"ranks {abbreviate(stopped)}, which pass the reports of others on, sent nothing more"
+
+    def _lacking(self, level: int, places: Sequence[int]) -> list[int]:
+        """Global ranks of ``places`` that have not posted their table of this level. Few, or it takes long."""
+        if not places or self._store.check([f"{self._prefix}{level}/{place}" for place in places]):
+            return []
+        if len(places) == 1:
+            return [self.ranks[places[0]]]
+        middle = len(places) // 2
+        return self._lacking(level, places[:middle]) + self._lacking(level, places[middle:])
 
     def _read(self, what: str) -> list[dict[str, Any]]:
         packed = self._store.get(self._prefix + what)
-        return unpack_table(bytes.fromhex(packed.decode()) if what == "all" else packed)
+        return unpack_table(b85decode(packed) if what == "all" else packed)
 
 
 def digest(value: Any) -> str:
@@ -217,17 +287,42 @@ def post(payload: Payload, ranks: Ranks | None = None) -> None:
     Args:
         ranks: global ranks of the participants, in an order that all of them share; by default the world.
     """
-    if not alone(ranks):
-        _Round(ranks or world_ranks()).post([payload])
+    if alone(ranks):
+        return
+    try:
+        _Round(ranks or world_ranks()).leave(payload)
+    except RuntimeError as error:
+        # MPI and the "fake" backend have no store. Whoever runs MiCS says so; stock ZeRO-3 has no use for one.
+        logger.debug("rank %d could not report that it does not run MiCS: %s", dist.get_rank(), error)
 
 
 def post_error(error: BaseException, ranks: Ranks | None = None) -> None:
-    """Tell the other ranks why this one will not go on. It still has to raise ``error`` itself."""
-    post({STATE: ERROR, "message": str(error)}, ranks)
+    """Tell the other ranks why this one will not go on. It still has to raise ``error`` itself.
+
+    An error is told once, however many places it passes on its way; a :class:`MicsAgreementError` all ranks have.
+    """
+    if not (isinstance(error, MicsAgreementError) or getattr(error, "mics_told", False)):
+        error.mics_told = True  # type: ignore[attr-defined]
+        words = str(error) if isinstance(error, MicsError) else f"{type(error).__name__}: {error}"
+        post({STATE: ERROR, "message": words}, ranks)
 
 
-def exchange(payload: Payload, ranks: Ranks | None = None) -> list[dict[str, Any]]:
+@contextmanager
+def failing_together(ranks: Ranks | None = None) -> Iterator[None]:
+    """Whatever is raised in this context, tell the participants of the next round, who would wait for this rank."""
+    try:
+        yield
+    except Exception as error:
+        post_error(error, ranks)
+        raise
+
+
+def exchange(payload: Payload, ranks: Ranks | None = None, *, least: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Post this rank's payload and return those of all participants, in their order. Blocks until all have posted.
+
+    Args:
+        least: fields of which only the least value counts. It is what they hold in the result, in some of the rows at
+            least: numbers that differ on every rank would make it long.
 
     Raises:
         MicsAgreementError: a rank did not report in the time that the job lets collectives wait, or within
@@ -235,9 +330,18 @@ def exchange(payload: Payload, ranks: Ranks | None = None) -> list[dict[str, Any
     """
     if alone(ranks):
         return [dict(payload)]
-    round_ = _Round(ranks or world_ranks())
-    round_.post([payload])
-    return round_.result(payload)
+    try:
+        round_ = _Round(ranks or world_ranks(), least)
+        round_.post([payload])
+        return round_.result(payload)
+    except MicsAgreementError:
+        raise
+    except RuntimeError as error:
+        raise MicsAgreementError(
+            f"Expected to compare MiCS configurations through the rendezvous store of the process group, but it does "
+            f"not answer: {error}. If it did before, the process that serves it (rank 0, as a rule) has died, and its "
+            f"output says why. Backends without a store (MPI) cannot run MiCS."
+        ) from error
 
 
 def require_same(
@@ -265,13 +369,9 @@ def require_same(
         for rank, item in by_rank.items():
             values.setdefault(json.dumps(item.get(field)), []).append(rank)
         if len(values) > 1:
-            said = "; ".join(f"{value} on ranks {_short(ranks)}" for value, ranks in values.items())
+            said = "; ".join(f"{value} on ranks {abbreviate(ranks)}" for value, ranks in values.items())
             raise MicsAgreementError(
                 f"All ranks must agree on {words}, but it is {said}. Give every node the same ds_config JSON and the "
                 f"same MICS_DS_* environment variables (the deepspeed launcher forwards those to other nodes only "
                 f"from a .deepspeed_env file)."
             )
-
-
-def _short(ranks: list[int]) -> str:
-    return str(ranks) if len(ranks) <= 8 else f"[{', '.join(map(str, ranks[:8]))}, ... {len(ranks)} in all]"

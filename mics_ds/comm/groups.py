@@ -8,13 +8,14 @@ rank takes part with its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from ..config import MicsConfig
 from ..errors import MicsConfigError
@@ -92,13 +93,15 @@ class _Cache:
 
     world: dist.ProcessGroup | None = None
     groups: ClassVar[dict[tuple[str, tuple[Ranks, ...]], dist.ProcessGroup]] = {}
-    lanes: ClassVar[dict[tuple[str, int], Lane]] = {}
+    created: ClassVar[dict[tuple[str, Ranks], int]] = {}
+    """How many groups this rank has made of these ranks under this description, those that failed among them."""
+    lanes: ClassVar[dict[tuple[str, tuple[Ranks, ...], Streams | None], Lane]] = {}
     announced: ClassVar[set[MicsLayout]] = set()
 
     @classmethod
     def fresh(cls) -> type[_Cache]:
         if cls.world is not dist.group.WORLD:
-            cls.world, cls.groups, cls.lanes, cls.announced = dist.group.WORLD, {}, {}, set()
+            cls.world, cls.groups, cls.created, cls.lanes, cls.announced = dist.group.WORLD, {}, {}, {}, set()
         return cls
 
 
@@ -157,7 +160,10 @@ def build_groups(
         return NodeGroups(own[purpose, "inter"], own[purpose, "intra"], chunk_of_slot)
 
     def lane(purpose: str, name: str, ahead: int | None = None) -> Lane:
-        return cache.lanes.setdefault((purpose, int(config.shard_size)), make_lane(name, streams, ahead=ahead))
+        key = (purpose, agreed.own.partition_groups, streams)
+        if key not in cache.lanes:
+            cache.lanes[key] = make_lane(name, streams, ahead=ahead)
+        return cache.lanes[key]
 
     method = reduce_scatter_method(config, full, device)
     if agreed.own not in cache.announced:
@@ -182,7 +188,10 @@ def build_groups(
 def _agree(config: MicsConfig, full: dist.ProcessGroup, participants: Ranks, scatter_apart: bool) -> _Agreed:
     """Compare configuration, data-parallel groups and placement with all participants."""
     mine = tuple(dist.get_process_group_ranks(full))
-    stride = _stride(mine)
+    with agreement.failing_together(participants):
+        # The groups of others are worked out from their first rank. Nobody has to where only our own takes part.
+        stride = 0 if mine == participants else _stride(mine)
+        place = placement.claim(dist.get_rank())
     payloads = agreement.exchange(
         {
             agreement.STATE: agreement.ON,
@@ -190,19 +199,18 @@ def _agree(config: MicsConfig, full: dist.ProcessGroup, participants: Ranks, sca
             "size": len(mine),
             "first": mine[0],
             "stride": stride,
-            "place": placement.claim(dist.get_rank()).as_json(),
+            **place.as_json(),
         },
         participants,
     )
     same = {"size": "the data-parallel size", "stride": "the spacing of data-parallel ranks"}
     agreement.require_same(payloads, same, participants)
-    nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+    nodes = placement.resolve([placement.Claim.from_json(item) for item in payloads], participants)
     node_of = dict(zip(participants, nodes))
-    layouts = {
-        first: MicsLayout(members, tuple(node_of[rank] for rank in members), int(config.shard_size))
-        for first in sorted({item["first"] for item in payloads})
-        for members in [tuple(first + stride * index for index in range(len(mine)))]
-    }
+    layouts = {mine[0]: MicsLayout(mine, tuple(node_of[rank] for rank in mine), int(config.shard_size))}
+    for first in sorted({item["first"] for item in payloads} - {mine[0]}):
+        members = tuple(first + stride * index for index in range(len(mine)))
+        layouts[first] = MicsLayout(members, tuple(node_of[rank] for rank in members), int(config.shard_size))
     can_stage = not any(item.why_not_hierarchical() for item in layouts.values())
     return _Agreed(
         own=layouts[mine[0]],
@@ -240,32 +248,80 @@ def _create(
             group = full
         else:
             if (purpose, groups) not in cache.groups:
-                cache.groups[purpose, groups] = _new_group(full, groups, ranks, device, f"mics {purpose} {kind}")
+                cache.groups[purpose, groups] = _new_group(full, groups, ranks, device, f"{purpose} {kind}")
             group = cache.groups[purpose, groups]
         own[purpose, kind] = RankGroup(group, ranks, ranks.index(dist.get_rank()))
     return own
 
 
 def _new_group(
-    full: dist.ProcessGroup, groups: tuple[Ranks, ...], own: Ranks, device: torch.device, name: str
+    full: dist.ProcessGroup, groups: tuple[Ranks, ...], own: Ranks, device: torch.device, kind: str
 ) -> dist.ProcessGroup:
     """Create all groups of one kind, in one call whatever their number, and return this rank's own.
 
-    Where the job has bound its ranks to devices, every new group is split off a communicator, by all ranks of it:
-    then ``full`` is split into all of ``groups`` at once. Elsewhere only the members of a group meet. Either way no
-    rank outside ``full`` is needed, and the new groups are as patient as ``full`` is, where ``new_group`` would give
-    them torch's default.
+    Where the job has bound its ranks to devices, torch makes every new group by a split of a communicator, by all
+    ranks of it: then ``full`` is split into all of ``groups`` at once. Elsewhere only the members of a group meet.
+    Either way no rank outside ``full`` is needed, and the new groups are as patient as ``full`` is, where torch would
+    give them its default. (A DeviceMesh would do the same by the world, with torch's timeout, and could not make a
+    second set of groups of the same ranks.)
     """
-    backend = full._get_backend(device)
-    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
-    if full.bound_device_id is not None and getattr(backend, "supports_splitting", False):
-        place = {rank: index for index, rank in enumerate(dist.get_process_group_ranks(full))}
-        split = [[place[rank] for rank in ranks] for ranks in groups]
-        group = dist.split_group(full, split, timeout=timeout, group_desc=name)
-    else:
-        group = dist.new_group(list(own), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    cache, timeout = _Cache.fresh(), agreement.timeout_of(full, device)
+    number = cache.created[kind, own] = cache.created.get((kind, own), 0) + 1
+    with _named(f"mics {kind} {agreement.digest(own)} {number}"):
+        if _can_split(full, device):
+            place = {rank: index for index, rank in enumerate(dist.get_process_group_ranks(full))}
+            split = [[place[rank] for rank in ranks] for ranks in groups]
+            group = dist.split_group(full, split, timeout=timeout, group_desc=f"mics {kind}")
+        else:
+            with _unbound():
+                group = dist.new_group(
+                    list(own), timeout=timeout, use_local_synchronization=True, group_desc=f"mics {kind}"
+                )
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group
+
+
+def _can_split(full: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether ``full`` has one communicator, which is up, so that it can be split."""
+    world = dist.group.WORLD
+    backends: list[Any] = [full._get_backend(item) for item in full._device_types]
+    return (
+        getattr(world, "bound_device_id", None) is not None
+        # With backends for several devices, torch hands the options of one to all, and some versions fail on that.
+        and len({backend.name() for backend in backends}) == 1
+        and bool(getattr(full._get_backend(device), "supports_splitting", False))
+    )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Give the group that is created in this context this name.
+
+    It is where the members look for each other in the store. torch hashes their ranks together with the number of
+    groups that the process has: ranks with different numbers (of a pipeline's first stage, say) never meet, and after
+    a group was destroyed the next one of its ranks finds the addresses of the old one.
+    """
+    theirs = c10d._process_group_name
+    c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        c10d._process_group_name = theirs
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Keep torch from a split of the world's communicator, which all ranks of the world would have to join."""
+    world: Any = dist.group.WORLD
+    device = getattr(world, "bound_device_id", None)
+    if device is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup, device: torch.device) -> ReduceScatterMethod:
@@ -286,12 +342,12 @@ def _stride(ranks: Ranks) -> int:
     """Distance between neighbours of a data-parallel group: 1, or the model-parallel size.
 
     Raises:
-        MicsConfigError: the distances differ.
+        MicsConfigError: the distances differ, or the ranks do not ascend.
     """
     steps = {b - a for a, b in pairwise(ranks)} or {1}
-    if len(steps) > 1:
+    if len(steps) > 1 or min(steps) < 1:
         raise MicsConfigError(
-            f"The data-parallel ranks must be evenly spaced in the world, got {ranks}. mics_ds supports the usual "
-            f"tensor-parallel layouts, in which data-parallel neighbours are the model-parallel size apart."
+            f"The data-parallel ranks must ascend and be evenly spaced in the world, got {ranks}. mics_ds supports the "
+            f"usual tensor-parallel layouts, in which data-parallel neighbours are the model-parallel size apart."
         )
     return steps.pop()

@@ -112,6 +112,10 @@ class MicsLayout:
         One answer for the whole job: ranks that took different paths would issue collectives that
         their peers never join.
         """
+        return self._why_not_hierarchical
+
+    @cached_property
+    def _why_not_hierarchical(self) -> str | None:
         for index, group in enumerate(self.partition_groups):
             counts = self.node_counts(group)
             if len(counts) == 1:

@@ -11,8 +11,10 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import MicsAgreementError, MicsConfigError
+from ..text import abbreviate
 
 SIMULATE_ENV = "MICS_DS_RANKS_PER_NODE"
 
@@ -31,8 +33,14 @@ class Claim:
     local_rank: int | None
     """Place among the ranks of this node, if the launcher gave one."""
 
-    def as_json(self) -> list[str | int | None]:
-        return [self.source, self.node, self.local_rank]
+    def as_json(self) -> dict[str, str | int | None]:
+        """Fields of their own, for in a table of all ranks each then compresses well."""
+        return {"source": self.source, "node": self.node, "local_rank": self.local_rank}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Claim:
+        """From a dictionary that has the fields of :meth:`as_json` among others."""
+        return cls(said["source"], said["node"], said["local_rank"])
 
 
 def claim(rank: int, env: Mapping[str, str] | None = None) -> Claim:
@@ -61,26 +69,28 @@ def claim(rank: int, env: Mapping[str, str] | None = None) -> Claim:
     return Claim("hostname", socket.gethostname(), local_rank)
 
 
-def resolve(claims: Sequence[Claim]) -> tuple[int, ...]:
+def resolve(claims: Sequence[Claim], ranks: Sequence[int] | None = None) -> tuple[int, ...]:
     """One node index per rank, numbered by first appearance in rank order.
 
     Args:
-        claims: one per rank of the world, in rank order.
+        claims: one per rank, in rank order.
+        ranks: whose claims they are, by default the world's.
 
     Raises:
         MicsAgreementError: the claims contradict each other.
     """
     by_source: dict[str, list[int]] = {}
-    for rank, item in enumerate(claims):
+    by_rank = dict(zip(range(len(claims)) if ranks is None else ranks, claims))
+    for rank, item in by_rank.items():
         by_source.setdefault(item.source, []).append(rank)
     if len(by_source) > 1:
-        said = "; ".join(f"{source} on ranks {ranks}" for source, ranks in by_source.items())
+        said = "; ".join(f"{source} on ranks {abbreviate(ranks)}" for source, ranks in by_source.items())
         raise MicsAgreementError(
             f"All ranks must learn their node in the same way, but they used {said}. Start all of them with one "
             f"launcher, or set {SIMULATE_ENV} to the number of ranks per node on every rank."
         )
     seen: dict[tuple[str, int], int] = {}
-    for rank, item in enumerate(claims):
+    for rank, item in by_rank.items():
         if item.local_rank is None:
             continue
         other = seen.setdefault((item.node, item.local_rank), rank)

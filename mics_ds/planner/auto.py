@@ -147,7 +147,7 @@ def choose_partition_size(
         {
             agreement.STATE: agreement.ON,
             agreement.CONFIG: config.to_json(),
-            "place": facts.place.as_json(),
+            **facts.place.as_json(),
             "memory": facts.memory,
             "host": facts.host_memory,
             "size": len(facts.ranks),
@@ -155,6 +155,7 @@ def choose_partition_size(
             "model": model_digest(model),
         },
         participants,
+        least=("memory", "host"),  # bytes differ on every rank, and only the scarcest counts
     )
     agreement.require_same(payloads, {"size": "the data-parallel size"}, participants)
     answer: dict[str, Any] = {}
@@ -187,7 +188,7 @@ def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts, ranks: Ranks | N
         raise MicsPlanError(
             "All data-parallel ranks must have the same model, but their parameters differ. Build it alike everywhere."
         )
-    nodes = placement.resolve([placement.Claim(*item["place"]) for item in payloads])
+    nodes = placement.resolve([placement.Claim.from_json(item) for item in payloads], ranks)
     node_of = dict(zip(ranks or range(len(nodes)), nodes))
     per_node = ranks_per_node([node_of[member] for member in facts.ranks])
     on_a_node = max(Counter(nodes).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -25,17 +24,37 @@ def load_ds_config(source: Any) -> Mapping[str, Any] | None:
         return source
     if not isinstance(source, (str, os.PathLike)):
         return None
-    if os.path.exists(source):
-        with open(source) as file:
-            text = file.read()
-    else:
-        try:
-            text = base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8")
-        except (binascii.Error, UnicodeDecodeError, ValueError):
-            return None
+    try:
+        text = _text_of(source)
+    except (OSError, ValueError):
+        return None
     if KEY_PREFIX not in text:
         return None
     return parse_ds_json(text)
+
+
+def is_readable(source: Any) -> bool:
+    """Whether DeepSpeed can read this configuration; whether it likes it is another question."""
+    if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike)):
+        return True
+    try:
+        text = _text_of(source)
+        parse_ds_json(text)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _text_of(source: str | os.PathLike[str]) -> str:
+    """The text of a file, or what is written in base64.
+
+    Raises:
+        OSError, ValueError: it is neither.
+    """
+    if os.path.exists(source):
+        with open(source) as file:
+            return file.read()
+    return base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8")
 
 
 def config_argument(arguments: Mapping[str, Any]) -> Any:

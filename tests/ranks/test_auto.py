@@ -312,7 +312,8 @@ def test_a_measured_network_is_believed_over_the_formula(tmp_path):
 def test_ranks_have_to_be_placed_evenly(nodes, fine):
     ours = facts(4)
     payloads = [
-        {"first": 0, "model": "x", "place": ["hostname", node, None], "memory": 1.0, "host": 1.0} for node in nodes
+        {"first": 0, "model": "x", **Claim("hostname", node, None).as_json(), "memory": 1.0, "host": 1.0}
+        for node in nodes
     ]
     if fine:
         assert assess(payloads, ours) == Situation(4, 2, 0.5, 1.0)
@@ -325,7 +326,12 @@ def test_models_must_be_alike_in_each_data_parallel_group():
     """Two tensor-parallel ranks may have different parts, and share a node's card."""
     ours = replace(facts(2, "GPU"), ranks=(0, 2))
     payloads = [
-        {"first": rank % 2, "model": str(rank % 2), "place": ["hostname", str(rank // 2), None], "memory": 9.0 - rank}
+        {
+            "first": rank % 2,
+            "model": str(rank % 2),
+            **Claim("hostname", str(rank // 2), None).as_json(),
+            "memory": 9.0 - rank,
+        }
         for rank in range(4)
     ]
     payloads = [{**item, "host": 8.0} for item in payloads]
