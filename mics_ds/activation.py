@@ -250,7 +250,7 @@ def _make_partitioner(arguments: Mapping[str, Any]) -> Any:
     if ds_config is None:
         return object.__new__(pp.Init)  # whoever wants MiCS finds these parameters later, see MicsParamManager
     group = arguments.get("data_parallel_group") or arguments.get("sequence_data_parallel_group")
-    among = participants(arguments.get("mpu"), group)
+    among = None if group is None else participants(arguments.get("mpu"), group)  # over the world, whatever the mpu
     if not is_readable(ds_config):
         DeepSpeedConfig(ds_config, arguments.get("mpu"))  # DeepSpeed's own complaint, of which the others are told
     asked = request.read_request(ds_config, among)

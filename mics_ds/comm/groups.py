@@ -189,6 +189,11 @@ def _agree(config: MicsConfig, full: dist.ProcessGroup, participants: Ranks, sca
     """Compare configuration, data-parallel groups and placement with all participants."""
     mine = tuple(dist.get_process_group_ranks(full))
     with agreement.failing_together(participants):
+        if not set(mine) <= set(participants):
+            raise MicsConfigError(
+                f"Expected the parameters to be partitioned over ranks that build the engine together, {participants}, "
+                f"but their data-parallel group is {mine}. Give zero.Init the engine's data_parallel_group."
+            )
         # The groups of others are worked out from their first rank. Nobody has to where only our own takes part.
         stride = 0 if mine == participants else _stride(mine)
         place = placement.claim(dist.get_rank())
@@ -283,12 +288,10 @@ def _new_group(
 
 def _can_split(full: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether ``full`` has one communicator, which is up, so that it can be split."""
-    world = dist.group.WORLD
-    backends: list[Any] = [full._get_backend(item) for item in full._device_types]
     return (
-        getattr(world, "bound_device_id", None) is not None
-        # With backends for several devices, torch hands the options of one to all, and some versions fail on that.
-        and len({backend.name() for backend in backends}) == 1
+        getattr(dist.group.WORLD, "bound_device_id", None) is not None
+        # Of a group with backends for several devices, torch splits each: with the options of one, or twice the same.
+        and len(full._device_types) == 1
         and bool(getattr(full._get_backend(device), "supports_splitting", False))
     )
 

@@ -139,13 +139,13 @@ def participants(mpu: Any = None, group: Any = None) -> tuple[int, ...] | None:
     Args:
         mpu: DeepSpeed's model-parallel unit. If its groups do not span the world, only the data-parallel group of
             this rank is sure to take part.
-        group: the data-parallel group, where there is no ``mpu``.
+        group: the data-parallel group; by default that of the ``mpu``.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if world == 1:
         return None
     if mpu is not None:
-        group = _group(mpu, "get_data_parallel_group")
+        group = _group(mpu, "get_data_parallel_group") if group is None else group
         across = [_group(mpu, "get_model_parallel_group"), _group(mpu, "get_sequence_parallel_group")]
         if group is None or any(_size(group) * _size(other) == world for other in across if other is not None):
             return None

@@ -1,0 +1,269 @@
+"""Start-up on real ranks: the job's timeout and backend, subsets of the ranks, and one rank that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import OddNet, batch, build, ds_config, environment, train
+from rank_pool import Pools
+from torch.distributed import distributed_c10d as c10d
+
+from mics_ds import request
+from mics_ds.comm import agreement
+from mics_ds.comm.groups import MicsGroups, RankGroup, build_groups
+from mics_ds.config import MicsConfig
+from mics_ds.errors import MicsAgreementError, MicsError
+from mics_ds.seams.engine import participants
+
+PATIENCE = timedelta(minutes=47)
+
+
+def rejoin(store: str, backend: str | None, timeout: timedelta | None = None) -> None:
+    """In a fresh rank: the process group of another job."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    named = {} if backend is None else {"backend": backend}
+    dist.init_process_group(
+        **named, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+def every(groups: MicsGroups) -> list[RankGroup]:
+    nodes = [pair for pair in (groups.hierarchy, groups.scatter_hierarchy) if pair is not None]
+    found = [
+        groups.partition,
+        groups.scatter,
+        groups.replication,
+        *(g for pair in nodes for g in (pair.inter, pair.intra)),
+    ]
+    return [group for group in found if group is not None]
+
+
+# --------------------------------------------------------------------------------------------------
+# The job's timeout and backend
+
+
+@pytest.mark.ranks(4, fresh=True)
+def test_groups_and_agreement_are_as_patient_as_the_job(tmp_path):
+    rejoin(str(tmp_path / "store"), "gloo", PATIENCE)
+    assert agreement.job_timeout_s() == PATIENCE.total_seconds()
+    with environment(MICS_DS_RANKS_PER_NODE="2"):
+        made = [build_groups(MicsConfig(p), dist.group.WORLD) for p in (2, 4)]
+    groups = [group for item in made for group in every(item)]
+    assert len(groups) == 3 + 2 + 4
+    for group in groups:
+        assert agreement.timeout_of(group.group, torch.device("cpu")) == PATIENCE
+
+
+def losses_with(backend: str | None, folder: str) -> tuple[list[float], bool, str]:
+    if backend != "gloo":
+        rejoin(os.path.join(folder, "store"), backend)
+    engine = build(ds_config(2))
+    losses = train(engine, 3)
+    groups = engine.optimizer.mics_groups
+    return losses, groups.scatter.group is groups.partition.group, groups.reduce_scatter
+
+
+@pytest.mark.parametrize("backend", [None, "cpu:gloo", "cpu:gloo,cuda:fake"])
+def test_gloo_under_another_name(pools: Pools, backend: str | None, tmp_path: Path) -> None:
+    """A backend for each device, as ``cpu:gloo,cuda:nccl``, and the one that torch chooses by itself."""
+    expected = pools.run(4, __name__, "losses_with", {"backend": "gloo", "folder": ""}, timeout=60)
+    arguments = {"backend": backend, "folder": str(tmp_path)}
+    assert pools.run(4, __name__, "losses_with", arguments, timeout=60, fresh=True) == expected
+    assert [item[1:] for item in expected] == [(False, "all_to_all")] * 4
+
+
+def sums(groups: MicsGroups) -> None:
+    """Each group reaches its own ranks, all of them."""
+    for group in every(groups):
+        total = torch.tensor([10.0 ** dist.get_rank()])
+        dist.all_reduce(total, group=group.group)
+        assert total.item() == sum(10**rank for rank in group.ranks)
+        assert group.rank == dist.get_rank(group.group)
+
+
+@pytest.mark.ranks(4, fresh=True)
+@pytest.mark.parametrize("splits", [True, False])
+def test_ranks_with_other_groups_of_their_own(splits, tmp_path):
+    """torch's names depend on how many groups a process has. gloo stands in for NCCL, which splits alike."""
+    rejoin(str(tmp_path / "store"), "cpu:gloo", timedelta(seconds=30))
+    for ranks in ([0], [0, 1], [1, 3]):
+        dist.new_group(ranks)
+    with pytest.MonkeyPatch.context() as patch, environment(MICS_DS_RANKS_PER_NODE="2"):
+        patch.setattr(dist, "new_group" if splits else "split_group", None)
+        if splits:
+            patch.setattr(torch.accelerator, "is_available", lambda: True)
+            patch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+            patch.setattr(c10d, "copy", SimpleNamespace(deepcopy=lambda _: gloo_options()))  # torch can copy NCCL's
+            dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+        made = [build_groups(MicsConfig(p), dist.group.WORLD) for p in (4, 2, 1)]
+        dist.group.WORLD.bound_device_id = None
+    for groups in made:
+        sums(groups)
+
+
+def gloo_options() -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_default_device()]
+    return options
+
+
+# --------------------------------------------------------------------------------------------------
+# Subsets of the ranks
+
+
+class Mpu:
+    """Data parallelism over some ranks, and no other parallelism."""
+
+    def __init__(self, *sets: list[int]) -> None:
+        made = {tuple(ranks): dist.new_group(ranks) for ranks in sets}
+        self.group = next(group for ranks, group in made.items() if dist.get_rank() in ranks)
+        self.alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+    def get_data_parallel_group(self) -> Any:
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def get_model_parallel_group(self) -> Any:
+        return self.alone
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+def losses(engine: Any, steps: int) -> list[float]:
+    """Of this rank alone."""
+    found = []
+    for step in range(steps):
+        loss = engine(*batch(step, 0, dist.get_rank()))
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.ranks(4, fresh=True)
+def test_two_halves_of_the_job_each_with_mics():
+    mpu = Mpu([0, 1], [2, 3])
+    stock = losses(build(ds_config(), mpu=mpu), 3)
+    for p in (1, 2):
+        engine = build(ds_config(p), mpu=mpu)
+        assert engine.optimizer.mics_groups.full.size == 2
+        assert engine.optimizer.mics_groups.partition.size == p
+        assert losses(engine, 3) == pytest.approx(stock, rel=1e-5)
+
+
+@pytest.mark.ranks(4, fresh=True)
+def test_one_part_of_the_job_is_busy_with_something_else():
+    """What ranks 1 and 3 build does not disturb the agreement of all that follows.
+
+    Not a stage 3 engine: DeepSpeed's has a barrier over the world, so nobody can build one on a subset alone. Nor the
+    first engine of the job, for which DeepSpeed makes a group of the world.
+    """
+    build(ds_config())
+    mpu = Mpu([1, 3], [0, 2])
+    if dist.get_rank() in (1, 3):
+        config = ds_config()
+        config["zero_optimization"] = {"stage": 1}
+        losses(build(config, mpu=mpu), 2)
+        for p in (None, 1, 2):
+            with deepspeed.zero.Init(config_dict_or_path=ds_config(p), mpu=mpu, data_parallel_group=mpu.group):
+                param = torch.nn.Linear(2, 2).weight
+            assert p is None or param.mics_groups.full.ranks == (1, 3)
+    engine = build(ds_config(2), inside_init=True)
+    assert engine.optimizer.mics_groups.full.size == 4
+    train(engine, 1)
+
+
+@pytest.mark.ranks(4)
+def test_parameters_over_more_ranks_than_the_engine():
+    """zero.Init works over the world unless it is given a group."""
+    mpu = Mpu([0, 1], [2, 3])
+    with pytest.raises(MicsError):
+        build(ds_config(2), mpu=mpu, inside_init=True)
+    train(build(ds_config(2)), 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# One rank fails
+
+
+@pytest.mark.ranks(4, fresh=True)
+def test_a_key_that_one_rank_of_a_subset_lacks():
+    mpu = Mpu([0, 1], [2, 3])
+    if dist.get_rank() < 2:
+        with pytest.raises(
+            MicsAgreementError, match=r'whether MiCS is on, but it is "on" on ranks \[0\]; "off" on.*\[1\]'
+        ):
+            build_or_hear(ds_config(2 if dist.get_rank() == 0 else None), mpu)
+    else:
+        losses(build(ds_config(2), mpu=mpu), 1)
+    train(build(ds_config(2)), 1)
+
+
+def build_or_hear(config: dict[str, Any], mpu: Any = None) -> None:
+    """Build an engine. A rank without the key has no part in the error, for it does not wait: it hears of it later."""
+    if "mics_shard_size" in config["zero_optimization"]:
+        build(config, mpu=mpu)
+    else:
+        request.compare(request.OFF, participants(mpu))
+        raise MicsAgreementError('whether MiCS is on, but it is "on" on ranks [0]; "off" on ranks [1]')
+
+
+UNREADABLE = {
+    "missing": (lambda path: path.unlink(), ValueError, "ValueError: Expected a string path to an existing"),
+    "cut off": (lambda path: path.write_text(path.read_text()[:-9]), ValueError, "HjsonDecodeError"),
+    "cut off before the key": (lambda path: path.write_text(path.read_text()[:30]), ValueError, "HjsonDecodeError"),
+    "not a file": (lambda path: (path.unlink(), path.mkdir()), OSError, "IsADirectoryError"),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), ValueError, "UnicodeDecodeError"),
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("inside_init", [True, False])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_configuration_that_one_rank_cannot_read(name, inside_init, tmp_path):
+    spoil, own_error, words = UNREADABLE[name]
+    rank, path = dist.get_rank(), tmp_path / f"ds_config{dist.get_rank()}.json"
+    path.write_text(json.dumps(ds_config(2)))
+    if rank == 2:
+        spoil(path)
+    expected = pytest.raises(own_error) if rank == 2 else pytest.raises(MicsAgreementError, match=f"rank 2: {words}")
+    with environment(MICS_DS_AGREEMENT_TIMEOUT="20"), expected as caught:
+        build(str(path), inside_init=inside_init)
+    assert (rank == 2) == (not isinstance(caught.value, MicsError))
+    train(build(ds_config(2)), 1)
+
+
+@pytest.mark.ranks(4)
+def test_an_engine_that_one_rank_cannot_build():
+    """After the first round, in DeepSpeed's own checks, and where one rank cannot tell where it runs."""
+    odd = dist.get_rank() == 1
+    expected = (
+        pytest.raises(ValueError, match="fp32 is enabled but")
+        if odd
+        else pytest.raises(MicsAgreementError, match="refused on rank 1: ")
+    )
+    with expected:
+        build(ds_config(2), lambda: OddNet().half() if odd else OddNet())
+    simulated = environment(MICS_DS_RANKS_PER_NODE="none" if odd else "2")
+    with simulated, pytest.raises(MicsError, match="must be a positive integer"):
+        build(ds_config(2), inside_init=True)
+    train(build(ds_config(2)), 1)
