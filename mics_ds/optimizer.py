@@ -17,6 +17,7 @@ from .comm.lanes import Stages
 from .errors import MicsConfigError, MicsUsageError
 from .request import Build, building
 from .seams.optimizer import OptimizerSeam
+from .text import abbreviate
 from .two_hop import TwoHop
 
 
@@ -64,14 +65,15 @@ class MicsOptimizer(OptimizerSeam):
         strange = [
             name
             for name, param in named.items()
-            if param.mics_groups.partition.ranks != self.mics_groups.partition.ranks
+            if param.mics_groups.layout.ranks != self.mics_groups.layout.ranks
+            or param.mics_groups.partition.ranks != self.mics_groups.partition.ranks
         ]
         if strange:
             raise MicsConfigError(
                 f"Parameters must be partitioned over the group the optimizer uses, ranks "
-                f"{list(self.mics_groups.partition.ranks)}, but zero.Init used another for {strange[:3]}"
-                f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
-                f"group that deepspeed.initialize gets."
+                f"{list(self.mics_groups.partition.ranks)} of {abbreviate(self.mics_groups.layout.ranks)}, but zero.Init "
+                f"used another for {strange[:3]}{' and others' if len(strange) > 3 else ''}. Give zero.Init the "
+                f"configuration and the data-parallel group that deepspeed.initialize gets."
             )
 
     # ---------------------------------------------------------------------------------------- hop 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import OddNet, batch, build, ds_config, environment, train
+from local_ranks import LocalRanks
 from rank_pool import Pools
 from torch.distributed import distributed_c10d as c10d
 
@@ -21,8 +25,7 @@ from mics_ds import request
 from mics_ds.comm import agreement
 from mics_ds.comm.groups import MicsGroups, RankGroup, build_groups
 from mics_ds.config import MicsConfig
-from mics_ds.errors import MicsAgreementError, MicsError
-from mics_ds.seams.engine import participants
+from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsError
 
 PATIENCE = timedelta(minutes=47)
 
@@ -91,11 +94,17 @@ def sums(groups: MicsGroups) -> None:
         assert group.rank == dist.get_rank(group.group)
 
 
-@pytest.mark.ranks(4, fresh=True)
 @pytest.mark.parametrize("splits", [True, False])
-def test_ranks_with_other_groups_of_their_own(splits, tmp_path):
+def test_ranks_with_other_groups_of_their_own(splits: bool) -> None:
     """torch's names depend on how many groups a process has. gloo stands in for NCCL, which splits alike."""
-    rejoin(str(tmp_path / "store"), "cpu:gloo", timedelta(seconds=30))
+    context = multiprocessing.get_context("forkserver")
+    with LocalRanks(4, functools.partial(ranks_with_other_groups, splits), context) as ranks:
+        assert ranks.collect(60) == [None] * 4
+
+
+def ranks_with_other_groups(splits: bool, rank: int, folder: Path, pipe: Connection) -> None:
+    store = dist.FileStore(str(folder / "store"), 4)
+    dist.init_process_group("cpu:gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
     for ranks in ([0], [0, 1], [1, 3]):
         dist.new_group(ranks)
     with pytest.MonkeyPatch.context() as patch, environment(MICS_DS_RANKS_PER_NODE="2"):
@@ -109,6 +118,8 @@ def test_ranks_with_other_groups_of_their_own(splits, tmp_path):
         dist.group.WORLD.bound_device_id = None
     for groups in made:
         sums(groups)
+    dist.barrier()
+    pipe.send(("result", None))
 
 
 def gloo_options() -> Any:
@@ -187,18 +198,16 @@ def test_one_part_of_the_job_is_busy_with_something_else():
             with deepspeed.zero.Init(config_dict_or_path=ds_config(p), mpu=mpu, data_parallel_group=mpu.group):
                 param = torch.nn.Linear(2, 2).weight
             assert p is None or param.mics_groups.full.ranks == (1, 3)
-    engine = build(ds_config(2), inside_init=True)
+    engine = build(ds_config(2), mpu=Mpu([0, 1, 2, 3]), inside_init=True)  # DeepSpeed remembers the last one
     assert engine.optimizer.mics_groups.full.size == 4
     train(engine, 1)
 
 
-@pytest.mark.ranks(4)
-def test_parameters_over_more_ranks_than_the_engine():
-    """zero.Init works over the world unless it is given a group."""
-    mpu = Mpu([0, 1], [2, 3])
-    with pytest.raises(MicsError):
-        build(ds_config(2), mpu=mpu, inside_init=True)
-    train(build(ds_config(2)), 1)
+@pytest.mark.ranks(4, fresh=True)
+def test_parameters_over_other_ranks_than_the_engine_are_refused():
+    """zero.Init works over the world unless it is given a group. Half of the partition groups are the same here."""
+    with pytest.raises(MicsConfigError, match="must be partitioned over the group the optimizer uses"):
+        build(ds_config(2), mpu=Mpu([0, 1], [2, 3]), inside_init=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,24 +216,18 @@ def test_parameters_over_more_ranks_than_the_engine():
 
 @pytest.mark.ranks(4, fresh=True)
 def test_a_key_that_one_rank_of_a_subset_lacks():
-    mpu = Mpu([0, 1], [2, 3])
-    if dist.get_rank() < 2:
+    """It is an error on the ranks of the subset that have the key; the one without runs into their end."""
+    mpu = Mpu([0, 2], [1, 3])
+    among = tuple(dist.get_process_group_ranks(mpu.group))
+    if dist.get_rank() == 2:
+        request.compare(request.OFF, among)  # what an engine does first
+    elif dist.get_rank() == 0:
         with pytest.raises(
-            MicsAgreementError, match=r'whether MiCS is on, but it is "on" on ranks \[0\]; "off" on.*\[1\]'
+            MicsAgreementError, match=r'whether MiCS is on, .* "on" on ranks \[0\]; "off" on ranks \[2\]'
         ):
-            build_or_hear(ds_config(2 if dist.get_rank() == 0 else None), mpu)
+            build(ds_config(2), mpu=mpu)
     else:
-        losses(build(ds_config(2), mpu=mpu), 1)
-    train(build(ds_config(2)), 1)
-
-
-def build_or_hear(config: dict[str, Any], mpu: Any = None) -> None:
-    """Build an engine. A rank without the key has no part in the error, for it does not wait: it hears of it later."""
-    if "mics_shard_size" in config["zero_optimization"]:
-        build(config, mpu=mpu)
-    else:
-        request.compare(request.OFF, participants(mpu))
-        raise MicsAgreementError('whether MiCS is on, but it is "on" on ranks [0]; "off" on ranks [1]')
+        build_groups(MicsConfig(1), mpu.group, among)
 
 
 UNREADABLE = {
