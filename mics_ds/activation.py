@@ -124,7 +124,7 @@ def _patch_construction(patches: Patches) -> None:
     from .comm import collectives
     from .optimizer import MicsOptimizer
     from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
-    from .seams import engine
+    from .seams import ds_config, engine
 
     def gathered_parameters(_: Mapping[str, Any]) -> Any:
         return object.__new__(MicsGatheredParameters if MicsPartitioner.constructed else pp.GatheredParameters)
@@ -136,6 +136,8 @@ def _patch_construction(patches: Patches) -> None:
     patches.make_instances(DeepSpeedZeroOptimizer_Stage3, _maker(DeepSpeedZeroOptimizer_Stage3, MicsOptimizer))
     patches.make_instances(pp.GatheredParameters, gathered_parameters)
     patches.set(zero, "MiCS_Init", MiCS_Init)
+    for module in ds_config.readers():
+        patches.set(module, "load_ds_config", _reading(module.load_ds_config))
     recorder.record_engine(patches, DeepSpeedEngine)
     if engine.log_stage not in collectives.observers:
         collectives.observers.append(engine.log_stage)
@@ -160,6 +162,18 @@ def _patch_checkpoints(patches: Patches) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # In place of DeepSpeed's constructors
+
+
+def _reading(original: Any) -> Any:
+    """``deepspeed.initialize`` reads its file before anything else is known, the ranks that take part among it."""
+
+    def load_ds_config(config: Any) -> Any:
+        from .comm import agreement
+
+        with agreement.failing_together():
+            return original(config)
+
+    return load_ds_config
 
 
 def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:

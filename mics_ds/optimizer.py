@@ -71,9 +71,9 @@ class MicsOptimizer(OptimizerSeam):
         if strange:
             raise MicsConfigError(
                 f"Parameters must be partitioned over the group the optimizer uses, ranks "
-                f"{list(self.mics_groups.partition.ranks)} of {abbreviate(self.mics_groups.layout.ranks)}, but zero.Init "
-                f"used another for {strange[:3]}{' and others' if len(strange) > 3 else ''}. Give zero.Init the "
-                f"configuration and the data-parallel group that deepspeed.initialize gets."
+                f"{list(self.mics_groups.partition.ranks)} of {abbreviate(self.mics_groups.layout.ranks)}, but "
+                f"zero.Init used another for {strange[:3]}{' and others' if len(strange) > 3 else ''}. Give zero.Init "
+                f"the configuration and the data-parallel group that deepspeed.initialize gets."
             )
 
     # ---------------------------------------------------------------------------------------- hop 1

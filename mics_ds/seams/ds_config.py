@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,13 @@ def load_ds_config(source: Any) -> Mapping[str, Any] | None:
     if KEY_PREFIX not in text:
         return None
     return parse_ds_json(text)
+
+
+def readers() -> list[Any]:
+    """Modules through whose ``load_ds_config`` DeepSpeed reads a file, where it does so before ``DeepSpeedConfig``."""
+    names = ("deepspeed.runtime.tensor_parallel.init_utils", "deepspeed")
+    present = [importlib.import_module(name) for name in names if importlib.util.find_spec(name) is not None]
+    return [module for module in present if hasattr(module, "load_ds_config")]
 
 
 def is_readable(source: Any) -> bool:
