@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .comm import collectives
+from .comm import collectives, packing
 from .comm.groups import MicsGroups
 from .comm.lanes import Stages
 from .errors import MicsConfigError, MicsUsageError
@@ -87,7 +87,7 @@ class MicsOptimizer(OptimizerSeam):
         groups = self.mics_groups
         hierarchy, method = groups.scatter_hierarchy, groups.reduce_scatter
         order = tuple(range(groups.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-        layout = collectives.BucketLayout(tuple(gradient.numel() for gradient in gradients), order)
+        layout = packing.BucketLayout(tuple(gradient.numel() for gradient in gradients), order)
         # the backend's own reduce-scatter gives DeepSpeed's bits only for the bucket as a whole
         whole = method == "native" and hierarchy is None
         payload = sum(gradient.nbytes for gradient in gradients)

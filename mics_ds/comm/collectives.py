@@ -17,8 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from ..errors import MicsCommError
 from .groups import NodeGroups, RankGroup, ReduceScatterMethod
 from .lanes import INLINE, Stages
 from .meter import labelled
+from .packing import GatheredShards, cut
 
 _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
@@ -172,22 +172,6 @@ def broadcast_(tensors: Sequence[torch.Tensor], source: int, group: RankGroup) -
 # All-gather in two stages
 
 
-@dataclass(frozen=True)
-class GatheredShards:
-    """A gathered buffer, cut into pieces: piece c holds the elements [starts[c], starts[c+1]) of all p shards."""
-
-    pieces: list[torch.Tensor]  # each (p, width of the piece), rows by slot
-    starts: list[int]
-    row_of: list[int]  # partition rank -> slot
-
-    def views(self, rank: int, start: int, length: int) -> Iterator[torch.Tensor]:
-        """The elements [start, start + length) of one rank's shard, as consecutive 1-D views."""
-        for piece, first, last in zip(self.pieces, self.starts, self.starts[1:]):
-            low, high = max(start, first), min(start + length, last)
-            if low < high:
-                yield piece[self.row_of[rank], low - first : high - first]
-
-
 def all_gather_hierarchical(
     shard: torch.Tensor, groups: NodeGroups, pieces: int | None = None, stages: Stages = INLINE
 ) -> GatheredShards:
@@ -205,7 +189,7 @@ def all_gather_hierarchical(
         stages: where they run. Whoever uses the result on another stream has to wait for both.
     """
     inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
-    starts = _cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots, staged=True))
+    starts = cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots, staged=True))
     buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
     own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
     outer = _Watch(GATHER_INTER, "all_gather_into_tensor", shard.nbytes * inter.size)
@@ -229,8 +213,9 @@ def all_gather_hierarchical(
             for work in seconds:
                 work.wait()
         inner.stop()
+        gathered = GatheredShards(buffers, starts, groups.chunk_of_slot)
         stages.used(shard, *buffers)
-    return GatheredShards(buffers, starts, [groups.chunk_of_slot.index(rank) for rank in range(slots)])
+    return gathered
 
 
 def pieces_worth(payload_bytes: int, *, staged: bool) -> int:
@@ -238,59 +223,8 @@ def pieces_worth(payload_bytes: int, *, staged: bool) -> int:
     return max(1, min(PIECES, payload_bytes // (LEAST_STAGED_PIECE_BYTES if staged else LEAST_FLAT_PIECE_BYTES)))
 
 
-def _cut(numel: int, pieces: int) -> list[int]:
-    """Bounds of ``pieces`` nearly equal parts of ``range(numel)``, none of them empty unless ``numel`` is 0."""
-    pieces = max(1, min(pieces, numel))
-    return [numel * index // pieces for index in range(pieces + 1)]
-
-
 # --------------------------------------------------------------------------------------------------
 # Reduce-scatter
-
-
-@dataclass(frozen=True)
-class BucketLayout:
-    """How the gradients of one bucket lie in the buffer that is scattered.
-
-    Each gradient is cut into p chunks of ``ceil(numel / p)``, the last one padded, as ZeRO-3 shards
-    the parameter. Block d of the buffer holds chunk ``order[d]`` of every gradient.
-
-        block 0 = chunk order[0] of g0 | of g1 | ...     block 1 = chunk order[1] of g0 | of g1 | ...
-    """
-
-    numels: tuple[int, ...]
-    order: tuple[int, ...]
-    """Partition rank that each block is for: 0 … p-1, or slot by slot for two stages."""
-
-    @property
-    def widths(self) -> list[int]:
-        """Length of one chunk of each gradient, padding included."""
-        return [-(-numel // len(self.order)) for numel in self.numels]
-
-    def pack(self, gradients: Sequence[torch.Tensor], pieces: int = 1) -> list[torch.Tensor]:
-        """Copy the gradients into new buffers, together (p, sum of widths), cut by columns; padding is zero."""
-        widths = self.widths
-        starts = _cut(sum(widths), pieces)
-        buffers = [gradients[0].new_empty(len(self.order), last - first) for first, last in pairwise(starts)]
-        for buffer, (first, last) in zip(buffers, pairwise(starts)):
-            for gradient, width, offset in zip(gradients, widths, accumulate([0, *widths])):
-                low, high = max(first, offset), min(last, offset + width)
-                if low >= high:
-                    continue
-                flat, target = gradient.reshape(-1), buffer[:, low - first : high - first]
-                for block, rank in enumerate(self.order):
-                    chunk = flat[rank * width + low - offset : rank * width + high - offset]
-                    target[block, : chunk.numel()].copy_(chunk)
-                    target[block, chunk.numel() :].zero_()
-        return buffers
-
-    def unpack(self, shard: torch.Tensor, rank: int) -> list[torch.Tensor]:
-        """Views of a reduced block: this rank's chunk of each gradient, without padding, possibly empty."""
-        widths = self.widths
-        return [
-            shard[offset : offset + max(0, min(width, numel - rank * width))]
-            for numel, width, offset in zip(self.numels, widths, accumulate([0, *widths]))
-        ]
 
 
 def reduce_scatter_mean(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..comm import collectives
+from ..comm import collectives, packing
 from ..comm.groups import MicsGroups, NodeGroups, RankGroup
 from .machine import GroupForm, Link, Machine
 
@@ -83,8 +83,7 @@ def _gather_in_stages(mine: MicsGroups, hierarchy: NodeGroups, size: int) -> Cal
 
     def run() -> None:
         gathered = collectives.all_gather_hierarchical(shard, hierarchy)
-        ranks = range(mine.partition.size)
-        torch.cat([view for rank in ranks for view in gathered.views(rank, 0, shard.numel())])
+        gathered.copy_out(shard.new_empty(shard.numel() * mine.partition.size), 0, shard.numel())
 
     return run
 
@@ -93,7 +92,7 @@ def _scatter(mine: MicsGroups, hierarchy: NodeGroups | None, size: int) -> Calla
     method = mine.reduce_scatter
     gradient = buffer(size // FLOAT)
     order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = collectives.BucketLayout((gradient.numel(),), order)
+    layout = packing.BucketLayout((gradient.numel(),), order)
     whole = method == "native" and hierarchy is None
 
     def run() -> None:

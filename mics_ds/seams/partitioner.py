@@ -34,8 +34,9 @@ class PartitionerSeam(pp.Init):
     def start_gather(self, shard: torch.Tensor) -> Any | None:
         """Gather ``shard`` from all ranks of the partition group, or return ``None`` to let DeepSpeed do it.
 
-        Returns a handle whose ``wait()`` returns an object with ``views(rank, start, length)``: 1-D
-        views that together are the elements [start, start + length) of the shard of a partition rank.
+        Returns a handle whose ``wait()`` returns what :class:`mics_ds.comm.packing.GatheredShards` is: ``pieces``, the
+        tensors it was gathered into, and ``copy_out(full, start, width)``, which fills a full parameter from the
+        elements [start, start + width) of all shards.
         """
         return None
 
@@ -91,7 +92,7 @@ class PartitionerSeam(pp.Init):
                 return None
             for param in members:
                 param.ds_status = pp.ZeroParamStatus.INFLIGHT
-            handles.append(_SeamGatherHandle(started, members, self.get_partition_dp_group(members[0]).size()))
+            handles.append(_SeamGatherHandle(started, members))
         return pp.MultipleAllGatherHandles(handles)
 
     def patch_init_and_builtins(self) -> None:
@@ -131,10 +132,9 @@ class PartitionerSeam(pp.Init):
 class _SeamGatherHandle:
     """What DeepSpeed waits on for a gather that :meth:`PartitionerSeam.start_gather` started."""
 
-    def __init__(self, started: Any, params: list[ZeroParam], partition_size: int) -> None:
+    def __init__(self, started: Any, params: list[ZeroParam]) -> None:
         self._started = started
         self._params = params
-        self._partition_size = partition_size
         self._complete = False
 
     def wait(self, handle_dependency: bool = True) -> None:
@@ -144,19 +144,14 @@ class _SeamGatherHandle:
         gathered, offset = self._started.wait(), 0
         for param in self._params:
             width = param.ds_tensor.ds_numel
-            views = [
-                view
-                for rank in range(self._partition_size)
-                for view in gathered.views(rank, offset, min(width, param.ds_numel - rank * width))
-            ]
-            # the shards of one parameter lie apart in the buffer of a coalesced gather; DeepSpeed's own
-            # handle joins them by this one copy too
-            param.data = torch.cat(views).view(param.ds_shape).to(param.ds_tensor.dtype)
+            full = gathered.pieces[0].new_empty(param.ds_numel, dtype=param.ds_tensor.dtype)
+            gathered.copy_out(full, offset, width)
+            param.data = full.view(param.ds_shape)
             param.ds_status = pp.ZeroParamStatus.AVAILABLE
             offset += width
-            if not get_accelerator().is_synchronized_device():
-                for view in views:
-                    view.record_stream(get_accelerator().current_stream())
+        if not get_accelerator().is_synchronized_device():
+            for piece in gathered.pieces:
+                piece.record_stream(get_accelerator().current_stream())
         self._complete = True
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from helpers import environment
 
-from mics_ds.comm import collectives
+from mics_ds.comm import collectives, packing
 from mics_ds.comm.groups import MicsGroups, build_groups
 from mics_ds.comm.meter import CommMeter
 from mics_ds.config import MicsConfig
@@ -52,11 +52,14 @@ def test_hierarchical_gather_equals_flat_gather_bit_for_bit(dtype, numel, pieces
     flat = torch.empty(4 * numel, dtype=dtype)
     dist.all_gather_into_tensor(flat, shard)
     gathered = collectives.all_gather_hierarchical(shard, made.hierarchy, pieces)
-    assert torch.equal(torch.cat([view for rank in range(4) for view in gathered.views(rank, 0, numel)]), flat)
-    # and any part of any shard, across the cuts
-    start, length = numel // 3, numel // 2
-    part = torch.cat([torch.empty(0, dtype=dtype), *gathered.views(2, start, length)])
-    assert torch.equal(part, flat[2 * numel + start : 2 * numel + start + length])
+    full = torch.empty(4 * numel, dtype=dtype)
+    gathered.copy_out(full, 0, numel)
+    assert torch.equal(full, flat)
+    # and any parameter of a coalesced gather, across the cuts
+    start, width = numel // 3, numel // 2
+    part = torch.empty(4 * width, dtype=dtype)
+    gathered.copy_out(part, start, width)
+    assert torch.equal(part, flat.view(4, numel)[:, start : start + width].flatten())
 
 
 @pytest.mark.ranks(4)
@@ -129,7 +132,7 @@ def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p,
     assert (hierarchy is not None) == (ranks_per_node == 2)
     gradients = integer_gradients(rank, dtype)
     order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
-    plan = collectives.BucketLayout(tuple(item.numel() for item in gradients), order)
+    plan = packing.BucketLayout(tuple(item.numel() for item in gradients), order)
     packed = plan.pack(gradients, pieces)
     assert torch.equal(torch.cat(packed, 1), plan.pack(gradients)[0])
     if hierarchy is None:
