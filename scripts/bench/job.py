@@ -24,7 +24,13 @@ class Job(Protocol):
     name: str
     micro_steps: int
     micro_batch: int
-    learning_rate: float
+    optimizer: str
+    """``sgd``, under which a gradient of the wrong size shows in the losses, or ``adamw``."""
+    bucket_layers: int | None
+    """DeepSpeed reduces gradients of so many layers at once; ``None``: its own default."""
+
+    @property
+    def learning_rate(self) -> float: ...
 
     @property
     def compute_s(self) -> float | None:
@@ -69,8 +75,8 @@ class _Sleep(torch.autograd.Function):
 class EmulatedLinear(nn.Linear):
     """A linear layer that takes ``seconds`` forward and twice as long backward, whatever its size."""
 
-    def __init__(self, width: int, seconds: float) -> None:
-        super().__init__(width, width, bias=False)
+    def __init__(self, width: int, seconds: float, bias: bool) -> None:
+        super().__init__(width, width, bias=bias)
         self.seconds = seconds
         nn.init.normal_(self.weight, std=width**-0.5)  # keeps the size of activations from layer to layer
 
@@ -82,9 +88,9 @@ class EmulatedLinear(nn.Linear):
 class EmulatedModel(nn.Module):
     """Layers of ``width`` x ``width`` with residuals. Returns the mean squared error."""
 
-    def __init__(self, layers: int, width: int, seconds: float) -> None:
+    def __init__(self, layers: int, width: int, seconds: float, bias: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EmulatedLinear(width, seconds) for _ in range(layers))
+        self.layers = nn.ModuleList(EmulatedLinear(width, seconds, bias) for _ in range(layers))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # (batch, width) twice -> ()
         for layer in self.layers:
@@ -102,8 +108,14 @@ class EmulatedJob:
     micro_batch: int = 4
     layer_s: float = 0.010
     seed: int = 0
-    learning_rate: float = 1.0
+    optimizer: str = "sgd"
+    bucket_layers: int | None = 2
+    bias: bool = False
     name: str = "emulated"
+
+    @property
+    def learning_rate(self) -> float:
+        return {"sgd": 1.0, "adamw": 1e-3}[self.optimizer]
 
     @property
     def compute_s(self) -> float | None:
@@ -111,7 +123,7 @@ class EmulatedJob:
 
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return EmulatedModel(self.depth, self.hidden, self.layer_s)
+        return EmulatedModel(self.depth, self.hidden, self.layer_s, self.bias)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.layers)
@@ -124,7 +136,7 @@ class EmulatedJob:
             yield x, x.roll(1, dims=1)
 
     def settings(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "layers": self.depth, "layer_s": self.layer_s}
+        return {"hidden": self.hidden, "layers": self.depth, "layer_s": self.layer_s, "bias": self.bias}
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,13 @@ class GPTJob:
     heads: int = 4
     context: int = 64
     seed: int = 0
-    learning_rate: float = 0.1
+    optimizer: str = "sgd"
+    bucket_layers: int | None = 2
     name: str = "gpt"
+
+    @property
+    def learning_rate(self) -> float:
+        return {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
 
     @property
     def compute_s(self) -> float | None:

@@ -76,6 +76,8 @@ class Measured:
     sent: list[int] = field(default_factory=list)
     """Bytes this rank's node sent over its card; empty on all but the node's first rank."""
     losses: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """User and system time of the process, with all its threads."""
     held_bytes: int = 0
     """Bytes of tensors the system keeps between steps."""
     timeline: list[dict[str, Any]] = field(default_factory=list)
@@ -158,9 +160,10 @@ def _measure(rank: int, session: Session, interface: str, say: Callable[[str | N
             for _ in range(session.steps):
                 dist.barrier()
                 sent = sent_bytes(interface) if counts else 0
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 result.losses.append(system.train_step(batches))
                 result.seconds.append(time.perf_counter() - start)
+                result.cpu_seconds.append(time.process_time() - cpu)
                 dist.barrier()
                 if counts:
                     result.sent.append(sent_bytes(interface) - sent)
@@ -273,11 +276,14 @@ def merge(session: Session, by_rank: list[list[Measured]]) -> list[dict[str, Any
                 "emulated_network": emulated,
                 "job": session.job.name,
                 **session.job.settings(),
+                "optimizer": session.job.optimizer,
+                "bucket_layers": session.job.bucket_layers,
                 "micro_steps": session.job.micro_steps,
                 "micro_batch": session.job.micro_batch,
                 "model_bytes": size,
                 "seconds": seconds,
                 "median_s": statistics.median(seconds),
+                "cpu_s": statistics.median(map(statistics.fmean, zip(*(item.cpu_seconds for item in mine)))),
                 "samples_per_s_per_rank": samples / statistics.median(seconds),
                 "nic_bytes": sent,
                 "nic_bytes_formula": ideal,
@@ -304,6 +310,7 @@ def compare(records: list[dict[str, Any]]) -> None:
         }
         for kind, other in reference.items():
             record[f"speedup_over_{kind}"] = other["median_s"] / record["median_s"] if other else None
+            record[f"cpu_over_{kind}"] = record["cpu_s"] / other["cpu_s"] if other and other["cpu_s"] else None
         record["loss_difference"] = max(abs(a - b) for a, b in zip(records[0]["losses"], record["losses"], strict=True))
 
 
@@ -316,7 +323,18 @@ def render(records: list[dict[str, Any]]) -> str:
     def megabytes(value: float | None) -> str:
         return show(None if value is None else value / 1e6)
 
-    head = ("system", "s/step", "min-max", "x zero3", "x hsdp", "NIC MB", "formula", "bound overlap/serial")
+    head = (
+        "system",
+        "s/step",
+        "min-max",
+        "x zero3",
+        "x hsdp",
+        "CPU s",
+        "of hsdp",
+        "NIC MB",
+        "formula",
+        "bound overlap/serial",
+    )
     rows: list[tuple[str, ...]] = [(*head, "floor s", "held MB", "last loss", "loss diff")]
     for record in records:
         limits = (record["bound_overlapped_s"], record["bound_serial_s"])
@@ -327,6 +345,8 @@ def render(records: list[dict[str, Any]]) -> str:
                 f"{min(record['seconds']):.2f}-{max(record['seconds']):.2f}",
                 show(record["speedup_over_zero3"]),
                 show(record["speedup_over_hsdp"]),
+                show(record["cpu_s"], 3),
+                show(record["cpu_over_hsdp"]),
                 megabytes(record["nic_bytes"]),
                 megabytes(record["nic_bytes_formula"]),
                 "-" if limits[0] is None else f"{limits[0]:.2f}/{limits[1]:.2f}",
@@ -341,9 +361,10 @@ def render(records: list[dict[str, Any]]) -> str:
 
 NOTES = """\
 s/step: median over all measured steps, slowest rank; x zero3, x hsdp: how many times faster than those (the fastest
-HSDP of the same partition size where measured). NIC MB: what the busiest node's card sent per step; formula: what rings
-that gather every layer twice per micro-step have to send. bound: the smaller of the two at the link's rate and the
-compute, overlapped or one after the other. floor: the same run with unshaped links, where the processor decides.
+HSDP of the same partition size where measured). CPU s: user and system time of a rank per step, mean over ranks, median
+over steps; of hsdp: as a multiple of that of the same HSDP. NIC MB: what the busiest node sent per step; formula: what
+rings that gather every layer twice per micro-step have to send. bound: the smaller of the two at the link's rate and
+the compute, overlapped or one after the other. floor: the same run with unshaped links, where the processor decides.
 held MB: tensors one rank keeps between steps."""
 
 
@@ -365,6 +386,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-steps", type=int, default=4)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--layer-ms", type=float, default=10.0, help="pretended compute of a layer, forward")
+    parser.add_argument("--bias", action="store_true", help="give the layers of the emulated job biases")
+    parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    parser.add_argument("--bucket-layers", default="2", help="layers in DeepSpeed's reduce bucket, or 'default'")
     parser.add_argument("--rounds", type=int, default=3, help="how often the systems take turns (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="steps per system and round (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before measuring (default %(default)s)")
@@ -384,6 +408,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if given.plots and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plots needs matplotlib: pip install matplotlib")
     try:
+        given.bucket_layers = None if given.bucket_layers == "default" else int(given.bucket_layers)
         given.shapes = [Shape.parse(text) for text in given.shape.split(",")]
         given.rate = None if given.rate == "none" else given.rate
         if given.rate is not None:
@@ -409,9 +434,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _job(given: argparse.Namespace) -> Job:
     sizes = {"hidden": given.hidden, "depth": given.layers}
-    common: dict[str, Any] = {"micro_steps": given.micro_steps, "micro_batch": given.micro_batch}
+    common: dict[str, Any] = {
+        name: getattr(given, name) for name in ("micro_steps", "micro_batch", "optimizer", "bucket_layers")
+    }
     common |= {name: value for name, value in sizes.items() if value is not None}
-    return GPTJob(**common) if given.job == "gpt" else EmulatedJob(layer_s=given.layer_ms / 1e3, **common)
+    return (
+        GPTJob(**common) if given.job == "gpt" else EmulatedJob(layer_s=given.layer_ms / 1e3, bias=given.bias, **common)
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The systems that are compared, behind one interface. All train with SGD and average over all ranks.
+"""The systems that are compared, behind one interface. All average over all ranks.
 
 | spec on the command line     | what it is                                                               |
 |------------------------------|--------------------------------------------------------------------------|
@@ -93,6 +93,11 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
+def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[job.optimizer]
+    return kind(model.parameters(), lr=job.learning_rate)
+
+
 class System(ABC):
     """A model under one system's care, ready to train."""
 
@@ -122,8 +127,9 @@ def deepspeed_config(spec: Spec, job: Job, shape: Shape, layer_numel: int) -> di
         "stage3_max_live_parameters": 3 * layer_numel,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 2 * layer_numel,
-        "reduce_bucket_size": 2 * layer_numel,
     }
+    if job.bucket_layers is not None:
+        zero["reduce_bucket_size"] = job.bucket_layers * layer_numel
     if spec.kind == "hpz":
         zero["zero_hpz_partition_size"] = shape.per_node
     elif spec.kind == "mics":
@@ -150,7 +156,7 @@ class DeepSpeedSystem(System):
 
         model = job.model()
         config = deepspeed_config(spec, job, shape, max(map(_numel, job.layers(model))))
-        optimizer = torch.optim.SGD(model.parameters(), lr=job.learning_rate)
+        optimizer = make_optimizer(model, job)
         self.engine, *_ = deepspeed.initialize(
             model=model, config=config, optimizer=optimizer, model_parameters=model.parameters()
         )
@@ -198,7 +204,7 @@ class DDPSystem(_TorchSystem):
 
     def __init__(self, job: Job) -> None:
         self.model = nn.parallel.DistributedDataParallel(job.model(), gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=job.learning_rate)
+        self.optimizer = make_optimizer(self.model, job)
         self.micro_steps = job.micro_steps
 
     def micro_step(self, batch: Batch, last: bool) -> float:
@@ -234,7 +240,7 @@ class FSDPSystem(_TorchSystem):
             for layer, following in pairwise(layers):
                 layer.set_modules_to_forward_prefetch([following])
         self.replicated = p < shape.world
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=job.learning_rate)
+        self.optimizer = make_optimizer(self.model, job)
         self.micro_steps = job.micro_steps
 
     def micro_step(self, batch: Batch, last: bool) -> float:
