@@ -16,7 +16,7 @@ from .comm.groups import MicsGroups
 from .comm.lanes import Stages
 from .errors import MicsConfigError, MicsUsageError
 from .request import Build, building
-from .seams.optimizer import OptimizerSeam
+from .seams.optimizer import OptimizerSeam, gradient_size, is_synchronous_device
 from .text import abbreviate
 from .two_hop import TwoHop
 
@@ -36,6 +36,8 @@ class MicsOptimizer(OptimizerSeam):
         *args: Any,
         dp_process_group: dist.ProcessGroup,
         overlap_comm: bool = False,
+        reduce_scatter: bool = True,
+        reduce_bucket_size: int = 500_000_000,
         **kwargs: Any,
     ) -> None:
         groups = self.mics_groups = self.mics_build.groups(dp_process_group)
@@ -43,8 +45,19 @@ class MicsOptimizer(OptimizerSeam):
         if groups.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             dp_process_group = groups.partition.group
+            if overlap_comm and reduce_scatter:
+                limit = packing.bucket_limit(*gradient_size(module), streams=not is_synchronous_device())
+                reduce_bucket_size = min(reduce_bucket_size, limit)
         with building(self.mics_build):
-            super().__init__(module, *args, dp_process_group=dp_process_group, overlap_comm=overlap_comm, **kwargs)
+            super().__init__(
+                module,
+                *args,
+                dp_process_group=dp_process_group,
+                overlap_comm=overlap_comm,
+                reduce_scatter=reduce_scatter,
+                reduce_bucket_size=reduce_bucket_size,
+                **kwargs,
+            )
         self._refuse_unsupported(module)
         self.two_hop = TwoHop(
             self.gradient_ranges(),

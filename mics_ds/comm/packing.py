@@ -25,6 +25,23 @@ def cut(numel: int, pieces: int) -> list[int]:
     return [numel * index // pieces for index in range(pieces + 1)]
 
 
+# Buckets. Both hops of one run beside the computation of the next, so the last one's are what a step waits for: no more
+# than an eighth of the gradients. But each bucket costs work of the host, and collectives that are worth issuing.
+LEAST_BUCKETS = 8
+LEAST_BUCKET_BYTES = 2 << 20
+LEAST_BUCKET_BYTES_ON_STREAMS = 32 << 20
+
+
+def bucket_limit(numel: int, itemsize: int, *, streams: bool) -> int:
+    """Elements of the largest bucket that is of use, for so many elements of gradients in all.
+
+    Args:
+        streams: whether collectives run on an accelerator, where many small ones cost more than they hide.
+    """
+    least = LEAST_BUCKET_BYTES_ON_STREAMS if streams else LEAST_BUCKET_BYTES
+    return max(least // itemsize, -(-numel // LEAST_BUCKETS))
+
+
 @dataclass(frozen=True)
 class BucketLayout:
     """How the gradients of one bucket lie in the buffer that is scattered.

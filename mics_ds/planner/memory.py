@@ -128,13 +128,13 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime) -> Memory:
         for numel, count in counts.items()
         if numel <= threshold and p > 1  # alone, a rank's shard is the parameter
     )
-
-    bucket = zero.reduce_bucket_size * b if zero.contiguous_gradients and trained else 0
+    bucket_size = system.bucket_size(zero.reduce_bucket_size)
+    bucket = bucket_size * b if zero.contiguous_gradients and trained else 0
     # A gather fills a buffer of its own, from which parameters are copied, so the last ones are there twice; the same
     # holds for a bucket that is packed for its reduce-scatter, and one submodule's gradients wait to be copied there.
     ahead = min(played.live_numel, max(zero.prefetch_bucket_size, model.largest))
     live = (played.live_numel + ahead) * b if p > 1 else 0
-    in_flight = min(played.bucket_numel, zero.reduce_bucket_size + model.largest)
+    in_flight = min(played.bucket_numel, bucket_size + model.largest)
     buckets = bucket + in_flight * b + model.largest * b
     group = min(trained, zero.sub_group_size + -(-model.largest // p)) if trained else 0
     # an fp32 copy of the gradients, flattened in their own precision first

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..comm.packing import bucket_limit
 from ..errors import MicsPlanError
 from ..text import columns
 from .machine import Machine
@@ -132,7 +133,18 @@ def mics(machine: Machine, job: Workload, n: int, p: int) -> Scheme:
     """MiCS with its defaults: in two stages where the placement allows it, both hops beside the backward pass unless
     ``overlap_comm`` is off. Hop 2 of offloaded gradients follows at once, after it."""
     staged, beside = machine.can_stage(n, p), job.zero.overlap_comm
-    return Scheme(p, staged, staged, hop1_beside=beside, hop2_beside=beside and not job.zero.offload_optimizer)
+    limit = None
+    if beside and p < n:
+        trained = sum(numel * count for numel, count in job.model.trainable.items())
+        limit = bucket_limit(trained, job.itemsize, streams=machine.streams)
+    return Scheme(
+        p,
+        staged,
+        staged,
+        hop1_beside=beside,
+        hop2_beside=beside and not job.zero.offload_optimizer,
+        bucket_limit=limit,
+    )
 
 
 def zero3(machine: Machine, job: Workload) -> Scheme:

@@ -55,6 +55,8 @@ class Scheme:
     """Parameters are gathered ahead of use."""
     native_scatter: bool = False
     """MiCS with the backend's own reduce-scatter in one stage."""
+    bucket_limit: int | None = None
+    """Elements of the largest bucket, where that is less than ``reduce_bucket_size``."""
     secondary: bool = False
     """ZeRO++ hpZ: in the backward pass, parameters are gathered from a second copy inside the node."""
 
@@ -65,6 +67,9 @@ class Scheme:
 
     def partition_size(self, n: int) -> int:
         return n if self.p is None else self.p
+
+    def bucket_size(self, configured: int) -> int:
+        return configured if self.bucket_limit is None else min(configured, self.bucket_limit)
 
 
 @dataclass
@@ -241,6 +246,7 @@ class Player:
     def micro_step(self, last: bool) -> None:
         """Forward and backward of one micro-batch; ``last``: at the accumulation boundary."""
         job, zero, queues = self.job, self.job.zero, self.queues
+        bucket_size = self.system.bucket_size(zero.reduce_bucket_size)
         queue, bucket, passed = 0, 0, {}
         average = last and self.costs.r > 1
         reduced: list[tuple[int, float]] = []
@@ -272,7 +278,7 @@ class Player:
                     del self.ready[param]
                     self.live -= self.numel[param]
             for numel in visit.gradients:
-                if bucket and bucket + numel > zero.reduce_bucket_size:
+                if bucket and bucket + numel > bucket_size:
                     reduced.append(self._reduce(bucket))
                     bucket = 0
                 bucket += numel

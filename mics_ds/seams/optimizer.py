@@ -38,6 +38,17 @@ def _holds_data(param: Any) -> bool:
     return param.partition_numel() * rank < param.ds_numel
 
 
+def gradient_size(module: torch.nn.Module) -> tuple[int, int]:
+    """Elements of all gradients, in full, and bytes of one of them."""
+    trained: list[Any] = [param for param in module.parameters() if param.requires_grad]
+    numel = sum(getattr(param, "ds_numel", param.numel()) for param in trained)
+    return numel, max((param.element_size() for param in trained), default=1)
+
+
+def is_synchronous_device() -> bool:
+    return get_accelerator().is_synchronized_device()
+
+
 class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     """The stage 3 optimizer with hooks where gradients rest between hop 1 and the optimizer step."""
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mics_ds.comm.layout import MicsLayout
-from mics_ds.comm.packing import BucketLayout, GatheredShards, cut
+from mics_ds.comm.packing import BucketLayout, GatheredShards, bucket_limit, cut
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -153,3 +153,18 @@ def test_operations_per_gathered_parameter_do_not_grow_with_p(p):
             width = -(-numel // p)
             shards, full = GatheredShards([torch.zeros(p, width)], [0, width], order), torch.empty(numel)
             assert operations(shards.copy_out, full, 0, width) == expected
+
+
+@pytest.mark.parametrize(
+    ("numel", "itemsize", "streams", "expected"),
+    [
+        (1_600_000_000, 2, True, 200_000_000),
+        (1_600_000_001, 2, True, 200_000_001),
+        (1_600_000, 4, False, 524_288),
+        (100_000_000, 2, True, 16_777_216),
+        (100_000_000, 2, False, 12_500_000),
+        (0, 1, False, 2_097_152),
+    ],
+)
+def test_no_more_than_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, itemsize, streams, expected):
+    assert bucket_limit(numel, itemsize, streams=streams) == expected
