@@ -251,13 +251,13 @@ def reduce_scatter_mean(
     return reduced
 
 
-def _mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
+def _mean_of_rows(rows: torch.Tensor, output: torch.Tensor) -> None:
     """Mean over the first dimension, added up in order, in fp32 if the dtype is narrower. May overwrite ``rows``."""
-    narrow = rows.element_size() < 4
-    total = rows[0].float() if narrow else rows[0]
-    for row in rows[1:]:
+    first, *others = rows.unbind()
+    total = first.float() if rows.element_size() < 4 else first
+    for row in others:
         total.add_(row)
-    return total.div_(len(rows)).to(rows.dtype)
+    torch.div(total, len(rows), out=output)
 
 
 def reduce_scatter_mean_hierarchical(
@@ -359,7 +359,7 @@ def _start_reducing(
         watch.stop()
         stages.used(blocks)
         if received is not None:
-            output.copy_(_mean_of_rows(received))
+            _mean_of_rows(received, output)
             stages.used(received)
 
     return complete
