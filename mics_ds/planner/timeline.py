@@ -12,8 +12,8 @@ hops of :mod:`mics_ds.optimizer` would run it:
    its turn comes is gathered then, and waited for.
 3. After its module's turn a parameter is released, unless the look-ahead has passed over its next use or that is
    within ``max_reuse_distance`` elements. Parameters up to ``param_persistence_threshold`` elements stay.
-4. Gradients are collected until ``reduce_bucket_size`` would be exceeded, then reduced (hop 1): beside the
-   backward pass, one bucket after another; or, for systems and devices that cannot, while it waits.
+4. Gradients are collected until ``reduce_bucket_size`` (or the limit of MiCS) would be exceeded, then reduced
+   (hop 1): beside the backward pass, one bucket after another; or, for systems and devices that cannot, while it waits.
 5. Hop 2 of a bucket follows its hop 1 in the last micro-step; or all of it waits for the end of that.
 6. Collectives of one kind queue up behind each other, and those of different kinds behind each other where
    they need the same link (between nodes, or inside them). Links are full duplex. Computing is not slowed down by

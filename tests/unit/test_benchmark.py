@@ -78,6 +78,12 @@ def test_deepspeed_is_told_not_to_clip_as_its_peers_do_not():
     assert config["zero_optimization"]["overlap_comm"] is False
 
 
+def test_deepspeed_buckets_are_of_so_many_layers_or_its_own():
+    for layers, size in ((3, 30), (None, None)):
+        config = deepspeed_config(Spec.parse("zero3"), EmulatedJob(bucket_layers=layers), Shape(2, 2), layer_numel=10)
+        assert config["zero_optimization"].get("reduce_bucket_size") == size
+
+
 @pytest.mark.parametrize("job", [EmulatedJob(hidden=8, layer_s=0), GPTJob(hidden=8, depth=1)], ids=["emulated", "gpt"])
 def test_a_job_repeats_its_weights_and_data(job):
     def loss(rank: int) -> float:
@@ -91,8 +97,14 @@ def _records() -> list[dict]:
     session = Session(
         Shape(1, 2), None, EmulatedJob(hidden=8), (Spec.parse("zero3"), Spec.parse("hsdp:1")), 1, 2, 1, timeout_s=1
     )
-    slow = [Measured([2.0, 4.0], [], [3.0, 2.0, 1.0]), Measured([3.0, 1.0], [], [5.0, 4.0, 3.0])]
-    fast = [Measured([1.0, 1.0], [], [3.0, 2.0, 1.0]), Measured([0.5, 2.0], [], [5.0, 4.0, 3.5])]
+    slow = [
+        Measured([2.0, 4.0], [], [3.0, 2.0, 1.0], [0.2, 0.4]),
+        Measured([3.0, 1.0], [], [5.0, 4.0, 3.0], [0.4, 0.8]),
+    ]
+    fast = [
+        Measured([1.0, 1.0], [], [3.0, 2.0, 1.0], [0.5, 0.4]),
+        Measured([0.5, 2.0], [], [5.0, 4.0, 3.5], [0.7, 0.6]),
+    ]
     return runner.merge(session, list(zip(slow, fast)))
 
 
@@ -100,6 +112,7 @@ def test_records_take_the_slowest_rank_and_the_mean_loss():
     zero3, hsdp = _records()
     assert (zero3["seconds"], zero3["median_s"], zero3["losses"]) == ([3.0, 4.0], 3.5, [4.0, 3.0, 2.0])
     assert hsdp["seconds"] == [1.0, 2.0]
+    assert zero3["cpu_s"] == pytest.approx((0.3 + 0.6) / 2)  # the mean of ranks, and the median of steps
     assert zero3["model_bytes"] == model_bytes(EmulatedJob(hidden=8).model()) == 6 * 8 * 8 * 4
 
 
@@ -107,6 +120,7 @@ def test_the_table_compares_with_the_references_and_shows_a_wrong_loss():
     records = _records()
     runner.compare(records)
     assert records[1]["speedup_over_zero3"] == pytest.approx(3.5 / 1.5)
+    assert records[0]["cpu_over_hsdp"] == pytest.approx(0.45 / 0.55)
     assert records[1]["loss_difference"] == pytest.approx(0.25)
     lines = runner.render(records).splitlines()
     assert len({len(line) for line in lines}) == 1
