@@ -76,6 +76,8 @@ def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from mics_ds.seams.partitioner import make_stock_gathers_wait
+
     torch.set_num_threads(1)
     # Compiling DeepSpeed's shared-memory extension takes a minute, and plain gloo is what we test.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -89,7 +91,7 @@ def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
         timeout=timedelta(seconds=GLOO_TIMEOUT_S),
     )
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    _make_stock_gathers_wait()
+    make_stock_gathers_wait()
     # DeepSpeed collects garbage in every engine it builds. Looking through all imported modules each time took three
     # quarters of the time to build one; what is there now will never be garbage.
     gc.collect()
@@ -105,23 +107,6 @@ def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
         return result
 
     serve_tasks(pipe, call)
-
-
-def _make_stock_gathers_wait() -> None:
-    """An oracle must not race: under gloo, DeepSpeed up to 0.19.7 waits for the last of several gathers only."""
-    from deepspeed.runtime.zero import partition_parameters as pp
-
-    from mics_ds.seams import support
-
-    if not support.gathers_race():
-        return
-    gather = pp.Init._allgather_params_coalesced
-
-    def one_by_one(self: Any, params: list, *args: Any, **kwargs: Any) -> None:
-        for param in params:
-            gather(self, [param], *args, **kwargs)
-
-    pp.Init._allgather_params_coalesced = one_by_one
 
 
 def _clean_up() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -177,3 +178,10 @@ def ensure_distributed() -> None:
     """Bring the process group up as ``zero.Init`` would do a moment later."""
     if not comm.is_initialized():
         deepspeed.init_distributed()
+
+
+def start_distributed(timeout_s: float) -> None:
+    """Bring the process group up as a job of DeepSpeed does, but without its shared-memory extension for CPUs, which
+    would be compiled for a minute, and which ZeRO-3 does not use."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)

@@ -219,3 +219,16 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
             )
 
         self.after_all_converted(make_partitioner, module)
+
+
+def make_stock_gathers_wait() -> None:
+    """An oracle must not race: where stock gathers do (:func:`mics_ds.seams.support.gathers_race`), have them wait."""
+    if not support.gathers_race():
+        return
+    gather = pp.Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: list, *args: Any, **kwargs: Any) -> None:
+        for param in params:
+            gather(self, [param], *args, **kwargs)
+
+    pp.Init._allgather_params_coalesced = one_by_one

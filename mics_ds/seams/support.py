@@ -65,13 +65,17 @@ def check_deepspeed() -> None:
             f"mics_ds needs parts of DeepSpeed that {deepspeed.__version__} does not have: {', '.join(missing)}. "
             f"Install deepspeed=={TESTED_VERSIONS[0]}, or remove the mics_ keys to run stock ZeRO-3."
         )
-    release = deepspeed.__version__.split("+")[0]
-    if release not in TESTED_VERSIONS and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
+    if untested_version() is not None and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
         raise MicsCompatError(
             f"mics_ds was tested with DeepSpeed {', '.join(TESTED_VERSIONS)}, but this is {deepspeed.__version__}. "
-            f"Install a tested version. To know whether yours works, run `bash scripts/test_versions.sh {release}` in "
-            f"a checkout of mics_ds; if every test passes, set {ALLOW_UNTESTED_ENV}=1 on all ranks (docs/versions.md)."
+            f"Install a tested version. To know whether yours works, run `python -m mics_ds.check` under your "
+            f"launcher; if it passes, set {ALLOW_UNTESTED_ENV}=1 on all ranks (docs/versions.md)."
         )
+
+
+def untested_version() -> str | None:
+    """The installed version of DeepSpeed, if mics_ds was not tested with it."""
+    return None if deepspeed.__version__.split("+")[0] in TESTED_VERSIONS else deepspeed.__version__
 
 
 class Refusal(NamedTuple):

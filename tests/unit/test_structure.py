@@ -30,6 +30,7 @@ ROWS = [
     {"two_hop"},
     {"partitioner", "optimizer", "ab"},
     {"checkpoint"},
+    {"check"},
     {"activation"},
     {"", "reshape"},
 ]

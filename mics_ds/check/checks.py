@@ -1,0 +1,178 @@
+"""The list of checks: what is worth training on so many ranks, placed like this, on such a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from deepspeed.accelerator import get_accelerator
+
+from ..comm.layout import MicsLayout
+from . import parity, resuming, traffic
+from .runs import Measure, Place, Setup
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What decides which checks there are. Equal on all ranks."""
+
+    nodes: tuple[int, ...]
+    """Node of each rank."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    """What DeepSpeed trains in on this device."""
+    folder_problem: str = ""
+    """Why there is no folder that all ranks see, if there is none."""
+
+    @property
+    def size(self) -> int:
+        return len(self.nodes)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to measure on all ranks."""
+
+    name: str
+    """Words by which it can be asked for."""
+    run: Callable[[Place], list[Measure]]
+    why_not: str = ""
+    """Why it cannot be done here, if it cannot."""
+
+    def matches(self, asked: Sequence[str]) -> bool:
+        """Whether it has all comma-separated words of one of ``asked``; without any, it has."""
+        words = self.name.split()
+        return not asked or any(all(word in words for word in item.split(",")) for item in asked)
+
+
+def supported_dtypes() -> tuple[str, ...]:
+    """What DeepSpeed trains in on this device."""
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    return tuple(name for name, is_supported in supported.items() if is_supported)
+
+
+def default_sizes(nodes: tuple[int, ...]) -> tuple[int, ...]:
+    """1, a divisor and n. The divisor is what people start with, the ranks of one node; on one node, n's most even."""
+    n = len(nodes)
+    divisors = [size for size in range(2, n) if n % size == 0]
+    on_a_node = nodes.count(nodes[0])
+    between = [on_a_node] if on_a_node in divisors else [size for size in divisors if size * size >= n][:1]
+    return tuple(sorted({1, *between, n}))
+
+
+def all_checks(here: Surroundings, sizes: Sequence[int] = ()) -> list[Check]:
+    """All checks for these surroundings, in the order in which they are run: first what is most telling.
+
+    Args:
+        sizes: partition sizes, by default :func:`default_sizes`.
+    """
+    sizes = tuple(sizes) or default_sizes(here.nodes)
+    middle = sizes[len(sizes) // 2]
+    found = [
+        *_parity(here, sizes),
+        *_flat_and_staged(here),
+        *(Check(f"bytes p={p}", partial(traffic.bytes_by_formula, setup=Setup(p, overlap=True))) for p in sizes),
+        *_checkpoints(here, sizes, middle),
+        *_late_results(here, sizes),
+        *_other_ways(here, middle),
+    ]
+    assert len({check.name for check in found}) == len(found), "a name is asked for"
+    return found
+
+
+def _parity(here: Surroundings, sizes: Sequence[int]) -> Iterator[Check]:
+    """Every size in every precision, with every pair of settings; in fp32 all of them for one size."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        for p in sizes:
+            ways = [(True, 3), (False, 1)]
+            if dtype == "fp32" and p == sizes[len(sizes) // 2]:
+                ways += [(True, 1), (False, 3)]
+            for overlap, micro_steps in ways:
+                yield Check(
+                    f"parity {dtype} p={p} overlap_comm={str(overlap).lower()} micro_steps={micro_steps}",
+                    partial(parity.same_as_stock, setup=Setup(p, dtype, overlap, micro_steps)),
+                    _why_no(dtype, here),
+                )
+
+
+def _flat_and_staged(here: Surroundings) -> Iterator[Check]:
+    """Both ways to gather and to scatter over all ranks, whatever the placement."""
+    n = here.size
+    flat = (("mics_hierarchical_params_gather", False), ("mics_hierarchical_grad_scatter", False))
+    native = ("mics_reduce_scatter", "native")
+    setup = Setup(n, overlap=True, micro_steps=3)
+    # As stock does it, to the last bit: the same collectives in the same order.
+    yield Check(
+        f"flat fp32 p={n} native equal_bits",
+        partial(parity.same_as_stock, setup=replace(setup, mics=(*flat, native)), exact=True),
+    )
+    staged, why_not = _staged(here)
+    for method in ("native", "all_to_all"):
+        for dtype in ("fp32", "bf16"):
+            mics = (("mics_hierarchical_params_gather", True), ("mics_hierarchical_grad_scatter", True))
+            ways = replace(setup, dtype=dtype, per_node=staged, mics=(*mics, ("mics_reduce_scatter", method)))
+            yield Check(
+                f"hierarchical {dtype} p={n} {method}",
+                partial(parity.same_as_stock, setup=ways),
+                why_not or _why_no(dtype, here),
+            )
+    yield Check(
+        f"hierarchical bytes p={n}",
+        partial(traffic.bytes_by_formula, setup=Setup(n, overlap=True, per_node=staged)),
+        why_not,
+    )
+
+
+def _staged(here: Surroundings) -> tuple[int | None, str]:
+    """Ranks per simulated node for p = n in two stages, ``None`` where the real nodes will do; or why it cannot be."""
+    n = here.size
+    if MicsLayout(tuple(range(n)), here.nodes, n).why_not_hierarchical() is None:
+        return None, ""
+    found = [k for k in range(2, n // 2 + 1) if n % k == 0]
+    return (found[-1], "") if found else (None, f"{n} ranks are no nodes x ranks with two of each")
+
+
+def _checkpoints(here: Surroundings, sizes: Sequence[int], middle: int) -> Iterator[Check]:
+    for p, dtype in [*((p, "fp32") for p in sizes), (middle, "bf16")]:
+        yield Check(
+            f"checkpoint {dtype} p={p}",
+            partial(resuming.as_if_nothing_happened, setup=Setup(p, dtype, overlap=True, steps=3)),
+            here.folder_problem or _why_no(dtype, here),
+        )
+
+
+def _late_results(here: Surroundings, sizes: Sequence[int]) -> Iterator[Check]:
+    """With one and with two replicas: see :func:`mics_ds.check.parity.late_results`."""
+    n = here.size
+    dtype = "fp16" if "fp16" in here.dtypes else "bf16"
+    staged, why_not = _staged(here)
+    flat = (("mics_hierarchical_params_gather", False), ("mics_hierarchical_grad_scatter", False))
+    for p in sorted({n // 2 if n % 2 == 0 else n, n}):
+        for method in ("native", "all_to_all"):
+            setup = Setup(p, dtype, steps=20, mics=(*flat, ("mics_reduce_scatter", method)))
+            yield Check(f"late {dtype} p={p} {method}", partial(parity.late_results, setup=setup), _why_no(dtype, here))
+    setup = Setup(n, dtype, steps=20, per_node=staged)
+    yield Check(
+        f"late {dtype} p={n} hierarchical",
+        partial(parity.late_results, setup=setup),
+        why_not or _why_no(dtype, here),
+    )
+
+
+def _other_ways(here: Surroundings, middle: int) -> Iterator[Check]:
+    for dtype in ("fp32", "bf16"):
+        yield Check(
+            f"offload {dtype} p={middle}",
+            partial(parity.same_as_stock, setup=Setup(middle, dtype, overlap=True, micro_steps=3, offload=True)),
+            _why_no(dtype, here),
+        )
+    yield Check(
+        f"zero.Init bf16 p={middle}",
+        partial(parity.same_as_stock, setup=Setup(middle, "bf16", overlap=True, micro_steps=3, inside_init=True)),
+        _why_no("bf16", here),
+    )
+
+
+def _why_no(dtype: str, here: Surroundings) -> str:
+    return "" if dtype in here.dtypes else f"DeepSpeed does not train in {dtype} on this device"

@@ -1,0 +1,47 @@
+"""A saved and loaded checkpoint: training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from .parity import REPLICAS
+from .runs import (
+    Measure,
+    Place,
+    Setup,
+    difference,
+    engine_of,
+    full_params,
+    loss_difference,
+    outcome_of,
+    steps_of,
+    unequal_replicas,
+)
+
+
+def as_if_nothing_happened(place: Place, setup: Setup) -> list[Measure]:
+    """Train, save, train on; build another engine with other parameters, load, train on: the same bits."""
+    assert place.folder is not None, "checked where the list is made"
+    folder = place.folder / f"p{setup.p}-{setup.dtype}"
+    setup = replace(setup, adamw=True)
+    saved, end = range(setup.steps), range(setup.steps, 2 * setup.steps)
+    with engine_of(setup) as engine:
+        steps_of(engine, setup, place, saved)
+        engine.save_checkpoint(str(folder))
+        at_save = full_params(engine)
+        expected = outcome_of(engine, steps_of(engine, setup, place, end), at_save)
+    with engine_of(setup, seed=99) as engine:
+        before = full_params(engine)
+        engine.load_checkpoint(str(folder))
+        loaded = full_params(engine)
+        actual = outcome_of(engine, steps_of(engine, setup, place, end), loaded)
+    dist.barrier()  # nobody reads any more
+    return [
+        Measure("loaded parameters", difference(loaded, at_save), 0.0),
+        Measure("losses after it", loss_difference(actual.losses, expected.losses), 0.0),
+        Measure("states after it", difference(actual.states, expected.states), 0.0),
+        Measure(REPLICAS, unequal_replicas(place, actual.states), 0.0),
+        Measure("nothing to load", float(difference(before, at_save) == 0.0), 0.0),
+    ]
