@@ -1,12 +1,11 @@
-"""GPU checks: what the CPU tests cannot see, on a machine with one CUDA device. Ends by itself within 8 minutes.
+"""GPU checks that users cannot run: several ranks on one device, with results that are late on purpose.
 
     python scripts/gpu_check.py [--only WORDS]
 
-Four processes share the one GPU and train as stock ZeRO-3 and as MiCS, with CUDA streams as in
-production. NCCL refuses several ranks on one device, so they talk through gloo. Where gloo cannot handle
-CUDA tensors, a *test-only* shim (:class:`Shim`) moves the data through host memory; the streams of
-DeepSpeed and mics_ds stay real. A last check runs one rank with NCCL. Without a GPU this says so and
-succeeds.
+First `python -m mics_ds.check`, on all GPUs of this machine. Then four processes share one GPU and run some of its
+checks again. NCCL refuses several ranks on one device, so they talk through gloo, by way of a *test-only* shim
+(:class:`Shim`) that moves the data through host memory and hands results over late; the streams of DeepSpeed and
+mics_ds stay real. Ends by itself within 8 minutes. Without a GPU this says so and succeeds.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,17 +30,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from local_ranks import LocalRanks, RankError, serve_tasks
-from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
 BUDGET_S = 440.0  # no check is waited for longer than this after the start
 HARD_STOP_S = 475  # each process ends itself then, whatever it is doing
+CHECK_S = 90.0
 GLOO_TIMEOUT_S = 60
 GRACE_S = 3.0  # between the first failing rank and asking the others where they are
-
-TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-2}
 DELAY_CYCLES = 200_000  # a tenth of a millisecond on an H100
 
 # Collectives that DeepSpeed or mics_ds issue on device tensors: parameters read and written.
@@ -53,6 +49,10 @@ COLLECTIVES: dict[str, tuple[str, str]] = {
     "reduce_scatter_tensor": ("input", "output"),
     "all_to_all_single": ("input", "output"),
 }
+
+WANTED = ("parity,fp32", "parity,bf16", "hierarchical", "flat", "late")
+"""What four ranks on one device check, in the words of ``python -m mics_ds.check --only``."""
+
 
 Measure = tuple[str, float, float]
 """What was measured, its value, and the largest one that is right."""
@@ -173,53 +173,8 @@ class Rank:
     world_size: int
     device: torch.device
     shim: Shim
-    references: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
-    """Results of stock ZeRO-3, kept for the next comparison."""
-
-    @property
-    def helpers(self) -> Any:
-        """``tests/helpers.py``, which imports DeepSpeed."""
-        return importlib.import_module("helpers")
-
-
-@dataclass
-class Outcome:
-    """One training run. Tensors are on the host."""
-
-    losses: list[float]
-    initial: dict[str, torch.Tensor]
-    params: dict[str, torch.Tensor]
-    masters: dict[str, torch.Tensor]
-
-
-class _Late(torch.autograd.Function):
-    """Identity whose kernels take their time, forward and backward."""
-
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, cycles: int) -> torch.Tensor:
-        context.cycles = cycles
-        _spin(cycles)
-        return x.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        _spin(context.cycles)
-        return gradient.clone(), None
-
-
-class LateNet(nn.Module):
-    """Many layers of odd sizes, whose gradients are produced long after the host has enqueued them."""
-
-    def __init__(self, cycles: int, width: int = 7) -> None:
-        super().__init__()
-        self.cycles = cycles
-        sizes = [width, 13, 11, 13, 11, 13, 11, 13, width]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = _Late.apply(torch.tanh(layer(x)), self.cycles)
-        return (x - y).float().pow(2).mean()
+    place: Any
+    """The :class:`mics_ds.check.runs.Place` of this rank."""
 
 
 @job
@@ -288,192 +243,20 @@ def late_results_show(rank: Rank) -> list[Measure]:
 
 
 @job
-def calibrates(rank: Rank, *, sweeps: int) -> list[Measure]:
-    """Does calibration measure what it should, and a speed that this device can have?"""
-    from mics_ds.planner import calibrate
-
-    machine = calibrate.calibrate(sizes=(1 << 16, 1 << 20), budget_s=20.0, hidden=1024, progress=False)
-    slowest, fastest = 1e11, 2e15
-    wrong = [speed for speed in machine.flops.values() if not slowest < speed < fastest]
-    return [
-        ("sweeps missing", float(sweeps - len(machine.sweeps)), 0.0),
-        ("impossible speeds", float(len(wrong)), 0.0),
-        ("without memory", float(not machine.memory > 1e9), 0.0),
-    ]
-
-
-@job
-def compare_with_stock(
-    rank: Rank,
-    *,
-    p: int,
-    dtype: str,
-    overlap: bool,
-    micro_steps: int,
-    method: str = "auto",
-    per_node: int = RANKS,
-    inside_init: bool = False,
-    steps: int = 10,
-    exact: bool = False,
-) -> list[Measure]:
-    """Train as stock ZeRO-3 (or remember it) and as MiCS, and measure how far apart they end.
-
-    Args:
-        method: ``mics_reduce_scatter``.
-        per_node: ranks per simulated node; less than p gives the hierarchical collectives.
-        exact: ask for equal bits.
-    """
-    common: dict[str, Any] = {"dtype": dtype, "micro_steps": micro_steps, "inside_init": inside_init, "steps": steps}
-    key = (*common.values(), overlap)
-    if key not in rank.references:
-        rank.references[key] = _train(rank, p=None, zero={"overlap_comm": overlap}, **common)
-    stock = rank.references[key]
-    with rank.helpers.environment(MICS_DS_RANKS_PER_NODE=str(per_node)):
-        mics = _train(rank, p=p, zero={"overlap_comm": overlap, "mics_reduce_scatter": method}, **common)
-    tolerance = 0.0 if exact else TOLERANCE[dtype]
-    return [
-        ("losses", _loss_difference(mics.losses, stock.losses), tolerance),
-        ("parameters", _difference(mics.params, stock.params, stock.initial), tolerance),
-        ("unequal replica tensors", _unequal_replicas(rank, {**mics.params, **mics.masters}), 0.0),
-    ]
-
-
-@job
-def look_for_races(rank: Rank, *, staged: list[str], method: str, per_node: int, p: int, steps: int) -> list[Measure]:
-    """fp16, many small buckets in flight, late gradients and late results: the same bits as with blocking calls?
-
-    Without races the order of events changes nothing but time: sums over two ranks do not depend on it, and
-    those over four are made in the same order in both runs.
-
-    Args:
-        staged: collectives to move through the shim in this check.
-    """
-    before = rank.shim.staged
-    rank.shim.staged = set(staged)
-    outcomes = []
+def checked(rank: Rank, name: str) -> list[Measure]:
+    """One check of ``python -m mics_ds.check``, with results that come late."""
+    (check,) = [check for check in all_checks() if check.name == name]
+    rank.shim.delay = DELAY_CYCLES
     try:
-        for overlap, cycles in ((False, 0), (True, DELAY_CYCLES)):
-            rank.shim.delay = cycles
-            with rank.helpers.environment(MICS_DS_RANKS_PER_NODE=str(per_node)):
-                outcomes.append(
-                    _train(
-                        rank,
-                        p=p,
-                        dtype="fp16",
-                        micro_steps=2,
-                        inside_init=False,
-                        steps=steps,
-                        zero={"overlap_comm": overlap, "mics_reduce_scatter": method, "reduce_bucket_size": 200},
-                        model=functools.partial(LateNet, cycles),
-                        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
-                    )
-                )
+        return [tuple(item) for item in check.run(rank.place)]
     finally:
-        rank.shim.staged, rank.shim.delay = before, 0
-    blocking, overlapped = outcomes
-    finite = all(torch.isfinite(tensor).all() for tensor in overlapped.params.values())
-    moved = _difference(overlapped.params, overlapped.initial, overlapped.initial)
-    return [
-        ("unequal replica tensors", _unequal_replicas(rank, {**overlapped.params, **overlapped.masters}), 0.0),
-        ("losses against blocking", _loss_difference(overlapped.losses, blocking.losses), 0.0),
-        ("masters against blocking", _difference(overlapped.masters, blocking.masters), 0.0),
-        ("not trained or not finite", float(not finite or not moved > 1e-3), 0.0),
-    ]
+        rank.shim.delay = 0
 
 
-def _train(
-    rank: Rank,
-    *,
-    p: int | None,
-    dtype: str,
-    micro_steps: int,
-    inside_init: bool,
-    steps: int,
-    zero: dict[str, Any],
-    model: Callable[[], nn.Module] | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-) -> Outcome:
-    """Build an engine, train it with clipping, gather everything and destroy it."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    helpers = rank.helpers
-    if p is None:
-        zero = {key: value for key, value in zero.items() if not key.startswith("mics_")}
-    config = helpers.ds_config(p, dtype=dtype, micro_steps=micro_steps, clip=0.5, zero=zero)
-    engine = helpers.build(config, model or helpers.OddNet, inside_init=inside_init, optimizer=optimizer)
-    if engine.device.type != rank.device.type:
-        raise RuntimeError(f"expected an engine on {rank.device}, got one on {engine.device}")
-    initial = _on_host(helpers.full_params(engine))
-    losses = []
-    for step in range(steps):
-        total = torch.zeros((), device=engine.device)
-        for micro_step in range(micro_steps):
-            x, y = helpers.batch(step, micro_step, rank.rank, helpers.DTYPES[dtype])
-            loss = engine(x.to(engine.device), y.to(engine.device))
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().float() / micro_steps
-        losses.append(total)
-    # Read only now: it would make the host wait for the device in every step, and hide races.
-    mean = torch.stack(losses).cpu()
-    if rank.world_size > 1:
-        dist.all_reduce(mean)
-    masters = {
-        name: safe_get_full_fp32_param(param).clone()
-        for name, param in engine.module.named_parameters()
-        if param.requires_grad
-    }
-    outcome = Outcome(
-        (mean / rank.world_size).tolist(),
-        initial,
-        _on_host(helpers.full_params(engine)),
-        _on_host({f"{name}/fp32": value for name, value in masters.items()}),
-    )
-    helpers.destroy_engines()
-    return outcome
-
-
-def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def _loss_difference(actual: list[float], expected: list[float]) -> float:
-    return _largest(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(actual, expected, strict=True))
-
-
-def _difference(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], initial: dict[str, torch.Tensor] | None = None
-) -> float:
-    """Largest difference of any tensor, relative to its largest magnitude now or initially."""
-    if actual.keys() != expected.keys():
-        return float("inf")
-
-    def relative(name: str) -> float:
-        error = (actual[name].float() - expected[name].float()).abs().max().item()
-        scale = max(item[name].float().abs().max().item() for item in (expected, initial or expected))
-        return error if error == 0 else error / max(scale, 1e-12)
-
-    return _largest(map(relative, expected))
-
-
-def _largest(values: Iterable[float]) -> float:
-    """The maximum, where NaN is larger than anything."""
-    return max((float("inf") if value != value else value for value in values), default=0.0)
-
-
-def _unequal_replicas(rank: Rank, tensors: dict[str, torch.Tensor]) -> float:
-    """How many host tensors differ in any bit from those of rank 0. All ranks get through all broadcasts."""
-    if rank.world_size == 1:
-        return 0.0
-    unequal = 0
-    for tensor in tensors.values():
-        mine = tensor.contiguous().view(-1).view(torch.uint8)
-        reference = mine.clone()
-        dist.broadcast(reference, 0)
-        unequal += not torch.equal(reference, mine)
-    return float(unequal)
+def all_checks() -> list[Any]:
+    """Those of the package for four ranks on one node. Not imported before the shim is in place."""
+    checks = importlib.import_module("mics_ds.check.checks")
+    return checks.all_checks(checks.Surroundings((0,) * RANKS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,7 +317,7 @@ def _set_up(rank: int, world_size: int, device_type: str, backend: str, folder: 
         torch.cuda.set_device(device)
     shim = Shim(device)
     shim.install()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT))
     # After the shim, as DeepSpeed keeps references to torch's functions.
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("mics_ds")
@@ -549,174 +332,94 @@ def _set_up(rank: int, world_size: int, device_type: str, backend: str, folder: 
         timeout=timedelta(seconds=GLOO_TIMEOUT_S),
     )
     deepspeed.init_distributed(backend, dist_init_required=False)
-    return Rank(rank, world_size, device, shim)
+    partitioner = importlib.import_module("mics_ds.seams.partitioner")
+    partitioner.make_stock_gathers_wait()
+    runs = importlib.import_module("mics_ds.check.runs")
+    return Rank(rank, world_size, device, shim, runs.Place(rank, world_size, device))
 
 
 # --------------------------------------------------------------------------------------------------
 # The checks
 
 
-@dataclass(frozen=True)
-class Check:
-    """A job whose result is a list of :data:`Measure`."""
-
-    label: str
-    job: str
-    arguments: dict[str, Any]
-    timeout: float = 60.0
-
-
-def parity_checks() -> Iterator[Check]:
-    """MiCS against stock ZeRO-3, at every way to get there."""
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("p=1", {"p": 1}),
-        ("p=2", {"p": 2}),
-        ("p=4", {"p": 4}),
-        ("p=4 hierarchical", {"p": 4, "per_node": 2}),
-    ]
-    native: list[tuple[str, dict[str, Any]]] = [
-        ("p=2 native", {"p": 2, "method": "native"}),
-        ("p=4 hierarchical native", {"p": 4, "per_node": 2, "method": "native"}),
-    ]
-    for overlap in (True, False):
-        for micro_steps in (3, 1):
-            for dtype in TOLERANCE:
-                for label, arguments in variants + (native if micro_steps > 1 else []):
-                    yield Check(
-                        f"{label} {dtype} overlap_comm={str(overlap).lower()} micro_steps={micro_steps}",
-                        "compare_with_stock",
-                        {"dtype": dtype, "overlap": overlap, "micro_steps": micro_steps, **arguments},
-                    )
-    for p in (1, 2, 4):
-        yield Check(
-            f"p={p} inside zero.Init, bf16 overlap_comm=true micro_steps=3",
-            "compare_with_stock",
-            {"p": p, "dtype": "bf16", "overlap": True, "micro_steps": 3, "inside_init": True},
-        )
-
-
-def race_checks(staged: list[str]) -> tuple[list[Check], list[Check]]:
-    """The long one, and shorter ones along other paths."""
-    everything = list(COLLECTIVES)
-    found = []
-    for label, steps, arguments in (
-        ("p=2 native", 200, {"staged": everything, "method": "native", "per_node": 4, "p": 2}),
-        ("p=2 all_to_all", 50, {"staged": everything, "method": "all_to_all", "per_node": 4, "p": 2}),
-        ("p=4 hierarchical native", 50, {"staged": everything, "method": "native", "per_node": 2, "p": 4}),
-        ("p=4 hierarchical all_to_all", 50, {"staged": everything, "method": "all_to_all", "per_node": 2, "p": 4}),
-        ("p=2, gloo's own where it can", 50, {"staged": staged, "method": "auto", "per_node": 4, "p": 2}),
-    ):
-        found.append(
-            Check(f"races in {steps} fp16 steps: {label}", "look_for_races", {**arguments, "steps": steps}, 150.0)
-        )
-    return found[:1], found[1:]
-
-
-def gloo_checks(staged: list[str]) -> Iterator[Check]:
-    """Four ranks on the one device. The race check that nothing else covers comes first, in case time runs out."""
-    long, short = race_checks(staged)
-    yield Check("TEST-ONLY SHIM: results arrive late", "late_results_show", {})
-    yield from long
-    yield from parity_checks()
-    yield from short
-
-
-def nccl_checks() -> Iterator[Check]:
-    """One rank, so that NCCL accepts the device."""
-    yield Check("NCCL, one rank: calibration", "calibrates", {"sweeps": 0})
-    for dtype in ("bf16", "fp32"):
-        yield Check(
-            f"NCCL, one rank, p=1 {dtype}: the bits of stock",
-            "compare_with_stock",
-            {"p": 1, "dtype": dtype, "overlap": True, "micro_steps": 1, "steps": 5, "exact": True},
-        )
-
-
 class Runner:
-    """Runs checks one after another and keeps the score."""
+    """Runs jobs one after another on ranks that are started when needed, and keeps the score."""
 
     def __init__(self, device: str, only: str) -> None:
         self._device = device
         self._only = only.split()
         self._start = time.monotonic()
         self._end = time.time() + HARD_STOP_S
+        self._ranks: Ranks | None = None
+        self.staged: list[str] = []
+        """Collectives to stage."""
         self.done = self.failed = 0
 
     def left(self) -> float:
         """Seconds before the budget is spent."""
         return BUDGET_S - (time.monotonic() - self._start)
 
-    def probe_collectives(self) -> list[str]:
-        """Print which collectives gloo can do on this device, and return the others."""
-        missing = []
-        with self._ranks(RANKS, "gloo") as current:
-            for name in COLLECTIVES:
-                try:
-                    problems = [text for text in current().run("probe", 90.0, name=name) if text]
-                except RankError as failure:
-                    current.discard()
-                    problems = [f"did not return: {failure}"]
-                print(f"gloo {name} on {self._device} tensors: {problems[0] if problems else 'works'}", flush=True)
-                if problems:
-                    missing.append(name)
-                    if len(problems) < RANKS:
-                        current.discard()  # ranks have got out of step
-            if missing:
-                print(f"TEST-ONLY SHIM: staged through host memory in what follows: {', '.join(missing)}", flush=True)
-        return missing
-
-    def run(self, checks: Iterable[Check], world_size: int, backend: str, staged: list[str]) -> None:
-        """Run those of ``checks`` that were asked for, and print one line for each."""
-        wanted = [check for check in checks if all(word in check.label for word in self._only)]
-        with self._ranks(world_size, backend) as current:
-            for check in wanted:
-                self.done += 1
-                started = time.monotonic()
-                try:
-                    if self.left() <= 0:
-                        raise RankError(f"not run: the {BUDGET_S:.0f} s for all checks were over")
-                    if current.absent:
-                        current().run("stage", min(90.0, max(self.left(), 1.0)), names=staged)
-                    by_rank = current().run(check.job, min(check.timeout, max(self.left(), 1.0)), **check.arguments)
-                except RankError as failure:
-                    current.discard()
-                    self.failed += 1
-                    print(f"FAILED  {check.label}: {failure}", flush=True)
-                    continue
-                worst = [max(items, key=lambda item: item[1]) for items in zip(*by_rank)]
-                right = all(value <= limit for _, value, limit in worst)
-                self.failed += not right
-                text = ", ".join(
-                    f"{name} {value:.2g}" + ("" if value <= limit else f" (limit {limit:g})")
-                    for name, value, limit in worst
-                )
-                seconds = time.monotonic() - started
-                print(f"{'ok    ' if right else 'FAILED'}  {check.label}: {text} [{seconds:.1f} s]", flush=True)
-
-    @contextmanager
-    def _ranks(self, world_size: int, backend: str) -> Iterator[_Current]:
-        current = _Current(lambda: Ranks(world_size, self._device, backend, self._end))
+    def users_check(self) -> None:
+        """``python -m mics_ds.check``, with a rank on each GPU of this machine."""
+        self.done += 1
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "mics_ds.check"]
         try:
-            yield current
-        finally:
-            current.discard()
+            code = subprocess.run(command, env=environment, timeout=max(self.left(), 1.0)).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        self.failed += code != 0
+        print(f"{'FAILED' if code else 'ok    '}  python -m mics_ds.check: exit code {code}", flush=True)
 
+    def probe_collectives(self) -> None:
+        """Print which collectives gloo can do on this device, and stage the others from now on."""
+        for name in COLLECTIVES:
+            try:
+                problems = [text for text in self._run("probe", CHECK_S, name=name) if text]
+            except RankError as failure:
+                problems = [f"did not return: {failure}"]
+            print(f"gloo {name} on {self._device} tensors: {problems[0] if problems else 'works'}", flush=True)
+            if problems:
+                self.staged.append(name)
+                if len(problems) < RANKS:
+                    self.discard()  # ranks have got out of step
+        if self.staged:
+            print(f"TEST-ONLY SHIM: staged through host memory in what follows: {', '.join(self.staged)}", flush=True)
+        self.discard()
 
-class _Current:
-    """Processes that are started when needed, and again after they were discarded."""
+    def measure(self, label: str, job_name: str, **arguments: Any) -> None:
+        """Run a job that returns measures, if it is asked for, and print one line."""
+        if not all(word in label for word in self._only):
+            return
+        self.done += 1
+        started = time.monotonic()
+        try:
+            if self.left() <= 0:
+                raise RankError(f"not run: the {BUDGET_S:.0f} s for all checks were over")
+            by_rank = self._run(job_name, CHECK_S, **arguments)
+        except RankError as failure:
+            self.failed += 1
+            print(f"FAILED  {label}: {failure}", flush=True)
+            return
+        worst = [max(items, key=lambda item: item[1]) for items in zip(*by_rank)]
+        right = all(value <= limit for _, value, limit in worst)
+        self.failed += not right
+        text = ", ".join(
+            f"{name} {value:.2g}" + ("" if value <= limit else f" (limit {limit:g})") for name, value, limit in worst
+        )
+        seconds = time.monotonic() - started
+        print(f"{'ok    ' if right else 'FAILED'}  {label}: {text} [{seconds:.1f} s]", flush=True)
 
-    def __init__(self, start: Callable[[], Ranks]) -> None:
-        self._start = start
-        self._ranks: Ranks | None = None
-
-    @property
-    def absent(self) -> bool:
-        return self._ranks is None
-
-    def __call__(self) -> Ranks:
-        if self._ranks is None:
-            self._ranks = self._start()
-        return self._ranks
+    def _run(self, job_name: str, timeout: float, **arguments: Any) -> list[Any]:
+        """A job on the ranks; if it fails, they are discarded."""
+        try:
+            if self._ranks is None:
+                self._ranks = Ranks(RANKS, self._device, "gloo", self._end)
+                self._ranks.run("stage", min(CHECK_S, max(self.left(), 1.0)), names=self.staged)
+            return self._ranks.run(job_name, min(timeout, max(self.left(), 1.0)), **arguments)
+        except RankError:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         if self._ranks is not None:
@@ -726,7 +429,7 @@ class _Current:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run checks whose line contains all these words")
+    parser.add_argument("--only", default="", help="run checks of the second part whose line contains all these words")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # try this script
     arguments = parser.parse_args()
     if arguments.device == "cuda":
@@ -736,27 +439,20 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
     faulthandler.dump_traceback_later(HARD_STOP_S, exit=True)
     runner = Runner(arguments.device, arguments.only)
-    if arguments.device == "cpu":  # everything staged, and few checks
-        staged = list(COLLECTIVES)
-        parity = [
-            Check(
-                f"p={p} per_node={per_node}",
-                "compare_with_stock",
-                {"p": p, "per_node": per_node, "dtype": "fp32", "overlap": True, "micro_steps": 3},
-            )
-            for p, per_node in ((2, 4), (4, 2))
-        ]
-        race = Check(
-            "races",
-            "look_for_races",
-            {"staged": staged, "method": "all_to_all", "per_node": 4, "p": 2, "steps": 5},
-        )
-        runner.run([*parity, race], RANKS, "gloo", staged)
-    else:
-        # The short ones that nothing else covers come first, in case time runs out.
-        runner.run(nccl_checks(), 1, "nccl", [])
-        staged = runner.probe_collectives()
-        runner.run(gloo_checks(staged), RANKS, "gloo", staged)
+    wanted: tuple[str, ...] = WANTED
+    try:
+        if arguments.device == "cuda":
+            if not arguments.only:
+                runner.users_check()
+            runner.probe_collectives()
+            runner.measure("TEST-ONLY SHIM: results arrive late", "late_results_show")
+        else:
+            runner.staged, wanted = list(COLLECTIVES), ("parity,fp32,p=2", "late,p=2,all_to_all")
+        sys.path.insert(0, str(ROOT))
+        for name in [check.name for check in all_checks() if check.matches(wanted)]:
+            runner.measure(name, "checked", name=name)
+    finally:
+        runner.discard()
     print(f"{runner.done} checks, {runner.failed} failed", flush=True)
     sys.exit(1 if runner.failed else 0)
 

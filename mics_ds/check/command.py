@@ -76,16 +76,6 @@ def wrong_sizes(sizes: Sequence[int], n: int) -> str:
     return f"--partition-sizes: {', '.join(map(str, wrong))} must divide the {n} ranks. Choose from {divisors}."
 
 
-def launch(n: int, arguments: Sequence[str]) -> None:
-    """Become ``torchrun`` with n ranks on this machine. Does not return."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n)]
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local_addr", "127.0.0.1"]
-    command = [*launcher, *rendezvous, "-m", "mics_ds.check", *arguments]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
 def print_list(given: argparse.Namespace, n: int) -> None:
     from .checks import Surroundings, all_checks, supported_dtypes
 
@@ -120,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not launched:
         print(f"starting {n} rank{'s' * (n > 1)} on this machine", flush=True)
-        launch(n, arguments)
+        from .local import run_ranks
+
+        return run_ranks(n, ["-m", "mics_ds.check", *arguments])
     from .session import Session
 
     return Session(given).run()

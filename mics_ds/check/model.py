@@ -28,7 +28,9 @@ class OddNet(nn.Module):
         self.pair = nn.Parameter(torch.ones(3))
         self.head = nn.Linear(13, WIDTH)
         self.tied = nn.Linear(13, 13, bias=False)
-        self.tied.weight = self.middle[0].weight
+        first = self.middle[0]
+        assert isinstance(first, nn.Linear), "made above"
+        self.tied.weight = first.weight
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.embed(x))

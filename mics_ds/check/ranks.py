@@ -100,7 +100,7 @@ class RollCall:
         Raises:
             LostError: rank 0 decided nothing in time.
         """
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + limit_s + GRACE_S  # others may have begun later
         with _Reaching():
             self._store.set(f"{topic}/{self.rank}", json.dumps(said))
             self._store.add(f"{topic}/count", 1)

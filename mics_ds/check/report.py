@@ -76,7 +76,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def line(result: Result, width: int) -> str:
     """One line of the table. Of what has to be exact, and is, one measure stands for all."""
-    shown, exact = [], 0
+    shown: list[str] = []
+    exact = 0
     for item in result.measures:
         if result.state == OK and item.limit == 0 and shown:
             exact += 1

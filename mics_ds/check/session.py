@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -230,8 +231,9 @@ class Session:
     # --------------------------------------------------------------------------------------- the end
 
     def _end(self, code: int, here: Surroundings | None = None, sizes: tuple[int, ...] = ()) -> int:
-        """Tell what it comes to, and leave together: the store lives in one of the ranks, or they are killed when
-        the first one ends."""
+        """Tell what it comes to, and leave together: the store may live in rank 0."""
+        # Launchers terminate the others when the first one ends with an error. All of them have ended, and have a code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if here is not None:
             seconds = time.monotonic() - self._began
             lines = report.verdict(self._results, seconds, self._untested)
