@@ -1,0 +1,141 @@
+"""What ``python -m mics_ds.check`` measures: right where MiCS is right, and wrong where it is broken on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mics_ds.check import checks, parity, resuming, traffic
+from mics_ds.check.runs import Place, Setup
+from mics_ds.comm import collectives
+
+
+def place(folder: Path | None = None) -> Place:
+    return Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), folder)
+
+
+def wrong(measures) -> list[str]:
+    return [item.what for item in measures if not item.is_right]
+
+
+def averaging(change, monkeypatch):
+    """Hop 2 with something done to each shard before it."""
+
+    class Changed(collectives.ReplicaAverage):
+        def __init__(self, tensor, replication):
+            change(tensor, replication)
+            super().__init__(tensor, replication)
+
+    monkeypatch.setattr(collectives, "ReplicaAverage", Changed)
+
+
+QUICK = Setup(2, overlap=True, micro_steps=2, steps=2)
+
+
+@pytest.mark.ranks(4)
+def test_a_sum_in_place_of_a_mean_is_seen():
+    with pytest.MonkeyPatch.context() as patch:
+        assert wrong(parity.same_as_stock(place(), QUICK)) == []
+        averaging(lambda tensor, replication: tensor.mul_(replication.size), patch)
+        assert wrong(parity.same_as_stock(place(), QUICK)) == ["losses", "parameters"]
+
+
+@pytest.mark.ranks(4)
+def test_replicas_that_drift_apart_by_one_bit_are_seen():
+    """On one rank, the averaged gradients are changed after hop 2."""
+    from mics_ds.two_hop import TwoHop
+
+    with pytest.MonkeyPatch.context() as patch:
+        complete = TwoHop.complete
+
+        def nudged(self):
+            complete(self)
+            if dist.get_rank() == 3:
+                self._buffer()[0] += 1e-3
+
+        patch.setattr(TwoHop, "complete", nudged)
+        found = wrong(parity.same_as_stock(place(), QUICK))
+    # rank 0 compares with itself
+    assert (parity.REPLICAS in found) == (dist.get_rank() in (2, 3))
+
+
+@pytest.mark.ranks(4)
+def test_bytes_beyond_the_formula_are_seen():
+    with pytest.MonkeyPatch.context() as patch:
+        assert wrong(traffic.bytes_by_formula(place(), QUICK)) == []
+        assert wrong(traffic.bytes_by_formula(place(), Setup(4, overlap=True, per_node=2))) == []
+
+        def again(tensor, replication):
+            # a hop 2 too many; equal bits on all replicas afterwards, so the mean of them is what it was
+            original(tensor, replication).wait()
+
+        original = collectives.ReplicaAverage
+        averaging(again, patch)
+        found = wrong(traffic.bytes_by_formula(place(), QUICK))
+    assert [what.partition(":")[0] for what in found] == ["hop 2 bytes"]
+
+
+@pytest.mark.ranks(4)
+def test_a_result_that_nobody_waits_for_is_seen():
+    """A lane that says it is done before it is: the end of a pass uses what has arrived so far."""
+    from mics_ds.two_hop import TwoHop
+
+    setup = Setup(4, "bf16", steps=3, mics=(("mics_reduce_scatter", "all_to_all"),))
+    assert wrong(parity.late_results(place(), setup)) == []
+    with pytest.MonkeyPatch.context() as patch:
+        _hold_last_bucket_back(patch, TwoHop)
+        assert "states against blocking" in wrong(parity.late_results(place(), setup))
+
+
+def _hold_last_bucket_back(patch, two_hop):
+    """With overlap, the buckets of a pass arrive only after the shards have been used: one boundary too late."""
+    reduce, next_boundary = two_hop.reduce, two_hop.next_boundary
+    held = []
+
+    def late_reduce(self, ids, hop1, *, nbytes, beside, last):
+        if beside and last:
+            held.append(lambda: reduce(self, ids, hop1, nbytes=nbytes, beside=beside, last=False))
+        else:
+            reduce(self, ids, hop1, nbytes=nbytes, beside=beside, last=last)
+
+    def late_boundary(self):
+        next_boundary(self)
+        while held:
+            held.pop(0)()
+        self.finish_hop1()
+
+    patch.setattr(two_hop, "reduce", late_reduce)
+    patch.setattr(two_hop, "next_boundary", late_boundary)
+
+
+@pytest.mark.ranks(4)
+def test_a_checkpoint_that_is_not_loaded_is_seen(tmp_path):
+    setup = Setup(2, overlap=True, steps=2)
+    assert wrong(resuming.as_if_nothing_happened(place(tmp_path), setup)) == []
+    with pytest.MonkeyPatch.context() as patch:
+        import deepspeed
+
+        patch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", lambda self, folder: (folder, {}))
+        found = wrong(resuming.as_if_nothing_happened(place(tmp_path / "again"), setup))
+    assert found == ["loaded parameters", "losses after it", "states after it"]
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.slow
+def test_three_ranks_do_what_they_can():
+    here = checks.Surroundings((0,) * 3, ("fp32", "bf16"), folder_problem="not needed")
+    for check in checks.all_checks(here):
+        if not check.why_not:
+            assert wrong(check.run(place())) == [], check.name
+
+
+@pytest.mark.ranks(4)
+def test_references_are_kept_and_do_not_depend_on_what_is_compared():
+    here = place()
+    parity.same_as_stock(here, QUICK)
+    parity.same_as_stock(here, replace(QUICK, p=4, overlap=False))
+    assert list(here.references) == [QUICK.stock()]
