@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--timeout is in seconds and positive, got {given.timeout:g}")
     if given.ranks is not None and given.ranks < 1:
         parser.error(f"--ranks is at least 1, got {given.ranks}")
-    if given.ranks is not None and LAUNCHED in os.environ:
+    if given.ranks is not None and os.environ.get("WORLD_SIZE", str(given.ranks)) != str(given.ranks):
         parser.error("--ranks is for a start without a launcher; here the launcher says how many")
     if given.partition_sizes is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.partition_sizes):
         parser.error(f"--partition-sizes takes numbers with commas, got {given.partition_sizes!r}")

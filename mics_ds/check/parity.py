@@ -34,7 +34,7 @@ def late_results(place: Place, setup: Setup) -> list[Measure]:
     Without races the order of events changes nothing but time. Hop 2 may add up in another order when it goes bucket
     by bucket, so there must be no more than two replicas, for whose sum the order does not matter.
     """
-    small = replace(setup, micro_steps=2, adamw=True, zero=(("reduce_bucket_size", 200),))
+    small = replace(setup, micro_steps=2, clip=0.5, adamw=True, zero=(("reduce_bucket_size", 200),))
     blocking = train(replace(small, overlap=False), place, partial(LateNet, no_pause))
     overlapped = train(replace(small, overlap=True), place, partial(LateNet, pause(place.device, place.rank)))
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in overlapped.params.values())

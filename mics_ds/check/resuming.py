@@ -25,7 +25,7 @@ def as_if_nothing_happened(place: Place, setup: Setup) -> list[Measure]:
     """Train, save, train on; build another engine with other parameters, load, train on: the same bits."""
     assert place.folder is not None, "checked where the list is made"
     folder = place.folder / f"p{setup.p}-{setup.dtype}"
-    setup = replace(setup, adamw=True)
+    setup = replace(setup, adamw=True, clip=0.5)
     saved, end = range(setup.steps), range(setup.steps, 2 * setup.steps)
     with engine_of(setup) as engine:
         steps_of(engine, setup, place, saved)

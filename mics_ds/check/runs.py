@@ -44,6 +44,8 @@ class Setup:
     overlap: bool = False
     micro_steps: int = 1
     steps: int = 6
+    clip: float = 0.0
+    """Largest norm of the gradients, if there is one. It would hide gradients that are all too large."""
     inside_init: bool = False
     """Whether the model is built in ``zero.Init``."""
     offload: bool = False
@@ -78,7 +80,7 @@ class Setup:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": 0.5,
+            "gradient_clipping": self.clip,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
@@ -215,13 +217,13 @@ def stock_run(setup: Setup, place: Place) -> Outcome:
     """What stock ZeRO-3 makes of this setup. Remembered.
 
     Raises:
-        RuntimeError: it did not learn anything, so there is nothing to compare with.
+        RuntimeError: its parameters did not move, so there is nothing to compare with.
     """
     stock = setup.stock()
     if stock not in place.references:
         outcome = train(stock, place)
-        if not outcome.losses[-1] < outcome.losses[0]:
-            raise RuntimeError(f"expected stock ZeRO-3 to learn, but its losses are {outcome.losses}")
+        if not difference(outcome.params, outcome.initial) > 1e-3:
+            raise RuntimeError(f"expected stock ZeRO-3 to train, but its parameters stay; losses {outcome.losses}")
         place.references[stock] = outcome
     return place.references[stock]
 

@@ -36,7 +36,9 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 
 def test_launchers_may_add_a_local_rank_and_say_how_many_ranks(monkeypatch, capsys):
     assert command.parse_arguments(["--local_rank=1", "--partition-sizes", "4,2"]).sizes == (2, 4)
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command.parse_arguments(["--ranks", "4"]).ranks == 4, "as the ranks get it that were started so"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         command.parse_arguments(["--ranks", "4"])
     assert "here the launcher says how many" in capsys.readouterr().err
