@@ -53,12 +53,12 @@ def test_under_a_launcher_a_table_a_verdict_and_exit_code_0(tmp_path):
     assert code == 0, output[-5000:]
     lines = output.splitlines()
     assert any(line.startswith("2 ranks on 1 node, cpu, backend gloo") for line in lines)
-    assert sum(line.startswith("ok       ") for line in lines) == 3
+    assert sum(line.startswith("ok       ") for line in lines) == 4
     assert sum(line.startswith("skipped  parity fp16") for line in lines) == 2
     assert output.count("PASSED: ") == 1
     found = json.loads(report.read_text())
     assert found["passed"] is True
-    assert [item["state"] for item in found["checks"]].count("ok") == 3
+    assert [item["state"] for item in found["checks"]].count("ok") == 4
     assert found["nodes"] == [0, 0]
 
 
