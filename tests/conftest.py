@@ -27,7 +27,8 @@ DEFAULT_TIMEOUT_S = 120.0
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "ranks(n, fresh=False, timeout=120): run the test body on n ranks; fresh=True gives it a pool of its own",
+        "ranks(n, fresh=False, virtual=False, timeout=120): run the test body on n ranks; fresh=True gives it a pool "
+        "of its own, virtual=True the virtual accelerator",
     )
     config.addinivalue_line("markers", "slow: takes long; run by scripts/test_slow.sh, not by default")
 
@@ -59,5 +60,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         {name: pyfuncitem.funcargs[name] for name in wanted},
         timeout=mark.kwargs.get("timeout", DEFAULT_TIMEOUT_S),
         fresh=mark.kwargs.get("fresh", False),
+        virtual=mark.kwargs.get("virtual", False),
     )
     return True

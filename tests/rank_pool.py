@@ -39,12 +39,16 @@ GLOO_TIMEOUT_S = 30
 
 
 class RankPool:
-    """``world_size`` live ranks with an initialised process group."""
+    """``world_size`` live ranks with an initialised process group.
 
-    def __init__(self, world_size: int) -> None:
+    Args:
+        virtual: give DeepSpeed the virtual accelerator (:mod:`virtual_device`) and not the CPU.
+    """
+
+    def __init__(self, world_size: int, virtual: bool = False) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self._ranks = LocalRanks(world_size, functools.partial(_serve, world_size), context)
+        self._ranks = LocalRanks(world_size, functools.partial(_serve, world_size, virtual), context)
         self.close = self._ranks.close
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], timeout: float) -> list[Any]:
@@ -61,7 +65,7 @@ class RankPool:
             raise
 
 
-def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
+def _serve(world_size: int, virtual: bool, rank: int, folder: Path, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -79,6 +83,10 @@ def _serve(world_size: int, rank: int, folder: Path, pipe: Connection) -> None:
     from mics_ds.seams.partitioner import make_stock_gathers_wait
 
     torch.set_num_threads(1)
+    if virtual:
+        from virtual_device.accelerator import DEVICE
+
+        DEVICE.install()
     # Compiling DeepSpeed's shared-memory extension takes a minute, and plain gloo is what we test.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed refuses fp16 on processors without fp16 arithmetic; torch computes it all the same.
@@ -117,26 +125,35 @@ def _clean_up() -> None:
 
 
 class Pools:
-    """Pools by world size, created on first use."""
+    """Pools by world size and device, created on first use."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, RankPool] = {}
+        self._pools: dict[tuple[int, bool], RankPool] = {}
 
     def run(
-        self, world_size: int, module: str, function: str, kwargs: dict[str, Any], timeout: float, fresh: bool = False
+        self,
+        world_size: int,
+        module: str,
+        function: str,
+        kwargs: dict[str, Any],
+        timeout: float,
+        *,
+        fresh: bool = False,
+        virtual: bool = False,
     ) -> list[Any]:
         if fresh:
-            pool = RankPool(world_size)
+            pool = RankPool(world_size, virtual)
             try:
                 return pool.run(module, function, kwargs, timeout)
             finally:
                 pool.close()
-        if world_size not in self._pools:
-            self._pools[world_size] = RankPool(world_size)
+        key = world_size, virtual
+        if key not in self._pools:
+            self._pools[key] = RankPool(*key)
         try:
-            return self._pools[world_size].run(module, function, kwargs, timeout)
+            return self._pools[key].run(module, function, kwargs, timeout)
         except BaseException:
-            self._pools.pop(world_size).close()
+            self._pools.pop(key).close()
             raise
 
     def close(self) -> None:

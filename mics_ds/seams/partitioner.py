@@ -49,6 +49,9 @@ class PartitionerSeam(pp.Init):
         super()._zero_init_param(param)
 
     def _allgather_params_coalesced(self, param_list: list, *args: Any, **kwargs: Any) -> None:
+        if self._are_whole(param_list):
+            _WholeHandle(param_list).wait()
+            return
         if not support.gathers_race():
             super()._allgather_params_coalesced(param_list, *args, **kwargs)
             return
@@ -68,12 +71,18 @@ class PartitionerSeam(pp.Init):
         param.all_gather_coalesced = all_gather_coalesced
         self.after_conversion(param)
 
+    def _are_whole(self, params: list[ZeroParam]) -> bool:
+        """Whether the shards at hand, on their device, are the whole parameters."""
+        return self.ds_process_group.size() == 1 and all(param.ds_tensor.device == param.device for param in params)
+
     def _gather_by_hook(self, params: list[ZeroParam]) -> Any | None:
         """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""
         if self.allgather_sequential or self.use_all_reduce_for_fetch_params:
             return None  # whoever asks for a way of gathering gets DeepSpeed's
         if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
             return None
+        if self._are_whole(params):
+            return _WholeHandle(params)
         self._ensure_availability_of_partitioned_params(params)
         by_dtype: dict[torch.dtype, list[ZeroParam]] = {}
         for param in sorted(params, key=lambda item: item.ds_id):  # one order on all ranks
@@ -127,6 +136,22 @@ class PartitionerSeam(pp.Init):
             return wrapped
 
         torch.nn.Module.apply = apply  # type: ignore[method-assign,assignment]
+
+
+class _WholeHandle:
+    """What DeepSpeed waits on where a shard is the whole parameter. Nothing moves, so there is nothing to wait for;
+    DeepSpeed's own handle lets the host wait for the device each time."""
+
+    def __init__(self, params: list[ZeroParam]) -> None:
+        self._params = params
+        for param in params:
+            param.ds_status = pp.ZeroParamStatus.INFLIGHT
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        for param in self._params:
+            param.data = param.ds_tensor.data.view(param.ds_shape)
+            param.ds_status = pp.ZeroParamStatus.AVAILABLE
+        self._params = []
 
 
 class _SeamGatherHandle:

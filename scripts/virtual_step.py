@@ -1,0 +1,81 @@
+"""A training step on the virtual accelerator: prints what communication costs, and draws one step. No GPU needed.
+
+python scripts/virtual_step.py [--plot FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from local_ranks import LocalRanks
+
+ROOT = Path(__file__).resolve().parents[1]
+DRAWN = (("p=8", "balanced"), ("p=16", "balanced"))
+
+
+def _serve(rank: int, folder: Path, pipe: Connection) -> None:
+    """One process with the virtual accelerator, which is rank 0 of the imagined job."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from virtual_device import steps
+    from virtual_device.accelerator import DEVICE
+
+    torch.set_num_threads(1)
+    DEVICE.install()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    measured = steps.measure_all()
+    rows = [steps.row(*key, step) for key, step in measured.items()]
+    pipe.send(("result", (rows, {key: [vars(span) for span in measured[key].spans] for key in DRAWN})))
+
+
+def draw(spans: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Streams from top to bottom, milliseconds to the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"all_gather": "tab:blue", "reduce_scatter": "tab:orange", "all_reduce": "tab:red"}
+    streams = list(dict.fromkeys(span["stream"] for span in spans if span["end"] - span["start"] > 1e-5))
+    figure, axes = pyplot.subplots(figsize=(11, 0.5 * len(streams) + 1.2))
+    for span in spans:
+        if span["stream"] in streams:
+            colour = next((value for word, value in colours.items() if span["name"].startswith(word)), "tab:gray")
+            at = (1e3 * span["start"], 1e3 * (span["end"] - span["start"]))
+            axes.broken_barh([at], (streams.index(span["stream"]) - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.2)
+    axes.set_yticks(range(len(streams)), [name if len(name) < 30 else name[:26] + "..." for name in streams])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, help="folder for the pictures")
+    arguments = parser.parse_args()
+    with LocalRanks(1, functools.partial(_serve), multiprocessing.get_context("spawn")) as ranks:
+        rows, drawn = ranks.collect(300.0)[0]
+    print("milliseconds of one step on 32 imagined accelerators, 8 to a node; MiCS by native reduce-scatter")
+    print(*rows, sep="\n")
+    for (system, setting), spans in drawn.items():
+        if arguments.plot:
+            title = f"One step of {system}, {setting}: gathers blue, hop 1 orange, hop 2 red, everything else grey"
+            draw(spans, title, arguments.plot / f"virtual_step_{system.replace('=', '')}.png")
+
+
+if __name__ == "__main__":
+    main()

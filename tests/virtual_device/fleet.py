@@ -1,0 +1,42 @@
+"""One real rank among many imagined ones: virtual time for any number of ranks, in one process.
+
+Ranks of a data-parallel job do the same things at the same times, so one of them stands for all. The other ranks are
+imagined to have the same data: sums are multiples, gathered parts are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mics_ds.comm import agreement, placement
+
+from .accelerator import DEVICE
+
+
+@contextmanager
+def imagined_ranks(world_size: int, ranks_per_node: int) -> Iterator[None]:
+    """This process is rank 0 of a job of that size, for as long as the context lasts."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+    def exchange(payload: Any, ranks: Any = None) -> list[dict[str, Any]]:
+        def row(rank: int) -> dict[str, Any]:
+            place = placement.Claim("imagined", f"node {rank // ranks_per_node}", rank % ranks_per_node)
+            return {**payload, **(place.as_json() if "node" in payload else {})}
+
+        return list(map(row, ranks or range(world_size)))
+
+    DEVICE.communication.imagined = True
+    try:
+        with mock.patch.object(agreement, "exchange", exchange), mock.patch.object(agreement, "post"):
+            yield
+    finally:
+        DEVICE.communication.imagined = False
+        dist.destroy_process_group()
