@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import batch, build, ds_config, train
+from local_ranks import LocalRanks
 from rank_pool import Pools, RankError
+
+from mics_ds.comm import agreement
+from mics_ds.config import MicsConfig
+from mics_ds.request import Build, Request, compare
 
 
 def die_in_the_middle_of_a_step(victim: int) -> None:
@@ -59,3 +68,23 @@ def test_a_red_test_shows_every_rank_and_does_not_poison_the_next(pools: Pools) 
     assert "──── rank 0 of 2 ────" in report
     assert "all_reduce" in report  # where rank 0 was
     assert pools.run(2, "torch.distributed", "get_rank", {}, timeout=30) == [0, 1]
+
+
+def die_between_two_rounds(rank: int, folder: Path, pipe: Connection) -> None:
+    store = dist.FileStore(str(folder / "store"), 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=3))
+    asked = Request(agreement.ON, MicsConfig(2))
+    compare(asked)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    Build(asked).groups(dist.group.WORLD)
+
+
+def test_a_rank_that_dies_while_the_job_starts_is_named() -> None:
+    context = multiprocessing.get_context("forkserver")
+    with LocalRanks(4, die_between_two_rounds, context, grace_s=20) as ranks, pytest.raises(RankError) as failure:
+        ranks.collect(40)
+    report = str(failure.value)
+    assert "died with exit code -9" in report
+    words = "MicsAgreementError: Expected every rank to report its MiCS configuration, but nothing came from ranks [2]"
+    assert report.count(words) == 3
