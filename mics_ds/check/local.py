@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from .ranks import GRACE_S
 
 POLL_S = 0.1
+END_S = 3.0
+"""For ranks to clean up after Ctrl-C."""
 
 
 def run_ranks(n: int, command: Sequence[str]) -> int:
@@ -38,9 +41,15 @@ def run_ranks(n: int, command: Sequence[str]) -> int:
             processes.append(subprocess.Popen([sys.executable, *command], env=mine))
         return _wait(processes)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         # The terminal has told the ranks too, but not somebody who meant this process only.
-        for process in processes:
-            process.terminate()
+        for told in (False, True):
+            for process in processes:
+                if told and process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            end = time.monotonic() + END_S
+            while time.monotonic() < end and any(process.poll() is None for process in processes):
+                time.sleep(POLL_S)
         return 130
     finally:
         for process in processes:
@@ -60,7 +69,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
             deadline = time.monotonic() + 4 * GRACE_S
         time.sleep(POLL_S)
     killed = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
-    for rank, signal in killed.items():
-        print(f"rank {rank} was killed by signal {signal}", file=sys.stderr)
+    for rank, number in killed.items():
+        print(f"rank {rank} was killed by signal {number}", file=sys.stderr)
     own = [code for code in failed if code > 0]
     return own[0] if own else int(bool(failed))

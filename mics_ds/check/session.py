@@ -59,6 +59,8 @@ class Session:
 
     def run(self) -> int:
         """Returns the exit code, the same on every rank that can be reached."""
+        # A launcher that has lost a rank terminates the others: not without cleaning up.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._prepare_environment()
         rank = int(os.environ["RANK"])
         try:
