@@ -135,7 +135,7 @@ class Session:
         try:
             claim = placement.claim(self._place.rank).as_json()
         except MicsError as error:
-            claim, problem = [], str(error)
+            claim, problem = {}, str(error)
         given: Path | None = self._given.json
         if self._place.rank == 0 and given is not None and not given.absolute().parent.is_dir():
             problem = f"--json: there is no folder {given.absolute().parent} on the node of rank 0. Make it first."
@@ -169,7 +169,7 @@ class Session:
             text = "; ".join(f"{', '.join(item['versions'])} on rank {rank}" for rank, item in known.items())
             return {"problem": f"All ranks must have the same versions of mics_ds, DeepSpeed and torch: {text[:2000]}"}
         try:
-            nodes = placement.resolve([placement.Claim(*item["claim"]) for item in known.values()])
+            nodes = placement.resolve([placement.Claim.from_json(item["claim"]) for item in known.values()])
         except MicsError as error:
             return {"problem": str(error)}
         common = [name for name in known[0]["dtypes"] if all(name in item["dtypes"] for item in known.values())]
