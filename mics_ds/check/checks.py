@@ -152,9 +152,9 @@ def _late_results(here: Surroundings, sizes: Sequence[int]) -> Iterator[Check]:
     flat = (("mics_hierarchical_params_gather", False), ("mics_hierarchical_grad_scatter", False))
     for p in sorted({n // 2 if n % 2 == 0 else n, n}):
         for method in ("native", "all_to_all"):
-            setup = Setup(p, dtype, steps=20, mics=(*flat, ("mics_reduce_scatter", method)))
+            setup = Setup(p, dtype, steps=12, mics=(*flat, ("mics_reduce_scatter", method)))
             yield Check(f"late {dtype} p={p} {method}", partial(parity.late_results, setup=setup), _why_no(dtype, here))
-    setup = Setup(n, dtype, steps=20, per_node=staged)
+    setup = Setup(n, dtype, steps=12, per_node=staged)
     yield Check(
         f"late {dtype} p={n} hierarchical",
         partial(parity.late_results, setup=setup),
