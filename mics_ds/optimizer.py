@@ -46,7 +46,11 @@ class MicsOptimizer(OptimizerSeam):
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             dp_process_group = groups.partition.group
             if overlap_comm and reduce_scatter:
-                limit = packing.bucket_limit(*gradient_size(module), streams=not is_synchronous_device())
+                limit = packing.bucket_limit(
+                    *gradient_size(module),
+                    streams=not is_synchronous_device(),
+                    staged=groups.scatter_hierarchy is not None,
+                )
                 reduce_bucket_size = min(reduce_bucket_size, limit)
         with building(self.mics_build):
             super().__init__(

@@ -29,16 +29,20 @@ def cut(numel: int, pieces: int) -> list[int]:
 # than an eighth of the gradients. But each bucket costs work of the host, and collectives that are worth issuing.
 LEAST_BUCKETS = 8
 LEAST_BUCKET_BYTES = 2 << 20
+LEAST_STAGED_BUCKET_BYTES = 4 << 20
 LEAST_BUCKET_BYTES_ON_STREAMS = 32 << 20
 
 
-def bucket_limit(numel: int, itemsize: int, *, streams: bool) -> int:
+def bucket_limit(numel: int, itemsize: int, *, streams: bool, staged: bool) -> int:
     """Elements of the largest bucket that is of use, for so many elements of gradients in all.
 
     Args:
         streams: whether collectives run on an accelerator, where many small ones cost more than they hide.
+        staged: whether hop 1 is in two stages, which cut each bucket into pieces once more.
     """
-    least = LEAST_BUCKET_BYTES_ON_STREAMS if streams else LEAST_BUCKET_BYTES
+    least = LEAST_STAGED_BUCKET_BYTES if staged else LEAST_BUCKET_BYTES
+    if streams:
+        least = LEAST_BUCKET_BYTES_ON_STREAMS
     return max(least // itemsize, -(-numel // LEAST_BUCKETS))
 
 

@@ -136,7 +136,7 @@ def mics(machine: Machine, job: Workload, n: int, p: int) -> Scheme:
     limit = None
     if beside and p < n:
         trained = sum(numel * count for numel, count in job.model.trainable.items())
-        limit = bucket_limit(trained, job.itemsize, streams=machine.streams)
+        limit = bucket_limit(trained, job.itemsize, streams=machine.streams, staged=staged)
     return Scheme(
         p,
         staged,

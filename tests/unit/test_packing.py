@@ -156,15 +156,17 @@ def test_operations_per_gathered_parameter_do_not_grow_with_p(p):
 
 
 @pytest.mark.parametrize(
-    ("numel", "itemsize", "streams", "expected"),
+    ("numel", "itemsize", "streams", "staged", "expected"),
     [
-        (1_600_000_000, 2, True, 200_000_000),
-        (1_600_000_001, 2, True, 200_000_001),
-        (1_600_000, 4, False, 524_288),
-        (100_000_000, 2, True, 16_777_216),
-        (100_000_000, 2, False, 12_500_000),
-        (0, 1, False, 2_097_152),
+        (1_600_000_000, 2, True, False, 200_000_000),
+        (1_600_000_001, 2, True, True, 200_000_001),
+        (100_000_000, 2, True, True, 16_777_216),
+        (100_000_000, 2, True, False, 16_777_216),
+        (100_000_000, 2, False, True, 12_500_000),
+        (1_600_000, 4, False, False, 524_288),
+        (1_600_000, 4, False, True, 1_048_576),
+        (0, 1, False, False, 2_097_152),
     ],
 )
-def test_no_more_than_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, itemsize, streams, expected):
-    assert bucket_limit(numel, itemsize, streams=streams) == expected
+def test_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, itemsize, streams, staged, expected):
+    assert bucket_limit(numel, itemsize, streams=streams, staged=staged) == expected
