@@ -16,7 +16,7 @@ shard has c = ceil(numel / p) elements, padding included:
 On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as
 :mod:`mics_ds.planner.timeline` computes them), the buffers of a gather and of a reduce-scatter, one submodule's full
 gradients, and activations. Or, if that is more, in the optimizer's step: an fp32 copy of one sub-group's gradients and
-what the update needs in between.
+what the update needs in between; with an offloaded optimizer, two parts of hop 2 of reduce_bucket_size / p elements.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ def sub_groups(job: Workload, p: int) -> int:
     return groups + (1 if numel else 0)
 
 
-def memory(job: Workload, system: Scheme, n: int, played: StepTime) -> Memory:
+def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: bool = True) -> Memory:
     """Bytes per GPU of a job on n ranks.
 
     Args:
+        streams: whether the device is an accelerator, with memory of its own.
         played: the same job's step, for what is gathered at a time.
     """
     p, zero, b = system.partition_size(n), job.zero, job.itemsize
@@ -136,11 +137,6 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime) -> Memory:
     live = (played.live_numel + ahead) * b if p > 1 else 0
     in_flight = min(played.bucket_numel, bucket_size + model.largest)
     buckets = bucket + in_flight * b + model.largest * b
-    group = min(trained, zero.sub_group_size + -(-model.largest // p)) if trained else 0
-    # an fp32 copy of the gradients, flattened in their own precision first
-    step = group * MASTER_ITEMSIZE * (1 + needs.temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
-    if zero.offload_optimizer:
-        step = 0
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -150,11 +146,25 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime) -> Memory:
         live=live,
         buckets=buckets,
         activations=round(activations(job)),
-        step=step,
+        step=_step_bytes(job, system, n, trained, streams),
         other=round(job.held_bytes),
         host=host,
         bucket=bucket,
     )
+
+
+def _step_bytes(job: Workload, system: Scheme, n: int, trained: int, streams: bool) -> int:
+    """What is needed between the backward pass and the end of the step, for ``trained`` elements of this rank."""
+    p, zero, b = system.partition_size(n), job.zero, job.itemsize
+    if zero.offload_optimizer:
+        # hop 2 goes by way of the device in parts, one of them on its way while another is averaged
+        apart = streams and system.p is not None and p < n
+        part = min(trained, system.bucket_size(zero.reduce_bucket_size) // p)
+        return 2 * part * (job.accumulation_itemsize or b) if apart else 0
+    group = min(trained, zero.sub_group_size + -(-job.model.largest // p)) if trained else 0
+    # an fp32 copy of the gradients, flattened in their own precision first
+    temporaries = OPTIMIZERS[job.optimizer].temporaries
+    return group * MASTER_ITEMSIZE * (1 + temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
 
 
 def activations(job: Workload) -> float:

@@ -173,7 +173,7 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
         system=system,
         n=n,
         p=p,
-        memory=memory(job, system, n, time),
+        memory=memory(job, system, n, time, streams=machine.streams),
         time=time,
         capacity=int(machine.memory * (1 - reserve)),
         host_capacity=int(machine.host_memory * (1 - reserve) / machine.gpus_per_node),

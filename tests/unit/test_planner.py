@@ -368,6 +368,12 @@ def test_offload_moves_states_to_the_host():
     assert found.states == 0
     # and gradients have a second, fp32 buffer there
     assert found.host == plain.states + 4 * (4 << 20) // 2
+    # bf16 parts of hop 2 on the device, two at a time, no larger than what there is
+    assert found.step == 2 * 2 * (4 << 20) // 2
+    small = replace(job, zero=replace(job.zero, reduce_bucket_size=1000))
+    assert memory(small, Scheme(2), 4, StepTime()).step == 2 * 2 * 500
+    assert memory(job, Scheme(2), 2, StepTime()).step == 0, "one replica has no hop 2"
+    assert memory(job, Scheme(2), 4, StepTime(), streams=False).step == 0, "on a CPU they are where they have to be"
 
 
 def test_the_chosen_size_fits_and_is_the_fastest_that_does():

@@ -125,6 +125,15 @@ def test_unless_it_was_recorded_or_waited_for(device):
     assert device.kinds == []
 
 
+def test_operations_on_lists_write_each_tensor(device):
+    x, y = [torch.ones(2), torch.ones(3)], [torch.zeros(2), torch.zeros(3)]
+    device.side.wait_stream(device.machine.default)
+    with device.machine.on(device.side):
+        torch._foreach_copy_(x, y)
+    _ = x[1] * 2
+    assert device.kinds == ["read after write"]
+
+
 def test_views_and_empty_tensors_touch_nothing(device):
     x = torch.empty(4)
     with device.machine.on(device.side):
