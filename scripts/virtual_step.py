@@ -54,7 +54,9 @@ def draw(spans: list[dict[str, Any]], title: str, path: Path) -> None:
         if span["stream"] in streams:
             colour = next((value for word, value in colours.items() if span["name"].startswith(word)), "tab:gray")
             at = (1e3 * span["start"], 1e3 * (span["end"] - span["start"]))
-            axes.broken_barh([at], (streams.index(span["stream"]) - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.2)
+            axes.broken_barh(
+                [at], (streams.index(span["stream"]) - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.2
+            )
     axes.set_yticks(range(len(streams)), [name if len(name) < 30 else name[:26] + "..." for name in streams])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
