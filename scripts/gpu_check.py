@@ -271,14 +271,14 @@ class Ranks:
         self._ranks = LocalRanks(world_size, serve, multiprocessing.get_context("spawn"), grace_s=GRACE_S)
         self.close = self._ranks.close
 
-    def run(self, name: str, timeout: float, **arguments: Any) -> list[Any]:
+    def run(self, job_name: str, timeout: float, /, **arguments: Any) -> list[Any]:
         """Run a job on all ranks and return what it returned, in rank order.
 
         Raises:
             RankError: it did not return everywhere. These processes are of no use any more.
         """
-        self._ranks.send((name, arguments))
-        return self._ranks.collect(timeout, what=f"{name} {arguments}")
+        self._ranks.send((job_name, arguments))
+        return self._ranks.collect(timeout, what=f"{job_name} {arguments}")
 
 
 def _serve(

@@ -20,6 +20,10 @@ import torch
 )
 def test_every_job_can_be_called(job, arguments):
     inspect.signature(gpu_check.JOBS[job]).bind(object(), **arguments)
+    # and be asked for: what asks must not take a job's arguments for its own
+    inspect.signature(gpu_check.Ranks.run).bind(object(), job, 1.0, **arguments)
+    inspect.signature(gpu_check.Runner._run).bind(object(), job, 1.0, **arguments)
+    inspect.signature(gpu_check.Runner.measure).bind(object(), "label", job, **arguments)
 
 
 def test_no_other_job_is_left():
