@@ -50,14 +50,15 @@ def test_replicas_that_drift_apart_are_seen():
     from mics_ds.two_hop import TwoHop
 
     with pytest.MonkeyPatch.context() as patch:
-        complete = TwoHop.complete
+        complete = TwoHop.complete_for_step
 
-        def nudged(self):
-            complete(self)
+        def nudged(self, *, look):
+            completed = complete(self, look=look)
             if dist.get_rank() == 3:
                 self._buffer().add_(1e-3)
+            return completed
 
-        patch.setattr(TwoHop, "complete", nudged)
+        patch.setattr(TwoHop, "complete_for_step", nudged)
         found = wrong(parity.same_as_stock(place(), QUICK))
     # rank 0 compares with itself
     assert (parity.REPLICAS in found) == (dist.get_rank() in (2, 3))
@@ -96,13 +97,13 @@ def _hold_last_bucket_back(patch, two_hop):
     reduce = two_hop.reduce
     held = []
 
-    def late_reduce(self, ids, hop1, *, nbytes, beside, last):
+    def late_reduce(self, hop1, *, nbytes, beside, last):
         if beside and last:
-            held.append((ids, hop1))
+            held.append(hop1)
             return
         while held:
-            reduce(self, *held.pop(0), nbytes=nbytes, beside=beside, last=False)
-        reduce(self, ids, hop1, nbytes=nbytes, beside=beside, last=last)
+            reduce(self, held.pop(0), nbytes=nbytes, beside=beside, last=False)
+        reduce(self, hop1, nbytes=nbytes, beside=beside, last=last)
 
     patch.setattr(two_hop, "reduce", late_reduce)
 
