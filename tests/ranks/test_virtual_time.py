@@ -17,11 +17,9 @@ def test_communication_is_hidden_as_far_as_it_can_be():
     assert not wrong, "planned otherwise:\n" + "\n".join(wrong)
     for setting in steps.FORWARD_S:
         assert measured["p=16", setting].seconds <= measured["p=16 flat", setting].seconds, "in stages, and slower"
-    for system in ("p=8", "p=16", "p=16 flat"):
+    for system in ("p=8", "p=16"):  # flat over nodes, all that the last buckets send has to share one link
         for setting in ("compute-bound", "balanced"):
             step, p = measured[system, setting], steps.SYSTEMS[system][0]
-            last_bucket = 4 * steps.BUCKET * steps.LAYER // p
-            flags = 256
-            assert step.hop2_after(step.backward_ends) <= last_bucket + flags, (
-                f"hop 2 is late: {table[system, setting]}"
-            )
+            last_bucket, flags = 4 * steps.BUCKET * steps.LAYER // p, 256
+            late = step.hop2_after(step.backward_ends)
+            assert 0 < late <= last_bucket + flags, f"{late} bytes of hop 2 are late: {table[system, setting]}"
