@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..errors import MicsCheckpointError
 from ..seams.checkpoint import load_states
-from . import manifest
+from . import manifest, names, origin
 from . import reshape as cutting
 from .manifest import FileRecord, Manifest
 
@@ -78,7 +78,7 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    manifest.write_text(save_dir / manifest.LATEST, source.name)
+    names.write_latest(save_dir, source.name)
     for name in _COPIED:
         if (source.parent / name).is_file():
             shutil.copy2(source.parent / name, save_dir / name)
@@ -97,6 +97,7 @@ def _check(source: Path) -> tuple[int, Manifest | None]:
         found = manifest.damages(source, sorted(old.files), old.files)
         shards = old.shards
     except FileNotFoundError:
+        origin.refuse_lost_manifest(source, 0)
         shards = manifest.count_shards(source)
         mp = {match["mp"]: match["prefix"] for match in map(_OPTIMIZER_FILE.match, _names(source)) if match}
         wanted = [
@@ -163,7 +164,7 @@ class _Part:
         whole[cutting.BASE_STATE] = cutting.reshape_optimizer(
             lambda old: self._optimizer_states(old)[cutting.BASE_STATE], self._old, self._new, shard, self._owners
         )
-        yield self._optimizer_name(shard), whole
+        yield self._optimizer_name(shard), origin.marked(whole)
 
 
 def _describe(
@@ -181,6 +182,7 @@ def _describe(
         node_local=False,
         versions={**old.versions, **versions},
         files=files,
+        format=manifest.FORMAT,
     )
 
 

@@ -7,7 +7,6 @@ shards look like this job's.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ import torch.distributed as dist
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from . import manifest, reshape
-from .manifest import Manifest
-from .save import CLIENT_STATE
-from .together import Site, exchange, raise_together, site_of, words
+from . import manifest, names, origin, reshape
+from .manifest import CLIENT_STATE, Manifest
+from .together import Site, attempt, exchange, raise_together, site_of
 
 RESHAPE_COMMAND = "python -m mics_ds.reshape"
+_PARTLY = "States may have been loaded in part: load another checkpoint before training."
 
 
 class _Saved:
     """A checkpoint on disk, as far as it matters before it is loaded."""
 
-    def __init__(self, engine: Any, target: Path) -> None:
+    def __init__(self, engine: Any, target: Path, shard: int) -> None:
         self._engine, self._folder = engine, target
         self.manifest: Manifest | None = None
         self.reshapes = False
@@ -38,6 +37,7 @@ class _Saved:
             self.shards = self.manifest.shards
         except FileNotFoundError:
             self.shards = manifest.count_shards(target)
+            origin.refuse_lost_manifest(target, shard % max(self.shards, 1))
 
     def model_states(self, shard: int) -> Path:
         return self._folder / seam.model_states_name(self._engine, shard)
@@ -58,10 +58,15 @@ class _Loading:
         make()
 
     def read(self, path: str) -> dict[str, Any]:
-        name = os.path.basename(path)
-        if name.endswith("_model_states.pt"):
-            return self._model_states(path)
-        return self._optimizer_states(path)
+        """The states in a file. All ranks read as often as each other, and one that cannot stops all of them here:
+        further on, they would wait for it."""
+        states: dict[str, Any] = {}
+        note: dict[str, Any] = {"errors": []}
+        part = self._model_states if path.endswith("_model_states.pt") else self._optimizer_states
+        attempt(lambda: states.update(part(path)), note["errors"])
+        notes = exchange(note, f"reading {os.path.dirname(path)}")
+        raise_together(notes, f"Checkpoint {os.path.dirname(path)} could not be read.", _PARTLY)
+        return states
 
     def _model_states(self, path: str) -> dict[str, Any]:
         states = seam.load_states(path)
@@ -119,30 +124,12 @@ def load(
         # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
         load_optimizer_states = False
     site = site_of(engine)
-    folder = Path(load_dir)
-    tag = _agree_on_tag(site, folder, tag)
+    tag = _agree_on_tag(site, load_dir, tag)
     if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
         return original(engine, load_dir)
-    target = folder / tag
-    notes: dict[str, Any] = {"errors": [], "complete": manifest.complete_tags(folder)}
-    saved: _Saved | None = None
-    try:
-        if not target.is_dir():
-            raise MicsCheckpointError(f"{target} does not exist")
-        saved = _Saved(engine, target)
-        notes["errors"] = _objections(engine, site, target, saved, load_optimizer_states)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        notes["errors"].append(str(error).rstrip(".") if isinstance(error, MicsCheckpointError) else words(error))
-    everybody = exchange(notes, f"checking {target}")
-    complete = sorted(set.intersection(*(set(item["complete"]) for item in everybody)) - {tag})
-    others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
-    raise_together(everybody, f"Checkpoint {target} cannot be loaded.", f"No state was changed.{others}")
-    assert saved is not None, "a rank without it has an objection"
-
-    if saved.reshapes:
-        log_rank0(f"{target} has {saved.shards} shards; they are cut into {site.groups.partition.size} while loading")
-    elif saved.manifest is not None and saved.manifest.ranks != site.groups.layout.world_size:
-        log_rank0(f"{target} was saved by {saved.manifest.ranks} ranks, with as many shards as now; it loads as it is")
+    target = Path(load_dir) / tag
+    saved = _check(engine, site, Path(load_dir), tag, load_optimizer_states)
+    _report(site, target, saved)
     session = _Loading(engine, saved)
     with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
         path, client_state = original(
@@ -155,30 +142,77 @@ def load(
             load_module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
-    return path, _own_client_state(target, saved, site, client_state)
+    note: dict[str, Any] = {"errors": []}
+    own: list[Any] = []
+    attempt(lambda: own.append(_own_client_state(target, saved, site, client_state)), note["errors"])
+    notes = exchange(note, f"reading client states from {target}")
+    raise_together(notes, f"Client states of {target} could not be read.", "All other states were loaded.")
+    return path, own[0]
 
 
-def _agree_on_tag(site: Site, folder: Path, tag: Any) -> str | None:
+def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool) -> _Saved:
+    """What is in a checkpoint that can be loaded.
+
+    Raises:
+        MicsCheckpointError: on every rank: it cannot.
+    """
+    target = folder / tag
+    note: dict[str, Any] = {"errors": [], "complete": []}
+    found: list[_Saved] = []
+
+    def check() -> None:
+        note["complete"] = manifest.complete_tags(folder)
+        if not target.is_dir():
+            raise MicsCheckpointError(f"{target} does not exist")
+        found.append(_Saved(engine, target, site.shard))
+        note["errors"] += _objections(engine, site, target, found[0], with_optimizer)
+
+    attempt(check, note["errors"])
+    notes = exchange(note, f"checking {target}")
+    complete = sorted(set.intersection(*(set(item["complete"]) for item in notes)) - {tag})
+    others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
+    raise_together(notes, f"Checkpoint {target} cannot be loaded.", f"No state was changed.{others}")
+    return found[0]
+
+
+def _report(site: Site, target: Path, saved: _Saved) -> None:
+    """Say what is unusual about a checkpoint that is about to be loaded."""
+    if saved.manifest is None:
+        log_rank0(f"{target} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
+    elif not saved.manifest.protected:
+        log_rank0(f"{target} is of an older mics_ds, whose {manifest.NAME} has no checksum of its own")
+    if saved.reshapes:
+        log_rank0(f"{target} has {saved.shards} shards; they are cut into {site.groups.partition.size} while loading")
+    elif saved.manifest is not None and saved.manifest.ranks != site.groups.layout.world_size:
+        log_rank0(f"{target} was saved by {saved.manifest.ranks} ranks, with as many shards as now; it loads as it is")
+
+
+def _agree_on_tag(site: Site, load_dir: Any, tag: Any) -> str | None:
     """The tag to load, the same on all ranks; ``None`` if there is no latest one.
 
     ``latest`` is replaced after everything else, node by node on local folders. If that was interrupted, the
     newer checkpoint is complete on all nodes, and is taken.
     """
-    asked = None if tag is None else str(tag)
-    note: dict[str, Any] = {"asked": asked, "latest": None, "steps": -1, "errors": []}
-    try:
+    note: dict[str, Any] = {"asked": None, "latest": None, "steps": -1, "errors": []}
+
+    def look() -> None:
+        folder = Path(load_dir)
+        if tag is not None:
+            note["asked"] = str(tag)
+            names.check_tag(note["asked"])
         if site.publishes:
             for remains in manifest.interrupted_saves(folder):
                 log_rank0(f"{remains} is left from an interrupted save; it is not a checkpoint and is ignored")
-        if asked is None and (folder / manifest.LATEST).is_file():
-            note["latest"] = (folder / manifest.LATEST).read_text().strip()
-        wanted = note["latest"] if asked is None else asked
+        if tag is None:
+            note["latest"] = names.read_latest(folder)
+        wanted = note["latest"] if tag is None else note["asked"]
         if wanted and site.publishes and manifest.recover(folder / wanted):
             log_rank0(f"{folder / wanted} was being replaced when that was interrupted; the older one is back")
-        if wanted and (folder / wanted / manifest.NAME).is_file():
+        if wanted and tag is None and site.node_local and (folder / wanted / manifest.NAME).is_file():
             note["steps"] = manifest.read(folder / wanted).global_steps
-    except (OSError, MicsCheckpointError) as error:
-        note["errors"].append(words(error))
+
+    attempt(look, note["errors"])
+    folder, asked = load_dir, note["asked"]
     notes = exchange(note, f"looking for a checkpoint in {folder}")
     raise_together(notes, f"No checkpoint can be loaded from {folder}.", "No state was changed.")
     if len({item["asked"] for item in notes}) > 1:
@@ -194,7 +228,7 @@ def _agree_on_tag(site: Site, folder: Path, tag: Any) -> str | None:
     seeing = [rank for rank, item in enumerate(notes) if item["latest"] is not None]
     if not site.node_local:
         raise MicsCheckpointError(
-            f"{folder / manifest.LATEST} says "
+            f"{Path(folder) / manifest.LATEST} says "
             + "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(item["latest"] for item in notes))
             + ". The folder has to be on storage that all nodes share; for folders local to each node set "
             '"checkpoint": {"use_node_local_storage": true}.'
@@ -222,7 +256,8 @@ def _objections(engine: Any, site: Site, target: Path, saved: _Saved, with_optim
     records = {} if saved.manifest is None else saved.manifest.files
     # Sizes of what this rank will read; contents are shared out, so that every file is read once for it.
     content = needed if site.node_local else sorted(records)[site.rank :: len(site.peers)]
-    found = manifest.damages(target, [name for name in needed if name not in content], records, contents=False)
+    found = _unrecorded(target, saved, [*needed, CLIENT_STATE.format(rank=site.rank)])
+    found += manifest.damages(target, [name for name in needed if name not in content], records, contents=False)
     found += manifest.damages(target, content, records)
     if found:
         other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
@@ -254,6 +289,14 @@ def _objections(engine: Any, site: Site, target: Path, saved: _Saved, with_optim
             f"do so once with {RESHAPE_COMMAND} {target} NEW_FOLDER --shards {p}"
         ]
     return []
+
+
+def _unrecorded(target: Path, saved: _Saved, wanted: list[str]) -> list[str]:
+    """Files that are there and that a complete manifest would have. One of a node has that node's only."""
+    if saved.manifest is None or saved.manifest.node_local:
+        return []
+    lost = [name for name in wanted if name not in saved.manifest.files and (target / name).exists()]
+    return [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
 
 
 def _own_client_state(

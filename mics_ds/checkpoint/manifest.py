@@ -3,14 +3,15 @@
     DIR/.TAG.partial/      being written; never looked at by anybody who loads
     DIR/TAG/               published by one rename, with the manifest inside
     DIR/.TAG.replaced/     an older checkpoint of the same tag, for the moment between two renames
-    DIR/latest             names the tag; replaced by a rename, after everything else
+    DIR/latest             names the tag; replaced by a rename, after everything else (:mod:`.names`)
 
 A folder with a manifest was therefore complete once, and the sizes and checksums in the manifest tell
-whether it still is. Plain files and JSON: no torch, no ranks.
+whether it still is. The manifest has a checksum of its own. Plain files and JSON: no torch, no ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,24 +20,37 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MicsCheckpointError
 
 NAME = "mics_manifest.json"
 LATEST = "latest"
-FORMAT = 1
+FORMAT: Literal[2] = 2
+UNPROTECTED_FORMAT: Literal[1] = 1
+"""Of mics_ds 0.1 before manifests had a checksum. Read, never written."""
+ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
+"""Load what MiCS wrote although its manifest is gone."""
 _CHUNK = 1 << 22
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+"""Of ranks. Bounded, because loops run over it."""
+Size = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """One file, as it was when it had been written."""
 
-    bytes: int
-    crc32: int
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    bytes: Size
+    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
     """Of the whole content. Finds every change of up to 32 neighbouring bits, at several GB/s."""
-    writer: int
+    writer: Size
     """Global rank."""
 
 
@@ -44,38 +58,78 @@ class FileRecord:
 class Manifest:
     """What a published checkpoint consists of, and the job that wrote it."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     tag: str
-    shards: int
+    shards: Count
     """p: number of partitions of the model states."""
-    replicas: int
+    replicas: Count
     """r: number of copies of the model states in the job."""
-    ranks: int
+    ranks: Count
     """Data-parallel size n = p · r."""
-    ranks_per_node: tuple[int, ...]
+    ranks_per_node: tuple[Count, ...]
     """Data-parallel ranks on each node of the job, in order of node."""
-    model_parallel: int
-    global_steps: int
+    model_parallel: Count
+    global_steps: Size
     node_local: bool
     """Whether this folder has the shards of one node only."""
     versions: dict[str, str]
     files: dict[str, FileRecord]
     """By name, relative to the folder."""
+    format: Literal[1, 2] = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.shards * self.replicas != self.ranks or sum(self.ranks_per_node) != self.ranks:
+            raise ValueError(
+                f"{self.shards} shards x {self.replicas} replicas, ranks_per_node {list(self.ranks_per_node)} and "
+                f"{self.ranks} ranks do not go together"
+            )
+        strange = [name for name in self.files if not _FILE_NAME.fullmatch(name)]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is not the name of a file in the checkpoint's folder")
+
+    @property
+    def protected(self) -> bool:
+        """Whether it was read with a checksum of its own, which was right."""
+        return self.format != UNPROTECTED_FORMAT
 
     @property
     def total_bytes(self) -> int:
         return sum(record.bytes for record in self.files.values())
 
     def dumps(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        data = asdict(self)
+        if self.protected:
+            data[_CHECKSUM] = _checksum(json.dumps(data, sort_keys=True))
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def loads(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError for anything but what :meth:`dumps` returns."""
-        data: dict[str, Any] = json.loads(text)
-        if data.pop("format") != FORMAT:
-            raise ValueError("unknown format")
-        files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
-        return cls(**{**data, "ranks_per_node": tuple(data["ranks_per_node"])}, files=files)
+    def loads(cls, text: str | bytes) -> Manifest:
+        """Raises ValueError or RecursionError for anything but what :meth:`dumps` returns, layout of the text apart."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or type(data.get("format")) is not int:
+            raise ValueError("there is no format number in it")
+        if data["format"] not in (UNPROTECTED_FORMAT, FORMAT):
+            raise ValueError(f"it has format {data['format']}, and this mics_ds knows formats up to {FORMAT}")
+        written = data.pop(_CHECKSUM, None) if data["format"] != UNPROTECTED_FORMAT else None
+        # What is checked is also what is read: spaces and the order of keys do not count, everything else does.
+        body = json.dumps(data, sort_keys=True)
+        if data["format"] == FORMAT and written != _checksum(body):
+            raise ValueError("its own checksum is wrong")
+        return _SCHEMA.validate_json(body)
+
+
+_SCHEMA = TypeAdapter(Manifest)
+_CHECKSUM = "checksum"
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\0]+")
+
+
+def _checksum(body: str) -> str:
+    return f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
+
+
+CLIENT_STATE = "mics_client_state_rank_{rank}.pt"
+_OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$")
 
 
 def staging_folder(target: Path) -> Path:
@@ -85,6 +139,11 @@ def staging_folder(target: Path) -> Path:
 
 def _replaced_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
+
+
+def is_remains(name: str) -> bool:
+    """Whether a folder with this name is not a checkpoint, but on its way to become one or to be removed."""
+    return name.startswith(".") and name.endswith((".partial", ".replaced"))
 
 
 def interrupted_saves(folder: Path) -> list[Path]:
@@ -123,7 +182,7 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by one with this text; at any moment it has its old or its new content."""
     beside = path.with_name(f".{path.name}.partial-file")
-    with open(beside, "w") as file:
+    with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -162,7 +221,11 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> None:
         os.rename(target, replaced)
     else:
         strangers = []
-    os.rename(staging, target)
+    try:
+        os.rename(staging, target)
+    except Exception:
+        recover(target)
+        raise
     _sync(target.parent)
     for name in strangers:
         if not (target / name).exists():
@@ -177,7 +240,7 @@ def _strangers(folder: Path) -> list[str]:
         own = {NAME, *read(folder).files}
     except (FileNotFoundError, MicsCheckpointError):
         own = {NAME}
-    return [entry.name for entry in folder.iterdir() if entry.name not in own and not entry.name.endswith("_states.pt")]
+    return [entry.name for entry in folder.iterdir() if entry.name not in own and not _OURS.search(entry.name)]
 
 
 def recover(target: Path) -> bool:
@@ -196,14 +259,24 @@ def read(folder: Path) -> Manifest:
         FileNotFoundError: it has none: written by stock DeepSpeed, or by an interrupted save of it.
         MicsCheckpointError: it cannot be understood.
     """
-    text = (folder / NAME).read_text()
+    text = (folder / NAME).read_bytes()
     try:
         return Manifest.loads(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MicsCheckpointError(
-            f"{folder / NAME} is damaged or from a newer mics_ds ({error!r}). Restore it, or load another checkpoint; "
-            f"without that file this one can be loaded, but nothing is checked."
+            f"{folder / NAME} is damaged or from a newer mics_ds ({_reason(error)}). Restore it, or load another "
+            f"checkpoint. To load this one although nothing can be checked, remove that file and set "
+            f"{ALLOW_UNCHECKED_ENV}=1"
         ) from error
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}".removeprefix(": ")
 
 
 def count_shards(folder: Path) -> int:
@@ -216,6 +289,8 @@ def complete_tags(folder: Path) -> list[str]:
     """Tags in ``folder`` with a manifest that can be read, oldest training step first."""
     found = []
     for path in folder.glob(f"*/{NAME}"):
+        if is_remains(path.parent.name):
+            continue
         try:
             found.append((read(path.parent).global_steps, path.parent.name))
         except (OSError, MicsCheckpointError):

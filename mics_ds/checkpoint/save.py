@@ -28,11 +28,36 @@ from .. import __version__
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from . import manifest
-from .manifest import FileRecord, Manifest
-from .together import Site, exchange, on_publishers, raise_together, site_of, words
+from . import manifest, names, origin
+from .manifest import CLIENT_STATE, FileRecord, Manifest
+from .together import Site, attempt, exchange, on_publishers, raise_together, site_of, words
 
-CLIENT_STATE = "mics_client_state_rank_{rank}.pt"
+_REMEDY = "Nothing was published, and older checkpoints are as they were."
+
+
+class _Request:
+    """What this rank was asked to save, with what is wrong about it in ``errors``."""
+
+    def __init__(self, engine: Any, save_dir: Any, tag: Any, client_state: Any) -> None:
+        self.tag = self.folder = ""
+        self.client_state: dict[str, Any] = {}
+        self.fingerprint: dict[str, Any] | None = None
+        self.errors: list[str] = []
+
+        def understand() -> None:
+            if not save_dir:
+                raise MicsCheckpointError(f"save_dir must be the path of a folder, got {save_dir!r}")
+            self.folder = os.fspath(save_dir)
+            self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+            names.check_tag(self.tag)
+
+        def describe() -> None:
+            self.client_state = dict(client_state or {})
+            self.fingerprint = _fingerprint(self.client_state)
+
+        attempt(understand, self.errors)
+        # What pickle raises depends on the object.
+        attempt(describe, self.errors, lambda error: f"client_state cannot be pickled, {words(error)}")
 
 
 class _Saving:
@@ -46,20 +71,26 @@ class _Saving:
         self.errors: list[str] = []
 
     def make(self, make: Callable[[], Any]) -> None:
-        try:
-            make()
-        except Exception as error:
-            self.errors.append(words(error))
+        attempt(make, self.errors)
 
-    def write(self, path: str, write: Callable[[], Any]) -> None:
+    def write(self, states: Mapping[str, Any], path: str, write: Callable[[Any, str], Any]) -> None:
         if self.errors:
             return
-        try:
-            write()
-            self.files[os.path.basename(path)] = manifest.seal(Path(path), self.rank)
-        except Exception as error:  # torch reports a full disk as RuntimeError, pickle has several kinds
-            free = shutil.disk_usage(os.path.dirname(path)).free
-            self.errors.append(f"{path}: {words(error)} ({free / 1e6:.1f} MB free there)")
+        name = os.path.basename(path)
+
+        def seal() -> None:
+            write(origin.marked(states) if name.endswith("_optim_states.pt") else states, path)
+            self.files[name] = manifest.seal(Path(path), self.rank)
+
+        # torch reports a full disk as RuntimeError, pickle has several kinds
+        attempt(seal, self.errors, lambda error: f"{path}: {words(error)} ({_free(os.path.dirname(path))})")
+
+
+def _free(folder: str) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free there"
+    except OSError as error:
+        return f"the folder: {words(error)}"
 
 
 def save(
@@ -78,14 +109,12 @@ def save(
             older checkpoints are as they were.
     """
     site = site_of(engine)
-    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-    target = Path(save_dir) / tag
+    request = _Request(engine, save_dir, tag, client_state)
+    fingerprints = _prepare(site, request)
+    tag, folder = request.tag, Path(request.folder)
+    target = folder / tag
     staging = manifest.staging_folder(target)
-    client_state = dict(client_state or {})
     failed = f"Checkpoint {target} could not be saved."
-    remedy = "Nothing was published, and older checkpoints are as they were."
-
-    fingerprints = _prepare(site, str(save_dir), tag, staging, client_state, failed, remedy)
     session = _Saving(site.rank, site.shard)
     seam.set_writer(engine, site.writer == site.rank)
     try:
@@ -93,27 +122,27 @@ def save(
             with seam.CheckpointFiles.of(engine).through(session):
                 original(
                     engine,
-                    save_dir,
-                    tag=str(staging.relative_to(save_dir)),
-                    client_state=client_state,
+                    request.folder,
+                    tag=str(staging.relative_to(folder)),
+                    client_state=request.client_state,
                     save_latest=False,
                     exclude_frozen_parameters=exclude_frozen_parameters,
                 )
         except RuntimeError as error:  # of a barrier, when another rank has died
-            raise MicsCheckpointError(f"{failed} {words(error)}. {remedy}") from error
-        _save_own_client_state(session, site, staging, client_state, fingerprints)
+            raise MicsCheckpointError(f"{failed} {words(error)}. {_REMEDY}") from error
+        session.make(lambda: _save_own_client_state(session, site, staging, request, fingerprints))
         written = exchange({"errors": session.errors, "files": session.files}, f"saving {target}")
-        raise_together(written, failed, remedy)
+        raise_together(written, failed, _REMEDY)
 
         def publish() -> None:
             manifest.publish(staging, target, _describe(engine, site, tag, [written[rank] for rank in site.peers]))
 
-        raise_together(on_publishers(site, publish, f"publishing {target}"), failed, remedy)
+        raise_together(on_publishers(site, publish, f"publishing {target}"), failed, _REMEDY)
     except BaseException:
         _remove(staging, site)
         raise
 
-    _update_latest(site, Path(save_dir), tag, save_latest)
+    _update_latest(site, folder, tag, save_latest)
     return True
 
 
@@ -123,7 +152,7 @@ def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
 
     def update() -> None:
         if wanted:
-            manifest.write_text(latest, tag)
+            names.write_latest(folder, tag)
 
     notes = on_publishers(site, update, f"publishing {folder / tag}")
     raise_together(
@@ -134,44 +163,44 @@ def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
             log_rank0(f"{remains} is left from an interrupted save and can be deleted")
 
 
-def _prepare(
-    site: Site, save_dir: str, tag: str, staging: Path, client_state: Mapping[str, Any], failed: str, remedy: str
-) -> list[dict[str, Any]]:
+def _prepare(site: Site, request: _Request) -> list[dict[str, Any]]:
     """Make an empty folder to write to, and see to it that all ranks mean the same one.
 
     Returns:
         What tells the client states of all ranks apart, see :func:`_fingerprint`.
 
     Raises:
-        MicsCheckpointError: the ranks disagree, or the folder cannot be made.
+        MicsCheckpointError: the ranks disagree, something is wrong with the request, or the folder cannot be made.
     """
 
-    def make() -> None:
-        if staging.exists():
-            log_rank0(f"an earlier save of tag {tag} was interrupted; its remains in {staging} are removed")
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
+    def staging() -> Path:
+        return manifest.staging_folder(Path(request.folder) / request.tag)
 
-    note: dict[str, Any] = {"tag": tag, "folder": save_dir, "client": None, "errors": []}
+    def make() -> None:
+        if staging().exists():
+            log_rank0(f"an earlier save of tag {request.tag} was interrupted; its remains in {staging()} are removed")
+            shutil.rmtree(staging())
+        staging().mkdir(parents=True)
+
+    note = {"tag": request.tag, "folder": request.folder, "client": request.fingerprint, "errors": request.errors}
+    usable = not request.errors
+    notes = on_publishers(site, make, "preparing to save a checkpoint", note)
     try:
-        note["client"] = _fingerprint(client_state)
-    except Exception as error:  # what pickle raises depends on the object; all ranks raise it below
-        note["errors"].append(f"client_state cannot be pickled, {words(error)}")
-    notes = on_publishers(site, make, f"saving {tag}", note)
-    try:
-        raise_together(notes, failed, remedy)
+        raise_together(notes, "The checkpoint could not be saved.", _REMEDY)
+        for field in ("tag",) if site.node_local else ("tag", "folder"):
+            said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
+            if len(said) > 1:
+                raise MicsCheckpointError(
+                    f"All ranks must save to the same {field}, but "
+                    + "; ".join(
+                        f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1])
+                    )
+                    + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
+                )
     except MicsCheckpointError:
-        _remove(staging, site)
+        if usable:
+            _remove(staging(), site)
         raise
-    for field in ("tag",) if site.node_local else ("tag", "folder"):
-        said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
-        if len(said) > 1:
-            _remove(staging, site)
-            raise MicsCheckpointError(
-                f"All ranks must save to the same {field}, but "
-                + "; ".join(f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1]))
-                + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
-            )
     return [item["client"] for item in notes]
 
 
@@ -204,7 +233,7 @@ def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save_own_client_state(
-    session: _Saving, site: Site, staging: Path, client_state: Mapping[str, Any], fingerprints: list[dict[str, Any]]
+    session: _Saving, site: Site, staging: Path, request: _Request, fingerprints: list[dict[str, Any]]
 ) -> None:
     """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
     state than the writer of its shard keeps it in a small file of its own."""
@@ -212,5 +241,5 @@ def _save_own_client_state(
     if writers["digest"] == fingerprints[site.rank]["digest"]:
         return
     path = staging / CLIENT_STATE.format(rank=site.rank)
-    state = {"client_state": dict(client_state), "instead_of": writers["keys"]}
-    session.write(str(path), lambda: torch.save(state, path))
+    state = {"client_state": request.client_state, "instead_of": writers["keys"]}
+    session.write(state, str(path), torch.save)

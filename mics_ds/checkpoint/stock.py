@@ -8,28 +8,27 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import MicsCheckpointError
-from . import manifest
+from . import manifest, names
 from .load import RESHAPE_COMMAND
 
 
 def drop_stale_manifest(engine: Any, save_dir: str, tag: str) -> None:
     """A stock engine is about to write over a checkpoint that has a manifest, which would be wrong from then on."""
-    path = Path(save_dir) / tag / manifest.NAME
-    if dist.get_rank() == 0 and path.exists():
-        path.unlink()
+    if dist.get_rank() != 0 or not _is_tag(tag):
+        return
+    names.forget_note(Path(save_dir))
+    (Path(save_dir) / tag / manifest.NAME).unlink(missing_ok=True)
 
 
 def refuse_other_shard_count(engine: Any, load_dir: str, tag: str | None) -> None:
     """A stock engine is about to load a checkpoint that MiCS saved.
 
     Raises:
-        MicsCheckpointError: in another number of shards than it has ranks.
+        MicsCheckpointError: in another number of shards than it has ranks; or its manifest or ``latest`` is damaged.
     """
     folder = Path(load_dir)
-    latest = folder / manifest.LATEST
-    if tag is None:
-        tag = latest.read_text().strip() if latest.is_file() else None
-    if tag is None or not (folder / tag / manifest.NAME).is_file():
+    tag = names.read_latest(folder) if tag is None else tag
+    if tag is None or not _is_tag(tag) or not (folder / tag / manifest.NAME).is_file():
         return
     saved, ranks = manifest.read(folder / tag), engine.seq_dp_world_size
     if saved.shards != ranks:
@@ -38,3 +37,12 @@ def refuse_other_shard_count(engine: Any, load_dir: str, tag: str | None) -> Non
             f"needs {ranks}. Cut it with {RESHAPE_COMMAND} {folder / tag} NEW_FOLDER --shards {ranks}, or load it "
             f'under MiCS with "mics_shard_size": {ranks} and "mics_reshape_checkpoint": true.'
         )
+
+
+def _is_tag(tag: str) -> bool:
+    """Whether MiCS can have written that. What is wrong with other tags is for DeepSpeed to say."""
+    try:
+        names.check_tag(tag)
+    except MicsCheckpointError:
+        return False
+    return True

@@ -5,6 +5,7 @@ A :class:`Site` says who does what. Notes are exchanged at a few places, and wha
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,9 @@ import torch.distributed as dist
 
 from ..comm.groups import MicsGroups
 from ..errors import MicsCheckpointError
+from ..log import logger
+
+_EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 
 
 def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
@@ -53,7 +57,22 @@ def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> Non
 
 
 def words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().rstrip(".")
+    """An error in a note to the other ranks; one of ours needs no introduction."""
+    said = str(error) if isinstance(error, MicsCheckpointError) else f"{type(error).__name__}: {error}"
+    return said.encode(errors="backslashreplace").decode().strip().rstrip(".")
+
+
+def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = words) -> None:
+    """Do what may fail on this rank only: note the error, of whatever kind, for :func:`raise_together` later.
+
+    Raised here, it would be known to this rank alone, and the others would wait for it.
+    """
+    try:
+        work()
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):  # the other ranks have no use for where it happened
+            logger.error("on this rank:", exc_info=True)
+        errors.append(say(error))
 
 
 class Site:
@@ -94,11 +113,6 @@ def on_publishers(
 ) -> list[dict[str, Any]]:
     """Do something on the ranks that publish, and tell all ranks how it went."""
     mine: dict[str, Any] = {"errors": [], **(note or {})}
-    if site.publishes:
-        try:
-            work()
-        except MicsCheckpointError as error:
-            mine["errors"].append(str(error).rstrip("."))
-        except OSError as error:
-            mine["errors"].append(words(error))
+    if site.publishes and not mine["errors"]:
+        attempt(work, mine["errors"])
     return exchange(mine, doing)

@@ -28,7 +28,7 @@ class CheckpointFiles:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.session: Any = None
-        """With ``write(path, write)``, ``make(make)`` and ``read(path)``."""
+        """With ``write(states, path, write)``, ``make(make)``, which does what may fail, and ``read(path)``."""
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
@@ -47,12 +47,19 @@ class CheckpointFiles:
     def save(self, state_dict: Any, path: str) -> Any:
         if self.session is None:
             return self.inner.save(state_dict, path)
-        return self.session.write(path, lambda: self.inner.save(state_dict, path))
+        return self.session.write(state_dict, path, self.inner.save)
+
+    def create(self, info: Any) -> Any:
+        return self._made(lambda: self.inner.create(info))
+
+    def commit(self, info: Any) -> Any:
+        return self._made(lambda: self.inner.commit(info))
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        return make() if self.session is None else self.session.make(make)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> Any:
-        if self.session is None:
-            return self.inner.makedirs(path, exist_ok=exist_ok)
-        return self.session.make(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
+        return self._made(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         if self.session is None:
@@ -169,7 +176,7 @@ def install(
         return consolidate(checkpoint_dir, tag or _weights_tag.get(), **kwargs)
 
     def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if save_dir and runs_mics(self):
+        if runs_mics(self):
             return save(original, self, save_dir, tag, *args, **kwargs)
         if save_dir and self.zero_optimization_partition_weights():
             before_stock_saves(self, save_dir, f"global_step{self.global_steps}" if tag is None else str(tag))
@@ -189,16 +196,17 @@ def install(
             return original(self, folder, tag)
         return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
 
-    def _copy_recovery_script(original: Any, self: Any, folder: str) -> None:
+    def in_session(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
         session = getattr(self.checkpoint_engine, "session", None)
         if session is None:
-            original(self, folder)
-        else:
-            session.make(lambda: original(self, folder))
+            return original(self, *args, **kwargs)
+        return session.make(lambda: original(self, *args, **kwargs))
 
     consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
     patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
-    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)
+    for name in ("_save_checkpoint", "_save_zero_checkpoint", "_copy_recovery_script"):
+        patches.wrap_method(DeepSpeedEngine, name, in_session)
