@@ -19,6 +19,9 @@ from . import manifest
 
 NOTE = "mics_latest.json"
 _READS = 5
+_SHOWN = 80
+_LONGEST = 1024
+_LONGEST_PART = 255  # bytes, on all file systems of Linux
 
 
 def check_tag(tag: str) -> None:
@@ -28,7 +31,9 @@ def check_tag(tag: str) -> None:
         MicsCheckpointError: it is not.
     """
     parts = tag.split("/")
-    if not tag.strip("./"):
+    if len(tag) > _LONGEST:
+        problem = "it is too long"
+    elif all(part in ("", ".") for part in parts):
         problem = "it names no folder"
     elif tag.startswith("/"):
         problem = "it is an absolute path"
@@ -36,18 +41,29 @@ def check_tag(tag: str) -> None:
         problem = "'..' leaves the folder of the checkpoints"
     elif "\0" in tag:
         problem = "no file name has a NUL character"
-    elif any("\ud800" <= character <= "\udfff" for character in tag):
+    elif not _utf8(tag):
         problem = "it has half of a surrogate pair, which UTF-8 cannot express"
+    elif max(len(part.encode()) for part in parts) > _LONGEST_PART:
+        problem = "it is too long for a file name"
     elif tag != tag.strip():
         problem = f"{manifest.LATEST!r} keeps no white space around it"
     elif manifest.is_remains(Path(tag).name):
         problem = "such names are those of checkpoints that are not complete"
     else:
         return
+    shown = ascii(tag) if len(tag) <= _SHOWN else f"{tag[:_SHOWN]!a}..."
     raise MicsCheckpointError(
-        f"{tag!r} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
+        f"{shown} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
         f"checkpoints are kept in, global_step100 say"
     )
+
+
+def _utf8(tag: str) -> bool:
+    try:
+        tag.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_latest(folder: Path) -> str | None:

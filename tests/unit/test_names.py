@@ -1,0 +1,255 @@
+"""Tags, ``latest``, and random damage to it and to manifests. No ranks."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+from test_manifest import staged
+
+from mics_ds.checkpoint import manifest, names
+from mics_ds.errors import MicsCheckpointError
+
+BAD_TAGS = {
+    "": "names no folder",
+    ".": "names no folder",
+    "./": "names no folder",
+    "..": "leaves the folder",
+    "a" * 5000: "it is too long",
+    "b/" + 128 * "é": "too long for a file name",
+    "/": "names no folder",
+    "/tmp/elsewhere": "absolute",
+    "../elsewhere": "leaves the folder",
+    "a/../../elsewhere": "leaves the folder",
+    "a\0b": "NUL",
+    "a\ud800": "surrogate",
+    "\udcff": "surrogate",
+    " a": "white space",
+    "a\n": "white space",
+    ".a.partial": "not complete",
+    "b/.a.replaced": "not complete",
+}
+
+
+@pytest.mark.parametrize("tag", BAD_TAGS, ids=lambda tag: ascii(tag)[:20])
+def test_what_is_no_name_in_the_folder_is_no_tag(tag):
+    with pytest.raises(MicsCheckpointError, match=BAD_TAGS[tag]) as error:
+        names.check_tag(tag)
+    str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("tag", ["global_step1", "a/b", "a b", "...", "..a", "é", "7", ".hidden", "a//b/"])
+def test_other_names_are_tags(tag):
+    names.check_tag(tag)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for steps in (9, 10, 11):
+        manifest.publish(*staged(tmp_path, tag=f"global_step{steps}", content=b"%d" % steps, steps=steps))
+        names.write_latest(tmp_path, f"global_step{steps}")
+    return tmp_path
+
+
+def test_latest_is_the_tag_and_nothing_else(folder):
+    assert (folder / "latest").read_text() == "global_step11"
+    assert names.read_latest(folder) == "global_step11"
+
+
+def test_nothing_saved_yet(tmp_path):
+    assert names.read_latest(tmp_path) is None
+    assert names.read_latest(tmp_path / "absent") is None
+
+
+def test_every_flipped_bit_of_latest_is_noticed(folder):
+    content = b"global_step11"
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "latest").write_bytes(flipped)
+        with pytest.raises(MicsCheckpointError, match=r"latest is damaged.*where MiCS wrote 'global_step11'"):
+            names.read_latest(folder)
+
+
+def test_a_latest_that_is_gone_or_empty_is_not_taken_for_nothing_saved(folder):
+    (folder / "latest").unlink()
+    with pytest.raises(MicsCheckpointError, match=r"latest is missing, where MiCS wrote 'global_step11'"):
+        names.read_latest(folder)
+    (folder / "latest").write_text("")
+    with pytest.raises(MicsCheckpointError, match=r"latest is damaged.*names no folder"):
+        names.read_latest(folder)
+
+
+def test_a_damaged_note_leaves_latest_in_charge(folder):
+    note = folder / names.NOTE
+    for content in (b"", b"\xff", b"[" * 100_000, b"{}", b"[]", b'{"tag": 7}', b'{"crc32": 1, "tag": "global_step10"}'):
+        note.write_bytes(content)
+        assert names.read_latest(folder) == "global_step11"
+
+
+def test_latest_may_be_changed_by_hand_where_the_note_is_removed(folder):
+    (folder / "latest").write_text("global_step9\n")
+    with pytest.raises(MicsCheckpointError, match=r"by hand: it names 'global_step9'.*remove .*mics_latest.json"):
+        names.read_latest(folder)
+    (folder / names.NOTE).unlink()
+    assert names.read_latest(folder) == "global_step9"
+
+
+def test_a_job_without_mics_may_have_saved_last(folder):
+    (folder / "global_step12").mkdir()
+    (folder / "latest").write_text("global_step12")
+    assert names.read_latest(folder) == "global_step12"
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_latest_is_readable_wherever_writing_it_was_interrupted(folder, monkeypatch, moment):
+    real, calls = names.manifest.write_text, []
+
+    def write_text(path, text):
+        """Interrupted before it (0, 2) or after it (1, 3)."""
+        calls.append(path)
+        if moment == 2 * (len(calls) - 1):
+            raise KeyboardInterrupt
+        real(path, text)
+        if moment == 2 * (len(calls) - 1) + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write_text", write_text)
+    with pytest.raises(KeyboardInterrupt):
+        names.write_latest(folder, "global_step10")
+    assert names.read_latest(folder) == ("global_step11" if moment == 0 else "global_step10")
+
+
+def test_latest_may_be_replaced_while_it_is_read(folder, monkeypatch):
+    real, once = names._noted, []
+
+    def noted(where):
+        if not once:
+            once.append(True)
+            names.write_latest(folder, "global_step10")
+        return real(where)
+
+    monkeypatch.setattr(names, "_noted", noted)
+    assert names.read_latest(folder) == "global_step10"
+
+
+# ------------------------------------------------------------------------------- random damage
+
+STRANGE = [None, True, -1, 0, 1, 2, 10**9, 10**30, 1.5, float("nan"), "", "2", "\ud800", "..", [], {}, [[[]]]]
+
+
+def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
+    data = bytearray(content)
+    at = chance.randrange(len(data) + 1)
+    end = min(len(data), at + chance.randrange(1, 20))
+    kind = chance.randrange(8)
+    if kind == 0 and at < len(data):
+        data[at] ^= 1 << chance.randrange(8)
+    elif kind == 1 and at < len(data):
+        data[at] = chance.randrange(256)
+    elif kind == 2:
+        del data[at:end]
+    elif kind == 3:
+        data[at:at] = data[at:end]
+    elif kind == 4:
+        data[at:at] = chance.randbytes(chance.randrange(1, 9))
+    elif kind == 5:
+        del data[at:]
+    elif kind == 6:
+        data[at:end] = bytes(end - at)
+    else:
+        data[at:at] = chance.choice([b"[", b'{"a":']) * chance.choice([1, 50, 100_000])
+    return bytes(data)
+
+
+def mutated_json(content: bytes, chance: random.Random) -> bytes:
+    data = json.loads(content)
+    inside = [data, *data["files"].values(), data["files"], data["versions"], data["ranks_per_node"]]
+    where = chance.choice(inside)
+    key = chance.choice(list(where) if isinstance(where, dict) else range(len(where)))
+    kind = chance.randrange(5)
+    if kind == 0:
+        del where[key]
+    elif kind == 1:
+        where[key] = chance.choice(STRANGE)
+    elif kind == 2:
+        where[key] = chance.choice(inside)
+    elif kind == 3 and isinstance(where, dict):
+        where[chance.choice(["", "x", "checksum", "format", "../latest", key])] = where.pop(key)
+    else:
+        other = chance.choice(list(where) if isinstance(where, dict) else range(len(where)))
+        where[key], where[other] = where[other], where[key]
+    try:
+        return json.dumps(data, sort_keys=chance.random() < 0.5, indent=chance.choice([None, 1, 3])).encode()
+    except ValueError:  # in itself
+        return content
+
+
+def mutate(folder, tag: str, chance: random.Random) -> None:
+    """Damage the manifest of a tag, ``latest`` or both, once or a few times."""
+    paths = [folder / tag / manifest.NAME, folder / "latest"]
+    for path in chance.choice([paths[:1], paths[:1], paths[1:], paths]):
+        for _ in range(chance.choice([1, 1, 1, 2, 3])):
+            content = path.read_bytes()
+            kinds = [mutated_bytes, mutated_json] if path.name == manifest.NAME else [mutated_bytes]
+            try:
+                path.write_bytes(chance.choice(kinds)(content, chance))
+            except (ValueError, RecursionError, TypeError, AttributeError, KeyError, IndexError):
+                path.write_bytes(mutated_bytes(content, chance))  # no longer a manifest
+
+
+class Work:
+    """Ends what calls more functions than any good reading does: a loop over a number from a damaged file."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def __enter__(self):
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def _called(self, *_):
+        self.left -= 1
+        assert self.left > 0, "endless work"
+
+
+def what_loads(folder):
+    """All that is read before a checkpoint is loaded, as one rank alone would do it."""
+    tag = names.read_latest(folder)
+    described = manifest.read(folder / tag)
+    found = manifest.damages(folder / tag, described.files, described.files)
+    if found or not described.files:
+        raise MicsCheckpointError(str(found))
+    return tag, described, manifest.complete_tags(folder)
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_random_damage_is_an_error_or_changes_nothing(folder, protected):
+    chance = random.Random(15)
+    path, latest = folder / "global_step11" / manifest.NAME, folder / "latest"
+    if not protected:
+        data = json.loads(path.read_text())
+        del data["checksum"]
+        path.write_text(json.dumps({**data, "format": 1}))
+    content = path.read_bytes()
+    expected = what_loads(folder)
+    ends = {"error": 0, "same": 0, "other": 0}
+    for number in range(500 if protected else 200):
+        mutate(folder, "global_step11", chance)
+        try:
+            with Work(20_000):
+                ends["same" if what_loads(folder) == expected else "other"] += 1
+        except MicsCheckpointError:
+            ends["error"] += 1
+        except Exception as error:
+            raise AssertionError(f"mutation {number}: {path.read_bytes()[:999]} {latest.read_bytes()[:99]}") from error
+        path.write_bytes(content)
+        latest.write_text("global_step11")
+    assert ends["error"] > ends["same"] > 0
+    if protected:  # without a checksum, a good value for another one cannot be told
+        assert ends["other"] == 0
