@@ -18,7 +18,7 @@ from helpers import OddNet, assert_losses_close, build, ds_config, environment, 
 from test_parity import DataParallelUnit
 from torch import nn
 
-from mics_ds.checkpoint import manifest
+from mics_ds.checkpoint import manifest, names
 from mics_ds.comm.meter import CommMeter
 from mics_ds.errors import MicsCheckpointError
 
@@ -477,7 +477,7 @@ def test_nodes_that_disagree_on_latest_take_the_newer_complete_one(tmp_path):
             engine.save_checkpoint(own)
         dist.barrier()
         if dist.get_rank() == 2:
-            (Path(own) / "latest").write_text("global_step1")
+            names.write_latest(Path(own), "global_step1")
         dist.barrier()
         again = engine_of(2, seed=8, **local)
         again.load_checkpoint(own)
