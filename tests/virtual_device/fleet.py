@@ -21,7 +21,7 @@ from .accelerator import DEVICE
 
 @contextmanager
 def imagined_ranks(world_size: int, ranks_per_node: int) -> Iterator[None]:
-    """This process is rank 0 of a job of that size, for as long as the context lasts."""
+    """This process is rank 0 of a job of that size, for as long as the context lasts. Then it is alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
@@ -40,3 +40,4 @@ def imagined_ranks(world_size: int, ranks_per_node: int) -> Iterator[None]:
     finally:
         DEVICE.communication.imagined = False
         dist.destroy_process_group()
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
