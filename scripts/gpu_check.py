@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -359,17 +360,25 @@ class Runner:
         """Seconds before the budget is spent."""
         return BUDGET_S - (time.monotonic() - self._start)
 
-    def users_check(self) -> None:
-        """``python -m mics_ds.check``, with a rank on each GPU of this machine."""
+    def users_commands(self) -> None:
+        """The check and the calibration as users start them, with a rank on each GPU of this machine."""
+        self._command("-m", "mics_ds.check")
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(torch.cuda.device_count()))
+        with tempfile.TemporaryDirectory() as folder:
+            profile = os.path.join(folder, "profile.json")
+            self._command(*launcher, "-m", "mics_ds.planner.calibrate", "--out", profile, "--budget", "20")
+
+    def _command(self, *arguments: str) -> None:
         self.done += 1
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "mics_ds.check"]
         try:
-            code = subprocess.run(command, env=environment, timeout=max(self.left(), 1.0)).returncode
+            code = subprocess.run(
+                [sys.executable, *arguments], env=environment, timeout=max(self.left(), 1.0)
+            ).returncode
         except subprocess.TimeoutExpired:
             code = -1
         self.failed += code != 0
-        print(f"{'FAILED' if code else 'ok    '}  python -m mics_ds.check: exit code {code}", flush=True)
+        print(f"{'FAILED' if code else 'ok    '}  python {' '.join(arguments)}: exit code {code}", flush=True)
 
     def probe_collectives(self) -> None:
         """Print which collectives gloo can do on this device, and stage the others from now on."""
@@ -443,7 +452,7 @@ def main() -> None:
     try:
         if arguments.device == "cuda":
             if not arguments.only:
-                runner.users_check()
+                runner.users_commands()
             runner.probe_collectives()
             runner.measure("TEST-ONLY SHIM: results arrive late", "late_results_show")
         else:

@@ -166,7 +166,7 @@ def test_damage_is_named_on_every_rank_and_changes_nothing(tmp_path):
     before = digest(engine)
     wrong = {}
     for damage, (name, spoil, words) in DAMAGE.items():
-        on_rank_0(lambda: restore(pristine, folder))  # noqa: B023
+        on_rank_0(lambda: restore(pristine, folder))
         on_rank_0(lambda: spoil(folder / "global_step2" / name))  # noqa: B023
         said = outcome(lambda: engine.load_checkpoint(str(folder)))
         named = re.search(words, said) and not said.startswith(("a bare", "ranks differ"))
