@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-import mics_ds
-
+from .. import __version__, activate
 from ..comm import placement
 from ..comm.layout import MicsLayout
 from ..config import DISABLE_ENV
@@ -95,7 +94,7 @@ class Session:
         if os.environ.pop(DISABLE_ENV, None):
             self._said.append(f"{DISABLE_ENV} was set; these checks ignore it")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits whatever runs on other streams
-        mics_ds.activate()
+        activate()
         partitioner.make_stock_gathers_wait()
         if not self._given.verbose:
             logger.setLevel(logging.WARNING)
@@ -143,7 +142,7 @@ class Session:
             "problem": problem,
             "claim": claim,
             "dtypes": list(supported_dtypes()),
-            "versions": [mics_ds.__version__, deepspeed.__version__, torch.__version__],
+            "versions": [__version__, deepspeed.__version__, torch.__version__],
         }
         agreed = self._roll.join(f"{self._run}/start", mine, self._agree, limit)
         if agreed.get("problem"):
@@ -284,7 +283,7 @@ class Session:
 
     @staticmethod
     def _versions() -> dict[str, str]:
-        found = {"mics_ds": mics_ds.__version__, "deepspeed": deepspeed.__version__, "torch": str(torch.__version__)}
+        found = {"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": str(torch.__version__)}
         if torch.cuda.is_available() and torch.distributed.is_nccl_available():
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         return {**found, "python": platform.python_version()}
