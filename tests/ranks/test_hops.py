@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from helpers import (
     full_params,
     train,
 )
+from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -321,7 +323,18 @@ def test_a_step_asks_no_more_than_that_of_zero3(p, dtype):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("key", ["stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "stage3_allgather_sequential",
+        pytest.param(
+            "stage3_use_all_reduce_for_fetch_params",
+            marks=pytest.mark.skipif(
+                Version(deepspeed.__version__) < Version("0.19"), reason="on gloo, 0.18 itself gathers garbage by it"
+            ),
+        ),
+    ],
+)
 def test_another_way_of_gathering_is_deepspeeds_own(key):
     """Both are about gathers over all ranks at once, so there is none in two stages then."""
     results = []
