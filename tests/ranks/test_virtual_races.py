@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import batch, build, destroy_engines, ds_config, environment, train
+from packaging.version import Version
 from virtual_device import order
 from virtual_device.accelerator import DEVICE
 from virtual_device.comm import Issued, Work
@@ -112,6 +113,10 @@ ALLOWED = {
     "evaluation": 1,
 }
 """Further times that the host may wait."""
+if Version(deepspeed.__version__) < Version("0.19"):  # stock does not look at the norm, which replicas agree on
+    ALLOWED = {
+        scenario: ALLOWED.get(scenario, 0) + (3 if scenario == "evaluation" else STEPS) for scenario in SCENARIOS
+    }
 
 
 @pytest.mark.ranks(4, virtual=True)
