@@ -286,18 +286,20 @@ def unforeseen_unless_cleaning_up(original, path, ignore_errors=False):
 
 
 def staging_removed(original, states, path):
-    shutil.rmtree(os.path.dirname(path))
+    staging = Path(path).parent
+    staging.rename(staging.parent.parent / "gone")  # at once, for another rank writes into it
     return original(states, path)
 
 
 @pytest.mark.ranks(4)
 def test_whatever_one_rank_raises_while_saving_is_the_error_of_all(tmp_path):
     """Files are written by ranks 0 and 3; rank 0 publishes."""
+    folder = tmp_path / "saved"
     engine = engine_of(2)
     train(engine, 1)
-    engine.save_checkpoint(str(tmp_path), tag="first")
+    engine.save_checkpoint(str(folder), tag="first")
     dist.barrier()
-    before = sorted(os.listdir(tmp_path))
+    before = sorted(os.listdir(folder))
     dist.barrier()
     files = engine.checkpoint_engine.inner
     cases = {
@@ -317,23 +319,23 @@ def test_whatever_one_rank_raises_while_saving_is_the_error_of_all(tmp_path):
     wrong = {}
     for case, (culprit, owner, name, replacement) in cases.items():
         if case == "preparing":
-            on_rank_0((tmp_path / ".second.partial").mkdir)
+            on_rank_0((folder / ".second.partial").mkdir)
         with Once(culprit, owner, name, replacement):
-            said = outcome(lambda: engine.save_checkpoint(str(tmp_path), tag="second"))
+            said = outcome(lambda: engine.save_checkpoint(str(folder), tag="second"))
         words = "No such file|does not exist" if case == "staging removed" else "unforeseen"
         dist.barrier()
         if not re.search(rf"ranks? .*{culprit}.*({words})", said) or said.startswith(("a bare", "ranks differ")):
             wrong[case] = said
         # What was published although latest could not be updated, is there.
-        left = sorted({*os.listdir(tmp_path)} - ({"second"} if case == "latest" else set()))
+        left = sorted({*os.listdir(folder)} - ({"second"} if case == "latest" else set()))
         if left != before:
             wrong[f"{case}, left"] = left
         if case == "latest":
-            on_rank_0(lambda: shutil.rmtree(tmp_path / "second"))
+            on_rank_0(lambda: shutil.rmtree(folder / "second"))
         dist.barrier()  # rank 0 makes a folder next
     assert wrong == {}, wrong
-    engine.save_checkpoint(str(tmp_path), tag="second")
-    engine_of(2, seed=5).load_checkpoint(str(tmp_path))
+    engine.save_checkpoint(str(folder), tag="second")
+    engine_of(2, seed=5).load_checkpoint(str(folder))
 
 
 @pytest.mark.ranks(4)
