@@ -30,7 +30,7 @@ NAME = "mics_manifest.json"
 LATEST = "latest"
 FORMAT: Literal[2] = 2
 UNPROTECTED_FORMAT: Literal[1] = 1
-"""Of mics_ds 0.1 before manifests had a checksum. Read, never written."""
+"""From before manifests had a checksum of their own. Read, never written."""
 ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
 """Load what MiCS wrote although its manifest is gone."""
 _CHUNK = 1 << 22
