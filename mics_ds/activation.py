@@ -209,6 +209,9 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     together = agreement.failing_together(among) if asked.is_on else nullcontext()
     with together, request.building(request.Build(asked, among)):
         original(self, *args, **kwargs)
+    guard = getattr(getattr(self, "optimizer", None), "mics_guard", None)
+    if guard is not None:
+        guard.watch(self)
 
 
 def _resolve_auto(

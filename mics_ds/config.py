@@ -72,18 +72,67 @@ class PlanRequest:
         Raises:
             MicsConfigError: it is not a section with known keys and good values.
         """
-        known = [item.name for item in fields(cls)]
-        if not isinstance(value, Mapping):
-            raise MicsConfigError(
-                f"{ZERO_SECTION}.mics_plan must be a section with some of {', '.join(known)}, got {value!r}."
-            )
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise MicsConfigError(
-                f"Unknown key{'s' if len(unknown) > 1 else ''} under '{ZERO_SECTION}.mics_plan': {', '.join(unknown)}. "
-                f"Known keys: {', '.join(known)}."
-            )
-        return cls(**value)
+        return cls(**_section("mics_plan", value, cls))
+
+
+@dataclass(frozen=True)
+class GuardRequest:
+    """The replica guard, see :mod:`mics_ds.guard`.
+
+    Raises:
+        MicsConfigError: a value has the wrong type or is out of range.
+    """
+
+    every: int = 100
+    """Optimizer steps between two checks; 0 is off."""
+    action: Literal["repair", "stop", "warn"] | None = None
+    """What follows a difference. By default repair where there are three copies or more, else stop."""
+    repairs: int = 3
+    """A rank that is repaired more often than this is named as suspect hardware."""
+    forensics: str | None = None
+    """A file that gets one line of JSON for each damaged block, with both values of the first elements."""
+    block_bytes: int = 4 << 20
+    """What is told apart, and what a repair sends at least."""
+
+    def __post_init__(self) -> None:
+        where = f"{ZERO_SECTION}.mics_guard"
+        for name, least in (("every", 0), ("repairs", 0), ("block_bytes", 8)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise MicsConfigError(f"{where}.{name} must be an integer of at least {least}, got {value!r}.")
+        if self.block_bytes % 8:
+            raise MicsConfigError(f"{where}.block_bytes must be a multiple of 8, got {self.block_bytes}.")
+        if self.action not in (None, "repair", "stop", "warn"):
+            raise MicsConfigError(f'{where}.action must be "repair", "stop" or "warn", got {self.action!r}.')
+        if not (self.forensics is None or isinstance(self.forensics, str)):
+            raise MicsConfigError(f"{where}.forensics must be the name of a file, got {self.forensics!r}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> GuardRequest | None:
+        """``true`` is all defaults, ``false`` is off.
+
+        Raises:
+            MicsConfigError: it is neither, nor a section with known keys and good values.
+        """
+        if isinstance(value, bool):
+            return cls() if value else None
+        return cls(**_section("mics_guard", value, cls, "true, false or "))
+
+
+def _section(key: str, value: Any, kind: type, otherwise: str = "") -> dict[str, Any]:
+    """The values of a section of ours, whose keys are the fields of ``kind``."""
+    known = [item.name for item in fields(kind)]
+    if not isinstance(value, Mapping):
+        raise MicsConfigError(
+            f"{ZERO_SECTION}.{key} must be {otherwise}a section with some of {', '.join(known)}, got {value!r}."
+        )
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise MicsConfigError(
+            f"Unknown key{'s' if len(unknown) > 1 else ''} under '{ZERO_SECTION}.{key}': {', '.join(unknown)}. "
+            f"Known keys: {', '.join(known)}."
+        )
+    return dict(value)
 
 
 @dataclass(frozen=True)
@@ -118,6 +167,9 @@ class MicsConfig:
 
     plan: PlanRequest | None = None
     """What the planner is told for ``"auto"``."""
+
+    guard: GuardRequest | None = None
+    """How copies that must be equal are compared, and what follows. ``None`` is off."""
 
     def __post_init__(self) -> None:
         # bool is an int in Python; `true` for a size is a slip, not a 1.
@@ -160,8 +212,9 @@ class MicsConfig:
     def to_json(self) -> dict[str, Any]:
         """The configuration as the JSON keys that produce it."""
         values = {KEY_PREFIX + name: value for name, value in asdict(self).items()}
-        if self.plan is None:
-            del values[KEY_PREFIX + "plan"]
+        for name in ("plan", "guard"):
+            if getattr(self, name) is None:
+                del values[KEY_PREFIX + name]
         return values
 
 
@@ -236,6 +289,8 @@ def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, di
 
     if "plan" in values:
         values["plan"] = PlanRequest.parse(values["plan"])
+    if "guard" in values:
+        values["guard"] = GuardRequest.parse(values["guard"])
     mics = MicsConfig(**values)
     stage = zero.get("stage", 0)
     if stage != 3:

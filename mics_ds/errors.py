@@ -34,5 +34,9 @@ class MicsUsageError(MicsError, RuntimeError):
     """Something was asked for at a moment when there is no right answer."""
 
 
+class MicsGuardError(MicsError, RuntimeError):
+    """Copies that must be equal are not, and nobody can or may repair them. Raised on every rank."""
+
+
 class MicsPlanError(MicsError, ValueError):
     """The planner was given a machine or a job that makes no sense, or that fits nowhere."""

@@ -15,6 +15,7 @@ from .comm import collectives, packing
 from .comm.groups import MicsGroups
 from .comm.lanes import Stages
 from .errors import MicsConfigError, MicsUsageError
+from .guard.watch import Guard
 from .request import Build, building
 from .seams.optimizer import OptimizerSeam, gradient_size, is_synchronous_device
 from .text import abbreviate
@@ -63,6 +64,8 @@ class MicsOptimizer(OptimizerSeam):
                 **kwargs,
             )
         self._refuse_unsupported(module)
+        asked = groups.config.guard
+        self.mics_guard = None if asked is None or asked.every == 0 else Guard(asked, groups)
         self.two_hop = TwoHop(
             self.gradient_ranges(),
             lambda: self.gradient_shards,
@@ -147,6 +150,8 @@ class MicsOptimizer(OptimizerSeam):
 
     def step_ended(self) -> None:
         self.two_hop.next_boundary()
+        if self.mics_guard is not None:
+            self.mics_guard.step_ended(self)
 
     def before_gradients_are_read(self, local: bool) -> None:
         """Between boundaries a shard is only the mean over its partition group. Make it whole: hop 2, early.

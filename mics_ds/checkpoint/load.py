@@ -142,6 +142,8 @@ def load(
             load_module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
+    if engine.optimizer.mics_guard is not None:
+        engine.optimizer.mics_guard.loaded(engine, target)
     note: dict[str, Any] = {"errors": []}
     own: list[Any] = []
     attempt(lambda: own.append(_own_client_state(target, saved, site, client_state)), note["errors"])

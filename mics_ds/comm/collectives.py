@@ -158,9 +158,27 @@ def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
     Maximum(tensor, group, what).wait()
 
 
-def broadcast_(tensors: Sequence[torch.Tensor], source: int, group: RankGroup) -> None:
+def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Tensor:
+    """(g, ...): the small tensors of all ranks of the group, in its order."""
+    rows = row.new_empty(group.size, *row.shape)
+    with _named(what, group):
+        dist.all_gather_into_tensor(rows.view(-1), row.reshape(-1), group=group.group)
+    return rows
+
+
+def exchange_notes(note: Any, group: RankGroup, what: str) -> list[Any]:
+    """What each rank of the group has to say, any object that can be pickled. For rare events: the host waits."""
+    notes: list[Any] = [None] * group.size
+    with _named(what, group):
+        dist.all_gather_object(notes, note, group=group.group)
+    return notes
+
+
+def broadcast_(
+    tensors: Sequence[torch.Tensor], source: int, group: RankGroup, what: str = "parameter broadcast"
+) -> None:
     """Overwrite each tensor with that of ``source``, a rank *in* ``group``. Issued together, then awaited."""
-    with _named("parameter broadcast", group):
+    with _named(what, group):
         works = [
             dist.broadcast(tensor, src=group.ranks[source], group=group.group, async_op=True) for tensor in tensors
         ]

@@ -174,6 +174,17 @@ def log_stage(stage: Any) -> None:
         log.append(stage.operator, f"mics {stage.label}", 1e3 * stage.seconds, stage.payload)
 
 
+def steps_taken(engine: Any) -> int:
+    """Optimizer steps before the one that is under way, those that were skipped among them."""
+    return int(engine.global_steps)
+
+
+def write_monitor(engine: Any, values: Mapping[str, float]) -> None:
+    """Hand numbers to DeepSpeed's monitors (TensorBoard, wandb, CSV), if there are any."""
+    if engine.monitor.enabled:
+        engine.monitor.write_events([(name, value, engine.global_samples) for name, value in values.items()])
+
+
 def ensure_distributed() -> None:
     """Bring the process group up as ``zero.Init`` would do a moment later."""
     if not comm.is_initialized():

@@ -28,6 +28,7 @@ ROWS = [
     {"request"},
     {"checkpoint.manifest", "checkpoint.reshape"},
     {"two_hop"},
+    {"guard"},
     {"partitioner", "optimizer", "ab"},
     {"checkpoint"},
     {"check"},

@@ -1,0 +1,83 @@
+"""Which copy is right: by majority, or by the rule that ties weights to their masters."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..seams.states import MASTER, WEIGHTS, State
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one block of all copies."""
+
+    good: int | None
+    """Replica that the others can be repaired from, or ``None`` where nothing tells which is right."""
+    bad: tuple[int, ...]
+    """Replicas that differ from it; without a good one, from replica 0."""
+    by: str = ""
+    """What decided."""
+
+
+def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict | None:
+    """``None`` if all copies are equal.
+
+    More than half of all copies are right. Failing that, so is the one value whose copies keep the cast rule, if all of
+    them do and no copy of another value does.
+
+    Args:
+        copies: the digest of each replica.
+        holds: for each, whether ``weights == cast(masters)`` in this block; ``None`` where the rule does not apply.
+    """
+    if len(set(copies)) == 1:
+        return None
+    classes: dict[Hashable, list[int]] = {}
+    for replica, copy in enumerate(copies):
+        classes.setdefault(copy, []).append(replica)
+    largest = max(classes.values(), key=len)
+    right, by = (largest, "majority") if 2 * len(largest) > len(copies) else (None, "")
+    if right is None and holds is not None:
+        keeping = [members for members in classes.values() if any(holds[replica] for replica in members)]
+        if len(keeping) == 1 and all(holds[replica] for replica in keeping[0]):
+            right, by = keeping[0], "cast"
+    good = None if right is None else right[0]
+    like = classes[copies[0]] if right is None else right
+    return Verdict(good, tuple(replica for replica in range(len(copies)) if replica not in like), by)
+
+
+def partner(state: State, states: Sequence[State]) -> State | None:
+    """Of weights their masters, of masters their weights, where both exist in memory of their own."""
+    other = {WEIGHTS: MASTER, MASTER: WEIGHTS}.get(state.name)
+    found = [item for item in states if item.name == other and item.group == state.group and item.group >= 0]
+    return found[0] if found else None
+
+
+def cast_violations(weights: torch.Tensor, masters: torch.Tensor) -> torch.Tensor:
+    """Where weights are not what DeepSpeed's step makes of their masters: a copy into the narrower type, rounded to
+    nearest. A NaN is as good as another."""
+    cast = masters.to(weights.device, weights.dtype)
+    return (bits(cast) != bits(weights)) & ~(cast.isnan() & weights.isnan())
+
+
+def violations(state: State, other: State, start: int, stop: int) -> torch.Tensor:
+    """:func:`cast_violations` between two elements of a pair of states; padding keeps every rule."""
+    weights, masters = (state, other) if state.name == WEIGHTS else (other, state)
+    found = cast_violations(weights.tensor[start:stop], masters.tensor[start:stop])
+    hide(found, state, start)
+    return found
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def hide(marks: torch.Tensor, state: State, start: int) -> None:
+    """Clear the marks of elements that are padding. The first mark is of element ``start``."""
+    for first, last in state.padding:
+        low, high = max(first - start, 0), min(last - start, len(marks))
+        if low < high:
+            marks[low:high] = False

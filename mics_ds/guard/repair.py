@@ -1,0 +1,72 @@
+"""Bad blocks beside good ones: what differs, and putting it right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..comm import collectives
+from ..comm.groups import RankGroup
+from ..seams.states import State
+from .compare import Verdict, bits, hide
+from .report import Finding, difference
+
+LABEL = "replica guard repair"
+
+
+class Damage(NamedTuple):
+    """A block that is not equal on all copies."""
+
+    state: int
+    """Index in the list of states."""
+    start: int
+    stop: int
+    verdict: Verdict
+
+
+def settle(
+    states: Sequence[State],
+    damages: Sequence[Damage],
+    replication: RankGroup,
+    device: torch.device,
+    step: int,
+    node_of: Mapping[int, int],
+    *,
+    write: bool,
+) -> list[Finding]:
+    """Send each damaged block from a good copy (from replica 0 where there is none) to all others, one block at a time.
+
+    Args:
+        device: where collectives work.
+        write: whether the ranks with bad copies take over what they got.
+
+    Returns:
+        What was wrong on this rank.
+    """
+    found = []
+    own = replication.ranks[replication.rank]
+    for damage in damages:
+        state, verdict = states[damage.state], damage.verdict
+        mine = state.tensor[damage.start : damage.stop]
+        source = verdict.good or 0
+        sent = mine.to(device, copy=True)
+        collectives.broadcast_([sent.view(torch.uint8)], source, replication, LABEL)
+        if replication.rank not in verdict.bad:
+            continue
+        expected = sent.to(mine.device)
+        marks = bits(mine) != bits(expected)
+        hide(marks, state, damage.start)
+        known = {"step": step, "rank": own, "node": node_of[own]}
+        found.append(
+            difference(
+                state, damage.start, marks, mine, expected, reference=replication.ranks[source], by=verdict.by, **known
+            )
+        )
+        if write:
+            mine.copy_(expected)
+    if write and found:
+        for state in states:
+            state.put_back()
+    return found
