@@ -110,7 +110,7 @@ def draw(chance: random.Random, count: int, world: int) -> Fault:
 
 
 def decidable(engine: Any, fault: Fault, blocks: list[int], block_bytes: int, r: int) -> bool:
-    """On the victim: whether a majority or the cast rule tells which copy is right. The rule is worked out once more."""
+    """On the victim: whether a majority or the cast rule tells which copy is right, worked out once more."""
     if r > 2:
         return True
     found = states(engine)
