@@ -132,7 +132,7 @@ def test_a_rank_that_never_reports_is_named():
         dist.barrier()
         return
     with (
-        environment(MICS_DS_AGREEMENT_TIMEOUT="1"),
+        environment(MICS_DS_AGREEMENT_TIMEOUT="4"),
         pytest.raises(MicsAgreementError, match=r"nothing came from ranks \[2\]"),
     ):
         build(ds_config(2))
