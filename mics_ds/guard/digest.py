@@ -1,46 +1,45 @@
 """A few words that tell whether two copies of a tensor are equal, block by block. Tensors only: no ranks, no DeepSpeed.
 
-The bytes of a block are 64-bit words w_0, w_1, ... For a width v, class k of a block is the sum of the words with
-i mod v = k, modulo 2^64; then the block's digest is
+The bytes of a block are 64-bit words w_0, w_1, ... They are put into classes in two ways, by rows (i div 512) and by
+columns (i mod 1016). A class k is summed up, S_k, modulo 2^64. Each way gives a digest:
 
-    D_v = sum over k of  m_k * mix(S_k)   modulo 2^64,     S_k = sum of w_i with i mod v = k
+    D = sum over k of  m_k * mix(S_k)   modulo 2^64
 
 with ``mix`` the bijection that finishes SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014) and m_k odd and different for each k. A sum of words times odd multipliers is multilinear
 hashing (Lemire and Kaser, "Strongly Universal String Hashing is Fast", 2014). It is applied to the sums and not to the
-words, so that each byte is read by two plain reductions and nothing of the size of a block is written. On the words, it
-would miss every even number of changed top bits, as 2^63 times anything odd is 2^63; ``mix`` is
-there for that. There are two digests, with v = 1024 and v = 1023.
+words, so that each byte is read by two plain reductions, nothing of the size of a block is written, and the second
+reduction finds the block in a cache. On the words, it would miss every even number of changed top bits, as 2^63 times
+anything odd is 2^63; ``mix`` is there for that.
 
-What is found for certain:
+What is found for certain: a change within one word, and any change within one row or one column that changes its sum.
+One S_k differs, ``mix`` is a bijection, and m_k is odd, so this takes no luck.
 
-- a change within one word, or within any words of one class: one S_k differs, ``mix`` is a bijection, and m_k is odd;
-  so this takes no luck, whatever the multipliers are. ``torch.hash_tensor``, an exclusive-or, cannot say that of two
-  words, and takes any order of words for the same;
+Otherwise with a probability:
 
-and otherwise with a probability:
+- several classes: their mixed differences cancel with a probability of about 2^-64, in each of the two digests;
+- several words of one class that keep its sum: words of one row are in different columns (less than 512 apart), and
+  words of one column in different rows (at least 1016 apart), so it takes four words or more, in pairs in both ways,
+  whose changes cancel in all rows and all columns. For random words that is 2^-64 for each class they are in. Two equal
+  flips, two words that changed places, or any two words at all are never of this kind. An exclusive-or, which is what
+  ``torch.hash_tensor`` makes, misses these.
 
-- several classes: their mixed differences cancel with a probability of about 2^-64 in each of the two digests;
-- several words of one class, whose sum stays the same by chance: 2^-64 for random words; words that keep their sum in
-  all classes of *both* widths are needed to be missed, as 1024 and 1023 have no common divisor and a block of 4 MB has
-  fewer words than 1024 * 1023: two words are never in the same class of both. Two words that changed places are
-  therefore always in two classes of at least one width.
-
-So random damage of any size is missed with a probability of about 2^-64 or less, up to 2^-128. It is no cryptographic
-hash: who wants to can make damage that it misses.
+So random damage of any size is missed with a probability of about 2^-64 or less. It is no cryptographic hash: who wants
+to can make damage that it misses, such as the same flip of the top bits of words that are an even number in each row
+and each column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import torch
 
 WORD = 8
-WIDTHS = (1024, 1023)
+ROW, COLUMNS = 512, 1016
 _AT_ONCE = 64 << 20
-"""Bytes that one reduction reads. Its results are 1/512 of that in blocks of 4 MB, which is all the memory needed."""
+"""Bytes that one reduction reads on an accelerator. On the host it is a block, which a cache can hold."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 Padding = tuple[tuple[int, int], ...]
@@ -81,10 +80,17 @@ def digests(tensor: torch.Tensor, block_bytes: int, padding: Padding = ()) -> to
         tensor: 1-D, contiguous, of any dtype.
         block_bytes: a multiple of 8.
     """
-    found = [
-        torch.stack([_digest(words, width, fixes) for width in WIDTHS], dim=1)
-        for words, fixes in _parts(tensor, block_bytes, padding)
-    ]
+    found = []
+    whole = tensor.nbytes // block_bytes * block_bytes
+    raw = tensor.view(torch.uint8)
+    if whole:
+        found.append(_mixed(_parts(raw[:whole], tensor.element_size(), block_bytes, padding)))
+    rest = raw.numel() - whole
+    if rest:  # filled up with zeros
+        last = raw.new_zeros(-(-rest // WORD) * WORD)
+        last[:rest] = raw[whole:]
+        fixes = _fixes(padding, tensor.element_size(), whole, raw.numel(), tensor.device)
+        found.append(_mixed([(last.view(torch.int64)[None], fixes)]))
     return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.int64, device=tensor.device)
 
 
@@ -101,36 +107,59 @@ class _Fixes:
         self.mask = torch.tensor([_signed(mask) for mask in masks.values()], dtype=torch.int64).to(device)
 
 
-def _digest(words: torch.Tensor, width: int, fixes: _Fixes | None) -> torch.Tensor:
-    """(blocks, words of a block) -> (blocks,)"""
+def _mixed(parts: Iterable[tuple[torch.Tensor, _Fixes | None]]) -> torch.Tensor:
+    """(blocks, words of a block) each -> (blocks in all, 2)"""
+    sums = [(_row_sums(words, fixes), _column_sums(words, fixes)) for words, fixes in parts]
+    return torch.stack([_digest(torch.cat(item)) for item in zip(*sums)], dim=1)
+
+
+def _digest(sums: torch.Tensor) -> torch.Tensor:
+    return (mix(sums) * _multipliers(sums.shape[1], sums.device)).sum(1)
+
+
+def _row_sums(words: torch.Tensor, fixes: _Fixes | None) -> torch.Tensor:
     length = words.shape[1]
-    width = min(width, length)
-    rows = length // width
-    sums = words[:, : rows * width].unflatten(1, (rows, width)).sum(1)
-    if length > rows * width:
-        sums[:, : length - rows * width] += words[:, rows * width :]
+    whole = length // ROW
+    sums = words[:, : whole * ROW].unflatten(1, (whole, ROW)).sum(2)
+    if length > whole * ROW:
+        sums = torch.cat([sums, words[:, whole * ROW :].sum(1, keepdim=True)], dim=1)
+    return _without(words, fixes, sums, lambda place: place // ROW)
+
+
+def _column_sums(words: torch.Tensor, fixes: _Fixes | None) -> torch.Tensor:
+    length = words.shape[1]
+    width = min(COLUMNS, length)
+    whole = length // width
+    sums = words[:, : whole * width].unflatten(1, (whole, width)).sum(1)
+    if length > whole * width:
+        sums[:, : length - whole * width] += words[:, whole * width :]
+    return _without(words, fixes, sums, lambda place: place % width)
+
+
+def _without(
+    words: torch.Tensor,
+    fixes: _Fixes | None,
+    sums: torch.Tensor,
+    kind: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Take padding off the sums again: less to do than to leave it out."""
     if fixes is not None:
-        block, place = fixes.index // length, fixes.index % length
+        length = words.shape[1]
         hidden = words.reshape(-1)[fixes.index] & fixes.mask
-        sums.view(-1).index_add_(0, block * width + place % width, -hidden)
-    return (mix(sums) * _multipliers(width, words.device)).sum(1)
+        sums.view(-1).index_add_(0, fixes.index // length * sums.shape[1] + kind(fixes.index % length), -hidden)
+    return sums
 
 
-def _parts(tensor: torch.Tensor, block_bytes: int, padding: Padding) -> Iterator[tuple[torch.Tensor, _Fixes | None]]:
-    """The tensor as (blocks, words) of a few blocks at once, the last block filled up with zeros."""
-    raw = tensor.view(torch.uint8)
-    whole = raw.numel() // block_bytes * block_bytes
-    step = max(1, _AT_ONCE // block_bytes) * block_bytes
-    for start in range(0, whole, step):
-        stop = min(start + step, whole)
+def _parts(
+    raw: torch.Tensor, itemsize: int, block_bytes: int, padding: Padding
+) -> Iterator[tuple[torch.Tensor, _Fixes | None]]:
+    """Whole blocks as (blocks, words), a few at once."""
+    step = block_bytes if raw.device.type == "cpu" and block_bytes >= 1 << 20 else max(_AT_ONCE, block_bytes)
+    step = step // block_bytes * block_bytes
+    for start in range(0, raw.numel(), step):
+        stop = min(start + step, raw.numel())
         words = _words(raw[start:stop]).view(-1, block_bytes // WORD)
-        yield words, _fixes(padding, tensor.element_size(), start, stop, tensor.device)
-    rest = raw.numel() - whole
-    if rest:
-        last = raw.new_zeros(-(-rest // WORD) * WORD)
-        last[:rest] = raw[whole:]
-        fixes = _fixes(padding, tensor.element_size(), whole, raw.numel(), tensor.device)
-        yield last.view(torch.int64)[None], fixes
+        yield words, _fixes(padding, itemsize, start, stop, raw.device)
 
 
 def _words(raw: torch.Tensor) -> torch.Tensor:

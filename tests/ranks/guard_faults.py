@@ -77,7 +77,9 @@ def inject(state: State, kind: str, stale: torch.Tensor, block_bytes: int, chanc
     first = element * state.tensor.element_size()
     block = first // block_bytes * block_bytes
     blocks = -(-len(bytes_) // block_bytes)
-    if kind == "bit":
+    if state.name == "numbers" and kind not in ("swap", "stale"):  # no integer is a NaN
+        state.tensor[element] += chance.choice([-1.0, 1.0, 2.0**20])
+    elif kind == "bit":
         bytes_[first + chance.randrange(state.tensor.element_size())] ^= 1 << chance.randrange(8)
     elif kind == "burst":
         length = chance.randint(2, 16)
@@ -146,6 +148,7 @@ def campaign(
         blocks, decided = [], True
         if own == fault.victim:
             inject(here, fault.kind, stale[fault.index], block_bytes, chance)
+            here = states(engine)[fault.index]
             blocks = damaged_blocks(here, saved[fault.index], block_bytes)
             decided = decidable(engine, fault, blocks, block_bytes, world // p)
         told = [(blocks, decided, chance.getstate())]

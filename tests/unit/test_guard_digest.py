@@ -35,9 +35,11 @@ def naive(tensor: torch.Tensor, block_bytes: int) -> list[list[int]]:
         part += bytes(-len(part) % 8)
         words = [int.from_bytes(part[at : at + 8], "little") for at in range(0, len(part), 8)]
         row = []
-        for wanted in (1024, 1023):
-            width = min(wanted, len(words))
-            sums = [sum(words[k::width]) & full for k in range(width)]
+        width = min(1016, len(words))
+        for sums in (
+            [sum(words[k : k + 512]) & full for k in range(0, len(words), 512)],
+            [sum(words[k::width]) & full for k in range(width)],
+        ):
             value = sum((mix((k + 1) * 0x9E3779B97F4A7C15 & full) | 1) * mix(s) for k, s in enumerate(sums)) & full
             row.append(value - (1 << 64) if value >> 63 else value)
         found.append(row)
@@ -83,11 +85,11 @@ def damages() -> dict:
     def swap_words(words):
         words[[5, 2000]] = words[[2000, 5]]
 
-    def swap_within_a_class(words):
-        words[[5, 5 + 1024]] = words[[5 + 1024, 5]]
+    def swap_within_a_row(words):
+        words[[5, 7]] = words[[7, 5]]
 
-    def swap_within_the_other_class(words):
-        words[[5, 5 + 1023]] = words[[5 + 1023, 5]]
+    def swap_within_a_column(words):
+        words[[5, 5 + 1016]] = words[[5 + 1016, 5]]
 
     def swap_lines(words):
         words[:2048] = words[:2048].roll(8)
@@ -170,7 +172,7 @@ def test_nothing_of_the_size_of_the_tensor_is_made_and_the_host_does_not_look():
     tensor = torch.zeros(8 << 20, dtype=torch.float32)
     with LargestResult() as seen:
         digests(tensor, 4 << 20, ((5, 6),))
-    assert seen.bytes == 8 * 1024 * 8  # class sums of eight blocks
+    assert seen.bytes == 8 * 1024 * 8  # the sums of rows of eight blocks
     assert seen.synchronises == ()
 
 

@@ -1,0 +1,180 @@
+"""``python -m mics_ds.guard CHECKPOINT``: are the weights of a checkpoint what its masters say? Files only, no ranks.
+
+A stage 3 checkpoint has fp32 masters, in shards. 16-bit weights are beside it where somebody saved them for inference
+(``save_16bit_model``, or a framework's final save). Where both are there, each weight has to be its master, rounded. In
+any case masters and optimizer states have to be numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoint import manifest
+from ..checkpoint.reshape import BASE_STATE, FP32_GROUPS, FROZEN_SHAPES, FROZEN_SHARDS, PARAM_SHAPES
+from ..errors import MicsCheckpointError
+from ..seams.checkpoint import load_states
+from .compare import bits, cast_violations
+
+SAME, DIFFERENT, NOTHING_TO_COMPARE = 0, 1, 2
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_SHOWN = 10
+
+
+class Comparison(NamedTuple):
+    """What was looked at, and what was found."""
+
+    compared: int
+    """Elements of weights that have masters, or frozen shards."""
+    checked: int
+    """Elements of masters and optimizer states."""
+    findings: list[str]
+
+
+def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
+    """
+    Args:
+        folder: of one tag.
+        weights: files with 16-bit weights; by default those in the folder.
+
+    Raises:
+        MicsCheckpointError: it is no stage 3 checkpoint, or a shard is missing.
+        OSError: a file cannot be read.
+    """
+    shards = _shards(folder)
+    found = weights or [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]
+    saved = {name: tensor for path in found for name, tensor in _load_weights(path)}
+    findings: list[str] = []
+    checked = sum(_look_at_states(states, number, findings) for number, states in enumerate(_optimizer_states(folder)))
+    compared = 0
+    for name, masters, frozen in _parameters(folder, shards):
+        if name not in saved:
+            continue
+        held = saved[name].reshape(-1)
+        if held.numel() != masters.numel():
+            findings.append(f"{name} has {held.numel()} elements, and its masters have {masters.numel()}")
+            continue
+        compared += held.numel()
+        marks = bits(held) != bits(masters.to(held.dtype)) if frozen else cast_violations(held, masters)
+        if marks.any():
+            place = marks.nonzero().view(-1)
+            first = int(place[0])
+            findings.append(
+                f"{name}: {len(place)} of {held.numel()} weights are not their masters rounded to {held.dtype}; "
+                f"elements {first} to {int(place[-1])}, the first is {held[first].item()!r} with master "
+                f"{masters[first].item()!r}"
+            )
+    return Comparison(compared, checked, findings)
+
+
+def _shards(folder: Path) -> int:
+    if not folder.is_dir():
+        raise MicsCheckpointError(f"{folder} is not a folder. Give the folder of one tag, DIR/global_step100 say.")
+    shards = manifest.count_shards(folder)
+    if not shards:
+        raise MicsCheckpointError(f"{folder} has no *_model_states.pt of ZeRO stage 3. Give the folder of one tag.")
+    for kind in ("model", "optim"):
+        missing = [shard for shard in range(shards) if not list(folder.glob(f"*zero_pp_rank_{shard}_mp_*_{kind}_*"))]
+        if missing:
+            raise MicsCheckpointError(f"{folder} lacks the {kind} states of shards {missing}. Copy them there.")
+    if list(folder.glob("*_mp_rank_01_*")):
+        raise MicsCheckpointError(
+            f"{folder} has model-parallel shards, whose weights are cut otherwise; not supported."
+        )
+    return shards
+
+
+def _shard_file(folder: Path, shard: int, kind: str) -> dict[str, Any]:
+    (path, *_) = sorted(folder.glob(f"*zero_pp_rank_{shard}_mp_rank_*_{kind}_states.pt"))
+    return load_states(path, mmap=True)
+
+
+def _optimizer_states(folder: Path) -> Iterator[dict[str, Any]]:
+    for shard in range(_shards(folder)):
+        yield _shard_file(folder, shard, "optim")[BASE_STATE]
+
+
+def _look_at_states(states: dict[str, Any], shard: int, findings: list[str]) -> int:
+    """Note masters and optimizer states that are no numbers. Padding is not told apart, and need not be a number."""
+    checked = 0
+    held = states[BASE_STATE]["state"]
+    tensors = [("masters", group, tensor) for group, tensor in enumerate(states[FP32_GROUPS])]
+    tensors += [
+        (str(key), group, value)
+        for group, values in held.items()
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    for name, group, tensor in tensors:
+        checked += tensor.numel()
+        strange = int((~tensor.isfinite()).sum())
+        if strange:
+            findings.append(f"shard {shard}: {strange} of {tensor.numel()} {name} of sub-group {group} are no numbers")
+    return checked
+
+
+def _parameters(folder: Path, shards: int) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name, whole flat value, and whether it is frozen and has no master. One parameter in memory at a time."""
+    models = [_shard_file(folder, shard, "model") for shard in range(shards)]
+    optimizers = [_shard_file(folder, shard, "optim")[BASE_STATE][FP32_GROUPS] for shard in range(shards)]
+    for group, shapes in enumerate(models[0][PARAM_SHAPES]):
+        start = 0
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            width = -(-numel // shards)
+            parts = [states[group][start : start + width] for states in optimizers]
+            yield name, torch.cat(parts)[:numel].detach(), False
+            start += width
+    for name, shape in (models[0].get(FROZEN_SHAPES) or {}).items():
+        parts = [states[FROZEN_SHARDS][name].view(-1) for states in models]
+        yield name, torch.cat(parts)[: math.prod(shape)].detach(), True
+
+
+def _load_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        yield from load_file(path).items()
+        return
+    held = load_states(path, mmap=True)
+    yield from ((name, value) for name, value in held.items() if isinstance(value, torch.Tensor))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mics_ds.guard",
+        description="Compare the 16-bit weights of a ZeRO-3 or MiCS checkpoint with its fp32 masters.",
+        epilog="Exit code: 0 equal, 1 something is wrong, 2 there are no weights to compare masters with.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of one tag, for example checkpoints/global_step100")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="files with the weights of the same step (.bin, .safetensors); by default those in that folder",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        result = compare_files(given.checkpoint, given.weights)
+    except (MicsCheckpointError, OSError, KeyError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIFFERENT
+    print(f"{result.checked:,} elements of masters and optimizer states looked at")
+    print(f"{result.compared:,} weights compared with them")
+    for finding in result.findings[:_SHOWN]:
+        print(f"  {finding}")
+    if len(result.findings) > _SHOWN:
+        print(f"  and {len(result.findings) - _SHOWN} more")
+    if result.findings:
+        return DIFFERENT
+    if not result.compared:
+        print("There are no 16-bit weights in that folder. Name their files with --weights.")
+        return NOTHING_TO_COMPARE
+    return SAME
