@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mics_ds.guard.watch import copies_differ
+
 _engines: list[Any] = []
 
 WIDTH = 7  # divides by nothing we shard over
@@ -212,6 +214,11 @@ def same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
         if not torch.equal(reference.view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)):
             difference = (reference.float() - tensor.float()).abs().max()
             raise AssertionError(f"{name} differs between rank 0 and rank {dist.get_rank()} by up to {difference}")
+
+
+def replicas_agree(engine: Any) -> None:
+    """Assert that weights, masters and every optimizer state have the same bits on all replicas, padding left out."""
+    assert not copies_differ(engine.optimizer, engine.optimizer.mics_groups)
 
 
 def assert_close(

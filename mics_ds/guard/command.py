@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoint import manifest
-from ..checkpoint.reshape import BASE_STATE, FP32_GROUPS, FROZEN_SHAPES, FROZEN_SHARDS, PARAM_SHAPES
+from ..checkpoint.reshape import BASE_STATE, FP32_GROUPS, FROZEN_SHAPES, FROZEN_SHARDS, PARAM_SHAPES, ShardLayout
 from ..errors import MicsCheckpointError
 from ..seams.checkpoint import load_states
 from .compare import bits, cast_violations
@@ -51,7 +51,10 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
     found = weights or [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]
     saved = {name: tensor for path in found for name, tensor in _load_weights(path)}
     findings: list[str] = []
-    checked = sum(_look_at_states(states, number, findings) for number, states in enumerate(_optimizer_states(folder)))
+    layout = ShardLayout(shards, _shard_file(folder, 0, "model")[PARAM_SHAPES])
+    checked = 0
+    for shard in range(shards):
+        checked += _look_at_states(_shard_file(folder, shard, "optim")[BASE_STATE], shard, layout, findings)
     compared = 0
     for name, masters, frozen in _parameters(folder, shards):
         if name not in saved:
@@ -95,28 +98,35 @@ def _shard_file(folder: Path, shard: int, kind: str) -> dict[str, Any]:
     return load_states(path, mmap=True)
 
 
-def _optimizer_states(folder: Path) -> Iterator[dict[str, Any]]:
-    for shard in range(_shards(folder)):
-        yield _shard_file(folder, shard, "optim")[BASE_STATE]
-
-
-def _look_at_states(states: dict[str, Any], shard: int, findings: list[str]) -> int:
-    """Note masters and optimizer states that are no numbers. Padding is not told apart, and need not be a number."""
+def _look_at_states(states: dict[str, Any], shard: int, layout: ShardLayout, findings: list[str]) -> int:
+    """Note masters and optimizer states that are no numbers. Returns how many elements were looked at."""
     checked = 0
-    held = states[BASE_STATE]["state"]
     tensors = [("masters", group, tensor) for group, tensor in enumerate(states[FP32_GROUPS])]
     tensors += [
         (str(key), group, value)
-        for group, values in held.items()
+        for group, values in states[BASE_STATE]["state"].items()
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
     for name, group, tensor in tensors:
+        strange = ~tensor.isfinite()
+        if tensor.dim() and tensor.numel() == layout.length(group):
+            strange &= _real(layout, group, shard)
         checked += tensor.numel()
-        strange = int((~tensor.isfinite()).sum())
-        if strange:
-            findings.append(f"shard {shard}: {strange} of {tensor.numel()} {name} of sub-group {group} are no numbers")
+        count = int(strange.sum())
+        if count:
+            findings.append(f"shard {shard}: {count} of {tensor.numel()} {name} of sub-group {group} are no numbers")
     return checked
+
+
+def _real(layout: ShardLayout, group: int, shard: int) -> torch.Tensor:
+    """Which elements of a shard of a sub-group are no padding, which holds anything."""
+    marks = torch.zeros(layout.length(group), dtype=torch.bool)
+    for its_group, start, numel in layout.places.values():
+        if its_group == group:
+            width = layout.width(numel)
+            marks[start : start + max(0, min(width, numel - shard * width))] = True
+    return marks
 
 
 def _parameters(folder: Path, shards: int) -> Iterator[tuple[str, torch.Tensor, bool]]:

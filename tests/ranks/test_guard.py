@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from guard_faults import adam, copies, guarded, raw, real, states
-from helpers import OddNet, batch, build, ds_config, same_on_all_ranks, stock_reference, train
+from helpers import OddNet, batch, build, ds_config, replicas_agree, same_on_all_ranks, stock_reference, train
 from rank_pool import Pools, RankError
 
 from mics_ds.comm.meter import CommMeter
@@ -125,7 +125,7 @@ def test_a_fault_is_named_counted_written_down_and_suspected(tmp_path):
     logger.removeFilter(told.append)
     guard = engine.optimizer.mics_guard
     assert (guard.checks, dict(guard.repairs)) == (3, {2: 2})
-    assert not copies_differ(engine.optimizer, engine.optimizer.mics_groups)
+    replicas_agree(engine)
     if dist.get_rank() == 0:
         said = "\n".join(record.getMessage() for record in told)
         assert "copies differ after step 4; repaired" in said

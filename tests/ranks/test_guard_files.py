@@ -27,7 +27,10 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "dtype"), [(2, "bf16"), (None, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [(None, "bf16"), pytest.param(2, "bf16", marks=pytest.mark.slow), pytest.param(2, "fp32", marks=pytest.mark.slow)],
+)
 def test_weights_against_masters(p, dtype, tmp_path):
     zero = {"stage3_gather_16bit_weights_on_model_save": True, "sub_group_size": 100}
     engine = build(ds_config(p, dtype=dtype, zero=zero), optimizer=lambda items: torch.optim.AdamW(items, lr=1e-2))

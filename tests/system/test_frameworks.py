@@ -28,6 +28,7 @@ def ds_config(p: int | None, **extra: Any) -> dict[str, Any]:
     zero["stage3_gather_16bit_weights_on_model_save"] = True
     if p is not None:
         zero["mics_shard_size"] = p
+        zero["mics_guard"] = {"every": 2, "action": "stop"}
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
