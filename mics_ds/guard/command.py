@@ -148,8 +148,10 @@ def _parameters(folder: Path, shards: int) -> Iterator[tuple[str, torch.Tensor, 
 
 def _load_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise MicsCheckpointError(f"{path} needs the safetensors package to be read. Install it.") from error
         yield from load_file(path).items()
         return
     held = load_states(path, mmap=True)
