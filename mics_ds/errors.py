@@ -37,6 +37,9 @@ class MicsUsageError(MicsError, RuntimeError):
 class MicsGuardError(MicsError, RuntimeError):
     """Copies that must be equal are not, and nobody can or may repair them. Raised on every rank."""
 
+    findings: tuple = ()
+    """Of :class:`mics_ds.guard.report.Finding`, those of all ranks."""
+
 
 class MicsPlanError(MicsError, ValueError):
     """The planner was given a machine or a job that makes no sense, or that fits nowhere."""

@@ -237,11 +237,13 @@ class Guard:
             else "nothing tells which copy is right: three replicas or more have a majority"
         )
         said = "\n".join([*errors, report.lines(findings)])
-        raise MicsGuardError(
+        error = MicsGuardError(
             f"Expected all copies of the training states to be equal {when}, but they are not, and "
             f"{'no ranks can be compared' if errors else why}. Nothing was changed. Resume from a checkpoint "
             f"of before, and look at the hardware of these ranks.\n{said}"
         )
+        error.findings = tuple(findings)
+        raise error
 
     def _count(self, findings: Sequence[Finding]) -> None:
         self.repairs.update({finding.rank for finding in findings})

@@ -181,9 +181,14 @@ def outcome(
     counts: Counter[str],
 ) -> None:
     guard = engine.optimizer.mics_guard
+    width = block_bytes // state.tensor.element_size()
     if not decided:
-        with pytest.raises(MicsGuardError, match=f"nothing tells which copy is right.*\n.*rank .*{state.name} of "):
+        with pytest.raises(
+            MicsGuardError, match=f"nothing tells which copy is right.*\n.*rank .*{state.name} of "
+        ) as stop:
             guard.check(engine.optimizer, 3, "in the campaign", stepped=True)
+        found = sorted(finding.start // width for finding in stop.value.findings)
+        counts["located"] += found == blocks
         counts["detected"] += 1
         counts["stopped"] += 1
         for item, tensor in zip(states(engine), before):
@@ -191,7 +196,6 @@ def outcome(
         return
     findings = guard.check(engine.optimizer, 3, "in the campaign", stepped=True)
     counts["detected"] += bool(findings)
-    width = block_bytes // state.tensor.element_size()
     found = sorted(finding.start // width for finding in findings)
     places = {(finding.rank, finding.state, finding.group) for finding in findings}
     counts["located"] += found == blocks and places == {(fault.victim, state.name, state.group)}
