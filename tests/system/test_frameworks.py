@@ -79,6 +79,7 @@ def texts(count: int = 64) -> list[dict[str, torch.Tensor]]:
 def uses_mics(engine: Any, p: int | None) -> None:
     groups = getattr(engine.optimizer, "mics_groups", None)
     assert (groups and groups.partition.size) == p, "the JSON alone decides"
+    assert (getattr(engine.optimizer, "mics_guard", None) is not None) == (p is not None), "a section goes through too"
 
 
 def gloo_for_accelerate() -> None:
