@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import pytest
 
-from mics_ds.config import KNOWN_KEYS, MicsConfig, disabled_by_environment, split_ds_config
+from mics_ds.config import KNOWN_KEYS, GuardRequest, MicsConfig, disabled_by_environment, split_ds_config
 from mics_ds.errors import MicsConfigError
 
 
@@ -82,3 +83,32 @@ def test_disable_variable(value, expected):
 def test_disable_variable_refuses_nonsense():
     with pytest.raises(MicsConfigError, match="must be 1 or 0"):
         disabled_by_environment({"MICS_DS_DISABLE": "maybe"})
+
+
+def test_the_guard_is_a_switch_or_a_section():
+    def guard(value):
+        return split_ds_config(zero(mics_shard_size=2, mics_guard=value))[0].guard
+
+    assert guard(True) == GuardRequest() == GuardRequest(every=100, action=None, repairs=3)
+    assert guard(False) is None
+    assert guard({"every": 0, "action": "warn"}) == GuardRequest(every=0, action="warn")
+    assert "mics_guard" not in MicsConfig(2).to_json()
+    assert MicsConfig(2, guard=GuardRequest(every=7)).to_json()["mics_guard"]["every"] == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("yes", "mics_guard must be true, false or a section with some of every, action"),
+        (1, "mics_guard must be true, false or a section"),
+        ({"evry": 1}, "Unknown key under 'zero_optimization.mics_guard': evry. Known keys: every"),
+        ({"every": -1}, "mics_guard.every must be an integer of at least 0"),
+        ({"every": True}, "mics_guard.every must be an integer"),
+        ({"action": "heal"}, 'mics_guard.action must be "repair", "stop" or "warn"'),
+        ({"block_bytes": 12}, "mics_guard.block_bytes must be a multiple of 8"),
+        ({"forensics": 3}, "mics_guard.forensics must be the name of a file"),
+    ],
+)
+def test_wrong_guards_are_refused(value, message):
+    with pytest.raises(MicsConfigError, match=re.escape(message)):
+        split_ds_config(zero(mics_shard_size=2, mics_guard=value))
