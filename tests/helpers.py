@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mics_ds.guard.watch import copies_differ
-
 _engines: list[Any] = []
 
 WIDTH = 7  # divides by nothing we shard over
@@ -218,6 +216,8 @@ def same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
 
 def replicas_agree(engine: Any) -> None:
     """Assert that weights, masters and every optimizer state have the same bits on all replicas, padding left out."""
+    from mics_ds.guard.watch import copies_differ  # here: programs that use this module must not load the package
+
     assert not copies_differ(engine.optimizer, engine.optimizer.mics_groups)
 
 
