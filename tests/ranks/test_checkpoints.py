@@ -199,7 +199,7 @@ def reshape(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("sub_group_size", [10**9, 150])
+@pytest.mark.parametrize("sub_group_size", [pytest.param(10**9, marks=pytest.mark.slow), 150])
 def test_from_mics_to_stock_zero3_and_back_by_the_command(tmp_path, sub_group_size):
     zero = {"sub_group_size": sub_group_size}
     engine = engine_of(2, zero=zero)
@@ -243,7 +243,7 @@ def test_stock_engines_and_folders_of_mics(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_zero_to_fp32_and_the_16_bit_model_equal_the_live_weights(tmp_path, dtype):
     engine = engine_of(2, dtype=dtype, zero={"stage3_gather_16bit_weights_on_model_save": True})
     train(engine, 3)

@@ -124,10 +124,42 @@ ZERO_KEYS: dict[str, dict[str, Any]] = {
 }
 
 
+# Keys that touch nothing of what MiCS does, or in the same way as another one here. One by one they are slow tests.
+HARMLESS = (
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "ignore_unused_parameters",
+    "round_robin_gradients",
+    "parameter_alignment",
+    "memory_efficient_linear",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "gather_fp16_weights_on_model_save",
+)
+LIKE_OTHERS = (
+    "prefetch_bucket_size small",
+    "cpu_offload",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+    "offload_optimizer.pipeline",
+    "offload_optimizer.fast_init",
+    "offload_optimizer",
+)
+
+
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("key", ZERO_KEYS)
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=[pytest.mark.slow] if key in HARMLESS + LIKE_OTHERS else []) for key in ZERO_KEYS],
+)
 def test_zero_key(key):
     compare(zero=ZERO_KEYS[key], clip=0.5, micro_steps=2)
+
+
+@pytest.mark.ranks(4)
+def test_harmless_zero_keys_together():
+    compare(zero={key: value for name in HARMLESS for key, value in ZERO_KEYS[name].items()}, clip=0.5, micro_steps=2)
 
 
 @pytest.mark.slow  # compiles DeepSpeed's CPU Adam
@@ -186,8 +218,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+WATCHING = ("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state")
+CONFIGURATIONS["all that watch"] = {key: value for name in WATCHING for key, value in CONFIGURATIONS[name].items()}
+
+
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in WATCHING else []) for name in CONFIGURATIONS]
+)
 def test_configuration(name):
     config = dict(CONFIGURATIONS[name])
     if "optimizer" not in config:

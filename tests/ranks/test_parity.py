@@ -106,7 +106,7 @@ def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_hierarchical_gather_changes_nothing(dtype):
     """Two simulated nodes of two ranks. The gather is exact, so even p = n stays bit for bit ZeRO-3."""
     with environment(MICS_DS_RANKS_PER_NODE="2"):
@@ -116,7 +116,10 @@ def test_hierarchical_gather_changes_nothing(dtype):
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", ["native", "all_to_all"])
-@pytest.mark.parametrize(("p", "ranks_per_node"), [(4, 4), (4, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("p", "ranks_per_node"),
+    [pytest.param(4, 4, marks=pytest.mark.slow), (4, 2), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)],
+)
 def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, ranks_per_node, method, micro_steps):
     initial, expected_losses, expected = stock_reference(20, micro_steps=micro_steps, clip=0.5)
     with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
@@ -130,7 +133,7 @@ def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, rank
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("sub_group_size", [50, 200])
+@pytest.mark.parametrize("sub_group_size", [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_sub_groups(sub_group_size):
     compare([1, 2, 4], 1e-6, steps=8, clip=0.5, zero={"sub_group_size": sub_group_size})
 
@@ -141,7 +144,7 @@ def test_persistent_parameters():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("where", [{"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}])
 def test_offload_to_host_memory(where, micro_steps):
     compare([1, 2, 4], 1e-6, steps=8, clip=0.5, micro_steps=micro_steps, zero=where)

@@ -50,7 +50,7 @@ def test_interface_counters_are_read_from_the_right_column():
 
 def test_a_script_of_ones_own_is_run_twice_and_compared():
     program = [PROGRAM, "--config", json.dumps(ds_config(2)), "--steps", "8"]
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
     code, output = finish(start([sys.executable, "-m", "mics_ds.ab", "--skip", "2", "--", *launcher, *program]))
     assert code == 0, output[-5000:]
     assert "MICS_DS_DISABLE is set" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -72,6 +73,12 @@ def run_well(command: list[str], environment: dict[str, str] | None = None) -> l
     return results(output)
 
 
+@functools.cache
+def stock_run() -> list[dict[str, Any]]:
+    return run_well(torchrun_command(ds_config()))
+
+
+@pytest.mark.slow  # the next one and others start with it as well
 def test_deepspeed_launcher():
     ranks = run_well(deepspeed_command(ds_config(2)))
     assert [item["optimizer"] for item in ranks] == ["MicsOptimizer"] * 4
@@ -120,7 +127,7 @@ def test_importing_it_is_enough_where_it_is_not_loaded_by_torch(when):
 def test_inert_without_the_key():
     """Losses of stock ZeRO-3 are the same to the last bit with the package absent, loaded and imported."""
     absent = run_well(torchrun_command(ds_config()), {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
-    loaded = run_well(torchrun_command(ds_config()))
+    loaded = stock_run()
     imported = run_well(torchrun_command(ds_config(), more=("--import-mics", "before")))
     assert [item["loaded"] for item in absent + loaded + imported] == [False, False, True, True, True, True]
     for run in (absent, loaded, imported):
@@ -135,7 +142,7 @@ def test_with_the_key_and_without_the_package_deepspeed_complains_itself():
 
 
 def test_disabled_everywhere_is_stock_zero3_and_says_so():
-    stock = run_well(torchrun_command(ds_config()))
+    stock = stock_run()
     process = start(torchrun_command(ds_config(1)), {"MICS_DS_DISABLE": "1"})
     code, output = finish(process)
     assert code == 0, output[-5000:]
@@ -187,9 +194,9 @@ def test_the_launcher_ends_with_the_reason(config, more, message):
     assert not results(output)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job_with_a_named_cause(victim):
-    code, output = finish(start(torchrun_command(ds_config(2), 4, ("--kill", str(victim)))))
+    code, output = finish(start(torchrun_command(ds_config(1), 2, ("--kill", str(victim)))))
     assert code != 0
     assert "Signal 9 (SIGKILL)" in output, output[-5000:]
     assert not results(output)
@@ -199,7 +206,7 @@ def test_ctrl_c_ends_the_launcher_and_all_ranks():
     import signal
     import time
 
-    process = start(deepspeed_command(ds_config(2), more=("--steps", "100000")))
+    process = start(deepspeed_command(ds_config(1), 2, more=("--steps", "100000")))
     deadline = time.monotonic() + LIMIT_S
     lines = []
     assert process.stdout is not None

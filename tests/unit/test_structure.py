@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ def test_private_names_of_deepspeed_are_used_in_seams_only():
         assert not lines, f"{module}: {lines}"
 
 
+@cache
+def documents() -> set[str]:
+    return {item.name for item in ROOT.rglob("*.md") if ".venv" not in item.parts}
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -125,7 +131,6 @@ def test_private_names_of_deepspeed_are_used_in_seams_only():
 )
 def test_nothing_points_outside_the_repository(path):
     """A document that is named is one of ours."""
-    known = {item.name for item in ROOT.rglob("*.md") if ".venv" not in item.parts}
     named = set(re.findall(r"(?<![\w*{/.-])(?:[\w.-]+/)*([\w-]+\.md)\b", path.read_text()))
-    assert named <= known | {"README.md"}, named - known
+    assert named <= documents() | {"README.md"}, named - documents()
     assert "../shared" not in path.read_text() or path.name == "test_structure.py"
