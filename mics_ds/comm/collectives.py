@@ -7,6 +7,8 @@
 | reduce-scatter (hop 1)    | partition            | every micro-step                  | (p-1)/p · M                |
 |   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
 | all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
+|   as a reduce-scatter     | replication          | with world-sharded states         | (r-1)/r · M/p              |
+| all-gather of updates     | replication          | after the step, with those        | (r-1)/r · M/p              |
 
 They are meant to run on a :class:`mics_ds.comm.lanes.Lane`, which says where each of their stages waits. Where a
 collective has two stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
@@ -36,6 +38,8 @@ _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single
 HOP1 = "gradient reduce-scatter (hop 1)"
 HOP1_INTER = "inter-node gradient reduce-scatter (hop 1)"
 HOP2 = "gradient all-reduce (hop 2)"
+HOP2_SCATTER = "gradient reduce-scatter (hop 2)"
+UPDATES = "all-gather of updated weights"
 GATHER_INTER = "inter-node all-gather"
 GATHER_INTRA = "intra-node all-gather"
 
@@ -133,6 +137,53 @@ def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None
     ReplicaAverage(tensor, replication).wait()
 
 
+class ReplicaScatter:
+    """Hop 2 where each replica needs only its slice of the mean, under way.
+
+    Partial gradients are left as they are, so that doing it again gives the same.
+
+    Args:
+        pieces: (r, width) each, row k for replica k: what :meth:`mics_ds.comm.slices.Slices.rows` returns. Emptied.
+        output: (sum of widths,), for the mean over the replicas of the row that is for this one. Must be left alone
+            until :meth:`wait` has returned.
+        method: of the reduce-scatter. An all-to-all adds 16-bit values up in fp32.
+        used: told of tensors that :meth:`wait` works on, on its caller's stream.
+    """
+
+    def __init__(
+        self,
+        pieces: list[torch.Tensor],
+        output: torch.Tensor,
+        replication: RankGroup,
+        method: ReduceScatterMethod,
+        used: Callable[..., None],
+    ) -> None:
+        stages = _Telling(used)
+        self._complete: list[Callable[[], object]] = [
+            _start_reducing(HOP2_SCATTER, piece, replication, method, part, stages)
+            for piece, part in _consume(pieces, output)
+        ]
+
+    def wait(self) -> None:
+        """Let the caller's stream or thread wait until the mean is there. May be called again.
+
+        Raises:
+            MicsCommError: the collective failed.
+        """
+        while self._complete:
+            self._complete.pop(0)()
+
+
+class _Telling(Stages):
+    """Inline, for work that is completed on whichever stream waits for it."""
+
+    def __init__(self, used: Callable[..., None]) -> None:
+        self._used = used
+
+    def used(self, *tensors: torch.Tensor) -> None:
+        self._used(*tensors)
+
+
 class Maximum:
     """The elementwise maximum of a small tensor over a group, under way.
 
@@ -166,6 +217,39 @@ def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Ten
     return rows
 
 
+def sum_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
+    """Elementwise sum over a group, in place. ``what`` names the quantity in an error."""
+    with _named(f"agreement on the {what}", group):
+        dist.all_reduce(tensor, group=group.group)
+
+
+def gather_to(
+    row: torch.Tensor, place: int, group: RankGroup, what: str, device: torch.device, pieces: int = 1
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows of all ranks on one of them, piece by piece.
+
+    Args:
+        row: 1-D, of equal length on all ranks, wherever it is.
+        place: the rank *in* ``group`` that wants them.
+        device: where collectives of ``group`` work.
+
+    Yields:
+        There: (first column, (g, width)), in ascending order, each valid until the next is asked for. Elsewhere
+        nothing; but the iterator has to be used up there too.
+    """
+    for first, last in pairwise(cut(row.numel(), pieces)):
+        rows = row.new_empty(group.size, last - first, device=device) if group.rank == place else None
+        with _named(what, group):
+            dist.gather(
+                row[first:last].to(device).contiguous(),
+                None if rows is None else list(rows.unbind()),
+                dst=group.ranks[place],
+                group=group.group,
+            )
+        if rows is not None:
+            yield first, rows
+
+
 def exchange_notes(note: Any, group: RankGroup, what: str) -> list[Any]:
     """What each rank of the group has to say, any object that can be pickled. For rare events: the host waits."""
     notes: list[Any] = [None] * group.size
@@ -184,6 +268,24 @@ def broadcast_(
         ]
         for work in works:
             work.wait()
+
+
+def start_gather_of_updates(rows: torch.Tensor, row: torch.Tensor, replication: RankGroup) -> Callable[[], None]:
+    """Start to gather the updated slices of all replicas: ``rows``, (r · width,), from each rank's ``row``, (width,).
+
+    Returns:
+        Waits for it. Raises MicsCommError if it failed.
+    """
+    watch = _Watch(UPDATES, "all_gather_into_tensor", rows.nbytes)
+    with _named(UPDATES, replication):
+        work = dist.all_gather_into_tensor(rows, row, group=replication.group, async_op=True)
+
+    def wait() -> None:
+        with _named(UPDATES, replication):
+            work.wait()
+        watch.stop()
+
+    return wait
 
 
 # --------------------------------------------------------------------------------------------------

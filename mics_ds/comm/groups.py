@@ -82,6 +82,11 @@ class MicsGroups:
     """Where hierarchical gathers run. One for all engines that share the process groups."""
     scatter_lane: Lane
     """Where hop 1 and hop 2 run."""
+    update: RankGroup | None
+    """With world-sharded optimizer states, the ranks of :attr:`replication` once more, for updated weights: another
+    process group where :attr:`scatter` is one, and for the same reason. Otherwise ``None``."""
+    update_lane: Lane
+    """Where they are gathered, beside the next forward pass."""
 
 
 class _Cache:
@@ -120,9 +125,16 @@ class _Agreed:
     def can_stage(self) -> bool:
         return self.stages_gather or self.stages_scatter
 
+    spreads_states: bool
+    """Whether optimizer states are sharded over the replicas as well."""
+
     @property
     def scatter_purpose(self) -> str:
         return "scatter" if self.scatter_apart else "gather"
+
+    @property
+    def update_purpose(self) -> str:
+        return "update" if self.scatter_apart else "gather"
 
 
 def build_groups(
@@ -159,10 +171,10 @@ def build_groups(
         chunk_of_slot = agreed.own.node_grid(partition.ranks).chunk_of_slot
         return NodeGroups(own[purpose, "inter"], own[purpose, "intra"], chunk_of_slot)
 
-    def lane(purpose: str, name: str, ahead: int | None = None) -> Lane:
+    def lane(purpose: str, name: str, ahead: int | None = None, apart: bool = False) -> Lane:
         key = (purpose, agreed.own.partition_groups, streams)
         if key not in cache.lanes:
-            cache.lanes[key] = make_lane(name, streams, ahead=ahead)
+            cache.lanes[key] = make_lane(name, streams, ahead=ahead, apart=apart)
         return cache.lanes[key]
 
     method = reduce_scatter_method(config, full, device)
@@ -182,6 +194,8 @@ def build_groups(
         node_of=agreed.node_of,
         gather_lane=lane("gather", "all-gather"),
         scatter_lane=lane("scatter", "reduction", ahead=2),
+        update=own.get((agreed.update_purpose, "replication")) if agreed.spreads_states else None,
+        update_lane=lane("update", "weight update", ahead=2, apart=True),
     )
 
 
@@ -225,6 +239,7 @@ def _agree(config: MicsConfig, full: dist.ProcessGroup, participants: Ranks, sca
         stages_gather=config.hierarchical_params_gather is not False and can_stage,
         stages_scatter=config.hierarchical_grad_scatter is not False and can_stage,
         scatter_apart=scatter_apart,
+        spreads_states=config.optimizer_states == "world",
     )
 
 
@@ -235,6 +250,8 @@ def _wanted(agreed: _Agreed) -> Iterator[tuple[str, str, tuple[Ranks, ...]]]:
     yield agreed.scatter_purpose, "partition", layout.partition_groups
     if layout.replication_size > 1:
         yield "gather", "replication", layout.replication_groups
+        if agreed.spreads_states and agreed.scatter_apart:
+            yield agreed.update_purpose, "replication", layout.replication_groups
     grids = [layout.node_grid(group) for group in layout.partition_groups] if agreed.can_stage else []
     for purpose, staged in (("gather", agreed.stages_gather), (agreed.scatter_purpose, agreed.stages_scatter)):
         if staged:

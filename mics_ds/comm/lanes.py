@@ -14,7 +14,11 @@ A task is written once, as plain code that issues collectives and waits for them
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -139,18 +143,34 @@ class StreamLane:
     Args:
         ahead: how many tasks the first stage may be ahead of the second, if there is to be a limit. It waits for
             older ones, on its stream, so that whoever bounds the memory of that stream bounds that of the second's.
+        apart: whether the first stage has a stream of the lane's own too, which waits for the caller's. Then that one
+            is never held up.
     """
 
-    def __init__(self, name: str, streams: Streams, *, ahead: int | None = None) -> None:
+    def __init__(self, name: str, streams: Streams, *, ahead: int | None = None, apart: bool = False) -> None:
         self.name = name
         self._streams = streams
         self._ahead = ahead
+        self._apart = apart
+        self._first: Any = None
         self._second: Any = None
         self._busy: list[Any] = []
         """Streams with tasks that were not waited for."""
         self._ends: deque[Any] = deque()
 
     def submit(self, task: Task[T], *, nbytes: int = 0, beside: bool = True) -> _OnItsWay[T]:
+        if self._apart and beside:
+            if self._first is None:
+                self._first = self._streams.Stream()
+            self._wait_for_caller(self._first)
+            with self._streams.stream(self._first):
+                return self._submit(task, beside)
+        return self._submit(task, beside)
+
+    def _wait_for_caller(self, stream: Any) -> None:
+        stream.wait_stream(self._streams.current_stream())
+
+    def _submit(self, task: Task[T], beside: bool) -> _OnItsWay[T]:
         first = self._streams.current_stream()
         if beside and self._second is None:
             self._second = self._streams.Stream()
@@ -183,7 +203,7 @@ class StreamLane:
 
     def close(self) -> None:
         self.drain()
-        self._second = None
+        self._first = self._second = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,6 +278,7 @@ class ThreadLane:
                 target=self._work, args=(self._queue,), name=f"mics {self.name}", daemon=True
             )
             self._thread.start()
+            _started.add(self)
         while self._pending and (self._pending[0].done() or sum(self._held) + nbytes > self._limit):
             self._held.popleft()
             self._pending.popleft().check()
@@ -285,6 +306,12 @@ class ThreadLane:
         self._pending.clear()
         self._held.clear()
 
+    def end(self, patience_s: float) -> None:
+        """Let the thread end when its tasks are done, and wait so long for that."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(patience_s)
+
     @staticmethod
     def _work(queue: SimpleQueue[tuple[_OnThread, Task] | None]) -> None:
         torch.set_grad_enabled(False)
@@ -300,6 +327,20 @@ class ThreadLane:
             del pending, task, handed  # and with it the buffers it worked on, while this thread sleeps
 
 
-def make_lane(name: str, streams: Streams | None, *, ahead: int | None = None) -> Lane:
-    """A lane for a device with these streams, or for one without. ``ahead``: see :class:`StreamLane`."""
-    return ThreadLane(name) if streams is None else StreamLane(name, streams, ahead=ahead)
+_started: weakref.WeakSet[ThreadLane] = weakref.WeakSet()
+PATIENCE_S = 60.0
+PATIENCE_AFTER_AN_ERROR_S = 1.0  # whatever a lane still waits for may never come
+
+
+@atexit.register
+def _end_lanes() -> None:
+    """A thread that frees a tensor, or waits for a collective, while the interpreter goes away aborts the process."""
+    failed = getattr(sys, "last_value", None) is not None
+    deadline = time.monotonic() + (PATIENCE_AFTER_AN_ERROR_S if failed else PATIENCE_S)
+    for lane in list(_started):
+        lane.end(max(0.0, deadline - time.monotonic()))
+
+
+def make_lane(name: str, streams: Streams | None, *, ahead: int | None = None, apart: bool = False) -> Lane:
+    """A lane for a device with these streams, or for one without. ``ahead``, ``apart``: see :class:`StreamLane`."""
+    return ThreadLane(name) if streams is None else StreamLane(name, streams, ahead=ahead, apart=apart)

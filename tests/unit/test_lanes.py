@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -258,3 +260,22 @@ def test_inline_stages_are_where_the_task_is():
     with INLINE.second():
         INLINE.wait_for_first()
         INLINE.used(torch.zeros(1))
+
+
+EXITS = """
+import torch
+from mics_ds.comm.lanes import ThreadLane
+
+lane = ThreadLane("exits")
+held = [torch.ones(1 << 22) for _ in range(40)]
+pending = lane.submit(lambda stages, held=held: None)
+del held
+pending.wait()  # the task is done; the thread is about to free what it held
+"""
+
+
+def test_a_process_ends_cleanly_right_after_its_last_task():
+    """A thread that frees a tensor while the interpreter goes away would abort the process."""
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr[-2000:]
