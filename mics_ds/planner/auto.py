@@ -1,4 +1,4 @@
-"""``mics_shard_size: "auto"``: the partition size that the planner chooses, one for all ranks.
+"""``mics_shard_size: "auto"`` and ``mics_optimizer_states: "auto"``: what the planner chooses, one for all ranks.
 
 Every rank tells what it sees (its memory, its node, its model), rank 0 plans from the least memory and tells the rest.
 """
@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -130,10 +130,16 @@ class Situation:
     """Data-parallel groups that share a node and its card (tensor parallelism)."""
 
 
-def choose_partition_size(
-    config: MicsConfig, facts: Facts, model: Model, rank: int, participants: Ranks | None = None
-) -> int:
-    """The same p on all ranks. Collective over the participants.
+class Choice(NamedTuple):
+    """What was to be chosen, and what was given."""
+
+    p: int
+    states: str
+    """Of ``mics_optimizer_states``."""
+
+
+def choose(config: MicsConfig, facts: Facts, model: Model, rank: int, participants: Ranks | None = None) -> Choice:
+    """The same on all ranks. Collective over the participants.
 
     Args:
         participants: global ranks that have to agree; by default the world.
@@ -161,15 +167,16 @@ def choose_partition_size(
     answer: dict[str, Any] = {}
     if rank == (participants or (0,))[0]:
         try:
-            p, reason = decide(config, facts, model, assess(payloads, facts, participants))
+            choice, reason = decide(config, facts, model, assess(payloads, facts, participants))
         except Exception as error:  # whatever it is, the others wait for an answer
             agreement.post_error(error, participants)
             raise
-        log_rank0(f'mics_shard_size "auto": {reason}.')
-        answer = {"p": p}
+        asked = "mics_shard_size" if config.is_auto else "mics_optimizer_states"
+        log_rank0(f'{asked} "auto": {reason}.')
+        answer = choice._asdict()
     answers = agreement.exchange({agreement.STATE: agreement.ON, **answer}, participants)
     agreement.require_same(answers, ranks=participants)
-    return int(answers[0]["p"])
+    return Choice(int(answers[0]["p"]), str(answers[0]["states"]))
 
 
 def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts, ranks: Ranks | None = None) -> Situation:
@@ -202,8 +209,8 @@ def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts, ranks: Ranks | N
     )
 
 
-def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation) -> tuple[int, str]:
-    """Partition size and reason.
+def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation) -> tuple[Choice, str]:
+    """The choice and its reason.
 
     Raises:
         MicsPlanError: nothing fits, or the cluster is not known.
@@ -231,16 +238,20 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
     if facts.job["precision"] not in machine.flops:
         machine = replace(machine, flops={**machine.flops, facts.job["precision"]: max(machine.flops.values())})
     job = Workload(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
-    systems = [as_configured(config, planning.mics(machine, job, n, p)) for p in planning.candidates(machine, n)]
+    sizes = planning.candidates(machine, n) if config.is_auto else [int(config.shard_size)]
+    kinds = ["partition", "world"] if config.optimizer_states == "auto" else [config.optimizer_states]
+    systems = [as_configured(config, system) for system in planning.choices(machine, job, n, sizes, kinds)]
     rows = [planning.predict(machine, job, system, n, reserve=reserve) for system in systems]
     stock = planning.predict(machine, job, planning.zero3(machine, job), n, reserve=reserve)
     chosen = planning.choose(rows)
     reason = planning.explain([stock, *rows], chosen)
+    if chosen is None and not config.is_auto:  # whoever gives a size knows more of the memory than this does
+        chosen = min(rows, key=lambda row: row.memory.peak)
     if chosen is None:
         raise MicsPlanError(
             f'mics_shard_size "auto" on {n} ranks of {machine.name!r}: {reason}; or set a number to try it.'
         )
-    return chosen.p, "; ".join([reason, f"on {machine.name}", *notes])
+    return Choice(chosen.p, chosen.states), "; ".join([reason, f"on {machine.name}", *notes])
 
 
 def as_configured(config: MicsConfig, system: Scheme) -> Scheme:

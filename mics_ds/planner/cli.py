@@ -161,6 +161,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--list", action="store_true", help="show presets and named models")
     parser.add_argument("--gpus", type=int, help="how many (default: one node)")
     parser.add_argument("--p", help="partition sizes to plan, with commas (default: those that fit the nodes)")
+    parser.add_argument(
+        "--optimizer-states",
+        choices=["partition", "world", "both"],
+        default="both",
+        help="which values of mics_optimizer_states to plan (default %(default)s)",
+    )
     job = parser.add_argument_group("the job")
     job.add_argument("--ds-config", type=Path, help="a DeepSpeed JSON to take batch, precision and limits from")
     job.add_argument("--sequence", type=int, default=2048, help="tokens per sample (default %(default)s)")
@@ -260,7 +266,8 @@ def run(given: argparse.Namespace) -> int:
     gpus = given.gpus or machine.gpus_per_node
     planning.check_ranks(machine, gpus)
     job = build_job(given, gpus)
-    rows = planning.make_plan(machine, job, gpus, given.sizes, reserve=given.reserve)
+    states = planning.STATES if given.optimizer_states == "both" else [given.optimizer_states]
+    rows = planning.make_plan(machine, job, gpus, given.sizes, states=states, reserve=given.reserve)
     chosen = planning.choose(rows)
     reason = planning.explain(rows, chosen)
     curves: dict[str, list[planning.Row]] = {}
@@ -275,9 +282,8 @@ def run(given: argparse.Namespace) -> int:
         if strong:
             # keep the work of a step as it is on all GPUs
             job = replace(job, micro_steps=job.micro_steps * gpus // counts[0])
-        curves = planning.scaling(
-            machine, job, [None, best.p], counts, strong=strong, reserve=given.reserve, progress=progress
-        )
+        how: dict[str, Any] = {"strong": strong, "world_states": best.system.world_states, "reserve": given.reserve}
+        curves = planning.scaling(machine, job, [None, best.p], counts, **how, progress=progress)
     if given.json:
         data = {
             "model": job.model.name,
@@ -285,6 +291,7 @@ def run(given: argparse.Namespace) -> int:
             "cluster": machine.name,
             "gpus": gpus,
             "chosen_p": chosen.p if chosen else None,
+            "chosen_optimizer_states": chosen.states if chosen else None,
             "reason": reason,
             "rows": [row.to_json() for row in rows],
             "scaling": {name: [row.to_json() for row in curve] for name, curve in curves.items()},

@@ -13,18 +13,22 @@ shard has c = ceil(numel / p) elements, padding included:
 | persistent        | Σ c · p · b of parameters that stay gathered; 0 for p = 1                     | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
 
+With world-sharded optimizer states, master, optimizer and gradient exchange are of slices of ceil(c / r) elements,
+r = n / p, and gradients are Σ (c + ceil(c / r)) · a: the mean of a slice has a buffer of its own.
+
 On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as
 :mod:`mics_ds.planner.timeline` computes them), the buffers of a gather and of a reduce-scatter, one submodule's full
 gradients, and activations. Or, if that is more, in the optimizer's step: an fp32 copy of one sub-group's gradients and
-what the update needs in between; with an offloaded optimizer, two parts of hop 2 of reduce_bucket_size / p elements.
+what the update needs in between (of slices, their 16-bit copy and two buckets of the gather of updated weights); with
+an offloaded optimizer, two parts of hop 2 of reduce_bucket_size / p elements.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .model import shard_numel
-from .timeline import Scheme, StepTime
+from .model import shard_numel, sliced_numel
+from .timeline import UPDATE_BUCKET_BYTES, Scheme, StepTime
 from .workload import OPTIMIZERS, Workload
 
 MASTER_ITEMSIZE = 4
@@ -105,6 +109,7 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     p, zero, b = system.partition_size(n), job.zero, job.itemsize
     model = job.model
     trained = shard_numel(model.trainable, p)
+    kept = sliced_numel(model.trainable, p, system.slices(n))
     all_shards = trained + shard_numel(model.frozen, p)
     accumulation = job.accumulation_itemsize or b
     needs = OPTIMIZERS[job.optimizer]
@@ -112,13 +117,13 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     groups = sub_groups(job, p)
 
     parameters = all_shards * b
-    gradients = trained * accumulation
-    master = trained * MASTER_ITEMSIZE
-    optimizer = trained * MASTER_ITEMSIZE * needs.states + (4 * groups if needs.counter else 0)
+    gradients = (trained + (kept if system.slices(n) > 1 else 0)) * accumulation
+    master = kept * MASTER_ITEMSIZE
+    optimizer = kept * MASTER_ITEMSIZE * needs.states + (4 * groups if needs.counter else 0)
     host = 0
     if zero.offload_optimizer:
         # offloaded gradients go to the optimizer through fp32 buffers of their own
-        host += gradients + master + trained * MASTER_ITEMSIZE + optimizer
+        host += gradients + master + kept * MASTER_ITEMSIZE + optimizer
         gradients = master = optimizer = 0
     if zero.offload_param:
         host += parameters
@@ -161,10 +166,13 @@ def _step_bytes(job: Workload, system: Scheme, n: int, trained: int, streams: bo
         apart = streams and system.p is not None and p < n
         part = min(trained, system.bucket_size(zero.reduce_bucket_size) // p)
         return 2 * part * (job.accumulation_itemsize or b) if apart else 0
-    group = min(trained, zero.sub_group_size + -(-job.model.largest // p)) if trained else 0
+    slices = system.slices(n)
+    group = -(-min(trained, zero.sub_group_size + -(-job.model.largest // p)) // slices) if trained else 0
     # an fp32 copy of the gradients, flattened in their own precision first
     temporaries = OPTIMIZERS[job.optimizer].temporaries
-    return group * MASTER_ITEMSIZE * (1 + temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
+    update = group * MASTER_ITEMSIZE * (1 + temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
+    on_their_way = group * b + 2 * min(UPDATE_BUCKET_BYTES, trained * b) if slices > 1 else 0
+    return update + on_their_way
 
 
 def activations(job: Workload) -> float:

@@ -8,6 +8,7 @@ configuration. All three give the same thing: :class:`Unit` s, in forward order,
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -115,6 +116,11 @@ class Model:
         """The same with a known sum of activations, in bytes for one sample, in place of an estimate."""
         blocks = tuple(replace(block, activations=0.0, input_bytes=0.0) for block in self.blocks)
         return replace(self, blocks=(*blocks, Block((), activations=per_sample)))
+
+
+def sliced_numel(counts: Mapping[int, int], p: int, slices: int) -> int:
+    """Elements of one slice of every shard, padding included."""
+    return sum(math.ceil(math.ceil(numel / p) / slices) * count for numel, count in counts.items())
 
 
 def shard_numel(counts: Mapping[int, int], p: int) -> int:

@@ -21,11 +21,15 @@ RESERVE = 0.1
 LEVEL = 0.005
 """Steps that differ by a smaller fraction count as equally long."""
 
+STATES = ("partition", "world")
+"""Values of ``mics_optimizer_states``."""
+
 LIMITS = {
     "compute": "compute",
     "gathers": "parameter gathers",
     "hop1": "reduce-scatter (hop 1)",
     "hop2": "all-reduce (hop 2)",
+    "updates": "all-gather of updated weights",
     "optimizer": "optimizer update",
     "overhead": "overhead",
 }
@@ -52,6 +56,11 @@ class Row:
     """Throughput per GPU as a fraction of the same system's on one partition group, or on one node."""
 
     @property
+    def states(self) -> str:
+        """``mics_optimizer_states``."""
+        return "world" if self.system.world_states else "partition"
+
+    @property
     def fits(self) -> bool:
         return self.memory.peak <= self.capacity and self.memory.host <= self.host_capacity
 
@@ -76,6 +85,7 @@ class Row:
             "gpus": self.n,
             "p": self.p,
             "replicas": self.n // self.p,
+            "optimizer_states": self.states,
             "fits": self.fits,
             "memory_bytes": self.memory.peak,
             "memory_parts": self.memory.parts(),
@@ -129,7 +139,7 @@ def check_size(machine: Machine, n: int, p: int) -> None:
         raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
 
 
-def mics(machine: Machine, job: Workload, n: int, p: int) -> Scheme:
+def mics(machine: Machine, job: Workload, n: int, p: int, *, world_states: bool = False) -> Scheme:
     """MiCS with its defaults: in two stages where the placement allows it, both hops beside the backward pass unless
     ``overlap_comm`` is off. Hop 2 of offloaded gradients follows at once, after it."""
     staged, beside = machine.can_stage(n, p), job.zero.overlap_comm
@@ -144,6 +154,7 @@ def mics(machine: Machine, job: Workload, n: int, p: int) -> Scheme:
         hop1_beside=beside,
         hop2_beside=beside and not job.zero.offload_optimizer,
         bucket_limit=limit,
+        world_states=world_states and p < n,
     )
 
 
@@ -168,6 +179,7 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
         label = "ZeRO-3 + hpZ" if system.secondary else "ZeRO-3"
     else:
         label = f"MiCS p={p}" + ("" if system.staged_gather or not machine.can_stage(n, p) else ", flat")
+        label += ", world states" if system.world_states else ""
     return Row(
         label=label,
         system=system,
@@ -183,14 +195,24 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
 
 
 def make_plan(
-    machine: Machine, job: Workload, n: int, sizes: Iterable[int] | None = None, *, reserve: float = RESERVE
+    machine: Machine,
+    job: Workload,
+    n: int,
+    sizes: Iterable[int] | None = None,
+    *,
+    states: Sequence[str] = ("partition",),
+    reserve: float = RESERVE,
 ) -> list[Row]:
-    """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own."""
+    """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own.
+
+    Args:
+        states: which values of ``mics_optimizer_states`` to plan.
+    """
     check_ranks(machine, n)
     sizes = list(sizes or candidates(machine, n))
     for p in sizes:
         check_size(machine, n, p)
-    systems = [zero3(machine, job), *(mics(machine, job, n, p) for p in sizes)]
+    systems = [zero3(machine, job), *choices(machine, job, n, sizes, states)]
     rows = []
     for system in systems:
         row = predict(machine, job, system, n, reserve=reserve)
@@ -198,20 +220,31 @@ def make_plan(
         if alone >= n or n % alone:
             base = row
         else:
-            smaller = system if system.p is None else mics(machine, job, alone, system.p)
+            world = system.world_states
+            smaller = system if system.p is None else mics(machine, job, alone, system.p, world_states=world)
             base = predict(machine, job, smaller, alone, reserve=reserve)
         rows.append(replace(row, linear=base.time.total / row.time.total))
     return rows
 
 
+def choices(machine: Machine, job: Workload, n: int, sizes: Iterable[int], states: Sequence[str]) -> list[Scheme]:
+    """MiCS of each size, with each kind of optimizer states. For p = n there is one kind."""
+    return [
+        mics(machine, job, n, p, world_states=kind == "world")
+        for p in sizes
+        for kind in states
+        if p < n or kind == states[0]
+    ]
+
+
 def choose(rows: Sequence[Row]) -> Row | None:
     """The fastest MiCS that fits; of those that are level with it, the one with the smallest groups, which depends
-    least on the network. ``None`` if none fits."""
+    least on the network, and then the one that keeps optimizer states in the partition group. ``None`` if none fits."""
     fitting = [row for row in rows if row.system.p is not None and row.fits]
     if not fitting:
         return None
     fastest = min(row.time.total for row in fitting)
-    return min((row for row in fitting if row.time.total <= fastest * (1 + LEVEL)), key=lambda row: row.p)
+    return min((row for row in fitting if row.time.total <= fastest * (1 + LEVEL)), key=lambda row: (row.p, row.states))
 
 
 def explain(rows: Sequence[Row], chosen: Row | None) -> str:
@@ -220,25 +253,30 @@ def explain(rows: Sequence[Row], chosen: Row | None) -> str:
     if chosen is None:
         least = min(considered, key=lambda row: row.memory.peak)
         return (
-            f"no partition size fits: the least is {_gb(least.memory.peak)} per GPU at p = {least.p}, and "
+            f"no partition size fits: the least is {_gb(least.memory.peak)} per GPU at {_name(least)}, and "
             f"{_gb(least.capacity)} may be used. Use more GPUs, a smaller micro-batch, activation checkpointing or "
             f"offload"
         )
-    too_large = [row.p for row in considered if not row.fits]
+    too_large = [_name(row) for row in considered if not row.fits]
     others = [row for row in considered if row.fits and row is not chosen]
     parts = [
-        f"p = {chosen.p}: {chosen.time.total:.3g} s per step, {_gb(chosen.memory.peak)} of {_gb(chosen.capacity)} per "
+        f"{_name(chosen)}: {chosen.time.total:.3g} s per step, {_gb(chosen.memory.peak)} of {_gb(chosen.capacity)} per "
         f"GPU, limited by {LIMITS[chosen.time.limit]}"
     ]
     if others:
         second = min(others, key=lambda row: row.time.total)
-        parts.append(f"next is p = {second.p} with {second.time.total:.3g} s")
+        parts.append(f"next is {_name(second)} with {second.time.total:.3g} s")
     if too_large:
-        parts.append(f"p = {', '.join(map(str, too_large))} would not fit")
+        named = ", ".join(too_large)
+        parts.append(f"{named[:4]}{named[4:].replace('p = ', '')} would not fit")
     stock = next((row for row in rows if row.system.p is None), None)
     if stock is not None:
         parts.append(f"{stock.time.total / chosen.time.total:.2f} times as fast as ZeRO-3 is predicted to be")
     return "; ".join(parts)
+
+
+def _name(row: Row) -> str:
+    return f"p = {row.p}{' with world-sharded optimizer states' if row.system.world_states else ''}"
 
 
 def _gb(value: float) -> str:
@@ -252,6 +290,7 @@ def scaling(
     ranks: Sequence[int],
     *,
     strong: bool = False,
+    world_states: bool = False,
     reserve: float = RESERVE,
     progress: Any = None,
 ) -> dict[str, list[Row]]:
@@ -261,6 +300,7 @@ def scaling(
         systems: partition sizes; ``None`` for ZeRO-3.
         strong: keep the samples of a step as they are at the first number of GPUs, with fewer micro-steps where
             there are more GPUs. Otherwise the work of a GPU stays the same (weak scaling).
+        world_states: of MiCS.
         progress: wraps the points to show how far it is, like ``tqdm``.
 
     Raises:
@@ -279,8 +319,8 @@ def scaling(
                     f"{job.micro_batch} cannot share evenly. Start from more micro-steps, or scale weakly."
                 )
             scaled = replace(job, micro_steps=micro_steps)
-        system = zero3(machine, scaled) if p is None else mics(machine, scaled, n, p)
-        name = "ZeRO-3" if p is None else f"MiCS p={p}"
+        system = zero3(machine, scaled) if p is None else mics(machine, scaled, n, p, world_states=world_states)
+        name = "ZeRO-3" if p is None else f"MiCS p={p}{', world states' if world_states else ''}"
         row = predict(machine, scaled, system, n, reserve=reserve)
         first = curves.setdefault(name, [])
         base = first[0].tokens_per_second if first else row.tokens_per_second

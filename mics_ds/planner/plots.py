@@ -52,7 +52,7 @@ def draw_all(folder: Path, rows: Sequence[Row], curves: Mapping[str, Sequence[Ro
         if row.system.p is None:
             axes.axhline(row.tokens_per_second, color="tab:red", linestyle="--", label="ZeRO-3")
             axes.legend()
-    axes.set_xticks(ticks, [str(row.p) for row in sizes])
+    axes.set_xticks(ticks, [f"{row.p}\nworld" if row.system.world_states else str(row.p) for row in sizes])
     axes.set(xlabel="partition size p (grey: does not fit)", ylabel=unit, title=f"{title}, {rows[0].n} GPUs")
     save(figure, "throughput.png")
 
@@ -64,7 +64,8 @@ def draw_all(folder: Path, rows: Sequence[Row], curves: Mapping[str, Sequence[Ro
             axes.bar(range(len(rows)), values, bottom=bottoms, label=part)
             bottoms = [below + value for below, value in zip(bottoms, values)]
     axes.axhline(rows[0].capacity / 1e9, color="black", linestyle="--", label="may be used")
-    axes.set_xticks(range(len(rows)), ["ZeRO-3" if row.system.p is None else f"p={row.p}" for row in rows])
+    names = [f"p={row.p}" + ("\nworld" if row.system.world_states else "") for row in rows]
+    axes.set_xticks(range(len(rows)), ["ZeRO-3" if row.system.p is None else name for row, name in zip(rows, names)])
     axes.set(ylabel="GB per GPU", title=f"{title}, memory by part")
     axes.set_ylim(0, 3 * rows[0].capacity / 1e9)
     axes.legend(fontsize="small")

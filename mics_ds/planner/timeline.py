@@ -20,20 +20,26 @@ hops of :mod:`mics_ds.optimizer` would run it:
    communication beside it.
 7. Shards that are offloaded come up from the host before they are sent on.
 8. The optimizer's update follows when all gradients are there: it reads and writes its states once.
+9. With world-sharded optimizer states hop 2 is a reduce-scatter, and updated shards are all-gathered over the replicas
+   beside the next forward pass, in buckets that whoever gathers a parameter waits for (which counts as waiting for the
+   gather). Steps repeat, so that is played in the first micro-step.
 
 Whatever a rank waits for is charged to what it waited for; a step is the sum of its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..errors import MicsPlanError
 from .machine import GroupForm, Machine
-from .model import Unit, shard_numel
+from .model import shard_numel, sliced_numel
+from .turns import Visit, compute_seconds, number_parameters, visits
 from .workload import OPTIMIZERS, Workload
+
+UPDATE_BUCKET_BYTES = 32 << 20
+"""Of gathered shards, as :mod:`mics_ds.updates` has it."""
 
 SCALAR_BYTES = 8
 """A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""
@@ -57,6 +63,8 @@ class Scheme:
     """MiCS with the backend's own reduce-scatter in one stage."""
     bucket_limit: int | None = None
     """Elements of the largest bucket, where that is less than ``reduce_bucket_size``."""
+    world_states: bool = False
+    """Optimizer states are sharded over all ranks, not over a partition group."""
     secondary: bool = False
     """ZeRO++ hpZ: in the backward pass, parameters are gathered from a second copy inside the node."""
 
@@ -64,6 +72,10 @@ class Scheme:
     def operation(self) -> str:
         """The collective of hop 1."""
         return "stock_reduce_scatter" if self.p is None or self.native_scatter else "reduce_scatter"
+
+    def slices(self, n: int) -> int:
+        """How many ranks share the masters and optimizer states of a shard."""
+        return n // self.partition_size(n) if self.world_states else 1
 
     def partition_size(self, n: int) -> int:
         return n if self.p is None else self.p
@@ -83,6 +95,8 @@ class StepTime:
     """Waiting for reduce-scatters."""
     hop2: float = 0.0
     """Waiting for the all-reduce over replicas."""
+    updates: float = 0.0
+    """Waiting for weights that other replicas have updated."""
     optimizer: float = 0.0
     overhead: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
@@ -94,7 +108,7 @@ class StepTime:
     bucket_numel: int = 0
     """Elements of the fullest bucket of gradients."""
 
-    PARTS = ("compute", "gathers", "hop1", "hop2", "optimizer", "overhead")
+    PARTS = ("compute", "gathers", "hop1", "hop2", "updates", "optimizer", "overhead")
 
     @property
     def total(self) -> float:
@@ -107,17 +121,6 @@ class StepTime:
 
     def parts(self) -> dict[str, float]:
         return {part: getattr(self, part) for part in self.PARTS}
-
-
-class Visit(NamedTuple):
-    """One turn of a submodule."""
-
-    unit: int | None
-    """``None`` for a module without parameters of its own."""
-    seconds: float
-    gradients: tuple[int, ...]
-    """Elements of the gradients that are ready after it."""
-    backward: bool
 
 
 class _Cost(NamedTuple):
@@ -137,7 +140,7 @@ class Costs:
         self.world = machine.partition_form(n, n)
         self.p, self.r = p, n // p
         self.system = system
-        self._cache: dict[tuple[str, int, GroupForm], _Cost] = {}
+        self._cache: dict[tuple[str, int, int, GroupForm], _Cost] = {}
 
     def gather(self, numel: int, backward: bool = False) -> _Cost:
         if backward and self.system.secondary:
@@ -151,10 +154,17 @@ class Costs:
     def average(self, numel: int) -> _Cost:
         """Hop 2 of the shards of ``numel`` elements."""
         itemsize = self.job.accumulation_itemsize or self.job.itemsize
-        return self._cost("all_reduce", -(-numel // self.p), itemsize, self.replication, False)
+        operation = "all_reduce"
+        if self.system.world_states:
+            operation = "stock_reduce_scatter" if self.system.native_scatter else "reduce_scatter"
+        return self._cost(operation, -(-numel // self.p), itemsize, self.replication, False)
+
+    def update(self, numel: int) -> _Cost:
+        """The all-gather of updated shards of ``numel`` elements."""
+        return self._cost("all_gather", -(-numel // self.p), self.job.itemsize, self.replication, False)
 
     def _cost(self, operation: str, numel: int, itemsize: int, form: GroupForm, staged: bool) -> _Cost:
-        key = (operation, numel, form)
+        key = (operation, numel, itemsize, form)
         if key not in self._cache:
             payload = float(numel * itemsize)
             whole = self.machine.time(operation, payload, form, staged)
@@ -167,7 +177,7 @@ class Queues:
     """Collectives of one kind run one after another; those of all kinds share the links of the network."""
 
     def __init__(self) -> None:
-        self.free = {"gather": 0.0, "scatter": 0.0, "average": 0.0}
+        self.free = {"gather": 0.0, "scatter": 0.0, "average": 0.0, "update": 0.0}
         self.inter = self.intra = 0.0
         self.busy = dict.fromkeys(self.free, 0.0)
         self.counts = dict.fromkeys(self.free, 0)
@@ -195,7 +205,7 @@ class Player:
         self.costs = Costs(machine, job, system, n)
         self.queues = Queues()
         units = [unit for block in job.model.blocks for _ in range(block.repeat) for unit in block.units]
-        self.numel, self.params = _parameters(units)
+        self.numel, self.params = number_parameters(units)
         """Elements of each parameter; and for each unit, which ones are its own."""
         threshold = job.zero.param_persistence_threshold
         self.stays = [self.costs.p == 1 or numel <= threshold for numel in self.numel]
@@ -218,6 +228,10 @@ class Player:
         self.overhead = machine.issue_overhead * machine.host_slowdown * (machine.host_slowdown - 1)
         self.ready: dict[int, float] = {}
         """Parameters that are gathered, or will be at that time."""
+        self.not_updated, self.bucket_of = self._update_buckets()
+        self.sent = 0
+        self.updated: dict[int, float] = {}
+        """Parameters whose updated shards are there by then, on every replica."""
         self.live = 0
         self.most_live = 0
         self.most_bucket = 0
@@ -243,6 +257,34 @@ class Player:
             upcoming.update(dict.fromkeys(own, index))
         return found[::-1]
 
+    def _update_buckets(self) -> tuple[list[list[int]], dict[int, int]]:
+        """The buckets of updated weights that are still to come, in their order, and each parameter's."""
+        if not self.system.world_states or self.costs.r == 1:
+            return [], {}
+        trained = self.job.model.trainable
+        limit = self.costs.p * UPDATE_BUCKET_BYTES // self.job.itemsize
+        buckets: list[list[int]] = []
+        numel = 0
+        for param, size in enumerate(self.numel):
+            if (self.stays[param] and self.costs.p > 1) or size not in trained:
+                continue  # those that stay gathered come first, and are waited for at once: see finish
+            if not buckets or numel + size > limit:
+                buckets.append([])
+                numel = 0
+            buckets[-1].append(param)
+            numel += size
+        return buckets, {param: number for number, bucket in enumerate(buckets) for param in bucket}
+
+    def _updates_arrive(self, params: Iterable[int]) -> float:
+        """When these parameters' updated shards are there. What comes before them and one bucket more has been sent."""
+        needed = max((self.bucket_of[param] for param in params if param in self.bucket_of), default=-1)
+        while self.sent < min(needed + 2, len(self.not_updated)):
+            bucket = self.not_updated[self.sent]
+            done = self.queues.issue("update", self.costs.update(sum(self.numel[param] for param in bucket)), 0.0)
+            self.updated.update(dict.fromkeys(bucket, done))
+            self.sent += 1
+        return max((self.updated[param] for param in params if param in self.updated), default=0.0)
+
     def micro_step(self, last: bool) -> None:
         """Forward and backward of one micro-batch; ``last``: at the accumulation boundary."""
         job, zero, queues = self.job, self.job.zero, self.queues
@@ -258,6 +300,8 @@ class Player:
             for param in own:
                 if param in self.ready:
                     self._wait("gathers", self.ready[param])
+                elif self.costs.p == 1 and param in self.bucket_of:
+                    self._wait("updates", self._updates_arrive([param]))
             queue = max(queue, self.queued[index])
             if self.system.prefetch:
                 budget = min(zero.max_live_parameters - self.live, zero.prefetch_bucket_size)
@@ -313,17 +357,20 @@ class Player:
         """The optimizer's part of the step."""
         job, machine, p = self.job, self.machine, self.costs.p
         shard = shard_numel(job.model.trainable, p)
+        slices = sliced_numel(job.model.trainable, p, self.system.slices(self.costs.p * self.costs.r))
         states = OPTIMIZERS[job.optimizer].states
         # master weights and states are read and written, the gradient is read, the working copy written
-        traffic = shard * (8 * (1 + states) + 4 + job.itemsize)
+        traffic = slices * (8 * (1 + states) + 4 + job.itemsize)
         if job.zero.offload_optimizer:
-            seconds = traffic / machine.host_update_bandwidth + 2 * shard * job.itemsize / machine.host_link
+            seconds = traffic / machine.host_update_bandwidth + (shard + slices) * job.itemsize / machine.host_link
         else:
             seconds = traffic / machine.memory_bandwidth
         self._spend("optimizer", seconds)
         agree = machine.time("all_reduce", SCALAR_BYTES, self.costs.world)
         self._spend("overhead", agree + machine.step_overhead * machine.host_slowdown)
         persistent = sum(numel for numel, stays in zip(self.numel, self.stays) if stays)
+        if persistent and p > 1 and self.system.world_states and self.costs.r > 1:
+            self._wait("updates", self.queues.issue("update", self.costs.update(persistent), self.now))
         if persistent and p > 1:
             self._wait("gathers", self.queues.issue("gather", self.costs.gather(persistent), self.now))
         self.time.busy, self.time.counts = dict(self.queues.busy), dict(self.queues.counts)
@@ -345,7 +392,8 @@ class Player:
         if self.job.zero.offload_param:
             # each rank's shard comes up from the host before it is sent on
             cost = cost._replace(whole=cost.whole + numel / self.costs.p * self.job.itemsize / self.machine.host_link)
-        done = self.queues.issue("gather", cost, self.now)
+        arrived = self._updates_arrive(params) if self.bucket_of else 0.0
+        done = self.queues.issue("gather", cost, max(self.now, arrived))
         self.live += numel
         self.most_live = max(self.most_live, self.live)
         for param in params:
@@ -364,71 +412,6 @@ class Player:
         while reduced and reduced[0][1] <= self.now:
             bucket, done = reduced.pop(0)
             self.queues.issue("average", self.costs.average(bucket), done)
-
-
-def _parameters(units: list[Unit]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Number the parameters, tied ones once. Returns elements by number, and the numbers of each unit's."""
-    numels: list[int] = []
-    owned: list[tuple[int, ...]] = []
-    first: dict[int, int] = {}
-    for unit in units:
-        mine = []
-        for numel in (*unit.numels, *unit.frozen):
-            if unit.again and numel in first:
-                mine.append(first[numel])
-                continue
-            first.setdefault(numel, len(numels))
-            mine.append(len(numels))
-            numels.append(numel)
-        owned.append(tuple(mine))
-    return numels, owned
-
-
-def compute_seconds(machine: Machine, job: Workload) -> float:
-    """Seconds of compute per operation of the forward pass, on one rank."""
-    if job.compute_s is not None:
-        share = 3 * job.model.flops + (job.model.recomputed_flops if job.checkpointing else 0.0)
-        return job.compute_s / (share * job.micro_batch) if share else 0.0
-    if job.precision not in machine.flops:
-        raise MicsPlanError(
-            f"Machine {machine.name!r} has no peak for {job.precision}, only for {', '.join(machine.flops)}. Choose "
-            f"one of those, or add it to the machine's flops."
-        )
-    return 1 / (machine.flops[job.precision] * machine.efficiency)
-
-
-def visits(units: list[Unit], job: Workload, seconds_per_flop: float) -> Iterator[Visit]:
-    """The turns of one micro-step: forwards, then backwards.
-
-    A module without parameters of its own has its turn before those inside it, both ways: the model itself, and
-    every layer that is such a container.
-    """
-    costs = [unit.flops * job.micro_batch * seconds_per_flop for unit in units]
-    start = 0
-    yield Visit(None, 0.0, (), False)
-    for block in job.model.blocks:
-        for _ in range(block.repeat):
-            if block.container:
-                yield Visit(None, 0.0, (), False)
-            for index in range(start, start + len(block.units)):
-                yield Visit(index, costs[index], (), False)
-            start += len(block.units)
-    yield Visit(None, 0.0, (), True)
-    end = len(units)
-    for block in reversed(job.model.blocks):
-        for _ in range(block.repeat):
-            start = end - len(block.units)
-            if block.checkpointed and job.checkpointing:
-                if block.container:
-                    yield Visit(None, 0.0, (), True)
-                for index in range(start, end):
-                    yield Visit(index, costs[index], (), True)
-            if block.container:
-                yield Visit(None, 0.0, (), True)
-            for index in range(end - 1, start - 1, -1):
-                gradients = () if units[index].again else units[index].numels
-                yield Visit(index, 2 * costs[index], gradients, True)
-            end = start
 
 
 def step_time(machine: Machine, job: Workload, system: Scheme, n: int) -> StepTime:

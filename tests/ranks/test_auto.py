@@ -54,13 +54,15 @@ def auto(tmp_path: Any = None, word: str = "auto", zero: dict[str, Any] | None =
     return config
 
 
-def enough_for(p: int) -> float:
+def enough_for(p: int, world: bool = False) -> float:
     """Memory in GB that is just enough for p shards of the odd net, and so not for fewer."""
     zero = ZeroSettings.from_ds(auto()["zero_optimization"])
     job = Workload(model_from_module(OddNet()), 2, 1, "fp32", optimizer="sgd_momentum", zero=zero)
     machine = Machine("", 2, 1.0, {"fp32": 1.0}, 1.0, Link(1.0, 0.0), Link(1.0, 0.0), backend="gloo", streams=False)
     job = replace(job, model=job.model.with_activations(0.0))
-    return predict(machine, job, mics(machine, job, 4, p), 4).memory.peak / (1 - RESERVE) * 1.001 / 1e9
+    return (
+        predict(machine, job, mics(machine, job, 4, p, world_states=world), 4).memory.peak / (1 - RESERVE) * 1.001 / 1e9
+    )
 
 
 def size(engine: Any) -> int:
@@ -85,6 +87,28 @@ def test_auto_trains_as_the_size_it_chose(tmp_path, inside_init):
         destroy_engines()
         stock = build(ds_config(None), inside_init=inside_init)
         assert_losses_close(losses, train(stock, 4), 1e-6)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [2, "auto"])
+@pytest.mark.parametrize("inside_init", [True, False])
+def test_states_are_spread_where_only_that_fits(tmp_path, p, inside_init):
+    """Also with a size that was given, which zero.Init knows then."""
+    memory, found = enough_for(2, world=True), []
+    assert memory < enough_for(2)
+    for gigabytes in (1.0, memory):
+        asked = auto(tmp_path, p, {"mics_optimizer_states": "auto"}, memory_gb=gigabytes, activations_gb=0)
+        with environment(MICS_DS_RANKS_PER_NODE="2"):
+            engine = build(asked, inside_init=inside_init)
+            losses = train(engine, 3)
+            found.append((size(engine), engine.optimizer.is_sliced))
+        destroy_engines()
+        given = ds_config(found[-1][0], zero={"mics_optimizer_states": "world" if found[-1][1] else "partition"})
+        with environment(MICS_DS_RANKS_PER_NODE="2"):
+            assert train(build(given, inside_init=inside_init), 3) == losses
+        destroy_engines()
+    assert p == "auto" or (found[0][0] == 2 and found[1] == (2, True)), found
+    assert found[1] != (2, False), "which does not fit"
 
 
 @pytest.mark.ranks(4)
@@ -272,6 +296,18 @@ def test_what_is_assumed_of_a_cluster_nobody_named(device, gib, preset):
     assert find_machine(PlanRequest(cluster="p4d.24xlarge"), facts(8, device, gib))[1] == ""
 
 
+def test_states_of_the_world_where_the_size_is_given_and_nothing_else_fits():
+    model, subject, memory = NAMED["llama-13b"].model(2048), facts(64), 40 * 2**30
+    situation = Situation(64, 8, memory, 1e12)
+    for p, states in ((2, "world"), (8, "partition")):
+        request = replace(config(cluster="p4d.24xlarge", checkpointing=True, sequence=2048), shard_size=p)
+        choice, reason = decide(replace(request, optimizer_states="auto"), subject, model, situation)
+        assert choice == (p, states), reason
+    choice, reason = decide(replace(request, shard_size=1, optimizer_states="auto"), subject, model, situation)
+    assert choice == (1, "world")
+    assert "no partition size fits" in reason
+
+
 @pytest.mark.parametrize("gib", [20.0, 40.0, 80.0, 140.0])
 @pytest.mark.parametrize("n", [8, 64, 512])
 def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
@@ -288,7 +324,7 @@ def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
         with pytest.raises(MicsPlanError, match="no partition size fits"):
             decide(request, subject, model, situation)
         return
-    p, reason = decide(request, subject, model, situation)
+    (p, _), reason = decide(request, subject, model, situation)
     fastest = min(row.time.total for row in fitting)
     assert p == min(row.p for row in fitting if row.time.total <= fastest * (1 + LEVEL))
     assert f"p = {p}" in reason
@@ -303,7 +339,7 @@ def test_a_measured_network_is_believed_over_the_formula(tmp_path):
         path.write_text(json.dumps(machine.to_json()))
         request = config(cluster=str(path), activations_gb=0)
         model = NAMED["bert-10b"].model(128)
-        found.append(decide(request, facts(4, micro_steps=1), model, Situation(4, 2, 1e11, 1e12))[0])
+        found.append(decide(request, facts(4, micro_steps=1), model, Situation(4, 2, 1e11, 1e12))[0].p)
     assert found[0] == 2
     assert found[1] != 2
 

@@ -57,7 +57,7 @@ def held(engine: Any) -> dict[str, int]:
     buckets = [getattr(bucket, "buffer", None) for bucket in optimizer.ipg_buckets.values()]
     parts = {
         "parameters": storages(param.ds_tensor for param in params),
-        "gradients": storages([optimizer.grad_partitions_flat_buffer]),
+        "gradients": storages([optimizer.grad_partitions_flat_buffer, getattr(optimizer, "_mean_slices", None)]),
         "master": storages(masters),
         "optimizer": storages(value for value in states if isinstance(value, torch.Tensor)),
         "exchange": storages(master.grad for master in masters),
@@ -89,8 +89,9 @@ def held(engine: Any) -> dict[str, int]:
     ],
 )
 def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
-    for p in (None, 4, 2, 1):
-        config = ds_config(p, dtype=dtype, zero=zero, **extra)
+    for p, states in [(None, ""), *((p, "partition") for p in (4, 2, 1)), *((p, "world") for p in (2, 1))]:
+        more = {"mics_optimizer_states": states} if p else {}
+        config = ds_config(p, dtype=dtype, zero={**zero, **more}, **extra)
         engine = build(config, optimizer=OPTIMIZERS[optimizer])
         train(engine, 2)
         found = held(engine)
@@ -100,7 +101,7 @@ def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
             model_from_module(engine.module), 2, 1, dtype, optimizer=optimizer, zero=settings,
             accumulation_itemsize=accumulation,
         )  # fmt: skip
-        planned = memory(job, Scheme(p), 4, StepTime())
+        planned = memory(job, Scheme(p, world_states=states == "world"), 4, StepTime())
         expected = {name: getattr(planned, name) for name in ("parameters", "gradients", "master", "optimizer")}
         on_host = 0
         if settings.offload_optimizer:
@@ -111,10 +112,10 @@ def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
         if settings.offload_param:
             on_host += found.pop("parameters")
             assert expected["parameters"] == 0
-        assert planned.host == on_host, p
-        assert found.pop("bucket") == planned.bucket, p
-        assert found.pop("persistent") == planned.persistent, p
-        assert found == {name: value for name, value in expected.items() if name in found}, p
+        assert planned.host == on_host, (p, states)
+        assert found.pop("bucket") == planned.bucket, (p, states)
+        assert found.pop("persistent") == planned.persistent, (p, states)
+        assert found == {name: value for name, value in expected.items() if name in found}, (p, states)
 
 
 class Deep(nn.Module):

@@ -271,11 +271,44 @@ def test_without_overlap_a_step_is_the_sum_of_its_parts():
     gather = subject.time("all_gather", 400, GroupForm(2, 2))
     scatter = subject.time("reduce_scatter", 400, GroupForm(2, 2))
     average = subject.time("all_reduce", 4 * 3 * 25, GroupForm(2, 1, 2))
-    assert time.counts == {"gather": 6, "scatter": 3, "average": 1}
+    assert time.counts == {"gather": 6, "scatter": 3, "average": 1, "update": 0}
     assert time.compute == pytest.approx(3 * 3 * 2.0)
     assert time.gathers == pytest.approx(6 * gather)
     assert time.hop1 == pytest.approx(3 * scatter)
     assert time.hop2 == pytest.approx(average)
+
+
+def test_world_sharded_states_in_a_step():
+    """Hop 2 scatters, the first gather waits for all updates (one bucket), and the update does 1/r of the work."""
+    job = Workload(layers(3, 100, flops=2.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    system = Scheme(4, hop1_beside=False, hop2_beside=False, prefetch=False)
+    subject = machine(2)
+    plain, world = (step_time(subject, job, replace(system, world_states=on), 8) for on in (False, True))
+    replicas = GroupForm(2, 1, 2)
+    assert world.counts == {"gather": 6, "scatter": 3, "average": 1, "update": 1}
+    assert world.hop2 == pytest.approx(subject.time("reduce_scatter", 4 * 3 * 25, replicas))
+    assert world.gathers - plain.gathers == pytest.approx(subject.time("all_gather", 4 * 3 * 25, replicas))
+    # slices of 13 of 25 elements
+    assert world.optimizer / plain.optimizer == pytest.approx(13 / 25)
+
+
+def test_world_sharded_states_where_nothing_is_gathered():
+    """p = 1: a module waits for its own update. Those that stay gathered are updated first, and waited for at once."""
+    job = Workload(layers(3, 100, flops=2.0), precision="fp32", zero=replace(NO_LIMITS, reduce_bucket_size=100))
+    subject = machine(2)
+    time = step_time(subject, job, Scheme(1, world_states=True), 4)
+    assert time.updates == pytest.approx(subject.time("all_gather", 4 * 300, GroupForm(2, 2)))
+    staying = replace(job, zero=replace(job.zero, param_persistence_threshold=100))
+    time = step_time(subject, staying, Scheme(2, world_states=True), 4)
+    assert time.updates == pytest.approx(subject.time("all_gather", 4 * 3 * 50, GroupForm(2, 1, 2)))
+    assert time.counts["update"] == 1
+
+
+def test_13_billion_on_64_gpus_of_40_gb():
+    job = Workload(NAMED["llama-13b"].model(2048), checkpointing=True)
+    rows = planning.make_plan(load_machine("p4d.24xlarge"), job, 64, states=("partition", "world"))
+    fits = {states: [row.p for row in rows[1:] if row.fits and row.states == states] for states in planning.STATES}
+    assert fits == {"partition": [8, 16, 32, 64], "world": [2, 4, 8, 16, 32]}
 
 
 def test_overlap_hides_what_fits_beside_compute():
@@ -522,12 +555,14 @@ def test_the_json_and_the_plots(capsys, tmp_path):
     arguments = [*COMMAND, "--json", "--p", "8,16", "--scaling", "weak", "--plots", str(tmp_path / "figures")]
     assert mics_plan(arguments) == 0
     data = json.loads(capsys.readouterr().out)
-    assert [row["p"] for row in data["rows"]] == [64, 8, 16]
+    kinds = [(row["p"], row["optimizer_states"]) for row in data["rows"]]
+    assert kinds == [(64, "partition"), *((p, states) for p in (8, 16) for states in ("partition", "world"))]
     assert data["chosen_p"] in (8, 16)
     for row in data["rows"]:
         assert sum(row["memory_parts"].values()) == row["memory_bytes"]
         assert sum(row["step_parts_s"].values()) == pytest.approx(row["step_s"])
-    assert set(data["scaling"]) == {"ZeRO-3", f"MiCS p={data['chosen_p']}"}
+    suffix = ", world states" if data["chosen_optimizer_states"] == "world" else ""
+    assert set(data["scaling"]) == {"ZeRO-3", f"MiCS p={data['chosen_p']}{suffix}"}
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "memory.png",
         "scaling.png",
