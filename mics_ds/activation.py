@@ -203,7 +203,7 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     asked = getattr(kwargs.get("config_class"), "mics_request", request.OFF)
     among = engine.participants(kwargs.get("mpu"))
     request.compare(asked, among)
-    if asked.is_auto:
+    if asked.is_undecided:
         asked, kwargs["config"] = _resolve_auto(asked, kwargs, among)
     # The next round is taken in there. Ranks that run stock ZeRO-3 have nobody who waits for them.
     together = agreement.failing_together(among) if asked.is_on else nullcontext()
@@ -217,10 +217,10 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def _resolve_auto(
     asked: Request, engine_arguments: Mapping[str, Any], among: tuple[int, ...] | None
 ) -> tuple[Request, dict[str, Any]]:
-    """Choose the partition size for the model of an engine that is about to be built. Collective over its ranks.
+    """Choose what is left to the planner, for an engine that is about to be built. Collective over its ranks.
 
     Returns:
-        The request and the configuration with that size, for the engine to hand on. The caller's own is left alone:
+        The request and the configuration with the choice, for the engine to hand on. The caller's own is left alone:
         it may be used for another model next.
 
     Raises:
@@ -231,7 +231,7 @@ def _resolve_auto(
     import torch.distributed as dist
 
     from .comm import agreement
-    from .config import with_shard_size
+    from .config import with_choice
     from .planner import auto
     from .seams.ds_config import load_ds_config
     from .seams.engine import engine_facts, ensure_distributed
@@ -242,10 +242,25 @@ def _resolve_auto(
     with agreement.failing_together(among):
         ds_config = load_ds_config(engine_arguments.get("config"))
         assert ds_config is not None, "whoever asked for auto has a configuration"
+        if mics.optimizer_states == "auto" and not _may_slice(engine_arguments):
+            mics = replace(mics, optimizer_states="partition")
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)
-    p = auto.choose_partition_size(mics, facts, model, dist.get_rank(), among)
-    return asked._replace(mics=replace(mics, shard_size=p)), with_shard_size(ds_config, p)
+    choice = auto.choose(mics, facts, model, dist.get_rank(), among)
+    chosen: Any = {"shard_size": choice.p, "optimizer_states": choice.states}
+    return asked._replace(mics=replace(mics, **chosen)), with_choice(ds_config, *choice)
+
+
+def _may_slice(engine_arguments: Mapping[str, Any]) -> bool:
+    """Whether the engine's optimizer may be given slices of parameters."""
+    import torch
+
+    from .elementwise import is_known_by_name, why_not
+
+    optimizer = engine_arguments.get("optimizer")
+    if optimizer is None:
+        return is_known_by_name(str(engine_arguments["config_class"].optimizer_name or "adam"))
+    return isinstance(optimizer, torch.optim.Optimizer) and why_not(optimizer) is None
 
 
 def _make_partitioner(arguments: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Union
 
 import hjson
@@ -165,6 +165,10 @@ class MicsConfig:
     """Let a checkpoint that was saved in another number of shards be loaded, cutting it anew on the way.
     Without it, that is an error."""
 
+    optimizer_states: Literal["partition", "world", "auto"] = "partition"
+    """Which ranks fp32 masters and optimizer states are sharded over: the partition group, so that every replica has
+    them all, or all data-parallel ranks. ``"auto"`` until the planner has chosen."""
+
     plan: PlanRequest | None = None
     """What the planner is told for ``"auto"``."""
 
@@ -198,6 +202,11 @@ class MicsConfig:
             raise MicsConfigError(
                 f"{ZERO_SECTION}.mics_reshape_checkpoint must be true or false, got {self.reshape_checkpoint!r}."
             )
+        if self.optimizer_states not in ("partition", "world", "auto"):
+            raise MicsConfigError(
+                f'{ZERO_SECTION}.mics_optimizer_states must be "partition", "world" or "auto", got '
+                f"{self.optimizer_states!r}. Leave the key out to get the default."
+            )
         if self.reduce_scatter not in ("auto", "native", "all_to_all"):
             raise MicsConfigError(
                 f'{ZERO_SECTION}.mics_reduce_scatter must be "auto", "native" or "all_to_all", got '
@@ -209,6 +218,16 @@ class MicsConfig:
         """Whether the partition size is for the planner to choose."""
         return self.shard_size == AUTO
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether anything is for the planner to choose when an engine is built."""
+        return self.is_auto or self.optimizer_states == AUTO
+
+    @property
+    def of_parameters(self) -> MicsConfig:
+        """What of it concerns parameters: not where optimizer states are."""
+        return replace(self, optimizer_states="partition")
+
     def to_json(self) -> dict[str, Any]:
         """The configuration as the JSON keys that produce it."""
         values = {KEY_PREFIX + name: value for name, value in asdict(self).items()}
@@ -218,9 +237,10 @@ class MicsConfig:
         return values
 
 
-def with_shard_size(ds_config: Mapping[str, Any], p: int) -> dict[str, Any]:
-    """A copy of a DeepSpeed configuration with a partition size in place of ``"auto"``."""
-    return {**ds_config, ZERO_SECTION: {**ds_config[ZERO_SECTION], KEY_PREFIX + "shard_size": p}}
+def with_choice(ds_config: Mapping[str, Any], p: int, states: str) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration with a partition size and a kind of states in place of ``"auto"``."""
+    chosen = {KEY_PREFIX + "shard_size": p, KEY_PREFIX + "optimizer_states": states}
+    return {**ds_config, ZERO_SECTION: {**ds_config[ZERO_SECTION], **chosen}}
 
 
 def parse_ds_json(text: str) -> Any:

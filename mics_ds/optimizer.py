@@ -12,17 +12,22 @@ import torch
 import torch.distributed as dist
 
 from .comm import collectives, packing
-from .comm.groups import MicsGroups
+from .comm.groups import MicsGroups, RankGroup, ReduceScatterMethod
 from .comm.lanes import Stages
+from .comm.slices import Slices
+from .elementwise import refuse_others
 from .errors import MicsConfigError, MicsUsageError
 from .guard.watch import Guard
+from .hop2 import Sliced
 from .request import Build, building
-from .seams.optimizer import OptimizerSeam, gradient_size, is_synchronous_device
+from .seams.optimizer import gradient_size, is_synchronous_device
+from .seams.slicing import SlicingSeam
 from .text import abbreviate
 from .two_hop import TwoHop
+from .updates import WeightUpdates
 
 
-class MicsOptimizer(OptimizerSeam):
+class MicsOptimizer(SlicingSeam):
     """``DeepSpeedZeroOptimizer_Stage3`` over a partition group, with the second hop. Takes the same arguments.
 
     ``dp_process_group`` keeps its meaning: all data-parallel ranks.
@@ -30,10 +35,15 @@ class MicsOptimizer(OptimizerSeam):
 
     mics_build: Build
     mics_groups: MicsGroups
+    _updates: WeightUpdates | None = None
+    """With world-sharded optimizer states."""
+    _mean_slices: torch.Tensor | None = None
+    """This rank's slices of final gradients, packed, with those."""
 
     def __init__(
         self,
         module: torch.nn.Module,
+        init_optimizer: torch.optim.Optimizer,
         *args: Any,
         dp_process_group: dist.ProcessGroup,
         overlap_comm: bool = False,
@@ -43,6 +53,9 @@ class MicsOptimizer(OptimizerSeam):
     ) -> None:
         groups = self.mics_groups = self.mics_build.groups(dp_process_group)
         self._overlap = overlap_comm
+        if groups.update is not None:
+            refuse_others(init_optimizer)
+            self._updates = WeightUpdates(groups.update, groups.update_lane)
         if groups.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             dp_process_group = groups.partition.group
@@ -56,6 +69,7 @@ class MicsOptimizer(OptimizerSeam):
         with building(self.mics_build):
             super().__init__(
                 module,
+                init_optimizer,
                 *args,
                 dp_process_group=dp_process_group,
                 overlap_comm=overlap_comm,
@@ -76,7 +90,33 @@ class MicsOptimizer(OptimizerSeam):
             # itself (reduce_scatter: false) comes without a word about where a bucket ends.
             early=overlap_comm and self.reduce_scatter and not self.offload_optimizer,
             part=self.reduce_bucket_size // groups.partition.size,
+            means=self._sliced_means(),
         )
+
+    def _sliced_means(self) -> Sliced | None:
+        replication = self.mics_groups.replication
+        if not self.is_sliced or replication is None:
+            return None
+        means = self.new_gradients(sum(self.slices_of(index).numel for index in range(len(self.fp16_groups))))
+        self._mean_slices = means
+        return Sliced(
+            lambda: self.gradient_shards,
+            lambda: means,
+            self.gradient_ranges().values(),
+            replication,
+            self.communication_device,
+            self.reduce_bucket_size // self.mics_groups.partition.size,
+            method=self._scatter_method(replication, means.element_size()),
+            used=self.mics_groups.scatter_lane.used,
+        )
+
+    def _scatter_method(self, replication: RankGroup, itemsize: int) -> ReduceScatterMethod:
+        """Of hop 2. An all-to-all adds 16-bit values up in fp32, where a backend would do so in 16 bits. It sends no
+        more where each replica is on a node of its own; elsewhere a ring crosses the network less often."""
+        nodes = {self.mics_groups.node_of[rank] for rank in replication.ranks}
+        if itemsize < 4 and len(nodes) == replication.size:
+            return "all_to_all"
+        return self.mics_groups.reduce_scatter
 
     def _refuse_unsupported(self, module: torch.nn.Module) -> None:
         if getattr(self, "use_muon", False):
@@ -145,6 +185,7 @@ class MicsOptimizer(OptimizerSeam):
         self.order_behind_current_stream()
 
     def gradients_are_used(self) -> None:
+        self.shards_are_read()  # of modules that nobody has used since the last step
         if self.two_hop.complete_for_step(look=self.offload_optimizer):
             self._means_are_there()
 
@@ -171,6 +212,52 @@ class MicsOptimizer(OptimizerSeam):
         else:
             self.order_behind_current_stream()
 
+    # ------------------------------------------------------------- world-sharded optimizer states
+
+    def cut_shards(self, shards: tuple[int, ...]) -> Slices | None:
+        update = self.mics_groups.update
+        return None if update is None else Slices(shards, update.size, update.rank)
+
+    def mean_slice(self, ds_id: int) -> torch.Tensor:
+        return self.two_hop.mean(ds_id)
+
+    def gradient_was_set(self, ds_id: int) -> None:
+        self.two_hop.replaced(ds_id)
+
+    def publish(self, sub_group: int, packed: torch.Tensor) -> None:
+        updates, cut = self._updates, self.slices_of(sub_group)
+        assert updates is not None, "only called for slices"
+        params, flat = self.fp16_groups[sub_group], self.fp16_partitioned_groups_flat[sub_group]
+        # DeepSpeed gathers those that stay gathered at the end of the step.
+        staying = {index for index, param in enumerate(params) if self.stays_gathered(param)}
+        for param, done in zip(params, updates.start(packed, cut, flat, staying)):
+            param.mics_update = done
+
+    def shards_are_read(self) -> None:
+        if self._updates is not None:
+            self._updates.finish()
+
+    def whole_shard(self, param: Any, piece: torch.Tensor) -> torch.Tensor:
+        update = self.mics_groups.update
+        assert update is not None, "only called for slices"
+        cut = Slices((param.partition_numel(),), update.size, update.rank)
+        self.shards_are_read()
+        device = self.communication_device
+        rows = collectives.all_gather_rows(piece.detach().to(device).contiguous(), update, "slices of a state")
+        shard = rows.new_empty(cut.shards[0])
+        cut.put(rows, shard)
+        return shard
+
+    def overflow_beyond(self) -> torch.Tensor | None:
+        replication = self.mics_groups.replication
+        if not self.is_sliced or replication is None:
+            return None
+        assert self._mean_slices is not None, "made with the slices"
+        mark = self._mean_slices.isfinite().all().logical_not()
+        mark = mark.to(self.communication_device, torch.uint8).view(1)
+        collectives.max_over_(mark, replication, "gradient overflow")
+        return mark.bool()
+
     def _means_are_there(self) -> None:
         self.finish_offloaded_gradients(self.two_hop.changed)
         self.order_behind_current_stream()
@@ -183,8 +270,10 @@ class MicsOptimizer(OptimizerSeam):
         self.order_behind_current_stream()
 
     def destroy(self) -> None:
+        self.shards_are_read()
         super().destroy()
         self.mics_groups.scatter_lane.close()
+        self.mics_groups.update_lane.close()
 
     # ------------------------------------------------------------------------------ agreed scalars
 
@@ -196,7 +285,12 @@ class MicsOptimizer(OptimizerSeam):
         clipping factor that differs in one bit would make replicas drift apart for good.
         """
         replication = self.mics_groups.replication
-        if replication is not None:
+        if replication is not None and self.is_sliced:
+            # Here each replica has the norm of its slices. -1 marks an invalid one, and has to stay one.
+            squares = torch.where(norms < 0, torch.inf, norms).square()
+            collectives.sum_over_(squares, replication, "gradient norm")
+            norms = torch.where(squares.isfinite(), squares.sqrt(), -1.0)
+        elif replication is not None:
             # -1 marks an invalid norm and must win over any number, on all replicas
             norms = torch.where(norms < 0, torch.inf, norms)
             collectives.max_over_(norms, replication, "gradient norm")

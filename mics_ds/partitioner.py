@@ -73,6 +73,18 @@ class MicsPartitioner(seam.PartitionerSeam):
     def after_conversion(self, param: seam.ZeroParam) -> None:
         param.mics_groups = self.mics_groups
 
+    def before_gather(self, params: list[seam.ZeroParam]) -> None:
+        for param in params:
+            # With world-sharded optimizer states, updated weights may still be on their way from other replicas.
+            update: Pending[None] | None = getattr(param, "mics_update", None)
+            if update is not None:
+                update.wait()
+
+    def shard_was_written(self, param: seam.ZeroParam) -> None:
+        follow = getattr(param, "mics_master_follows", None)
+        if follow is not None:
+            follow()
+
     def start_gather(self, shard: torch.Tensor) -> Pending[collectives.GatheredShards] | None:
         hierarchy = self.mics_groups.hierarchy
         if hierarchy is None:
@@ -144,7 +156,8 @@ class MicsParamManager(seam.ParamManagerSeam):
                 f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
                 f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."
             )
-        found = {groups.config: groups for groups in map(_groups_of, module.parameters()) if groups is not None}
+        of_all = [groups for groups in map(_groups_of, module.parameters()) if groups is not None]
+        found = {groups.config.of_parameters: groups for groups in of_all}
         if len(found) > 1:
             raise MicsConfigError(
                 f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "

@@ -43,6 +43,11 @@ class Request(NamedTuple):
         """Whether MiCS is on and its partition size is still to be chosen."""
         return self.is_on and self.mics is not None and self.mics.is_auto
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether MiCS is on and something of it is still to be chosen, at the latest for the engine."""
+        return self.is_on and self.mics is not None and self.mics.is_undecided
+
 
 OFF = Request(agreement.OFF)
 

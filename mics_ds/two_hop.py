@@ -53,9 +53,7 @@ only, the others have to know: the flags say so too, and :meth:`TwoHop.settle` a
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -63,59 +61,7 @@ import torch
 from .comm import collectives
 from .comm.groups import RankGroup
 from .comm.lanes import Lane, Stages
-
-
-class Phase(enum.Enum):
-    """See [Note: phases of a shard]."""
-
-    MEAN = "mean"
-    PARTIAL = "partial"
-    AVERAGING = "averaging"
-
-
-LEGAL_TRANSITIONS = frozenset(
-    {
-        (Phase.MEAN, Phase.PARTIAL),
-        (Phase.PARTIAL, Phase.PARTIAL),
-        (Phase.MEAN, Phase.AVERAGING),
-        (Phase.PARTIAL, Phase.AVERAGING),
-        (Phase.AVERAGING, Phase.MEAN),
-    }
-)
-
-
-class Given(enum.IntEnum):
-    """What a shard got since the last boundary, see [Note: old means]. The greatest of all replicas' holds."""
-
-    NOTHING = 0
-    ADDED = 1
-    """On top of the old mean."""
-    WRITTEN = 2
-    """Over the old mean."""
-
-
-@dataclass
-class GradientShard:
-    """This rank's shard of one parameter's gradient."""
-
-    start: int
-    end: int
-    """Where it lies in the buffer: elements [start, end)."""
-    phase: Phase = Phase.MEAN
-    average: collectives.ReplicaAverage | None = None
-    """Hop 2, while AVERAGING. Neighbours in the buffer share one."""
-    given: Given = Given.NOTHING
-    old: torch.Tensor | None = None
-    """The old mean, while the buffer holds only what is new."""
-    reduced: bool = False
-    """Whether it went through hop 1 in this backward pass."""
-    comes_twice: bool = False
-    """Whether it ever did so twice in one pass: tied parameters under reentrant checkpointing. An early hop 2 after
-    the first time would have to be done again, so from then on it waits for the end of the pass."""
-
-    def move(self, phase: Phase) -> None:
-        assert (self.phase, phase) in LEGAL_TRANSITIONS, f"a gradient shard cannot go from {self.phase} to {phase}"
-        self.phase = phase
+from .hop2 import Given, GradientShard, InPlace, Means, Phase
 
 
 class TwoHop:
@@ -135,6 +81,7 @@ class TwoHop:
         device: where collectives of ``replication`` can work. A buffer elsewhere is copied there and back, in parts of
             at most ``part`` elements, two of them at a time.
         early: whether hop 2 may start before it has to be complete.
+        means: how hop 2 is done; by default in place.
     """
 
     def __init__(
@@ -147,6 +94,7 @@ class TwoHop:
         *,
         early: bool = True,
         part: int = 1 << 24,
+        means: Means | None = None,
     ) -> None:
         self.shards = {key: GradientShard(start, end) for key, (start, end) in ranges.items()}
         self._buffer = buffer
@@ -154,7 +102,9 @@ class TwoHop:
         self._lane = lane
         self._device = device
         self._early = early and replication is not None
-        self._part = max(1, part)
+        self._means = means
+        if means is None and replication is not None:
+            self._means = InPlace(buffer, replication, device, part)
         self._units: list[list[int]] | None = None
         """See [Note: units]. None until they are agreed on, or for good where hop 2 never starts early."""
         self._started = 0
@@ -307,6 +257,15 @@ class TwoHop:
             self.settle(self._look())
         return True
 
+    def mean(self, key: int) -> torch.Tensor:
+        """What hop 2 has made of a shard, or makes: its mean, or this replica's slice of that. 1-D and live."""
+        shard = self.shards[key]
+        return self._buffer()[shard.start : shard.end] if self._means is None else self._means.of(shard)
+
+    def replaced(self, key: int) -> None:
+        """All replicas have set both gradient and mean of a shard to one value, whatever they were before."""
+        self.shards[key].given, self.shards[key].old = Given.WRITTEN, None
+
     @property
     def came_again(self) -> torch.Tensor:
         """(1,), on the device: not 0 if on some replica a shard got another gradient after its hop 2 had started."""
@@ -329,7 +288,7 @@ class TwoHop:
         if self._said is not None:  # nobody has asked, so they were not used
             self.settle(self._look())
         for shard in self.shards.values():
-            shard.given = Given.NOTHING
+            shard.given, shard.old = Given.NOTHING, None
         self._passes_before = [self._passes_before[-1], max(1, self._last_passes)]
         self._last_passes, self._completed = 0, False
         self._boundaries += 1
@@ -352,7 +311,10 @@ class TwoHop:
             self._start_all_units()
         else:
             self._start_flags(self._replication)
-            self._average_by_way_of_device(self._replication)
+            self._contribute_nothing(self.shards.values())
+            for shard in self.shards.values():
+                shard.move(Phase.AVERAGING)
+            self._how.by_way_of_device(self.shards.values())
         self._finish_hop2()
 
     def _learn_from_earlier_pass(self) -> None:
@@ -383,31 +345,16 @@ class TwoHop:
             self._started += 1
         self._all_started = True
 
-    def _start_averaging(self, shards: Iterable[GradientShard]) -> None:
-        """Start hop 2 on these shards, in one collective where they are neighbours in the buffer."""
-        assert self._replication is not None
-        for run in _neighbours(shards):
-            part = self._buffer()[run[0].start : run[-1].end]
-            average = collectives.ReplicaAverage(part, self._replication)
-            for shard in run:
-                shard.move(Phase.AVERAGING)
-                shard.average = average
-
-    def _average_by_way_of_device(self, replication: RankGroup) -> None:
-        """Hop 2 on shards in host memory, where only gloo could reduce them. One part is copied while another is
-        averaged, and no more than two are on the device."""
-        self._contribute_nothing(self.shards.values())
-        for shard in self.shards.values():
+    def _start_averaging(self, shards: list[GradientShard]) -> None:
+        """Start hop 2 on these shards."""
+        for shard in shards:
             shard.move(Phase.AVERAGING)
-        on_its_way: tuple[torch.Tensor, torch.Tensor, collectives.ReplicaAverage] | None = None
-        for part in [*self._buffer().split(self._part), None]:
-            previous = on_its_way
-            if part is not None:
-                on_device = part.to(self._device, non_blocking=True)
-                on_its_way = part, on_device, collectives.ReplicaAverage(on_device, replication)
-            if previous is not None:
-                previous[2].wait()
-                previous[0].copy_(previous[1])
+        self._how.start(shards)
+
+    @property
+    def _how(self) -> Means:
+        assert self._means is not None, "there are replicas"
+        return self._means
 
     @staticmethod
     def _finish_averaging(shard: GradientShard) -> None:
@@ -430,25 +377,23 @@ class TwoHop:
         for place, shard in enumerate(self.shards.values()):
             if shard.old is not None:
                 counts = said[place] < Given.WRITTEN  # where it is, so that the host need not wait
-                self._shard(shard).add_(torch.where(counts, shard.old, torch.zeros_like(shard.old)))
+                self._how.of(shard).add_(torch.where(counts, shard.old, torch.zeros_like(shard.old)))
                 if self._on_device:
                     self._lane.used(shard.old)
-                shard.old = None
+                if not self._how.keeps_partials:
+                    shard.old = None
         self._lane.used(self._said)
 
     # ------------------------------------------------------------------- replicas that do different things
 
-    def _shard(self, shard: GradientShard) -> torch.Tensor:
-        return self._buffer()[shard.start : shard.end]
-
     def _set_aside(self, shard: GradientShard) -> None:
-        if self._replication is not None:
-            shard.old = self._shard(shard).clone()
-            self._shard(shard).zero_()
+        if self._replication is not None and shard.old is None:
+            shard.old = self._how.of(shard).clone()
+            self._buffer()[shard.start : shard.end].zero_()
 
     def _contribute_nothing(self, shards: Iterable[GradientShard]) -> None:
         for shard in shards:
-            if shard.given is Given.NOTHING and shard.old is None:
+            if shard.given is Given.NOTHING:
                 self._set_aside(shard)
 
     def _start_flags(self, replication: RankGroup) -> None:
@@ -483,14 +428,3 @@ class TwoHop:
         for key, number in zip(self.shards, numbers):
             units[number].append(key)
         self._units = [*(unit for unit in units[:-1] if unit), units[-1]]
-
-
-def _neighbours(shards: Iterable[GradientShard]) -> list[list[GradientShard]]:
-    """Group shards that touch each other in the buffer, in ascending order."""
-    runs: list[list[GradientShard]] = []
-    for shard in sorted(shards, key=lambda item: (item.start, item.end)):
-        if runs and runs[-1][-1].end == shard.start:
-            runs[-1].append(shard)
-        else:
-            runs.append([shard])
-    return runs

@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 _engines: list[Any] = []
 
+# Whole test modules can be run in the other mode: MICS_TEST_STATES=world pytest tests/ranks/test_parity.py
+STATES = os.environ.get("MICS_TEST_STATES", "partition")
+
 WIDTH = 7  # divides by nothing we shard over
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,6 +106,7 @@ def ds_config(
         config["fp16"] = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 50}
     if p is not None:
         config["zero_optimization"]["mics_shard_size"] = p
+        config["zero_optimization"].setdefault("mics_optimizer_states", STATES)
     return config
 
 

@@ -28,7 +28,7 @@ from .. import __version__
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from . import manifest, names, origin
+from . import manifest, names, origin, slices
 from .manifest import CLIENT_STATE, FileRecord, Manifest
 from .together import Site, attempt, exchange, on_publishers, raise_together, site_of, words
 
@@ -119,7 +119,8 @@ def save(
     seam.set_writer(engine, site.writer == site.rank)
     try:
         try:
-            with seam.CheckpointFiles.of(engine).through(session):
+            whole = slices.gathered(engine.optimizer, site, session.errors)
+            with whole, seam.CheckpointFiles.of(engine).through(session):
                 original(
                     engine,
                     request.folder,
@@ -128,7 +129,7 @@ def save(
                     save_latest=False,
                     exclude_frozen_parameters=exclude_frozen_parameters,
                 )
-        except RuntimeError as error:  # of a barrier, when another rank has died
+        except RuntimeError as error:  # of a collective, when another rank has died
             raise MicsCheckpointError(f"{failed} {words(error)}. {_REMEDY}") from error
         session.make(lambda: _save_own_client_state(session, site, staging, request, fingerprints))
         written = exchange({"errors": session.errors, "files": session.files}, f"saving {target}")

@@ -103,6 +103,15 @@ class Site:
             return same_shard[self.shard % layout.replication_size]
         return next(rank for rank in same_shard if rank in self.peers)
 
+    @cached_property
+    def writers(self) -> list[int]:
+        """Global ranks that write the files of this rank's shard: one, or with node-local folders one on each node."""
+        if not self.node_local:
+            return [self.writer]
+        nodes, same_shard = self.groups.node_of, self.groups.layout.replication_groups[self.shard]
+        first = {nodes[rank]: rank for rank in reversed(same_shard)}
+        return sorted(first.values())
+
 
 def site_of(engine: Any) -> Site:
     return Site(engine.optimizer.mics_groups, engine.use_node_local_storage())

@@ -49,9 +49,12 @@ def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict |
 
 
 def partner(state: State, states: Sequence[State]) -> State | None:
-    """Of weights their masters, of masters their weights, where both exist in memory of their own."""
+    """Of weights their masters, of masters their weights: element by element, and in memory of their own."""
+    if state.made_from_it is not None:
+        return state.made_from_it
     other = {WEIGHTS: MASTER, MASTER: WEIGHTS}.get(state.name)
     found = [item for item in states if item.name == other and item.group == state.group and item.group >= 0]
+    found = [item for item in found if item.tensor.numel() == state.tensor.numel()]
     return found[0] if found else None
 
 

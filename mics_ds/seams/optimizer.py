@@ -96,6 +96,16 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         shard. The host looks at it where DeepSpeed makes it wait anyway."""
         return torch.zeros(1, device=self.communication_device)
 
+    def overflow_beyond(self) -> torch.Tensor | None:
+        """(1,) bool, on the device: whether there are gradients that are not finite where DeepSpeed does not look. The
+        same on all ranks that share a shard. ``None`` if it looks everywhere."""
+        return None
+
+    def gradient_width(self, param: torch.nn.Parameter) -> int:
+        """Elements of a final gradient on this rank."""
+        width: int = param.partition_numel()  # type: ignore[attr-defined]
+        return width
+
     def settle_gradients(self, in_doubt: bool) -> None:
         """The host has looked at :meth:`gradients_in_doubt`: make gradients final if they are not."""
 
@@ -148,7 +158,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
             self._finalize_offload_gradient_accumulation()
             return
         # Older versions do that while they add a gradient at the boundary, so add nothing.
-        shards = [self.gradient_shards.new_zeros(param.partition_numel()) for param in params]
+        shards = [self.gradient_shards.new_zeros(self.gradient_width(param)) for param in params]
         step, self.micro_step_id = self.micro_step_id, 1  # the first one would overwrite
         try:
             super().partition_grads([_WithoutGrad(param) for param in params], shards)
@@ -253,14 +263,22 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
         may_doubt = partition_gradients and self.defers_reduction() and not self.offload_optimizer
-        if may_doubt:
-            with get_accelerator().stream(self.reduce_and_partition_stream):
-                self.inf_or_nan_tracker.logical_or_(self.gradients_in_doubt().bool())
-        overflow = super().has_overflow(partition_gradients)
+        overflow = self._sees_overflow(partition_gradients, may_doubt)
         if overflow and may_doubt:
             self.settle_gradients(bool(self.gradients_in_doubt()))
-            overflow = super().has_overflow(partition_gradients)
+            overflow = self._sees_overflow(partition_gradients, False)
         return overflow
+
+    def _sees_overflow(self, partition_gradients: bool, doubts: bool) -> bool:
+        """Whether DeepSpeed sees an overflow, or something here is as good as one."""
+        with get_accelerator().stream(self.reduce_and_partition_stream):
+            marks = [self.gradients_in_doubt().bool()] if doubts else []
+            beyond = self.overflow_beyond() if partition_gradients else None
+            if beyond is not None:
+                marks.append(beyond)
+            for mark in marks:
+                self.inf_or_nan_tracker.logical_or_(mark.to(self.inf_or_nan_tracker.device))
+        return super().has_overflow(partition_gradients)
 
     def _get_norm_groups(self) -> list[torch.Tensor]:
         norms = super()._get_norm_groups()

@@ -40,6 +40,12 @@ class PartitionerSeam(pp.Init):
         """
         return None
 
+    def before_gather(self, params: list[ZeroParam]) -> None:
+        """Shards of these parameters are about to be read, on the current stream."""
+
+    def shard_was_written(self, param: ZeroParam) -> None:
+        """The full parameter was changed, and its shard after it."""
+
     def broadcast_after_apply(self, params: list[ZeroParam]) -> None:
         """A function given to ``Module.apply`` has changed these gathered parameters; make all ranks equal."""
         raise NotImplementedError
@@ -47,6 +53,18 @@ class PartitionerSeam(pp.Init):
     def _zero_init_param(self, param: ZeroParam) -> None:
         self.before_first_partition(param)
         super()._zero_init_param(param)
+
+    def _ensure_availability_of_partitioned_params(self, params: list[ZeroParam]) -> None:
+        super()._ensure_availability_of_partitioned_params(params)
+        self.before_gather(params)
+
+    def _partition_param(
+        self, param: ZeroParam, buffer: Any = None, has_been_updated: bool = False, free_data: bool = True
+    ) -> None:
+        written = has_been_updated and param.ds_tensor is not None
+        super()._partition_param(param, buffer, has_been_updated, free_data)
+        if written:
+            self.shard_was_written(param)
 
     def _allgather_params_coalesced(self, param_list: list, *args: Any, **kwargs: Any) -> None:
         if self._are_whole(param_list):
@@ -82,6 +100,7 @@ class PartitionerSeam(pp.Init):
         if any(self.get_partition_dp_group(param) is not self.ds_process_group for param in params):
             return None
         if self._are_whole(params):
+            self.before_gather(params)
             return _WholeHandle(params)
         self._ensure_availability_of_partitioned_params(params)
         by_dtype: dict[torch.dtype, list[ZeroParam]] = {}

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..comm.slices import Slices
+
 WEIGHTS, MASTER, NUMBERS = "weights", "master", "numbers"
 NO_GROUP = -1
 """In place of a sub-group, for parameters that the optimizer does not train."""
@@ -38,6 +40,8 @@ class State:
     """In ascending order."""
     replicated: bool
     """Whether the other ranks of the replication group must have the same bits."""
+    made_from_it: State | None = field(default=None, compare=False)
+    """Of a master that is a slice, the weights of that slice: a copy."""
     put_back: Callable[[], None] = field(default=lambda: None, compare=False)
     """To be called after writing to :attr:`tensor`, which is a copy for :data:`NUMBERS`."""
 
@@ -65,14 +69,23 @@ def states_of(optimizer: Any, replicated: bool) -> list[State]:
     Not among it: gradients, what is gathered, buffers of modules (replicas may have their own), random numbers.
     """
     names = {param.ds_id: name for name, param in optimizer.module.named_parameters()}
+    sliced = getattr(optimizer, "is_sliced", False)
+    if sliced:
+        optimizer.shards_are_read()
     found: list[State] = []
     for group, params in enumerate(optimizer.fp16_groups):
         pieces = tuple(_pieces(params, names))
         weights, master = optimizer.fp16_partitioned_groups_flat[group], optimizer.fp32_partitioned_groups_flat[group]
         if weights.data_ptr() != master.data_ptr():
             found.append(State(WEIGHTS, group, weights.detach(), pieces, replicated))
-        found.append(State(MASTER, group, master.detach(), pieces, replicated))
-        found += _optimizer_states(optimizer, group, master, pieces, replicated)
+        if sliced:
+            cut = optimizer.slices_of(group)
+            pieces = tuple(_slices(params, names, cut))
+            own = State(WEIGHTS, group, cut.take(weights.detach()), pieces, replicated=False)
+            found.append(State(MASTER, group, master.detach(), pieces, replicated=False, made_from_it=own))
+        else:
+            found.append(State(MASTER, group, master.detach(), pieces, replicated))
+        found += _optimizer_states(optimizer, group, master, pieces, replicated, elementwise=replicated and not sliced)
     trained = {param.ds_id for params in optimizer.fp16_groups for param in params}
     for param in optimizer.module.parameters():
         if param.ds_id not in trained:
@@ -94,18 +107,37 @@ def _pieces(params: Sequence[Any], names: dict[int, str]) -> Iterator[Piece]:
         start += width
 
 
+def _slices(params: Sequence[Any], names: dict[int, str], cut: Slices) -> Iterator[Piece]:
+    """Of masters and states of this replica's slices."""
+    for index, param in enumerate(params):
+        first, last = cut.own(index)
+        start = torch.distributed.get_rank(param.ds_process_group) * param.partition_numel()
+        length = max(0, min(last, param.ds_numel - start) - first)
+        if length:
+            yield Piece(names[param.ds_id], cut.starts[index], cut.starts[index] + length, start + first)
+
+
 def _optimizer_states(
-    optimizer: Any, group: int, master: torch.Tensor, pieces: tuple[Piece, ...], replicated: bool
+    optimizer: Any,
+    group: int,
+    master: torch.Tensor,
+    pieces: tuple[Piece, ...],
+    replicated: bool,
+    elementwise: bool,
 ) -> Iterator[State]:
+    """``elementwise``: whether those of the shape of masters are replicated."""
     for inner in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):
         held = {} if inner is None else inner.state.get(master, {})
         numbers = []
         for key, value in sorted(held.items(), key=lambda item: str(item[0])):
             if isinstance(value, torch.Tensor):
-                elementwise = value.numel() == master.numel() and value.dim() > 0
                 tensor = value.detach().view(-1)
-                its = pieces if elementwise else (Piece(f"sub-group {group}", 0, value.numel(), 0),)
-                yield State(str(key), group, tensor, its, replicated)
+                if value.numel() == master.numel() and value.dim() > 0:
+                    yield State(str(key), group, tensor, pieces, elementwise)
+                else:
+                    yield State(
+                        str(key), group, tensor, (Piece(f"sub-group {group}", 0, value.numel(), 0),), replicated
+                    )
             elif isinstance(value, (int, float)):
                 numbers.append((held, key))
         # torch's Adam counts steps in the state, others in the parameter group
@@ -132,7 +164,7 @@ def _numbers(owner: str, group: int, places: list[tuple[dict, Any]], replicated:
             held[key] = type(held[key])(value)
 
     pieces = tuple(Piece(f"{key} of {owner}", index, index + 1, 0) for index, (_, key) in enumerate(places))
-    return State(NUMBERS, group, tensor, pieces, replicated, put_back)
+    return State(NUMBERS, group, tensor, pieces, replicated, put_back=put_back)
 
 
 def regather_persistent(optimizer: Any) -> None:

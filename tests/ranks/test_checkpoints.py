@@ -21,6 +21,7 @@ from torch import nn
 from mics_ds.checkpoint import manifest, names
 from mics_ds.comm.meter import CommMeter
 from mics_ds.errors import MicsCheckpointError
+from mics_ds.seams.states import WEIGHTS, states_of
 
 RESHAPE = {"mics_reshape_checkpoint": True}
 
@@ -56,12 +57,11 @@ def digest(engine) -> dict[str, str]:
     optimizer = engine.optimizer
     items = {f"param {name}": value for name, value in full_params(engine).items()}
     items |= {f"buffer {name}": value for name, value in engine.module.named_buffers()}
-    for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-        states = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
-        for key, value in states.items():
-            if torch.is_tensor(value):
-                whole = value.shape == flat.shape
-                items[f"{key} {index}"] = without_padding(value, optimizer, index) if whole else value
+    for state in states_of(optimizer, replicated=False):
+        if state.name != WEIGHTS:
+            # DeepSpeed leaves whatever the memory held in the padding of a shard, and never uses it.
+            parts = [state.tensor[piece.start : piece.stop] for piece in state.pieces]
+            items[f"{state.name} {state.group}"] = torch.cat(parts) if parts else state.tensor[:0]
     found = {
         name: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, value in items.items()
@@ -71,17 +71,6 @@ def digest(engine) -> dict[str, str]:
     found["counters"] = f"{engine.global_steps} {engine.skipped_steps} {engine.global_samples}"
     found["scheduler"] = json.dumps(engine.lr_scheduler.state_dict()) if engine.lr_scheduler else ""
     return found
-
-
-def without_padding(flat, optimizer, group):
-    """DeepSpeed leaves whatever the memory held in the padding of a shard, and never uses it."""
-    parts, offset = [], 0
-    for param in optimizer.fp16_groups[group]:
-        width = param.partition_numel()
-        rank = dist.get_rank(param.ds_process_group)
-        parts.append(flat[offset : offset + max(0, min(width, param.ds_numel - rank * width))])
-        offset += width
-    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------- resuming after kill -9

@@ -41,7 +41,7 @@ def test_every_named_test_exists(name):
     if parameter:
         marks = getattr(module, function).pytestmark
         values = [value for mark in marks if mark.name == "parametrize" for value in mark.args[1]]
-        assert parameter in values
+        assert parameter in [getattr(value, "values", (value,))[0] for value in values]
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -553,9 +553,12 @@ def test_local_gradients_are_refused_while_they_are_partial():
         safe_get_local_grad(param)
     full = safe_get_full_grad(param).flatten()  # makes them whole
     local = safe_get_local_grad(param)
-    rank, width = engine.optimizer.mics_groups.partition.rank, local.numel()
+    rank, width = engine.optimizer.mics_groups.partition.rank, param.partition_numel()
+    shard = torch.zeros(width)
     part = full[rank * width : (rank + 1) * width]
-    assert torch.equal(local[: part.numel()], part)
+    shard[: part.numel()] = part
+    cut = engine.optimizer.cut_shards((width,))
+    assert torch.equal(local, shard if cut is None else cut.take(shard))
 
 
 @pytest.mark.ranks(4)

@@ -204,6 +204,38 @@ def test_with_one_replica_weights_are_held_to_their_masters():
         engine.optimizer.mics_guard.check(engine.optimizer, 2, "now", stepped=True)
 
 
+WORLD = {"mics_optimizer_states": "world"}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+def test_world_sharded_masters_have_no_copies_and_are_held_to_weights(p):
+    engine = build(guarded(p, dtype="bf16", zero=WORLD, every=1, block_bytes=64), optimizer=adam)
+    train(engine, 3)
+    guard = engine.optimizer.mics_guard
+    assert guard.checks == 3
+    flip(engine, 1, "exp_avg")
+    assert not guard.check(engine.optimizer, 3, "now", stepped=True), "nothing is known of these"
+    flip(engine, 1, "exp_avg")
+    flip(engine, 1, "master")
+    with pytest.raises(MicsGuardError, match=r"rank 1 \(node 0\): weights of .* differ from its own masters"):
+        guard.check(engine.optimizer, 3, "now", stepped=True)
+
+
+@pytest.mark.ranks(4)
+def test_world_sharded_copies_of_weights_are_repaired_by_majority():
+    engine, twin = (build(guarded(1, dtype="bf16", zero=WORLD, block_bytes=64), optimizer=adam) for _ in range(2))
+    train(engine, 2)
+    train(twin, 2)
+    guard = engine.optimizer.mics_guard
+    for element in range(4):  # in and beyond the slice whose master this rank has
+        flip(engine, 2, "weights", 12 * element)
+        found = guard.check(engine.optimizer, 2, "now", stepped=True)
+        assert {(item.rank, item.by) for item in found} == {(2, "majority")}
+    assert train(engine, 2) == train(twin, 2)
+    replicas_agree(engine)
+
+
 @pytest.mark.ranks(4)
 def test_parameters_that_stay_gathered_follow_a_repair():
     zero = {"stage3_param_persistence_threshold": 10**6}

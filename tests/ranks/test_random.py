@@ -100,6 +100,7 @@ CASES = st.fixed_dictionaries(
                 "mics_reduce_scatter": st.sampled_from(["native", "all_to_all"]),
                 "mics_hierarchical_params_gather": st.booleans(),
                 "mics_hierarchical_grad_scatter": st.booleans(),
+                "mics_optimizer_states": st.sampled_from(["partition", "world"]),
             },
         ),
     }

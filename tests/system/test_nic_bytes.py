@@ -23,6 +23,8 @@ FLAT = "mics_hierarchical_params_gather=false:mics_hierarchical_grad_scatter=fal
 EXPECTED = {
     # p inside a node: hop 2 only, 2 (r-1)/r of M/p from each of k ranks
     f"mics:2:{STRICT}": K * 2 * (M / 2) / 2,
+    # the same, as a reduce-scatter of gradients and an all-gather of weights, (r-1)/r of M/p each
+    f"mics:2:{STRICT}:mics_optimizer_states=world": K * 2 * (M / 2) / 2,
     # p over two nodes: 2 gathers and 1 reduce-scatter per micro-step, all of it in two stages
     f"mics:4:{STRICT}": 3 * S * M * (4 - K) / 4,
     # flat: rings for the gathers; gloo's own reduce-scatter moves twice what a ring should

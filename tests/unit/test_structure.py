@@ -28,6 +28,7 @@ ROWS = [
     {"seams"},
     {"request"},
     {"checkpoint.manifest", "checkpoint.reshape"},
+    {"hop2", "updates", "elementwise"},
     {"two_hop"},
     {"guard"},
     {"partitioner", "optimizer", "ab"},

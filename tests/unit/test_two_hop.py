@@ -19,10 +19,12 @@ import torch.distributed as dist
 from fake_streams import FakeStreams
 from thread_ranks import on_threads
 
-from mics_ds import two_hop
+from mics_ds import hop2
 from mics_ds.comm.groups import RankGroup
 from mics_ds.comm.lanes import INLINE, StreamLane, ThreadLane
-from mics_ds.two_hop import LEGAL_TRANSITIONS, GradientShard, Phase, TwoHop
+from mics_ds.comm.slices import Slices
+from mics_ds.hop2 import LEGAL_TRANSITIONS, GradientShard, Phase, Sliced
+from mics_ds.two_hop import TwoHop
 
 CPU = torch.device("cpu")
 REPLICAS = 2
@@ -77,6 +79,7 @@ def _tensors_of_a_device_with_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 each_lane = pytest.mark.parametrize("lane", LANES)
+each_way = pytest.mark.parametrize("sliced", [False, True], ids=["in place", "sliced"])
 
 
 @dataclass
@@ -89,6 +92,8 @@ class Replica:
     lane: str = "inline"
     early: bool = True
     on_device: bool = True
+    sliced: bool = False
+    """Whether hop 2 is a reduce-scatter."""
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()
@@ -104,7 +109,17 @@ class Replica:
         self.beside = self.lane != "inline"
         group = RankGroup.of(dist.group.WORLD)
         kind = TwoHop if self.on_device else ByWayOfDevice
-        self.schedule = kind(RANGES, lambda: self.buffer, group, lane, CPU, early=self.early, part=4)
+        self.cut = Slices(tuple(end - start for start, end in RANGES.values()), group.size, group.rank)
+        self.slices = torch.full((self.cut.numel,), 0.0)
+        means = None
+        if self.sliced:
+            ranges = RANGES.values()
+            means = Sliced(
+                *(lambda: self.buffer, lambda: self.slices, ranges, group, CPU, 4),
+                method="all_to_all",
+                used=lane.used,
+            )
+        self.schedule = kind(RANGES, lambda: self.buffer, group, lane, CPU, early=self.early, part=4, means=means)
         self.draws = random.Random(self.rank)
 
     def backward(self, buckets: Buckets, last: bool) -> None:
@@ -138,15 +153,25 @@ class Replica:
             self.own[start:end] += gradient
         return gradient
 
+    def mean(self) -> torch.Tensor:
+        """All of it, on every rank."""
+        if not self.sliced:
+            return self.buffer
+        rows = [torch.empty_like(self.slices) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, self.slices)
+        mean = torch.empty_like(self.buffer)
+        self.cut.put(torch.stack(rows), mean)
+        return mean
+
     def expect_mean(self) -> None:
         """The mean over replicas of everything that was added, on top of what nobody has written over."""
         expected, written = self.own.clone(), self.written.clone()
         dist.all_reduce(expected)
         dist.all_reduce(written)
         expected = expected / dist.get_world_size() + torch.where(written > 0, 0, self.old)
-        assert torch.equal(self.buffer, expected), (self.buffer, expected)
+        assert torch.equal(self.mean(), expected), (self.mean(), expected)
         assert {shard.phase for shard in self.schedule.shards.values()} == {Phase.MEAN}
-        assert {shard.old for shard in self.schedule.shards.values()} == {None}
+        assert self.sliced or {shard.old for shard in self.schedule.shards.values()} == {None}
         assert not self.schedule.is_partial
 
     def boundary(self, look: bool = False) -> None:
@@ -156,7 +181,7 @@ class Replica:
         self.expect_mean()
         self.schedule.next_boundary()
         assert not self.schedule.changed
-        self.old = self.buffer.clone()
+        self.old = self.mean().clone()
         self.own.zero_()
         self.written.zero_()
         self.micro_step = 0
@@ -179,14 +204,14 @@ class Counting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[tuple[int, int]] = []
-        average = two_hop.collectives.ReplicaAverage
+        average = hop2.collectives.ReplicaAverage
 
         def counting(part, replication):
             if replication.rank == 0:
                 self.parts.append((part.storage_offset(), part.numel()))
             return average(part, replication)
 
-        monkeypatch.setattr(two_hop.collectives, "ReplicaAverage", counting)
+        monkeypatch.setattr(hop2.collectives, "ReplicaAverage", counting)
 
     def take(self) -> list[tuple[int, int]]:
         """Those since the last time; to rank 0 only."""
@@ -196,14 +221,15 @@ class Counting:
         return parts
 
 
+@each_way
 @each_lane
 @pytest.mark.parametrize("repeated", [None, *BUCKETS], ids=str)
-def test_every_order_of_buckets_with_early_hop2(lane, repeated):
+def test_every_order_of_buckets_with_early_hop2(sliced, lane, repeated):
     """Three optimizer steps of two micro-steps, each bucket order against each other one, and a repeated bucket."""
 
     def body() -> None:
         for first, second in itertools.product(itertools.permutations(BUCKETS), repeat=2):
-            replica = Replica(lane)
+            replica = Replica(lane, sliced=sliced)
             again = () if repeated is None else (repeated,)
             for _ in range(3):
                 replica.backward((*first, *again), last=False)
@@ -215,11 +241,12 @@ def test_every_order_of_buckets_with_early_hop2(lane, repeated):
     on_threads(REPLICAS, body)
 
 
+@each_way
 @each_lane
 @pytest.mark.parametrize("late", [subset for n in (1, 2) for subset in itertools.combinations(BUCKETS, n)], ids=str)
-def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(lane, late):
+def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(sliced, lane, late):
     def body() -> None:
-        replica = Replica(lane)
+        replica = Replica(lane, sliced=sliced)
         some = [bucket for bucket in BUCKETS if bucket not in late]
         for _ in range(3):
             replica.step(BUCKETS, some)
@@ -227,12 +254,13 @@ def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(lane,
     on_threads(REPLICAS, body)
 
 
+@each_way
 @each_lane
 @pytest.mark.parametrize("reads", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("early", [True, False])
-def test_a_read_between_micro_steps_changes_nothing(lane, reads, early):
+def test_a_read_between_micro_steps_changes_nothing(sliced, lane, reads, early):
     def body() -> None:
-        replica = Replica(lane, early)
+        replica = Replica(lane, early, sliced=sliced)
         for _ in range(3):
             for number, read in enumerate(reads):
                 replica.backward(BUCKETS if number % 2 else BUCKETS[::-1], last=number == len(reads) - 1)
@@ -245,11 +273,12 @@ def test_a_read_between_micro_steps_changes_nothing(lane, reads, early):
     on_threads(REPLICAS, body)
 
 
-def test_a_boundary_that_only_the_step_knows():
+@each_way
+def test_a_boundary_that_only_the_step_knows(sliced):
     """Unmanaged accumulation: no backward pass is the last one, and somebody reads before the step."""
 
     def body() -> None:
-        replica = Replica()
+        replica = Replica(sliced=sliced)
         for _ in range(3):
             for _ in range(3):
                 replica.backward(BUCKETS, last=False)
@@ -263,14 +292,15 @@ def test_a_boundary_that_only_the_step_knows():
 # Replicas that do different things
 
 
+@each_way
 @each_lane
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_replicas_that_use_any_subset_in_any_order(lane, early, replicas):
+def test_replicas_that_use_any_subset_in_any_order(sliced, lane, early, replicas):
     """Also a parameter that nobody uses in a step, one that a replica uses first in a later micro-step, and reads."""
 
     def body() -> None:
-        replica = Replica(lane, early)
+        replica = Replica(lane, early, sliced=sliced)
         common, mine = random.Random(7), random.Random(1000 + replica.rank)
         for _ in range(30):
             micro_steps = common.choice([1, 1, 2, 3])
@@ -287,24 +317,26 @@ def test_replicas_that_use_any_subset_in_any_order(lane, early, replicas):
     on_threads(replicas, body)
 
 
+@each_way
 @pytest.mark.parametrize("early", [True, False])
-def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(early):
+def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(sliced, early):
     """The issue, in the smallest case: step 2 is a text-only batch on replica 1."""
 
     def body() -> None:
-        replica = Replica(early=early)
+        replica = Replica(early=early, sliced=sliced)
         replica.step(BUCKETS)
         replica.step(BUCKETS if replica.rank == 0 else BUCKETS[:2])
 
     on_threads(REPLICAS, body)
 
 
+@each_way
 @pytest.mark.parametrize("first", [0, 1])
-def test_accumulation_that_replicas_begin_at_different_micro_steps(first):
+def test_accumulation_that_replicas_begin_at_different_micro_steps(sliced, first):
     """One replica writes over the old mean in micro-step 0, the other one adds in micro-step 1 to nothing."""
 
     def body() -> None:
-        replica = Replica()
+        replica = Replica(sliced=sliced)
         replica.step(BUCKETS, BUCKETS)
         without = BUCKETS[1:]
         replica.step(*((BUCKETS, without) if replica.rank == first else (without, BUCKETS)))
@@ -335,11 +367,12 @@ def test_a_repeat_on_one_replica_only_after_its_hop2_had_started(monkeypatch):
     on_threads(REPLICAS, body)
 
 
-def test_an_overflow_leaves_no_difference_between_replicas():
+@each_way
+def test_an_overflow_leaves_no_difference_between_replicas(sliced):
     """The step is skipped before anybody has looked whether gradients are settled."""
 
     def body() -> None:
-        replica = Replica()
+        replica = Replica(sliced=sliced)
         replica.step((), BUCKETS)
         replica.backward((), last=False)
         replica.backward((*BUCKETS, *((BUCKETS[0],) if replica.rank else ())), last=True)
@@ -431,13 +464,14 @@ def test_steps_of_one_and_two_passes_by_turns(monkeypatch):
     on_threads(REPLICAS, body)
 
 
+@each_way
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("reads", list(itertools.product([False, True], repeat=2)), ids=str)
-def test_one_rank_alone_reads_at_the_boundary(early, reads):
+def test_one_rank_alone_reads_at_the_boundary(sliced, early, reads):
     """Hop 2 was started on all ranks, so none of the others has to know, even if another pass follows."""
 
     def body() -> None:
-        replica = Replica(early=early)
+        replica = Replica(early=early, sliced=sliced)
         for _ in range(3):
             replica.backward(BUCKETS, last=False)
             assert not replica.schedule.complete_alone()
@@ -469,11 +503,12 @@ def test_one_rank_alone_cannot_read_what_takes_all_of_them():
     on_threads(REPLICAS, body)
 
 
+@each_way
 @each_lane
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_any_number_of_passes_with_any_subset(lane, replicas):
+def test_any_number_of_passes_with_any_subset(sliced, lane, replicas):
     def body() -> None:
-        replica = Replica(lane)
+        replica = Replica(lane, sliced=sliced)
         common, mine = random.Random(3), random.Random(2000 + replica.rank)
         for _ in range(30):
             for _ in range(common.choice([1, 1, 2, 3])):
@@ -527,6 +562,33 @@ def test_by_way_of_another_device_in_parts_of_the_size_asked_for(monkeypatch):
             replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
             assert replica.rank or counting.take() == [(0, 4), (4, 4), (8, 3)]
             dist.barrier()
+
+    on_threads(REPLICAS, body)
+
+
+def test_slices_by_way_of_another_device():
+    def body() -> None:
+        replica = Replica(early=False, on_device=False, sliced=True)
+        mine = random.Random(replica.rank)
+        for _ in range(6):
+            replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
+
+    on_threads(3, body)
+
+
+def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
+    def body() -> None:
+        replica = Replica(sliced=True)
+        replica.step(BUCKETS)
+        replica.backward(BUCKETS, last=False)
+        replica.schedule.complete()
+        start, end = RANGES[12]
+        replica.buffer[start:end] = 6.0
+        replica.schedule.mean(12).fill_(6.0)
+        replica.schedule.replaced(12)
+        replica.own[start:end] = 6.0
+        replica.backward(BUCKETS, last=True)
+        replica.boundary()
 
     on_threads(REPLICAS, body)
 
