@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MicsCheckpointError
+from . import checksum
 
 NAME = "mics_manifest.json"
 LATEST = "latest"
@@ -33,7 +33,6 @@ UNPROTECTED_FORMAT: Literal[1] = 1
 """From before manifests had a checksum of their own. Read, never written."""
 ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
 """Load what MiCS wrote although its manifest is gone."""
-_CHUNK = 1 << 22
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -152,22 +151,10 @@ def interrupted_saves(folder: Path) -> list[Path]:
 
 
 def seal(path: Path, writer: int) -> FileRecord:
-    """Force a written file to the disk and describe it.
-
-    Reads it back, so that what is described is what others will read.
-    """
+    """Force a file that this process has written to the disk and describe it."""
     _sync(path)
-    size, checksum = _digest(path)
-    return FileRecord(size, checksum, writer)
-
-
-def _digest(path: Path) -> tuple[int, int]:
-    size = checksum = 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            size += len(chunk)
-            checksum = zlib.crc32(chunk, checksum)
-    return size, checksum
+    size, crc32 = checksum.digest_written(path)
+    return FileRecord(size, crc32, writer)
 
 
 def _sync(path: Path) -> None:
@@ -315,6 +302,6 @@ def damages(
             continue
         elif path.stat().st_size != record.bytes:
             found.append(f"{path} has {path.stat().st_size} bytes where {record.bytes} were written")
-        elif contents and _digest(path)[1] != record.crc32:
+        elif contents and checksum.digest(path)[1] != record.crc32:
             found.append(f"{path} has other content than was written (checksum)")
     return found

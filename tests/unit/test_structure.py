@@ -27,7 +27,7 @@ ROWS = [
     {"planner"},
     {"seams"},
     {"request"},
-    {"checkpoint.manifest", "checkpoint.reshape"},
+    {"checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
     {"hop2", "updates", "elementwise"},
     {"two_hop"},
     {"guard"},
