@@ -73,8 +73,8 @@ class Measured:
     """One system on one rank: a number per measured step, in order. Losses include the warm-up."""
 
     seconds: list[float] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    """Bytes this rank's node sent over its card; empty on all but the node's first rank."""
+    sent: list[float] = field(default_factory=list)
+    """Bytes per step that this rank's node sent over its card, by round; empty on all but the node's first rank."""
     losses: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     """User and system time of the process, with all its threads."""
@@ -151,23 +151,27 @@ def _measure(rank: int, session: Session, interface: str, say: Callable[[str | N
         for _ in range(session.warmup):
             results[index].losses.append(built[index].train_step(data[index]))
             say(None)
+        built[index].settle()
         results[index].held_bytes = systems.held_bytes() - before
         say(f"{session.specs[index]} is built and warm")
     turns = [(spec, built[index], results[index], data[index]) for index, spec in enumerate(session.specs)]
     counts = rank % session.shape.per_node == 0 and interface != "lo"
     for number in range(session.rounds):
         for spec, system, result, batches in turns:
-            for _ in range(session.steps):
+            dist.barrier()
+            sent = sent_bytes(interface) if counts else 0
+            for step in range(session.steps):
                 dist.barrier()
-                sent = sent_bytes(interface) if counts else 0
                 start, cpu = time.perf_counter(), time.process_time()
                 result.losses.append(system.train_step(batches))
+                if step == session.steps - 1:
+                    system.settle()  # so that nothing of this round is done in somebody else's
                 result.seconds.append(time.perf_counter() - start)
                 result.cpu_seconds.append(time.process_time() - cpu)
                 dist.barrier()
-                if counts:
-                    result.sent.append(sent_bytes(interface) - sent)
                 say(None)
+            if counts:
+                result.sent.append((sent_bytes(interface) - sent) / session.steps)
             recent = statistics.median(result.seconds[-session.steps :])
             say(f"round {number + 1}/{session.rounds}  {spec}: {recent:.3f} s per step")
     for spec, system, result, batches in turns:

@@ -105,6 +105,9 @@ class System(ABC):
     def train_step(self, data: Iterator[Batch]) -> float:
         """All micro-steps of one optimizer step. Returns this rank's mean loss."""
 
+    def settle(self) -> None:  # noqa: B027 (most have nothing to wait for)
+        """Wait for what a step has left under way, beside the next one."""
+
     @abstractmethod
     def close(self) -> None:
         """Release what the system holds."""
@@ -161,6 +164,10 @@ class DeepSpeedSystem(System):
             model=model, config=config, optimizer=optimizer, model_parameters=model.parameters()
         )
         self.micro_steps = job.micro_steps
+
+    def settle(self) -> None:
+        if hasattr(self.engine.optimizer, "shards_are_read"):
+            self.engine.optimizer.shards_are_read()
 
     def train_step(self, data: Iterator[Batch]) -> float:
         total = 0.0

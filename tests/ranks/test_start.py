@@ -231,7 +231,8 @@ def test_a_key_that_one_rank_of_a_subset_lacks():
 
 
 UNREADABLE = {
-    "missing": (lambda path: path.unlink(), ValueError, "ValueError: Expected a string path to an existing"),
+    # DeepSpeed tries to decode the path of a file that is not there: how it fails depends on the length of the path.
+    "missing": (lambda path: path.unlink(), ValueError, "(ValueError: Expected a string path|Error: Invalid base64)"),
     "cut off": (lambda path: path.write_text(path.read_text()[:-9]), ValueError, "HjsonDecodeError"),
     "cut off before the key": (lambda path: path.write_text(path.read_text()[:30]), ValueError, "HjsonDecodeError"),
     "not a file": (lambda path: (path.unlink(), path.mkdir()), OSError, "IsADirectoryError"),
