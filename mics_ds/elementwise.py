@@ -73,5 +73,5 @@ def _stepped(like: torch.optim.Optimizer, values: torch.Tensor, gradients: list[
     copy.param_groups = [{**like.param_groups[0], "params": [param]}]
     for gradient in gradients:
         param.grad = gradient.clone()
-        copy.step()
+        type(like).step(copy)  # an instance's own, as schedulers put there, would step the original
     return param.detach()

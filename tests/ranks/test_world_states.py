@@ -223,18 +223,6 @@ def fits(param: Any) -> bool:
     return param.ds_numel % dist.get_world_size() == 0
 
 
-class Largest(torch.optim.Optimizer):
-    """Divides by the largest gradient of a tensor: not elementwise."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.data.sub_(group["lr"] * param.grad / param.grad.abs().max())
-
-
 class OwnSgd(torch.optim.Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.05})
@@ -242,13 +230,32 @@ class OwnSgd(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for param in group["params"]:
-                param.data.sub_(group["lr"] * param.grad)
+                param.data.sub_(group["lr"] * self.direction(param.grad))
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Largest(OwnSgd):
+    """Divides by the largest gradient of a tensor: not elementwise."""
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / gradient.abs().max()
+
+
+def scheduled(params: list) -> torch.optim.Optimizer:
+    """With a step of its own, as a scheduler leaves it."""
+    optimizer = Largest(params)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert "step" in vars(optimizer)
+    return optimizer
 
 
 @pytest.mark.ranks(4)
-def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_name():
+@pytest.mark.parametrize("optimizer", [Largest, scheduled])
+def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_name(optimizer):
     with pytest.raises(MicsConfigError, match=r"Largest is not known to: it updates the halves .* otherwise"):
-        build(config(2), optimizer=Largest)
+        build(config(2), optimizer=optimizer)
 
 
 @pytest.mark.ranks(4)
