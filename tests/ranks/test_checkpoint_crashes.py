@@ -46,20 +46,19 @@ class Events:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def uninterrupted(folder):
-    """The losses of all steps, and how many events a save has on each rank."""
-    engine = engine_of(2)
+def uninterrupted(folder, zero):
+    """The losses of all steps, and how many events the first save of a process has on each rank."""
+    engine = engine_of(2, zero=zero)
     losses = train(engine, 1)
-    engine.save_checkpoint(folder)
     with Events() as events:
-        engine.save_checkpoint(f"{folder}-dry")
+        engine.save_checkpoint(folder)
     for _ in range(STEPS - 1):
         losses += train(engine, 1)  # the data of step 0 each time, as after a resume
     return losses, events.count
 
 
-def resume_step_and_die_saving(folder, victim, fatal, losses):
-    engine = engine_of(2, seed=random.randrange(1000))
+def resume_step_and_die_saving(folder, zero, victim, fatal, losses):
+    engine = engine_of(2, seed=random.randrange(1000), zero=zero)
     engine.load_checkpoint(folder)
     assert engine.global_steps >= 1
     loss = train(engine, 1)
@@ -75,17 +74,20 @@ def resume_step_and_die_saving(folder, victim, fatal, losses):
         os._exit(SURVIVED)  # as an uncaught error would; the ranks of a pool live on
 
 
-@pytest.mark.parametrize("crashes", [6, pytest.param(CRASHES, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes):
-    folder = str(tmp_path / "saved")
-    answers = pools.run(4, __name__, "uninterrupted", {"folder": folder}, 120)
+@pytest.mark.parametrize(
+    ("crashes", "states"),
+    [(6, "partition"), *(pytest.param(CRASHES, states, marks=pytest.mark.slow) for states in ("partition", "world"))],
+)
+def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes, states):
+    folder, zero = str(tmp_path / "saved"), {"mics_optimizer_states": states}
+    answers = pools.run(4, __name__, "uninterrupted", {"folder": folder, "zero": zero}, 120, fresh=True)
     losses = answers[0][0]
     chance = random.Random(20261123)
     reached = set()
     for crash in range(crashes):
         victim = chance.randrange(4)
         fatal = chance.randrange(1, answers[victim][1])
-        arguments = {"folder": folder, "victim": victim, "fatal": fatal, "losses": losses}
+        arguments = {"folder": folder, "zero": zero, "victim": victim, "fatal": fatal, "losses": losses}
         with pytest.raises(RankError) as error:
             pools.run(4, __name__, "resume_step_and_die_saving", arguments, 60, fresh=True)
         text = str(error.value)
@@ -99,11 +101,11 @@ def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes):
             assert manifest.read(published).files, "whatever has its name is complete"
     if crashes == CRASHES:  # a few moments may all be early ones
         assert len(reached) > 1, "some saves should have got through before the kill"
-    pools.run(4, __name__, "resume_and_finish", {"folder": folder, "losses": losses}, 60)
+    pools.run(4, __name__, "resume_and_finish", {"folder": folder, "zero": zero, "losses": losses}, 60)
 
 
-def resume_and_finish(folder, losses):
-    engine = engine_of(2, seed=5)
+def resume_and_finish(folder, zero, losses):
+    engine = engine_of(2, seed=5, zero=zero)
     engine.load_checkpoint(folder)
     start = engine.global_steps
     assert train(engine, 1) + train(engine, 1) == losses[start : start + 2]
