@@ -11,6 +11,7 @@ import enum
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -136,9 +137,7 @@ class InPlace:
         def parts() -> Iterator[Callable[[], None]]:
             for part in self._buffer().split(self._part):
                 on_device = part.to(self._device, non_blocking=True)
-                average = collectives.ReplicaAverage(on_device, self._replication)
-
-                yield _and_back(average, on_device, part)
+                yield _and_back(collectives.ReplicaAverage(on_device, self._replication), on_device, part)
 
         _one_behind(parts())
 
@@ -178,14 +177,10 @@ class Sliced:
         self._used = used
         self._under_way: deque[collectives.ReplicaScatter] = deque()
         """Those that may hold buffers as large as what they scatter."""
-        self._places: dict[int, tuple[int, int]] = {}
+        shards = list(ranges)
+        cut = Slices(tuple(stop - start for start, stop in shards), replication.size, replication.rank)
+        self._places = {start: place for (start, stop), place in zip(shards, pairwise(cut.starts)) if stop > start}
         """By the start of a shard, its slice in the buffer of means."""
-        end = 0
-        for start, stop in ranges:
-            width = -(-(stop - start) // replication.size)
-            if width:
-                self._places[start] = (end, end + width)
-            end += width
 
     def of(self, shard: GradientShard) -> torch.Tensor:
         start, end = self._places.get(shard.start, (0, 0)) if shard.end > shard.start else (0, 0)
@@ -210,9 +205,7 @@ class Sliced:
                     start, end = end, end + rows.shape[1]
                     mean = rows.new_empty(end - start, device=self._device)
                     scatter = self._scatter([rows.to(self._device, non_blocking=True)], mean)
-                    output = self._output(run)[start:end]
-
-                    yield _and_back(scatter, mean, output)
+                    yield _and_back(scatter, mean, self._output(run)[start:end])
 
         _one_behind(parts())
 

@@ -270,10 +270,12 @@ class MicsOptimizer(SlicingSeam):
         self.order_behind_current_stream()
 
     def destroy(self) -> None:
-        self.shards_are_read()
-        super().destroy()
-        self.mics_groups.scatter_lane.close()
-        self.mics_groups.update_lane.close()
+        try:
+            self.shards_are_read()
+        finally:  # whatever has failed on the way, what the engine holds is to be freed
+            super().destroy()
+            self.mics_groups.scatter_lane.close()
+            self.mics_groups.update_lane.close()
 
     # ------------------------------------------------------------------------------ agreed scalars
 

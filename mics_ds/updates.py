@@ -9,10 +9,8 @@ import torch
 from .comm import collectives
 from .comm.groups import RankGroup
 from .comm.lanes import Lane, Pending, Stages, Task
+from .comm.packing import UPDATE_BUCKET_BYTES
 from .comm.slices import Slices
-
-BUCKET_BYTES = 32 << 20
-"""Of gathered shards. The first modules wait for the first bucket only; two are held at a time."""
 
 
 class WeightUpdates:
@@ -23,7 +21,7 @@ class WeightUpdates:
         lane: where the collectives run.
     """
 
-    def __init__(self, replication: RankGroup, lane: Lane, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, replication: RankGroup, lane: Lane, bucket_bytes: int = UPDATE_BUCKET_BYTES) -> None:
         self._replication = replication
         self._lane = lane
         self._bucket_bytes = bucket_bytes
@@ -42,7 +40,8 @@ class WeightUpdates:
         Returns:
             For each shard what to wait for, on every stream that reads it; any number of times.
         """
-        buckets = [*self._buckets(cut, packed, sorted(first)), *self._buckets(cut, packed, others(cut, first))]
+        others = [index for index in range(len(cut.shards)) if index not in first]
+        buckets = [*self._buckets(cut, packed, sorted(first)), *self._buckets(cut, packed, others)]
         widest = max((sum(cut.widths[index] for index in bucket) for bucket in buckets), default=0)
         buffers: list[torch.Tensor] = []
         pending: dict[int, Pending[None]] = {}
@@ -93,7 +92,3 @@ class WeightUpdates:
                 stages.used(rows, row)
 
         return gather
-
-
-def others(cut: Slices, first: Collection[int]) -> list[int]:
-    return [index for index in range(len(cut.shards)) if index not in first]

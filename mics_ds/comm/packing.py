@@ -32,6 +32,10 @@ LEAST_BUCKET_BYTES = 2 << 20
 LEAST_STAGED_BUCKET_BYTES = 4 << 20
 LEAST_BUCKET_BYTES_ON_STREAMS = 32 << 20
 
+# Gathered shards of updated weights (:mod:`mics_ds.updates`): modules wait for their own bucket only, two are held at a
+# time.
+UPDATE_BUCKET_BYTES = 32 << 20
+
 
 def bucket_limit(numel: int, itemsize: int, *, streams: bool, staged: bool) -> int:
     """Elements of the largest bucket that is of use, for so many elements of gradients in all.

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..comm.packing import UPDATE_BUCKET_BYTES
 from .model import shard_numel, sliced_numel
-from .timeline import UPDATE_BUCKET_BYTES, Scheme, StepTime
+from .timeline import Scheme, StepTime
 from .workload import OPTIMIZERS, Workload
 
 MASTER_ITEMSIZE = 4

@@ -33,13 +33,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..comm.packing import UPDATE_BUCKET_BYTES
 from .machine import GroupForm, Machine
 from .model import shard_numel, sliced_numel
 from .turns import Visit, compute_seconds, number_parameters, visits
 from .workload import OPTIMIZERS, Workload
-
-UPDATE_BUCKET_BYTES = 32 << 20
-"""Of gathered shards, as :mod:`mics_ds.updates` has it."""
 
 SCALAR_BYTES = 8
 """A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""

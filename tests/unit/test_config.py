@@ -45,7 +45,13 @@ def test_wrong_sizes_are_refused(size):
 
 @pytest.mark.parametrize("value", ["yes", 1, None, "AUTO"])
 @pytest.mark.parametrize(
-    "key", ["mics_hierarchical_params_gather", "mics_hierarchical_grad_scatter", "mics_reduce_scatter"]
+    "key",
+    [
+        "mics_hierarchical_params_gather",
+        "mics_hierarchical_grad_scatter",
+        "mics_reduce_scatter",
+        "mics_optimizer_states",
+    ],
 )
 def test_wrong_modes_are_refused(key, value):
     with pytest.raises(MicsConfigError, match=f"{key} must be"):
