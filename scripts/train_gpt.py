@@ -128,6 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tensor]) -> dict[str, float]:
     """Train one more step and count what this rank's collectives have to send, in bytes by kind."""
     try:
+        from mics_ds.comm.collectives import HOP2_SCATTER, UPDATES
         from mics_ds.comm.meter import CommMeter
     except ImportError:  # stock DeepSpeed without the plugin
         return {}
@@ -137,7 +138,9 @@ def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tens
     traffic = dict.fromkeys([*names.values(), "other"], 0.0)
     for item in meter.collectives:
         small = item.payload <= 64  # agreeing on a norm or a loss
-        traffic["other" if small else names.get(item.kind, "other")] += item.bytes_sent
+        # with world-sharded optimizer states these two take the place of hop 2's all-reduce
+        kind = "all_reduce" if item.label in (HOP2_SCATTER, UPDATES) else item.kind
+        traffic["other" if small else names.get(kind, "other")] += item.bytes_sent
     return traffic
 
 
