@@ -119,20 +119,56 @@ class GuardRequest:
         return cls(**_section("mics_guard", value, cls, "true, false or "))
 
 
-def _section(key: str, value: Any, kind: type, otherwise: str = "") -> dict[str, Any]:
-    """The values of a section of ours, whose keys are the fields of ``kind``."""
-    known = [item.name for item in fields(kind)]
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """How checkpoints are saved, see :mod:`mics_ds.checkpoint`.
+
+    Raises:
+        MicsConfigError: a value has the wrong type.
+    """
+
+    in_background: bool = False
+    """``async``: training waits for a copy to host memory only."""
+    busy: Literal["wait", "skip"] = "wait"
+    """What a save does while another is being written."""
+    on_error: Literal["raise", "log"] = "raise"
+    """Whether the save after one that failed in the background raises that error."""
+
+    def __post_init__(self) -> None:
+        where = f"{ZERO_SECTION}.mics_checkpoint"
+        if not isinstance(self.in_background, bool):
+            raise MicsConfigError(f"{where}.async must be true or false, got {self.in_background!r}.")
+        for name, words in (("busy", ("wait", "skip")), ("on_error", ("raise", "log"))):
+            if getattr(self, name) not in words:
+                raise MicsConfigError(
+                    f'{where}.{name} must be "{words[0]}" or "{words[1]}", got {getattr(self, name)!r}.'
+                )
+
+    @classmethod
+    def parse(cls, value: Any) -> CheckpointRequest:
+        """
+        Raises:
+            MicsConfigError: it is not a section with known keys and good values.
+        """
+        return cls(**_section("mics_checkpoint", value, cls, renamed={"in_background": "async"}))
+
+
+def _section(
+    key: str, value: Any, kind: type, otherwise: str = "", renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The values of a section of ours, whose keys are the fields of ``kind``, or what those are ``renamed`` to."""
+    field_of = {(renamed or {}).get(item.name, item.name): item.name for item in fields(kind)}
     if not isinstance(value, Mapping):
         raise MicsConfigError(
-            f"{ZERO_SECTION}.{key} must be {otherwise}a section with some of {', '.join(known)}, got {value!r}."
+            f"{ZERO_SECTION}.{key} must be {otherwise}a section with some of {', '.join(field_of)}, got {value!r}."
         )
-    unknown = sorted(set(value) - set(known))
+    unknown = sorted(set(value) - set(field_of))
     if unknown:
         raise MicsConfigError(
             f"Unknown key{'s' if len(unknown) > 1 else ''} under '{ZERO_SECTION}.{key}': {', '.join(unknown)}. "
-            f"Known keys: {', '.join(known)}."
+            f"Known keys: {', '.join(field_of)}."
         )
-    return dict(value)
+    return {field_of[name]: said for name, said in value.items()}
 
 
 @dataclass(frozen=True)
@@ -174,6 +210,9 @@ class MicsConfig:
 
     guard: GuardRequest | None = None
     """How copies that must be equal are compared, and what follows. ``None`` is off."""
+
+    checkpoint: CheckpointRequest | None = None
+    """How checkpoints are saved. ``None`` is all defaults."""
 
     def __post_init__(self) -> None:
         # bool is an int in Python; `true` for a size is a slip, not a 1.
@@ -231,9 +270,12 @@ class MicsConfig:
     def to_json(self) -> dict[str, Any]:
         """The configuration as the JSON keys that produce it."""
         values = {KEY_PREFIX + name: value for name, value in asdict(self).items()}
-        for name in ("plan", "guard"):
+        for name in ("plan", "guard", "checkpoint"):
             if getattr(self, name) is None:
                 del values[KEY_PREFIX + name]
+        if self.checkpoint is not None:
+            said = values[KEY_PREFIX + "checkpoint"]
+            values[KEY_PREFIX + "checkpoint"] = {"async": said.pop("in_background"), **said}
         return values
 
 
@@ -311,6 +353,8 @@ def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, di
         values["plan"] = PlanRequest.parse(values["plan"])
     if "guard" in values:
         values["guard"] = GuardRequest.parse(values["guard"])
+    if "checkpoint" in values:
+        values["checkpoint"] = CheckpointRequest.parse(values["checkpoint"])
     mics = MicsConfig(**values)
     stage = zero.get("stage", 0)
     if stage != 3:

@@ -17,6 +17,7 @@ from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
 from . import manifest, names, origin, reshape
+from .background import Background
 from .manifest import CLIENT_STATE, Manifest
 from .together import Site, attempt, exchange, raise_together, site_of
 
@@ -123,6 +124,8 @@ def load(
     if load_module_only:
         # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
         load_optimizer_states = False
+    if Background.current is not None:
+        Background.current.wait()
     site = site_of(engine)
     tag = _agree_on_tag(site, load_dir, tag)
     if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on

@@ -145,6 +145,11 @@ def is_remains(name: str) -> bool:
     return name.startswith(".") and name.endswith((".partial", ".replaced"))
 
 
+def discard(staging: Path) -> None:
+    """Remove what will not become a checkpoint, as far as that is possible."""
+    shutil.rmtree(staging, ignore_errors=True)
+
+
 def interrupted_saves(folder: Path) -> list[Path]:
     """Remains of saves that never ended."""
     return sorted(folder.glob(".*.partial"))

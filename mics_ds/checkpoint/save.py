@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,35 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
+from ..config import CheckpointRequest
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from . import manifest, names, origin, slices
+from . import in_background, manifest, names, origin, slices
+from .board import NOTHING_PUBLISHED, Round
 from .manifest import CLIENT_STATE, FileRecord, Manifest
-from .together import Site, attempt, exchange, on_publishers, raise_together, site_of, words
-
-_REMEDY = "Nothing was published, and older checkpoints are as they were."
+from .together import (
+    Site,
+    all_the_same,
+    attempt,
+    exchange,
+    on_publishers,
+    raise_together,
+    shared_store,
+    site_of,
+    words,
+)
 
 
 class _Request:
     """What this rank was asked to save, with what is wrong about it in ``errors``."""
 
-    def __init__(self, engine: Any, save_dir: Any, tag: Any, client_state: Any) -> None:
+    def __init__(self, engine: Any, save_dir: Any, tag: Any, client_state: Any, background: bool) -> None:
         self.tag = self.folder = ""
+        self.background = background
         self.client_state: dict[str, Any] = {}
-        self.fingerprint: dict[str, Any] | None = None
+        self.fingerprint: dict[str, Any] = {}
+        self.writers_fingerprint: dict[str, Any] = {}
         self.errors: list[str] = []
 
         def understand() -> None:
@@ -50,6 +64,11 @@ class _Request:
             self.folder = os.fspath(save_dir)
             self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
             names.check_tag(self.tag)
+            if background and not seam.writes_archives(engine):
+                raise MicsCheckpointError(
+                    'what is saved in the background is written as archives; set "checkpoint": '
+                    '{"checkpoint_serialization": true}, its default, or save without async'
+                )
 
         def describe() -> None:
             self.client_state = dict(client_state or {})
@@ -93,6 +112,77 @@ def _free(folder: str) -> str:
         return f"the folder: {words(error)}"
 
 
+class _Save:
+    """One save, on one rank."""
+
+    def __init__(self, engine: Any, request: _Request, exclude_frozen_parameters: bool) -> None:
+        self.engine, self.request = engine, request
+        self.site = site_of(engine)
+        self.exclude_frozen_parameters = exclude_frozen_parameters
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.request.folder)
+
+    @property
+    def target(self) -> Path:
+        return self.folder / self.request.tag
+
+    @property
+    def staging(self) -> Path:
+        return manifest.staging_folder(self.target)
+
+    @property
+    def failed(self) -> str:
+        return f"Checkpoint {self.target} could not be saved."
+
+    def collect(self, original: Callable[..., bool], session: Any, states: AbstractContextManager) -> None:
+        """Have DeepSpeed save, through a session.
+
+        Raises:
+            MicsCheckpointError: another rank has died.
+        """
+        request = self.request
+        try:
+            with states, seam.CheckpointFiles.of(self.engine).through(session):
+                original(
+                    self.engine,
+                    request.folder,
+                    tag=str(self.staging.relative_to(self.folder)),
+                    client_state=request.client_state,
+                    save_latest=False,
+                    exclude_frozen_parameters=self.exclude_frozen_parameters,
+                )
+        except RuntimeError as error:  # of a collective, when another rank has died
+            raise MicsCheckpointError(f"{self.failed} {words(error)}. {NOTHING_PUBLISHED}") from error
+        session.make(lambda: self._save_own_client_state(session))
+
+    def _save_own_client_state(self, session: Any) -> None:
+        """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
+        state than the writer of its shard keeps it in a small file of its own."""
+        writers = self.request.writers_fingerprint
+        if writers == self.request.fingerprint:
+            return
+        path = self.staging / CLIENT_STATE.format(rank=self.site.rank)
+        state = {"client_state": self.request.client_state, "instead_of": writers["keys"]}
+        session.write(state, str(path), torch.save)
+
+    def describe(self, files: Mapping[str, FileRecord]) -> Manifest:
+        layout = self.site.groups.layout
+        return Manifest(
+            tag=self.request.tag,
+            shards=layout.partition_size,
+            replicas=layout.replication_size,
+            ranks=layout.world_size,
+            ranks_per_node=tuple(Counter(layout.nodes).values()),
+            model_parallel=dist.get_world_size() // layout.world_size,
+            global_steps=self.engine.global_steps,
+            node_local=self.site.node_local,
+            versions={"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
+            files=dict(files),
+        )
+
+
 def save(
     original: Callable[..., bool],
     engine: Any,
@@ -101,50 +191,69 @@ def save(
     client_state: Mapping[str, Any] | None = None,
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
+    async_save: bool | None = None,
 ) -> bool:
     """``engine.save_checkpoint`` of an engine with MiCS. Collective over the world.
 
+    Args:
+        async_save: return as soon as the states are copied to host memory, and write them in the background. By
+            default what ``"mics_checkpoint": {"async": ...}`` says.
+
+    Returns:
+        Whether there is, or will be, a checkpoint: ``False`` only with ``"busy": "skip"``, while another is written.
+
     Raises:
         MicsCheckpointError: on every rank, if any rank could not write. Nothing was published then, and
-            older checkpoints are as they were.
+            older checkpoints are as they were. Or an earlier save has failed in the background, and this one has not
+            been begun.
     """
-    site = site_of(engine)
-    request = _Request(engine, save_dir, tag, client_state)
-    fingerprints = _prepare(site, request)
-    tag, folder = request.tag, Path(request.folder)
-    target = folder / tag
-    staging = manifest.staging_folder(target)
-    failed = f"Checkpoint {target} could not be saved."
-    session = _Saving(site.rank, site.shard)
-    seam.set_writer(engine, site.writer == site.rank)
+    asked = engine.optimizer.mics_groups.config.checkpoint or CheckpointRequest()
+    if not in_background.settle(asked):
+        return False
+    background = asked.in_background if async_save is None else bool(async_save)
+    one = _Save(engine, _Request(engine, save_dir, tag, client_state, background), exclude_frozen_parameters)
+    _prepare(one)
     try:
-        try:
-            whole = slices.gathered(engine.optimizer, site, session.errors)
-            with whole, seam.CheckpointFiles.of(engine).through(session):
-                original(
-                    engine,
-                    request.folder,
-                    tag=str(staging.relative_to(folder)),
-                    client_state=request.client_state,
-                    save_latest=False,
-                    exclude_frozen_parameters=exclude_frozen_parameters,
-                )
-        except RuntimeError as error:  # of a collective, when another rank has died
-            raise MicsCheckpointError(f"{failed} {words(error)}. {_REMEDY}") from error
-        session.make(lambda: _save_own_client_state(session, site, staging, request, fingerprints))
-        written = exchange({"errors": session.errors, "files": session.files}, f"saving {target}")
-        raise_together(written, failed, _REMEDY)
-
-        def publish() -> None:
-            manifest.publish(staging, target, _describe(engine, site, tag, [written[rank] for rank in site.peers]))
-
-        raise_together(on_publishers(site, publish, f"publishing {target}"), failed, _REMEDY)
+        if background:
+            in_background.stage_and_submit(original, one, save_latest)
+        else:
+            _write_and_publish(original, one)
     except BaseException:
-        _remove(staging, site)
+        _remove(one.staging, one.site)
         raise
-
-    _update_latest(site, folder, tag, save_latest)
+    if not background:
+        _update_latest(one.site, one.folder, one.request.tag, save_latest)
     return True
+
+
+def _write_and_publish(original: Callable[..., bool], one: _Save) -> None:
+    site, target = one.site, one.target
+    session = _Saving(site.rank, site.shard)
+    writes = site.writer == site.rank
+    seam.set_writer(one.engine, writes, writes)
+    one.collect(original, session, slices.gathered(one.engine.optimizer, site, session.errors))
+    records = Round(shared_store(), _Numbers.next(), dist.get_world_size())
+    note = {name: [record.bytes, record.crc32, record.writer] for name, record in session.files.items()}
+    records.report(site.publisher, note or None)
+    raise_together(exchange({"errors": session.errors}, f"saving {target}"), one.failed, NOTHING_PUBLISHED)
+
+    def publish() -> None:
+        notes = records.notes(site.publisher, len(site.peers))  # everybody's are there
+        files = {name: FileRecord(*record) for note in notes for name, record in note.items()}
+        manifest.publish(one.staging, target, one.describe(files))
+
+    raise_together(on_publishers(site, publish, f"publishing {target}"), one.failed, NOTHING_PUBLISHED)
+
+
+class _Numbers:
+    """Saves are numbered, the same on all ranks, to tell their notes apart."""
+
+    last = 0
+
+    @classmethod
+    def next(cls) -> int:
+        cls.last += 1
+        return cls.last
 
 
 def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
@@ -164,66 +273,64 @@ def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
             log_rank0(f"{remains} is left from an interrupted save and can be deleted")
 
 
-def _prepare(site: Site, request: _Request) -> list[dict[str, Any]]:
+def _prepare(one: _Save) -> None:
     """Make an empty folder to write to, and see to it that all ranks mean the same one.
-
-    Returns:
-        What tells the client states of all ranks apart, see :func:`_fingerprint`.
 
     Raises:
         MicsCheckpointError: the ranks disagree, something is wrong with the request, or the folder cannot be made.
     """
-
-    def staging() -> Path:
-        return manifest.staging_folder(Path(request.folder) / request.tag)
+    site, request = one.site, one.request
 
     def make() -> None:
-        if staging().exists():
-            log_rank0(f"an earlier save of tag {request.tag} was interrupted; its remains in {staging()} are removed")
-            shutil.rmtree(staging())
-        staging().mkdir(parents=True)
+        if one.staging.exists():
+            log_rank0(f"an earlier save of tag {request.tag} was interrupted; its remains in {one.staging} are removed")
+            shutil.rmtree(one.staging)
+        one.staging.mkdir(parents=True)
 
-    note = {"tag": request.tag, "folder": request.folder, "client": request.fingerprint, "errors": request.errors}
+    note = {"errors": request.errors, **{name: getattr(request, name) for name in _AGREED}}
     usable = not request.errors
     notes = on_publishers(site, make, "preparing to save a checkpoint", note)
     try:
-        raise_together(notes, "The checkpoint could not be saved.", _REMEDY)
-        for field in ("tag",) if site.node_local else ("tag", "folder"):
+        raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
+        for field in _AGREED:
             said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
-            if len(said) > 1:
+            if len(said) > 1 and not (field == "folder" and site.node_local):
                 raise MicsCheckpointError(
-                    f"All ranks must save to the same {field}, but "
+                    f"All ranks must save to the same {_AGREED[field]}, but "
                     + "; ".join(
                         f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1])
                     )
                     + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
                 )
+        _tell_fingerprints(one)
     except MicsCheckpointError:
         if usable:
-            _remove(staging(), site)
+            _remove(one.staging, site)
         raise
-    return [item["client"] for item in notes]
+
+
+_AGREED = {"tag": "tag", "folder": "folder", "background": "place, in the background (async_save) or not"}
+
+
+def _tell_fingerprints(one: _Save) -> None:
+    """Let ranks know the client state of the writer of their shard, if not all have the same."""
+    request, site = one.request, one.site
+    request.writers_fingerprint = request.fingerprint
+    if dist.get_world_size() == 1 or all_the_same(request.fingerprint):
+        return
+    store, number = shared_store(), _Numbers.next()
+    if site.writer == site.rank:
+        store.set(f"client/{number}/{site.rank}", json.dumps(request.fingerprint))
+    exchange({"errors": []}, "comparing client states")
+    request.writers_fingerprint = json.loads(store.get(f"client/{number}/{site.writer}"))
+    exchange({"errors": []}, "comparing client states")
+    if site.writer == site.rank:
+        store.delete_key(f"client/{number}/{site.rank}")
 
 
 def _remove(staging: Path, site: Site) -> None:
     if site.publishes:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _describe(engine: Any, site: Site, tag: str, notes: Iterable[Mapping[str, Any]]) -> Manifest:
-    layout = site.groups.layout
-    return Manifest(
-        tag=tag,
-        shards=layout.partition_size,
-        replicas=layout.replication_size,
-        ranks=layout.world_size,
-        ranks_per_node=tuple(Counter(layout.nodes).values()),
-        model_parallel=dist.get_world_size() // layout.world_size,
-        global_steps=engine.global_steps,
-        node_local=site.node_local,
-        versions={"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
-        files={name: record for note in notes for name, record in note["files"].items()},
-    )
+        manifest.discard(staging)
 
 
 def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,16 +338,3 @@ def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:
     buffer = io.BytesIO()
     pickle.dump(client_state, buffer)
     return {"digest": hashlib.sha256(buffer.getbuffer()).hexdigest(), "keys": sorted(map(str, client_state))}
-
-
-def _save_own_client_state(
-    session: _Saving, site: Site, staging: Path, request: _Request, fingerprints: list[dict[str, Any]]
-) -> None:
-    """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
-    state than the writer of its shard keeps it in a small file of its own."""
-    writers = fingerprints[site.writer]
-    if writers["digest"] == fingerprints[site.rank]["digest"]:
-        return
-    path = staging / CLIENT_STATE.format(rank=site.rank)
-    state = {"client_state": request.client_state, "instead_of": writers["keys"]}
-    session.write(state, str(path), torch.save)

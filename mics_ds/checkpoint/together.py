@@ -5,16 +5,21 @@ A :class:`Site` says who does what. Notes are exchanged at a few places, and wha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from ..comm.groups import MicsGroups
 from ..errors import MicsCheckpointError
 from ..log import logger
+from ..seams.engine import communication_device
 
 _EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 
@@ -22,15 +27,19 @@ _EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
     """The notes of all ranks of the world.
 
-    By a collective and not through the store, because that tells at once when a rank has died.
+    By a collective and not through the store, because that tells at once when a rank has died. As a rule all notes are
+    the same; then 16 bytes tell, and nobody receives those of all others.
 
     Raises:
-        MicsCheckpointError: it has.
+        MicsCheckpointError: another rank has died.
     """
-    if dist.get_world_size() == 1:
+    world = dist.get_world_size()
+    if world == 1:
         return [note]
-    notes: list[Any] = [None] * dist.get_world_size()
+    notes: list[Any] = [None] * world
     try:
+        if all_the_same(note):
+            return [note] * world
         dist.all_gather_object(notes, note)
     except RuntimeError as error:
         raise MicsCheckpointError(
@@ -38,6 +47,21 @@ def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
             f"before are untouched."
         ) from error
     return notes
+
+
+def all_the_same(value: Any) -> bool:
+    """Whether all ranks say the same, which has to be something that JSON can hold. Collective over the world."""
+    body = json.dumps(value, sort_keys=True).encode()
+    number = int.from_bytes(hashlib.sha256(body).digest()[:7], "little")  # 56 bits, and a sign
+    extremes = torch.tensor([number, -number], device=communication_device())
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    greatest, negated_least = extremes.tolist()
+    return greatest == -negated_least
+
+
+def shared_store() -> dist.Store:
+    """The store of the job's process group, for what few ranks have to read."""
+    return dist.PrefixStore("mics_ds/checkpoint", c10d._get_default_store())
 
 
 def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> None:
@@ -102,6 +126,25 @@ class Site:
         if not self.node_local:
             return same_shard[self.shard % layout.replication_size]
         return next(rank for rank in same_shard if rank in self.peers)
+
+    @cached_property
+    def sharers(self) -> list[int]:
+        """Global ranks that hold this rank's shard and see the folder that :attr:`writer` writes it to."""
+        same_shard = self.groups.layout.replication_groups[self.shard]
+        return [rank for rank in same_shard if rank in self.peers]
+
+    @cached_property
+    def publisher(self) -> int:
+        """Global rank that publishes where this rank's files are."""
+        return self.peers[0]
+
+    @cached_property
+    def publishers(self) -> list[int]:
+        """Global ranks that publish: one, or with node-local folders one on each node."""
+        if not self.node_local:
+            return [self.publisher]
+        first = {node: rank for rank, node in reversed(list(self.groups.node_of.items()))}
+        return sorted(first.values())
 
     @cached_property
     def writers(self) -> list[int]:

@@ -93,9 +93,16 @@ def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
     return [owners[index] for index in range(len(engine.optimizer.fp16_groups))]
 
 
-def set_writer(engine: DeepSpeedEngine, writes: bool) -> None:
-    """Whether this rank writes the files of its shard at the next save."""
-    engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = writes
+def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bool) -> None:
+    """Which files of its shard this rank writes at the next save."""
+    engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = model_states, optimizer_states
+
+
+def writes_archives(engine: DeepSpeedEngine) -> bool:
+    """Whether files are archives, as ``torch.save`` has written them since 1.6."""
+    inner = engine.checkpoint_engine
+    inner = inner.inner if isinstance(inner, CheckpointFiles) else inner
+    return bool(getattr(inner, "zipfile_serialization", True))
 
 
 def _model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:

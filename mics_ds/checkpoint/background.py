@@ -1,0 +1,322 @@
+"""A rank's own process that writes checkpoints: started with the first save in the background, and watched from here.
+
+At most one save is under way. Its result, the same on all ranks, is kept until somebody asks: the next save, or the
+end of the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+
+from ..errors import MicsCheckpointError
+from ..log import log_rank0, logger
+from . import deletions
+from .arena import Arena
+from .board import Round
+from .writer import Done, Job, Progress, Station
+
+PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
+_PATIENCE_S = 30.0
+_ROOT = str(Path(__file__).resolve().parents[2])
+_START = (
+    f"import sys; sys.path[0] = {_ROOT!r}; from mics_ds.checkpoint.writer import serve; "
+    "serve(int(sys.argv[1]), int(sys.argv[2]))"
+)
+
+
+class Background:
+    """This rank's writing process. One for all engines of the job. Made on all ranks at the same time."""
+
+    current: ClassVar[Background | None] = None
+
+    def __init__(self) -> None:
+        self.arena = Arena()
+        self._world = dist.group.WORLD
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._server, self._station = _open_store(self._rank, self._ranks)
+        self._changed = threading.Condition()
+        self._number = 0
+        self.connection = 0
+        """Counts how often the processes have to connect to each other anew; the same on all ranks."""
+        self._job: Job | None = None
+        self._error = ""
+        self._died = False
+        self._process, self._pipe = self._start()
+
+    @classmethod
+    def of_job(cls) -> Background:
+        """The one of this process group, made if need be. Collective over the world.
+
+        Raises:
+            MicsCheckpointError: the ranks cannot reach each other as their processes will have to.
+        """
+        if cls.current is not None and cls.current._world is not dist.group.WORLD:
+            cls.current.close()
+        if cls.current is None:
+            cls.current = cls()
+            _at_the_end()
+        return cls.current
+
+    # ------------------------------------------------------------------------------------- saves
+
+    @property
+    def is_busy(self) -> bool:
+        return self._job is not None
+
+    @property
+    def has_died(self) -> bool:
+        """Whether this rank's process has ended, and not because it was told to."""
+        return self._died
+
+    @property
+    def error(self) -> str:
+        """Why the last save came to nothing; empty if it did not."""
+        return self._error
+
+    def connect_anew(self) -> None:
+        """One of the processes has died or given up, so connections between them are of no use any more."""
+        self.connection += 1
+
+    def revive(self) -> None:
+        """Start the process again if it has died.
+
+        Raises:
+            OSError: that is not possible.
+        """
+        if self._died:
+            self._pipe.close()
+            self._process.wait()
+            self._process, self._pipe = self._start()
+            self._died = False
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def submit(self, job: Job) -> None:
+        """Have a staged checkpoint written. The arena belongs to the writer until that is done."""
+        with self._changed:
+            self._job = job
+        try:
+            self._pipe.send(job)
+        except OSError:  # the listener knows
+            self._wait_for(lambda: self._job is None)
+        nbytes = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
+        log_rank0(f"{job.target} is written in the background; rank 0 writes {nbytes / 1e6:.1f} MB of it")
+
+    def wait(self) -> None:
+        """Until no save is under way."""
+        if self._job is not None:
+            started = time.monotonic()
+            self._wait_for(lambda: self._job is None)
+            log_rank0(f"waited {time.monotonic() - started:.1f} s for a checkpoint that was being written")
+
+    def take_error(self) -> str:
+        """Why the last save came to nothing, once; empty if it did not."""
+        with self._changed:
+            error, self._error = self._error, ""
+        return error
+
+    def _wait_for(self, done: Any) -> None:
+        with self._changed:
+            while not done():  # with a time, so that signals get through
+                self._changed.wait(0.5)
+
+    # ----------------------------------------------------------------------------- the process
+
+    def _start(self) -> tuple[subprocess.Popen, Connection]:
+        ours, theirs = socket.socketpair()
+        descriptors = (theirs.fileno(), self.arena.descriptor)
+        environment = {**os.environ, "MICS_DS_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, *map(str, descriptors)],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        pipe = Connection(ours.detach())
+        pipe.send(self._station)
+        threading.Thread(target=self._listen, args=(pipe,), name="mics writer", daemon=True).start()
+        return process, pipe
+
+    def _listen(self, pipe: Connection) -> None:
+        while True:
+            try:
+                said: Done | Progress = pipe.recv()
+            except (EOFError, OSError):
+                self._gone()
+                return
+            if isinstance(said, Progress):
+                log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
+            else:
+                self._finish(said.error, f" in {said.seconds:.1f} s in the background")
+
+    def _finish(self, error: str, how: str) -> None:
+        with self._changed:
+            job, self._job = self._job, None
+            self._error = self._error or error
+            self._changed.notify_all()
+        if job is None:
+            return
+        if error:
+            logger.error("%s", error)
+        else:
+            log_rank0(f"{job.target} is complete, written{how}")
+
+    def _gone(self) -> None:
+        """The process has ended, and not because it was told to."""
+        with self._changed:
+            self._died, job = True, self._job
+        if job is None:
+            return
+        code = self._process.wait()
+        error = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
+        try:
+            self._round(job.number).lose(error)
+            error = f"Checkpoint {job.target} could not be saved. {error}"
+        except RuntimeError as gone:
+            error = f"Whether checkpoint {job.target} was saved is not known. {error}, and so has the store ({gone})"
+        self._finish(f"{error}. Older checkpoints are as they were.", "")
+
+    def _round(self, number: int) -> Round:
+        store = self._server or dist.TCPStore(
+            self._station.host,
+            self._station.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
+        return Round(store, number, self._ranks)
+
+    def drain(self) -> str:
+        """Wait until what is under way is done. Returns what went wrong since somebody last asked."""
+        self.wait()
+        if self._server is not None and self._number and not self._died:
+            # The store ends with this process, and others may still have to learn from it how the save ended.
+            round_, deadline = self._round(self._number), time.monotonic() + 10
+            while not self._error and not round_.is_known_to(self._ranks) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        return self.take_error()
+
+    def close(self) -> None:
+        """End the process and give the memory back. What is under way is lost."""
+        with self._changed:
+            self._job = None
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self.arena.close()
+        if Background.current is self:
+            Background.current = None
+
+
+def _open_store(rank: int, ranks: int) -> tuple[dist.TCPStore | None, Station]:
+    """The store that the writing processes share, in rank 0's process, and how to reach it."""
+    server: dist.TCPStore | None = None
+    said: list[Any] = [None]
+    if rank == 0:
+        host = _own_address()
+        try:
+            server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            said = [(host, server.port)]
+        except RuntimeError as error:
+            said = [str(error)]
+    if ranks > 1:
+        dist.broadcast_object_list(said, src=0)
+    if isinstance(said[0], str):
+        raise MicsCheckpointError(
+            f"Rank 0 could not open a store for the processes that write checkpoints: {said[0]}. Save without "
+            f'"mics_checkpoint": {{"async": true}}, or make its host name resolve.'
+        )
+    patience = float(os.environ.get(PATIENCE_ENV, _PATIENCE_S))
+    host, port = said[0]
+    return server, Station(host, port, rank, ranks, patience)
+
+
+def _own_address() -> str:
+    """Of this host, as other nodes know it: the job's master address if that is here, else the host's name."""
+    for name in (os.environ.get("MASTER_ADDR"), socket.gethostname()):
+        if not name:
+            continue
+        try:
+            found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+            with socket.socket(found[0][0], socket.SOCK_STREAM) as trial:
+                trial.bind((found[0][4][0], 0))
+            return name
+        except OSError:
+            continue
+    return "localhost"
+
+
+# --------------------------------------------------------------------------------------------------
+# The end of the process
+
+
+class _End:
+    prepared = False
+
+
+def _at_the_end() -> None:
+    """Have the process drain when it ends, and others wait who delete checkpoints meanwhile."""
+    if _End.prepared:
+        return
+    _End.prepared = True
+    atexit.register(_drain_and_exit)
+    deletions.watch(_before_deletion)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _drain_and_exit() -> None:
+    current = Background.current
+    if current is None:
+        return
+    error = current.drain()
+    current.close()
+    if error:
+        # As with a save that training waited for, the job has failed. The other callbacks still get their turn.
+        logger.error("the last checkpoint was not saved: %s", error)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _terminate(number: int, _frame: Any) -> None:
+    current = Background.current
+    if current is not None:
+        if current.is_busy:
+            logger.info("asked to end; waiting for the checkpoint that is being written")
+        current.drain()
+        current.close()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _before_deletion(path: str) -> None:
+    """Somebody makes room for a checkpoint that is not there yet.
+
+    Raises:
+        MicsCheckpointError: and it will not be.
+    """
+    current = Background.current
+    if current is None or not current.is_busy:
+        return
+    logger.info("%s is about to be deleted or looked for; waiting for the checkpoint that is being written", path)
+    current.wait()
+    if current.error:
+        raise MicsCheckpointError(f"{current.error} {path} was not deleted.")

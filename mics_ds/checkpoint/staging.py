@@ -1,0 +1,145 @@
+"""What training waits for when a checkpoint is written in the background: states copied to host memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from . import origin
+from .arena import Arena
+from .joints import SHARED_FROM, Joint, Room, shares
+from .recording import Recorded, record
+from .together import Site, attempt, words
+
+
+class StagedFile(NamedTuple):
+    """A file that is still to be written."""
+
+    name: str
+    pickled: bytes
+    places: tuple[tuple[int, int], ...]
+    """Start and bytes of each storage in the arena."""
+
+
+class Staged(NamedTuple):
+    """What one rank has copied, and what becomes of it."""
+
+    files: tuple[StagedFile, ...]
+    joints: tuple[Joint, ...]
+    """In the same order on all ranks that share the staging of a shard."""
+    nbytes: int
+    """Of the arena that are in use."""
+
+
+class Staging:
+    """Between DeepSpeed and the files: takes states down as they are now. Errors are noted, see :class:`Site`."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._owner = site.rank == site.writer
+        self._replicas = len(site.sharers)
+        self._place = site.sharers.index(site.rank)
+        self._wholes: list[tuple[torch.Tensor, Joint, torch.Tensor]] = []
+        self._recorded: list[tuple[str, Recorded]] = []
+        self.model_states_shard = site.shard
+        self.errors: list[str] = []
+
+    def make(self, make: Callable[[], Any]) -> None:
+        attempt(make, self.errors)
+
+    def write(self, states: Mapping[str, Any], path: str, _write: Callable[[Any, str], Any]) -> None:
+        if self.errors:
+            return
+        name = os.path.basename(path)
+
+        def pickle() -> None:
+            marked = origin.marked(states) if name.endswith("_optim_states.pt") else states
+            self._recorded.append((name, record(marked)))
+
+        attempt(pickle, self.errors, lambda error: f"{path}: {words(error)}")
+
+    @contextmanager
+    def states_of(self, optimizer: Any) -> Iterator[None]:
+        """Let ``optimizer.state_dict()`` be that of whole shards, where slices are still to be joined to them."""
+        if not optimizer.is_sliced:
+            yield
+            return
+        optimizer.shards_are_read()
+        for sub_group, held in optimizer.elementwise_states():
+            cut = optimizer.slices_of(sub_group)
+            # Never touched, so the system never gives memory for it.
+            whole = torch.empty(cut.shard_starts[-1] if self._owner else 0, dtype=held.dtype)
+            sizes = (held.nbytes,) * self._replicas
+            joint = Joint(cut.shard_starts[-1] * held.itemsize, -1, -1, sizes, cut.shards, held.itemsize)
+            self._wholes.append((whole, joint, held.detach()))
+        if self._owner:
+            optimizer.gathered_states = optimizer.state_dict_with([whole for whole, _, _ in self._wholes])
+        try:
+            yield
+        finally:
+            optimizer.gathered_states = None
+
+    def stage(self, arena: Arena, finish: Callable[[], object]) -> Staged:
+        """Copy everything into shared memory.
+
+        Raises:
+            OSError: there is not enough of it.
+        """
+        room = Room()
+        parts: list[tuple[int, torch.Tensor]] = []
+        files: list[StagedFile] = []
+        joints: dict[int, Joint] = {}
+        whole_at: dict[int, int] = {}
+        for name, recorded in self._recorded:
+            shared = name.endswith("_optim_states.pt")
+            places = []
+            for index, storage in enumerate(recorded.storages):
+                content = _bytes_of(storage)
+                if shared and self._is_shared(content):
+                    joints[index] = self._range(content, room, parts)
+                    places.append((joints[index].whole, content.numel()))
+                    continue
+                if not self._owner and shared:
+                    continue
+                places.append((room.take(content.numel()), content.numel()))
+                if storage.data_ptr() in self._outlines:
+                    whole_at[storage.data_ptr()] = places[-1][0]
+                else:
+                    parts.append((places[-1][0], content))
+            if self._owner or not shared:
+                files.append(StagedFile(name, recorded.pickled, tuple(places)))
+        for whole, joint, held in self._wholes:
+            piece = room.take(held.nbytes)
+            parts.append((piece, held))
+            start = whole_at.get(whole.data_ptr(), -1)
+            joints[len(joints)] = joint._replace(whole=start, piece=piece)
+        arena.reserve(room.nbytes)
+        arena.copy_in(parts, finish)
+        self._recorded.clear()
+        self._wholes.clear()
+        return Staged(tuple(files), tuple(joints.values()), room.nbytes)
+
+    @property
+    def _outlines(self) -> set[int]:
+        return {whole.data_ptr() for whole, _, _ in self._wholes if whole.numel()}
+
+    def _is_shared(self, content: torch.Tensor) -> bool:
+        """Whether all replicas have this storage, and each copies a part."""
+        return self._replicas > 1 and not self._wholes and content.numel() >= SHARED_FROM
+
+    def _range(self, content: torch.Tensor, room: Room, parts: list[tuple[int, torch.Tensor]]) -> Joint:
+        cut = shares(content.numel(), self._replicas)
+        start, stop = cut[self._place]
+        whole = room.take(content.numel() if self._owner else stop - start)
+        piece = whole + start if self._owner else whole
+        parts.append((piece, content[start:stop]))
+        return Joint(content.numel(), whole, piece, tuple(part.stop - part.start for part in cut))
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """(nbytes,) uint8: the storage itself."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,283 @@
+"""The process that writes a rank's part of checkpoints while that rank trains.
+
+It has the memory that the rank stages to, a pipe to the rank, and the store that all such processes share. When the
+rank dies, it ends at once, whatever it is doing: what was not published never will be.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from . import manifest, names
+from .arena import Arena
+from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError
+from .joints import Joint
+from .manifest import FileRecord, Manifest
+from .recording import Recorded, replay
+from .staging import Staged
+from .together import words
+
+_CHUNK = 64 << 20
+_PROGRESS_S = 10.0
+
+
+class Station(NamedTuple):
+    """Where a process that writes stands among the others. Sent once."""
+
+    host: str
+    port: int
+    """Of the store."""
+    rank: int
+    ranks: int
+    patience_s: float
+
+
+class Publication(NamedTuple):
+    """What a rank that publishes needs."""
+
+    manifest: Manifest
+    """Without the files."""
+    folder: str
+    tag: str
+    latest: bool
+    """Whether ``latest`` is to name it."""
+
+
+class Job(NamedTuple):
+    """One save, as far as one process is concerned."""
+
+    number: int
+    connection: int
+    """Which of the connections between the processes; another one after a failure."""
+    target: str
+    """The folder of the checkpoint."""
+    staged: Staged
+    sharers: tuple[int, ...]
+    """Ranks that stage a shard together."""
+    owner: int
+    """The one of them that writes it."""
+    publisher: int
+    """Whose folder this rank's files are in."""
+    publishers: tuple[int, ...]
+    """The first one leads."""
+    peers: int
+    """How many ranks have this publisher."""
+    publication: Publication | None
+    """On publishers."""
+
+
+class Done(NamedTuple):
+    """The result of a job, the same on all ranks."""
+
+    number: int
+    error: str
+    """Empty if the checkpoint is there."""
+    seconds: float
+    nbytes: int
+    """Written by this process."""
+
+
+class Progress(NamedTuple):
+    number: int
+    written: int
+    nbytes: int
+
+
+class _Writer:
+    def __init__(self, pipe: Connection, arena: Arena, station: Station) -> None:
+        self._pipe, self._arena, self._station = pipe, arena, station
+        self._store = dist.TCPStore(
+            station.host,
+            station.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=max(station.patience_s, 10.0)),
+        )
+        self._heartbeat = Heartbeat(self._store, station.rank, station.ranks, station.patience_s)
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    def run(self, job: Job) -> Done:
+        """Do a job to its end, whatever that is."""
+        started = time.monotonic()
+        round_ = Round(self._store, job.number, self._station.ranks)
+        self._heartbeat.watch(round_)
+        written: list[FileRecord] = []
+        try:
+            error = self._take_part(round_, job, written)
+            round_.acknowledge()
+        except RoundFailedError as failed:
+            error = f"Checkpoint {job.target} could not be saved. {failed}. {failed.remedy}"
+        except RuntimeError as gone:  # torch's errors of the store
+            error = (
+                f"Whether checkpoint {job.target} was saved is not known: the store that the writing processes share "
+                f"does not answer, as when rank 0 has ended ({words(gone)}). If it was, it is complete."
+            )
+        finally:
+            self._heartbeat.watch(None)
+        if error and job.publication is not None:
+            manifest.discard(manifest.staging_folder(Path(job.target)))
+        return Done(job.number, error, time.monotonic() - started, sum(record.bytes for record in written))
+
+    def _take_part(self, round_: Round, job: Job, written: list[FileRecord]) -> str:
+        files: dict[str, FileRecord] = {}
+        try:
+            self._join_pieces(job)
+            for name, record in self._write(job):
+                files[name] = record
+                written.append(record)
+        except Exception as error:  # whatever it is, the others wait
+            round_.fail(f"rank {self._station.rank}: {words(error)}")
+        else:
+            note = {name: [record.bytes, record.crc32, record.writer] for name, record in files.items()}
+            round_.report(job.publisher, note or None)
+        if job.publication is not None:
+            self._publish(round_, job, job.publication)
+        return round_.await_key("result")
+
+    # ------------------------------------------------------------------------------------ files
+
+    def _join_pieces(self, job: Job) -> None:
+        """Bring what several ranks have staged to the one that writes it."""
+        sharers, joints = job.sharers, job.staged.joints
+        if not joints or len(sharers) == 1:
+            return
+        group = self._groups.get((job.connection, *sharers)) or self._connect(job.connection, sharers)
+        place, owner = sharers.index(self._station.rank), sharers.index(job.owner)
+        plan = torch.tensor([len(joints), sum(joint.nbytes for joint in joints)])
+        if place != owner:
+            group.send([plan], owner, job.number).wait()
+            for joint in joints:
+                for chunk in _chunks(self._arena.view(joint.piece, joint.sizes[place])):
+                    group.send([chunk], owner, job.number).wait()
+            return
+        others = [other for other in range(len(sharers)) if other != owner]
+        for other in others:
+            theirs = torch.empty_like(plan)
+            group.recv([theirs], other, job.number).wait()
+            if not torch.equal(plan, theirs):
+                raise RuntimeError(
+                    f"rank {sharers[other]} staged {theirs[1]} bytes in {theirs[0]} parts of what should be the same "
+                    f"{plan[1]} bytes in {plan[0]} parts"
+                )
+        for joint in joints:
+            self._receive(group, joint, owner, others, job.number)
+
+    def _receive(self, group: Any, joint: Joint, owner: int, others: Sequence[int], tag: int) -> None:
+        whole = self._arena.view(joint.whole, joint.nbytes)
+        if joint.shards:
+            pieces = [torch.empty(size, dtype=torch.uint8) for size in joint.sizes]
+            pieces[owner] = self._arena.view(joint.piece, joint.sizes[owner])
+        else:
+            pieces = list(whole.split(list(joint.sizes)))  # they arrive where they belong
+        waits = [group.recv([chunk], other, tag) for other in others for chunk in _chunks(pieces[other])]
+        for wait in waits:
+            wait.wait()
+        joint.join(pieces, whole)
+
+    def _connect(self, connection: int, sharers: tuple[int, ...]) -> Any:
+        self._groups = {key: group for key, group in self._groups.items() if key[0] == connection}
+        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._store)
+        patience = timedelta(seconds=max(self._station.patience_s, 10.0) * 10)
+        group = dist.ProcessGroupGloo(store, sharers.index(self._station.rank), len(sharers), patience)
+        self._groups[(connection, *sharers)] = group
+        return group
+
+    def _write(self, job: Job) -> Iterator[tuple[str, FileRecord]]:
+        staging = manifest.staging_folder(Path(job.target))
+        total = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
+        done, told = 0, time.monotonic()
+        for file in job.staged.files:
+            storages = [self._arena.storage(start, nbytes) for start, nbytes in file.places]
+            path = staging / file.name
+            replay(Recorded(file.pickled, storages), path)
+            yield file.name, manifest.seal(path, self._station.rank)
+            done += sum(nbytes for _, nbytes in file.places)
+            if time.monotonic() - told > _PROGRESS_S:
+                told = time.monotonic()
+                self._pipe.send(Progress(job.number, done, total))
+
+    # -------------------------------------------------------------------------------- publishing
+
+    def _publish(self, round_: Round, job: Job, publication: Publication) -> None:
+        """Turn the folder into a checkpoint, together with the other publishers, and tell everybody."""
+        leads, publishers = self._station.rank == job.publishers[0], len(job.publishers)
+        target, folder = Path(job.target), Path(publication.folder)
+        notes = round_.notes(job.publisher, job.peers)
+        files = {name: FileRecord(*record) for note in notes for name, record in note.items()}
+        round_.publishers_reach("ready", publishers, leads)
+        round_.begin_publishing(leads)
+        described = replace(publication.manifest, files=files)
+        self._attempt(round_, lambda: manifest.publish(manifest.staging_folder(target), target, described))
+        round_.publishers_reach("published", publishers, leads)
+        if leads:
+            round_.set("published by all", "; ".join(round_.errors()))
+        failed = round_.await_key("published by all")
+        if failed and leads:
+            round_.set("result", f"Checkpoint {job.target} could not be saved. {failed}. {NOTHING_PUBLISHED}")
+        if failed:
+            return
+        if publication.latest:
+            self._attempt(round_, lambda: names.write_latest(folder, publication.tag))
+        round_.publishers_reach("named", publishers, leads)
+        if leads:
+            said = "; ".join(round_.errors())
+            latest = folder / manifest.LATEST
+            round_.set(
+                "result", said and f"Checkpoint {target} is complete, but {latest} could not be updated. {said}."
+            )
+
+    def _attempt(self, round_: Round, work: Any) -> None:
+        try:
+            work()
+        except Exception as error:
+            round_.add_error(f"rank {self._station.rank}: {words(error)}")
+
+
+def _chunks(content: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (part for part in content.split(_CHUNK) if part.numel())
+
+
+def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
+    """Do jobs until the pipe closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all processes; the rank says when to end
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):
+        os.nice(10)
+    torch.set_num_threads(1)
+    pipe, arena = Connection(pipe_descriptor), Arena(arena_descriptor)
+    jobs: list[Job] = []
+    changed = threading.Condition()
+    writer = _Writer(pipe, arena, pipe.recv())
+
+    def listen() -> None:
+        while True:
+            try:
+                job = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the rank has ended, or was killed: nothing of its may appear from now on
+            with changed:
+                jobs.append(job)
+                changed.notify()
+
+    threading.Thread(target=listen, name="mics listener", daemon=True).start()
+    while True:
+        with changed:
+            changed.wait_for(lambda: jobs)
+            job = jobs.pop(0)
+        arena.map(job.staged.nbytes)
+        done = writer.run(job)
+        with suppress(OSError):  # the listener ends this process
+            pipe.send(done)

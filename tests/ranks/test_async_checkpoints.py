@@ -1,0 +1,122 @@
+"""Checkpoints written in the background: the same files, of the moment when they were asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import build, ds_config, train
+from test_checkpoints import adamw, digest, engine_of
+from torch import nn
+
+from mics_ds.checkpoint import arena, background, manifest, staging
+from mics_ds.checkpoint.in_background import wait_for_saves
+
+ASYNC = {"mics_checkpoint": {"async": True}}
+WORLD = {"mics_optimizer_states": "world"}
+
+
+def writer() -> int:
+    """The process that writes for this rank."""
+    assert background.Background.current is not None
+    return background.Background.current._process.pid
+
+
+def everything_is_shared():
+    staging.SHARED_FROM = 64
+
+
+class Even(nn.Module):
+    """Shards of it have no padding, whatever the number of ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(7, 64, bias=False), nn.Linear(64, 7, bias=False)
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x, y):
+        self.seen += 1
+        return (self.outer(self.inner(x).relu()) - y).pow(2).mean()
+
+
+def records(folder: Path, tag: str):
+    return {name: (record.bytes, record.crc32) for name, record in manifest.read(folder / tag).files.items()}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("zero", [{}, WORLD, {"sub_group_size": 200}], ids=str)
+def test_files_are_those_of_a_save_that_training_waits_for(tmp_path, p, zero):
+    everything_is_shared()
+    engine = build(ds_config(p, zero={**ASYNC, **zero}), Even, optimizer=adamw)
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path), tag="waited", async_save=False)
+    engine.save_checkpoint(str(tmp_path), tag="background")
+    wait_for_saves()
+    dist.barrier()
+    assert records(tmp_path, "waited") == records(tmp_path, "background")
+    for tag in ("waited", "background"):
+        read = manifest.read(tmp_path / tag)
+        assert not manifest.damages(tmp_path / tag, read.files, read.files)
+    assert (tmp_path / "latest").read_text() == "background"
+
+
+def steps(engine, count):
+    """Losses of so many steps, of the data of step 0 each time, as after a resume."""
+    return [loss for _ in range(count) for loss in train(engine, 1)]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("p", "dtype", "zero"), [(2, "fp32", {}), (1, "bf16", WORLD), (2, "bf16", WORLD)], ids=str)
+def test_training_goes_on_and_the_checkpoint_is_of_the_moment(tmp_path, p, dtype, zero):
+    everything_is_shared()
+    undisturbed = steps(engine_of(p, dtype=dtype, zero=zero), 6)
+    engine = engine_of(p, dtype=dtype, zero={**ASYNC, **zero})
+    losses = steps(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="first")  # starts the processes
+    wait_for_saves()
+    os.kill(writer(), signal.SIGSTOP)
+    try:
+        engine.save_checkpoint(str(tmp_path), tag="second", client_state={"rank": dist.get_rank()})
+        saved = digest(engine)
+        losses += steps(engine, 2)
+        assert not (tmp_path / "second").exists()
+    finally:
+        os.kill(writer(), signal.SIGCONT)
+    losses += steps(engine, 3)
+    assert losses == undisturbed
+    other = engine_of(p, dtype=dtype, zero=zero, seed=5)
+    _, client_state = other.load_checkpoint(str(tmp_path))
+    assert digest(other) == saved
+    assert client_state["rank"] == dist.get_rank()
+    assert (tmp_path / "latest").read_text() == "second"
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_each_replica_copies_its_part(tmp_path, p, states):
+    """Masters and two moments of AdamW, 12 bytes a parameter, over all ranks; the rest is the owner's."""
+    everything_is_shared()
+    engine = build(ds_config(p, zero={**ASYNC, "mics_optimizer_states": states}), Even, optimizer=adamw)
+    train(engine, 1)
+    copied = []
+    copy_in = arena.Arena.copy_in
+
+    def counting(self, parts, finish):
+        copied.extend(part.nbytes for _, part in parts)
+        copy_in(self, parts, finish)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(arena.Arena, "copy_in", counting)
+        engine.save_checkpoint(str(tmp_path))
+    parameters, n = 2 * 7 * 64, 4
+    large = sum(nbytes for nbytes in copied if nbytes >= 64)
+    assert large == 12 * parameters // n
+    owner = engine.optimizer.mics_groups.partition.rank % (n // p) == dist.get_rank() // p
+    assert (sum(copied) > large) == owner  # counters and buffers
+    wait_for_saves()
