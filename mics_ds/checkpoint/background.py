@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ from ..errors import MicsCheckpointError
 from ..log import log_rank0, logger
 from . import deletions
 from .arena import Arena
-from .board import Round
+from .board import Round, RoundLostError, not_saved
 from .writer import Done, Job, Progress, Station
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
@@ -183,14 +184,14 @@ class Background:
             self._died, job = True, self._job
         if job is None:
             return
-        code = self._process.wait()
-        error = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
+        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {self._process.wait()}"
         try:
-            self._round(job.number).lose(error)
-            error = f"Checkpoint {job.target} could not be saved. {error}"
+            round_ = self._round(job.number)
+            round_.lose(died)
+            error = not_saved(job.target, round_.failure() or RoundLostError(died))
         except RuntimeError as gone:
-            error = f"Whether checkpoint {job.target} was saved is not known. {error}, and so has the store ({gone})"
-        self._finish(f"{error}. Older checkpoints are as they were.", "")
+            error = f"Whether checkpoint {job.target} was saved is not known. {died}, and so has the store ({gone})"
+        self._finish(error, "")
 
     def _round(self, number: int) -> Round:
         store = self._server or dist.TCPStore(
@@ -276,6 +277,7 @@ def _at_the_end() -> None:
         return
     _End.prepared = True
     atexit.register(_drain_and_exit)
+    util.Finalize(None, _drain_and_exit, exitpriority=100)  # children of multiprocessing know nothing of atexit
     deletions.watch(_before_deletion)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

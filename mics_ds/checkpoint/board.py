@@ -45,6 +45,11 @@ class RoundLostError(RoundFailedError):
     remedy = "It may have been published; if it was, it is complete."
 
 
+def not_saved(target: str, failure: RoundFailedError) -> str:
+    """The whole sentence, the same on all ranks."""
+    return f"Checkpoint {target} could not be saved. {failure}. {failure.remedy}"
+
+
 class Round:
     """One save, from the point of view of one process that writes.
 
@@ -137,6 +142,17 @@ class Round:
     def is_known_to(self, ranks: int) -> bool:
         return self._store.add("known", 0) >= ranks
 
+    def failure(self) -> RoundFailedError | None:
+        """Why this round has come to nothing; ``None`` as long as it has not."""
+        try:
+            if self._store.check(["fate"]):
+                self._require_fate()
+            if self._store.check(["lost"]):
+                raise RoundLostError(self._store.get("lost").decode())
+        except RoundFailedError as error:
+            return error
+        return None
+
     def _claim(self, fate: str) -> str:
         return self._store.compare_set("fate", "", fate).decode()
 
@@ -151,10 +167,9 @@ class Round:
     def _await(self, done: Callable[[], bool]) -> None:
         pause = 0.002
         while not done():
-            if self._store.check(["fate"]):
-                self._require_fate()
-            if self._store.check(["lost"]) and not done():
-                raise RoundLostError(self._store.get("lost").decode())
+            failure = self.failure()
+            if failure is not None and not done():
+                raise failure
             time.sleep(pause)
             pause = min(1.5 * pause, self._longest_pause)
 
@@ -164,12 +179,21 @@ class Heartbeat:
 
     Args:
         patience_s: how long the neighbour may show nothing.
+        when_failed: called with the reason, in a thread of its own and more than once, when the round fails.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        ranks: int,
+        patience_s: float,
+        when_failed: Callable[[RoundFailedError], None],
+    ) -> None:
         self._store = dist.PrefixStore("heart", store)
         self._rank, self._neighbour = rank, (rank + 1) % ranks
         self._patience_s = patience_s
+        self._when_failed = when_failed
         self._round: Round | None = None
         self._changed = threading.Condition()
         self._beats = 0
@@ -189,7 +213,11 @@ class Heartbeat:
                 self._store.set(str(self._rank), str(self._beats))
                 if self._next_round(watched) is not watched:
                     watched, since = self._round, time.monotonic()
-                if watched is None or self._neighbour == self._rank:
+                if watched is None:
+                    continue
+                failure = watched.failure()
+                if failure is not None:
+                    self._when_failed(failure)
                     continue
                 key = str(self._neighbour)
                 shown = self._store.get(key).decode() if self._store.check([key]) else ""
@@ -201,7 +229,6 @@ class Heartbeat:
                         f"the process that writes for rank {self._neighbour} has shown no sign of life for "
                         f"{patience:.0f} s"
                     )
-                    self.watch(None)
         except RuntimeError as error:  # the store is gone, and with it rank 0; whoever waits in a round says so
             logger.debug("heartbeat ends: %s", error)
 

@@ -37,7 +37,7 @@ def settle(asked: CheckpointRequest) -> bool:
         return False
     current.wait()
     error = current.take_error()
-    note = {"errors": [error] if error else [], "died": current.has_died}
+    note = {"errors": [error.rstrip(".")] if error else [], "died": current.has_died}
     notes = exchange(note, "preparing to save a checkpoint")
     if any(item["errors"] or item["died"] for item in notes):
         current.connect_anew()
@@ -59,16 +59,19 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
     seam.set_writer(engine, owner, owner or (len(site.sharers) > 1 and not engine.optimizer.is_sliced))
     one.collect(original, session, session.states_of(engine.optimizer))
     staged: list[Staged] = []
+    publications: list[Publication] = []
 
     def stage() -> None:
-        if not session.errors:
-            background.revive()
-            staged.append(session.stage(background.arena, _finish))
+        if session.errors:
+            return
+        if site.publishes:
+            publications.append(Publication(one.describe({}), one.request.folder, one.request.tag, save_latest))
+        background.revive()
+        staged.append(session.stage(background.arena, _finish))
 
     attempt(stage, session.errors)
     notes = exchange({"errors": session.errors}, f"staging {one.target}")
     raise_together(notes, one.failed, NOTHING_PUBLISHED)
-    publication = Publication(one.describe({}), one.request.folder, one.request.tag, save_latest)
     background.submit(
         Job(
             number=background.next_number(),
@@ -80,7 +83,7 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
             publisher=site.publisher,
             publishers=tuple(site.publishers),
             peers=len(site.peers),
-            publication=publication if site.publishes else None,
+            publication=publications[0] if publications else None,
         )
     )
 

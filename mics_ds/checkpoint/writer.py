@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from . import manifest, names
 from .arena import Arena
-from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError
+from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError, not_saved
 from .joints import Joint
 from .manifest import FileRecord, Manifest
 from .recording import Recorded, replay
@@ -32,6 +32,7 @@ from .together import words
 
 _CHUNK = 64 << 20
 _PROGRESS_S = 10.0
+_BROKEN_S = 2.0
 
 
 class Station(NamedTuple):
@@ -106,7 +107,10 @@ class _Writer:
             wait_for_workers=False,
             timeout=timedelta(seconds=max(station.patience_s, 10.0)),
         )
-        self._heartbeat = Heartbeat(self._store, station.rank, station.ranks, station.patience_s)
+        self._heartbeat = Heartbeat(
+            self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
+        )
+        self._joining: Job | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
 
     def run(self, job: Job) -> Done:
@@ -119,7 +123,7 @@ class _Writer:
             error = self._take_part(round_, job, written)
             round_.acknowledge()
         except RoundFailedError as failed:
-            error = f"Checkpoint {job.target} could not be saved. {failed}. {failed.remedy}"
+            error = not_saved(job.target, failed)
         except RuntimeError as gone:  # torch's errors of the store
             error = (
                 f"Whether checkpoint {job.target} was saved is not known: the store that the writing processes share "
@@ -131,14 +135,28 @@ class _Writer:
             manifest.discard(manifest.staging_folder(Path(job.target)))
         return Done(job.number, error, time.monotonic() - started, sum(record.bytes for record in written))
 
+    def _leave_if_waiting_for_peers(self, failure: RoundFailedError) -> None:
+        """A transfer between processes cannot be called off. The rank starts another process for the next save."""
+        job = self._joining
+        if job is not None:
+            self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0))
+            os._exit(0)
+
     def _take_part(self, round_: Round, job: Job, written: list[FileRecord]) -> str:
         files: dict[str, FileRecord] = {}
         try:
-            self._join_pieces(job)
+            self._joining = job
+            try:
+                self._join_pieces(job)
+            except RuntimeError:
+                self._await_the_cause(round_)
+                raise
+            self._joining = None
             for name, record in self._write(job):
                 files[name] = record
                 written.append(record)
         except Exception as error:  # whatever it is, the others wait
+            self._joining = None
             round_.fail(f"rank {self._station.rank}: {words(error)}")
         else:
             note = {name: [record.bytes, record.crc32, record.writer] for name, record in files.items()}
@@ -146,6 +164,12 @@ class _Writer:
         if job.publication is not None:
             self._publish(round_, job, job.publication)
         return round_.await_key("result")
+
+    def _await_the_cause(self, round_: Round) -> None:
+        """A connection broke. Give the rank whose process has died the time to say so first."""
+        deadline = time.monotonic() + _BROKEN_S
+        while round_.failure() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     # ------------------------------------------------------------------------------------ files
 
@@ -192,7 +216,8 @@ class _Writer:
         store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._store)
         patience = timedelta(seconds=max(self._station.patience_s, 10.0) * 10)
         group = dist.ProcessGroupGloo(store, sharers.index(self._station.rank), len(sharers), patience)
-        self._groups[(connection, *sharers)] = group
+        key = (connection, *sharers)
+        self._groups[key] = group
         return group
 
     def _write(self, job: Job) -> Iterator[tuple[str, FileRecord]]:

@@ -304,7 +304,7 @@ def test_whatever_one_rank_raises_while_saving_is_the_error_of_all(tmp_path):
     files = engine.checkpoint_engine.inner
     cases = {
         "publishing": (0, manifest, "publish", unforeseen),
-        "describing": (0, save, "_describe", unforeseen),
+        "describing": (0, save._Save, "describe", unforeseen),
         "preparing": (0, manifest.shutil, "rmtree", unforeseen_unless_cleaning_up),
         "latest": (0, names, "write_latest", unforeseen),
         "model states, a writer": (3, engine, "module_state_dict", unforeseen),

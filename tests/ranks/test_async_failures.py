@@ -1,0 +1,233 @@
+"""Saves in the background that fail: one error on every rank, at the next save, and the older checkpoint stays."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers import build, ds_config, train
+from test_async_checkpoints import ASYNC, everything_is_shared, writer
+from test_checkpoint_crashes import Wide
+from test_checkpoint_damage import Once, outcome, unforeseen
+from test_checkpoints import adamw, digest, engine_of
+
+from mics_ds.checkpoint import arena, manifest, save, staging
+from mics_ds.checkpoint.background import Background
+from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.errors import MicsCheckpointError
+
+LOG = {"mics_checkpoint": {"async": True, "on_error": "log"}}
+SKIP = {"mics_checkpoint": {"async": True, "busy": "skip"}}
+
+
+def stop_writers():
+    os.kill(writer(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def let_writers_go():
+    dist.barrier()
+    os.kill(writer(), signal.SIGCONT)
+
+
+def saved_once(folder, zero=ASYNC, p=2):
+    everything_is_shared()
+    engine = engine_of(p, zero=zero)
+    train(engine, 1)
+    engine.save_checkpoint(str(folder))
+    wait_for_saves()
+    train(engine, 1)
+    return engine
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("victim", "zero"), [(0, ASYNC), (1, ASYNC), (3, LOG)], ids=str)
+def test_a_writer_that_is_killed(tmp_path, victim, zero):
+    engine = saved_once(tmp_path, zero)
+    stop_writers()
+    engine.save_checkpoint(str(tmp_path))
+    if dist.get_rank() == victim:
+        os.kill(writer(), signal.SIGKILL)
+    let_writers_go()
+    train(engine, 1)
+    if zero == ASYNC:
+        with pytest.raises(MicsCheckpointError, match=rf"failed in the background.*rank {victim}: the process that"):
+            engine.save_checkpoint(str(tmp_path))
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "global_step1"
+    assert manifest.complete_tags(tmp_path) == ["global_step1"]
+    dist.barrier()
+    engine.save_checkpoint(str(tmp_path))  # by a new process
+    saved = digest(engine)
+    other = engine_of(2, seed=3)
+    other.load_checkpoint(str(tmp_path))
+    assert digest(other) == saved
+    assert other.global_steps == 3
+
+
+@pytest.mark.ranks(4)
+def test_a_writer_that_dies_between_saves_is_replaced(tmp_path):
+    engine = saved_once(tmp_path)
+    if dist.get_rank() == 2:
+        os.kill(writer(), signal.SIGKILL)
+        Background.current._process.wait()
+    dist.barrier()
+    engine.save_checkpoint(str(tmp_path))
+    wait_for_saves()
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "global_step2"
+
+
+@pytest.mark.ranks(4)
+def test_a_folder_that_is_taken_away(tmp_path):
+    engine = saved_once(tmp_path)
+    stop_writers()
+    engine.save_checkpoint(str(tmp_path))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / ".global_step2.partial")
+    let_writers_go()
+    with pytest.raises(MicsCheckpointError, match=r"global_step2 could not be saved. rank \d: .*Nothing was published"):
+        wait_for_saves()
+    with pytest.raises(MicsCheckpointError, match=r"failed in the background. ranks 0, 1, 2, 3: .*save again"):
+        engine.save_checkpoint(str(tmp_path))
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "global_step1"
+
+
+@pytest.mark.ranks(4)
+def test_a_save_meanwhile_waits_or_is_skipped(tmp_path):
+    engine = saved_once(tmp_path, SKIP)
+    stop_writers()
+    assert engine.save_checkpoint(str(tmp_path), tag="second")
+    train(engine, 1)
+    assert not engine.save_checkpoint(str(tmp_path), tag="third")
+    let_writers_go()
+    wait_for_saves()
+    dist.barrier()
+    assert manifest.complete_tags(tmp_path) == ["global_step1", "second"]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
+    """As the HF Trainer does, which keeps checkpoints in folders of their own."""
+    engine = saved_once(tmp_path / "checkpoint-1", p=1)
+    stop_writers()
+    engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        if fails:
+            shutil.rmtree(tmp_path / "checkpoint-2" / ".global_step2.partial")
+        subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
+        if fails:
+            with pytest.raises(MicsCheckpointError, match=r"checkpoint-1 was not deleted"):
+                shutil.rmtree(tmp_path / "checkpoint-1")
+        else:
+            assert glob.glob(f"{tmp_path}/checkpoint-2/global_step*")
+            shutil.rmtree(tmp_path / "checkpoint-1")
+    else:
+        os.kill(writer(), signal.SIGCONT)
+    if fails:
+        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+            engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
+    else:
+        wait_for_saves()
+    dist.barrier()
+    assert (tmp_path / "checkpoint-1").exists() == fails
+    assert (tmp_path / "checkpoint-2" / "global_step2").exists() != fails
+
+
+def fill_the_disk(folder, space):
+    engine = build(ds_config(2, zero=ASYNC), Wide, optimizer=adamw)
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    losses = train(engine, 1)
+    with pytest.raises(MicsCheckpointError, match=r"global_step2 could not be saved.*Nothing was published"):
+        engine.save_checkpoint(folder)
+    assert losses == losses
+    dist.barrier()
+    assert manifest.complete_tags(Path(folder)) == ["global_step1"]
+    assert (Path(folder) / "latest").read_text() == "global_step1"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        subprocess.run(["mount", "-o", f"remount,size={4 * space}", folder], check=True)
+    dist.barrier()
+    engine.save_checkpoint(folder)  # and goes on once there is room
+    wait_for_saves()
+    dist.barrier()
+    assert manifest.complete_tags(Path(folder)) == ["global_step1", "global_step3"]
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root to mount a small tmpfs"
+)
+def test_a_full_disk(pools, tmp_path):
+    folder, space = tmp_path / "disk", 1_200_000
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "mics_ds_test", str(folder)], check=True)
+    try:
+        pools.run(4, __name__, "fill_the_disk", {"folder": str(folder), "space": space}, 60)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_whatever_one_rank_raises_while_staging_is_the_error_of_all(tmp_path, states):
+    engine = saved_once(tmp_path, {**ASYNC, "mics_optimizer_states": states})
+    cases = {
+        "no memory": (3, arena.Arena, "reserve"),
+        "copying": (2, arena.Arena, "copy_in"),
+        "pickling": (0, staging, "record"),
+        "describing": (0, save._Save, "describe"),
+        "the optimizer's states": (3, engine.optimizer, "state_dict"),
+        "starting a process again": (1, Background, "revive"),
+    }
+    for case, (culprit, owner, name) in cases.items():
+        with Once(culprit, owner, name, unforeseen):
+            said = outcome(lambda: engine.save_checkpoint(str(tmp_path), tag="second"))
+        assert re.search(rf"could not be saved. rank {culprit}: .*unforeseen", said), f"{case}: {said}"
+        dist.barrier()
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["global_step1"], case
+        dist.barrier()
+    engine.save_checkpoint(str(tmp_path), tag="second")
+    wait_for_saves()
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "second"
+
+
+@pytest.mark.ranks(4)
+def test_a_node_that_vanishes_is_noticed_by_its_neighbour(tmp_path):
+    """One writer stays silent for good while its rank lives on: as when a node hangs."""
+    os.environ["MICS_DS_WRITER_PATIENCE"] = "3"
+    Background.current.close() if Background.current else None
+    try:
+        engine = saved_once(tmp_path)
+        if dist.get_rank() == 1:
+            os.kill(writer(), signal.SIGSTOP)
+        dist.barrier()
+        engine.save_checkpoint(str(tmp_path))
+        if dist.get_rank() != 1:
+            with pytest.raises(MicsCheckpointError, match="writes for rank 1 has shown no sign of life for 3 s"):
+                wait_for_saves()
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(writer(), signal.SIGCONT)
+        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+            engine.save_checkpoint(str(tmp_path))
+        dist.barrier()
+        assert manifest.complete_tags(tmp_path) == ["global_step1"]
+    finally:
+        del os.environ["MICS_DS_WRITER_PATIENCE"]
+        Background.current.close()
