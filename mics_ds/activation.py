@@ -139,6 +139,7 @@ def _patch_construction(patches: Patches) -> None:
     for module in ds_config.readers():
         patches.set(module, "load_ds_config", _reading(module.load_ds_config))
     recorder.record_engine(patches, DeepSpeedEngine)
+    engine.after_each_step(patches, _after_step)
     if engine.log_stage not in collectives.observers:
         collectives.observers.append(engine.log_stage)
 
@@ -212,6 +213,22 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     guard = getattr(getattr(self, "optimizer", None), "mics_guard", None)
     if guard is not None:
         guard.watch(self)
+    if asked.mics is not None and asked.mics.checkpoint is not None and asked.mics.checkpoint.memory_every:
+        _keep_in_memory(self, asked.mics.checkpoint)
+
+
+def _keep_in_memory(engine: Any, asked: Any) -> None:
+    from .checkpoint.snapshot import MemoryTier
+    from .optimizer import MicsOptimizer
+
+    if isinstance(engine.optimizer, MicsOptimizer):
+        engine.mics_memory = MemoryTier(asked, engine.optimizer.mics_groups)
+
+
+def _after_step(engine: Any) -> None:
+    tier = getattr(engine, "mics_memory", None)
+    if tier is not None:
+        tier.step_ended(engine)
 
 
 def _resolve_auto(
@@ -242,7 +259,8 @@ def _resolve_auto(
     with agreement.failing_together(among):
         ds_config = load_ds_config(engine_arguments.get("config"))
         assert ds_config is not None, "whoever asked for auto has a configuration"
-        if mics.optimizer_states == "auto" and not _may_slice(engine_arguments):
+        keeps = mics.checkpoint is not None and mics.checkpoint.memory_every > 0
+        if mics.optimizer_states == "auto" and (keeps or not _may_slice(engine_arguments)):
             mics = replace(mics, optimizer_states="partition")
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)

@@ -133,6 +133,12 @@ class CheckpointRequest:
     """What a save does while another is being written."""
     on_error: Literal["raise", "log"] = "raise"
     """Whether the save after one that failed in the background raises that error."""
+    memory_every: int = 0
+    """Optimizer steps between two copies of the states in memory that outlives the process; 0 is off."""
+    memory_folder: str = "/dev/shm"
+    """Where, on each node; a file system in memory."""
+    job: str | None = None
+    """Whose memory it is: what a restarted job is recognised by. By default its command and folder."""
 
     def __post_init__(self) -> None:
         where = f"{ZERO_SECTION}.mics_checkpoint"
@@ -143,6 +149,13 @@ class CheckpointRequest:
                 raise MicsConfigError(
                     f'{where}.{name} must be "{words[0]}" or "{words[1]}", got {getattr(self, name)!r}.'
                 )
+        every = self.memory_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise MicsConfigError(f"{where}.memory_every must be a number of steps, or 0, got {every!r}.")
+        if not isinstance(self.memory_folder, str) or not self.memory_folder.startswith("/"):
+            raise MicsConfigError(f"{where}.memory_folder must be an absolute path, got {self.memory_folder!r}.")
+        if not (self.job is None or (isinstance(self.job, str) and self.job)):
+            raise MicsConfigError(f"{where}.job must be a name, got {self.job!r}.")
 
     @classmethod
     def parse(cls, value: Any) -> CheckpointRequest:
@@ -245,6 +258,11 @@ class MicsConfig:
             raise MicsConfigError(
                 f'{ZERO_SECTION}.mics_optimizer_states must be "partition", "world" or "auto", got '
                 f"{self.optimizer_states!r}. Leave the key out to get the default."
+            )
+        if self.optimizer_states == "world" and self.checkpoint is not None and self.checkpoint.memory_every:
+            raise MicsConfigError(
+                f'{ZERO_SECTION}.mics_checkpoint.memory_every needs "mics_optimizer_states": "partition": with '
+                f'"world", no node has all optimizer states of a shard to copy. Leave one of the two out.'
             )
         if self.reduce_scatter not in ("auto", "native", "all_to_all"):
             raise MicsConfigError(

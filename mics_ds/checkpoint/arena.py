@@ -32,6 +32,7 @@ class Arena:
     def __init__(self, descriptor: int | None = None) -> None:
         self.descriptor = _make() if descriptor is None else descriptor
         self.nbytes = 0
+        self._map: mmap.mmap | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
 
@@ -53,7 +54,8 @@ class Arena:
             return
         self.unmap()
         size = os.fstat(self.descriptor).st_size
-        self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        self._map = mmap.mmap(self.descriptor, size)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.nbytes = size
 
     def unmap(self) -> None:
@@ -62,6 +64,7 @@ class Arena:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
             self._pinned = False
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._map = None  # unmapped with the last view of it
         self.nbytes = 0
 
     def close(self) -> None:
@@ -71,6 +74,10 @@ class Arena:
     def view(self, start: int, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8: a part of the memory itself."""
         return self._bytes[start : start + nbytes]
+
+    def buffer(self, start: int, nbytes: int) -> memoryview:
+        """The same, for whoever knows nothing of torch."""
+        return memoryview(b"" if self._map is None else self._map)[start : start + nbytes]
 
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
         """A part of the memory itself, as what ``torch.save`` writes."""

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import util
 from multiprocessing.connection import Connection
@@ -27,7 +29,7 @@ from ..log import log_rank0, logger
 from . import deletions
 from .arena import Arena
 from .board import Round, RoundLostError, not_saved
-from .writer import Done, Job, Progress, Station
+from .writer import Done, Job, Progress, Seal, Sealed, Station
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 _PATIENCE_S = 30.0
@@ -54,6 +56,7 @@ class Background:
         """Counts how often the processes have to connect to each other anew; the same on all ranks."""
         self._job: Job | None = None
         self._error = ""
+        self._sealing: set[str] = set()
         self._died = False
         self._process, self._pipe = self._start()
 
@@ -118,6 +121,19 @@ class Background:
         nbytes = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
         log_rank0(f"{job.target} is written in the background; rank 0 writes {nbytes / 1e6:.1f} MB of it")
 
+    def seal(self, job: Seal) -> None:
+        """Have a copy in memory summed up and described."""
+        with self._changed:
+            self._sealing.add(job.path)
+        with suppress(OSError):  # the listener knows
+            self._pipe.send(job)
+
+    def is_sealing(self, path: str) -> bool:
+        return path in self._sealing
+
+    def wait_for_seals(self) -> None:
+        self._wait_for(lambda: not self._sealing)
+
     def wait(self) -> None:
         """Until no save is under way."""
         if self._job is not None:
@@ -157,12 +173,18 @@ class Background:
     def _listen(self, pipe: Connection) -> None:
         while True:
             try:
-                said: Done | Progress = pipe.recv()
+                said: Done | Progress | Sealed = pipe.recv()
             except (EOFError, OSError):
                 self._gone()
                 return
             if isinstance(said, Progress):
                 log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
+            elif isinstance(said, Sealed):
+                with self._changed:
+                    self._sealing.discard(said.path)
+                    self._changed.notify_all()
+                if said.error:
+                    logger.warning("a copy of the states in memory is lost: %s", said.error)
             else:
                 self._finish(said.error, f" in {said.seconds:.1f} s in the background")
 
@@ -182,6 +204,8 @@ class Background:
         """The process has ended, and not because it was told to."""
         with self._changed:
             self._died, job = True, self._job
+            self._sealing.clear()
+            self._changed.notify_all()
         if job is None:
             return
         died = f"rank {self._rank}: the process that writes its checkpoints ended with code {self._process.wait()}"
@@ -267,6 +291,10 @@ def _own_address() -> str:
 # The end of the process
 
 
+at_end: list[Callable[[], None]] = []
+"""Called when the process ends without an error."""
+
+
 class _End:
     prepared = False
 
@@ -288,6 +316,10 @@ def _drain_and_exit() -> None:
     if current is None:
         return
     error = current.drain()
+    current.wait_for_seals()
+    if not error and getattr(sys, "last_value", None) is None:
+        for act in at_end:
+            act()
     current.close()
     if error:
         # As with a save that training waited for, the job has failed. The other callbacks still get their turn.

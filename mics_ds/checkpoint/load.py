@@ -7,7 +7,7 @@ shards look like this job's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from . import manifest, names, origin, reshape
+from ..seams.engine import is_fresh
+from . import manifest, names, origin, reshape, restart
 from .background import Background
 from .manifest import CLIENT_STATE, Manifest
+from .snapshot import MemoryTier
 from .together import Site, attempt, exchange, raise_together, site_of
 
 RESHAPE_COMMAND = "python -m mics_ds.reshape"
@@ -121,30 +123,66 @@ def load(
         MicsCheckpointError: on every rank, before anything was changed: the checkpoint is missing,
             incomplete, damaged, of another model, or in another number of shards.
     """
-    if load_module_only:
-        # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
-        load_optimizer_states = False
     if Background.current is not None:
         Background.current.wait()
+    how = {
+        "load_module_strict": load_module_strict,
+        # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
+        "load_optimizer_states": load_optimizer_states and not load_module_only,
+        "load_lr_scheduler_states": load_lr_scheduler_states,
+        "load_module_only": load_module_only,
+        "custom_load_fn": custom_load_fn,
+    }
+    tier = getattr(engine, "mics_memory", None)
+    resumes = (
+        tag is None and load_optimizer_states and load_lr_scheduler_states and not (load_module_only or custom_load_fn)
+    )
+    if tier is not None and resumes and is_fresh(engine):
+        with restart.restored(tier, engine, load_dir) as found:
+            if found is not None:
+                return _resume(original, engine, found, tier, load_dir, how)
     site = site_of(engine)
     tag = _agree_on_tag(site, load_dir, tag)
     if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
+        if tier is not None:
+            tier.begins_in(load_dir)
         return original(engine, load_dir)
+    return _load(original, engine, site, load_dir, tag, how)
+
+
+def _resume(
+    original: Callable[..., tuple],
+    engine: Any,
+    found: restart.Restored,
+    tier: MemoryTier,
+    load_dir: str | os.PathLike,
+    how: Mapping[str, Any],
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Load the checkpoint that memory had, and what else was in it."""
+    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how)
+    restart.resume_random_numbers(found)
+    if found.own is not None:
+        client_state = {**(client_state or {}), **found.own["client_state"]}
+    tier.begins_in(load_dir)
+    log_rank0(f"resumed from {found.words}")
+    return path, client_state
+
+
+def _load(
+    original: Callable[..., tuple],
+    engine: Any,
+    site: Site,
+    load_dir: str | os.PathLike,
+    tag: str,
+    how: Mapping[str, Any],
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Load a checkpoint that is there. Collective over the world."""
     target = Path(load_dir) / tag
-    saved = _check(engine, site, Path(load_dir), tag, load_optimizer_states)
+    saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"])
     _report(site, target, saved)
     session = _Loading(engine, saved)
     with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
-        path, client_state = original(
-            engine,
-            load_dir,
-            tag=tag,
-            load_module_strict=load_module_strict,
-            load_optimizer_states=load_optimizer_states,
-            load_lr_scheduler_states=load_lr_scheduler_states,
-            load_module_only=load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
+        path, client_state = original(engine, load_dir, tag=tag, **how)
     if engine.optimizer.mics_guard is not None:
         engine.optimizer.mics_guard.loaded(engine, target)
     note: dict[str, Any] = {"errors": []}
@@ -162,11 +200,10 @@ def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool
         MicsCheckpointError: on every rank: it cannot.
     """
     target = folder / tag
-    note: dict[str, Any] = {"errors": [], "complete": []}
+    note: dict[str, Any] = {"errors": []}
     found: list[_Saved] = []
 
     def check() -> None:
-        note["complete"] = manifest.complete_tags(folder)
         if not target.is_dir():
             raise MicsCheckpointError(f"{target} does not exist")
         found.append(_Saved(engine, target, site.shard))
@@ -174,10 +211,15 @@ def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool
 
     attempt(check, note["errors"])
     notes = exchange(note, f"checking {target}")
-    complete = sorted(set.intersection(*(set(item["complete"]) for item in notes)) - {tag})
+    if not any(item["errors"] for item in notes):
+        return found[0]
+    mine: list[str] = []
+    attempt(lambda: mine.extend(manifest.complete_tags(folder)), [])
+    seen = exchange({"complete": mine}, f"checking {target}")
+    complete = sorted(set.intersection(*(set(item["complete"]) for item in seen)) - {tag})
     others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
     raise_together(notes, f"Checkpoint {target} cannot be loaded.", f"No state was changed.{others}")
-    return found[0]
+    raise AssertionError("some rank had an objection")
 
 
 def _report(site: Site, target: Path, saved: _Saved) -> None:

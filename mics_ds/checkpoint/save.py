@@ -31,6 +31,7 @@ from ..config import CheckpointRequest
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
+from ..seams.engine import steps_taken
 from . import in_background, manifest, names, origin, slices
 from .board import NOTHING_PUBLISHED, Round
 from .manifest import CLIENT_STATE, FileRecord, Manifest
@@ -223,6 +224,9 @@ def save(
         raise
     if not background:
         _update_latest(one.site, one.folder, one.request.tag, save_latest)
+    tier = getattr(engine, "mics_memory", None)
+    if tier is not None:
+        tier.saved(one.request.folder, client_state, steps_taken(engine))
     return True
 
 

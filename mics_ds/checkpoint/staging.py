@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,11 +38,14 @@ class Staged(NamedTuple):
 class Staging:
     """Between DeepSpeed and the files: takes states down as they are now. Errors are noted, see :class:`Site`."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._owner = site.rank == site.writer
-        self._replicas = len(site.sharers)
-        self._place = site.sharers.index(site.rank)
+    def __init__(self, site: Site, *, alone: bool = False) -> None:
+        """
+        Args:
+            alone: this rank copies all of its shard, whatever others do.
+        """
+        self._owner = alone or site.rank == site.writer
+        self._replicas = 1 if alone else len(site.sharers)
+        self._place = 0 if alone else site.sharers.index(site.rank)
         self._wholes: list[tuple[torch.Tensor, Joint, torch.Tensor]] = []
         self._recorded: list[tuple[str, Recorded]] = []
         self.model_states_shard = site.shard
@@ -89,8 +92,26 @@ class Staging:
         Raises:
             OSError: there is not enough of it.
         """
-        room = Room()
-        parts: list[tuple[int, torch.Tensor]] = []
+        return self._stage(arena, finish, Room(), [])
+
+    def stage_with(
+        self, arena: Arena, finish: Callable[[], object], extra: Sequence[bytes]
+    ) -> tuple[Staged, list[tuple[int, int]]]:
+        """The same, and the pickled part of each file and further bytes with it.
+
+        Returns:
+            Where those are, in that order, besides.
+        """
+        room, parts, places = Room(), list[tuple[int, torch.Tensor]](), []
+        for content in [*(recorded.pickled for _, recorded in self._recorded), *extra]:
+            places.append((room.take(len(content)), len(content)))
+            if content:
+                parts.append((places[-1][0], torch.frombuffer(bytearray(content), dtype=torch.uint8)))
+        return self._stage(arena, finish, room, parts), places
+
+    def _stage(
+        self, arena: Arena, finish: Callable[[], object], room: Room, parts: list[tuple[int, torch.Tensor]]
+    ) -> Staged:
         files: list[StagedFile] = []
         joints: dict[int, Joint] = {}
         whole_at: dict[int, int] = {}

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import manifest, names
+from . import manifest, memory, names
 from .arena import Arena
 from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError, not_saved
 from .joints import Joint
 from .manifest import FileRecord, Manifest
+from .memory import Description
 from .recording import Recorded, replay
 from .staging import Staged
 from .together import words
@@ -78,6 +79,18 @@ class Job(NamedTuple):
     """How many ranks have this publisher."""
     publication: Publication | None
     """On publishers."""
+
+
+class Seal(NamedTuple):
+    """A copy in memory that is to be summed up and described."""
+
+    path: str
+    description: Description
+
+
+class Sealed(NamedTuple):
+    path: str
+    error: str
 
 
 class Done(NamedTuple):
@@ -283,7 +296,7 @@ def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
         os.nice(10)
     torch.set_num_threads(1)
     pipe, arena = Connection(pipe_descriptor), Arena(arena_descriptor)
-    jobs: list[Job] = []
+    jobs: list[Job | Seal] = []
     changed = threading.Condition()
     writer = _Writer(pipe, arena, pipe.recv())
 
@@ -302,7 +315,22 @@ def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
         with changed:
             changed.wait_for(lambda: jobs)
             job = jobs.pop(0)
-        arena.map(job.staged.nbytes)
-        done = writer.run(job)
+        done: Done | Sealed
+        if isinstance(job, Seal):
+            done = _seal(job)
+        else:
+            arena.map(job.staged.nbytes)
+            done = writer.run(job)
         with suppress(OSError):  # the listener ends this process
             pipe.send(done)
+
+
+def _seal(job: Seal) -> Sealed:
+    path = Path(job.path)
+    try:
+        with memory.opened(path) as arena:
+            arena.map(job.description.nbytes)
+            memory.seal(path, job.description, arena)
+    except Exception as error:
+        return Sealed(job.path, words(error))
+    return Sealed(job.path, "")

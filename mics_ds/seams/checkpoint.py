@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import pickle
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger as deepspeed_logger
 
 from ..errors import MicsCheckpointError
 from .patch import Patches
@@ -78,7 +80,7 @@ def model_states_name(engine: DeepSpeedEngine, shard: int) -> str:
 def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None = None) -> str:
     """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
     bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
-    mp_rank = int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
+    mp_rank = model_parallel_rank(engine)
     return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
 
 
@@ -96,6 +98,26 @@ def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
 def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bool) -> None:
     """Which files of its shard this rank writes at the next save."""
     engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = model_states, optimizer_states
+
+
+def collect_states(
+    engine: DeepSpeedEngine, session: Any, folder: str, tag: str, client_state: Mapping[str, Any]
+) -> None:
+    """Hand everything that a checkpoint of this rank's shard has to a session. No collective, and no file."""
+    level = deepspeed_logger.level
+    deepspeed_logger.setLevel(max(level, logging.WARNING))  # it would announce a file each time
+    set_writer(engine, True, True)
+    try:
+        with CheckpointFiles.of(engine).through(session):
+            engine._save_checkpoint(folder, tag, client_state=client_state)
+            engine._save_zero_checkpoint(folder, tag)
+    finally:
+        deepspeed_logger.setLevel(level)
+
+
+def model_parallel_rank(engine: DeepSpeedEngine) -> int:
+    """As in the names of files."""
+    return int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
 
 
 def writes_archives(engine: DeepSpeedEngine) -> bool:

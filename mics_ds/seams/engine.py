@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,8 +13,10 @@ import psutil
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from .ds_config import offload_device
+from .patch import Patches
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,24 @@ def log_stage(stage: Any) -> None:
 def steps_taken(engine: Any) -> int:
     """Optimizer steps before the one that is under way, those that were skipped among them."""
     return int(engine.global_steps)
+
+
+def is_fresh(engine: Any) -> bool:
+    """Whether nothing was trained or loaded yet."""
+    return int(engine.global_steps) == 0 and int(engine.micro_steps) == 0
+
+
+def after_each_step(patches: Patches, act: Callable[[Any], None]) -> None:
+    """Call ``act(engine)`` whenever an engine has taken an optimizer step."""
+
+    def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.global_steps
+        result = original(self, *args, **kwargs)
+        if self.global_steps > before:
+            act(self)
+        return result
+
+    patches.wrap_method(DeepSpeedEngine, "step", step)
 
 
 def write_monitor(engine: Any, values: Mapping[str, float]) -> None:

@@ -38,7 +38,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_ends_of_a_process_with_a_save_under_way(tmp_path):
-    """It waits, at its end and when it is asked to end; its exit code tells of a failure; killed, it takes all along."""
+    """It waits, at its end and when it is asked to end; a failure is its exit code; killed, it takes all along."""
     asked = {"normal": 2, "terminated": 1, "fails": 1, "killed": 1}
     jobs = {how: start(tmp_path / how, how, ranks) for how, ranks in asked.items()}
     codes = {how: [process.wait(timeout=150) for process in job] for how, job in jobs.items()}

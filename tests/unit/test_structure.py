@@ -35,7 +35,7 @@ ROWS = [
     {"checkpoint"},
     {"check"},
     {"activation"},
-    {"", "reshape"},
+    {"", "reshape", "memory"},
 ]
 
 

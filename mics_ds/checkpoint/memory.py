@@ -1,0 +1,241 @@
+"""Copies of training states in memory that outlives the process: where they are, and what makes one complete.
+
+    FOLDER/mics_ds-UID-JOB/           on each node, readable by its owner only
+        SHARD.0, SHARD.1              content of the two newest copies of a shard, in turns
+        SHARD.0.json, SHARD.1.json    what it is, with checksums; written last, removed first
+
+Whatever has no description, or one that its content does not match, is not there. Plain files: no ranks.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import MicsCheckpointError
+from .arena import Arena
+from .manifest import write_text
+from .recording import Recorded, replay
+from .staging import StagedFile
+
+FORMAT = 1
+SLOTS = 2
+_PREFIX = "mics_ds"
+_CHUNK = 64 << 20
+
+
+class Description(NamedTuple):
+    """What is in one copy of a shard."""
+
+    job: str
+    step: int
+    """Optimizer steps before it."""
+    shard: int
+    shards: int
+    """p."""
+    layout: str
+    """Tells whether a model and its optimizer are cut into the same shards."""
+    homes: tuple[str, ...]
+    """Folders that the job resumes from."""
+    stale: str
+    """Why a script could not go on from here, if it could not."""
+    files: tuple[StagedFile, ...]
+    own: dict[str, tuple[int, int]]
+    """By global rank, where that rank's own part is: its client state and its random numbers."""
+    nbytes: int
+    crc32: int
+    seconds: float
+    """When it was taken, since the epoch."""
+    pickled: tuple[tuple[int, int], ...]
+    """Where the pickled part of each file is."""
+
+
+class Copy(NamedTuple):
+    """One copy of a shard that was found."""
+
+    description: Description
+    path: Path
+
+
+def job_key(name: str | None) -> str:
+    """What a job and its restarts have in common: the name it was given, or its command, folder and user."""
+    # The deepspeed launcher tells each rank its number by an argument.
+    command = [word for word in sys.argv if not word.startswith(("--local_rank", "--local-rank"))]
+    said = ["named", name] if name is not None else ["command", os.getcwd(), *command]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def region(folder: str | os.PathLike, key: str) -> Path:
+    return Path(folder) / f"{_PREFIX}-{os.getuid()}-{key}"
+
+
+def make_region(path: Path) -> None:
+    """
+    Raises:
+        MicsCheckpointError: it belongs to somebody else, who could have put anything there.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_own(path)
+
+
+def require_own(path: Path) -> None:
+    found = path.stat(follow_symlinks=False)
+    if found.st_uid != os.getuid() or found.st_mode & 0o022 or path.is_symlink():
+        raise MicsCheckpointError(
+            f"{path} can be written by others than {getpass.getuser()}; it is not used. Remove it"
+        )
+
+
+def shard_name(model_parallel_rank: int, shard: int) -> str:
+    return f"mp{model_parallel_rank}-shard{shard}"
+
+
+def described_by(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def forget(path: Path) -> None:
+    """From now on the content of a copy may be anything."""
+    described_by(path).unlink(missing_ok=True)
+
+
+def seal(path: Path, description: Description, arena: Arena) -> None:
+    """Describe a copy that is complete."""
+    write_text(described_by(path), dumps(description._replace(crc32=_checksum(arena, description.nbytes))))
+
+
+def dumps(description: Description) -> str:
+    fields = description._asdict()
+    fields["files"] = [[file.name, file.places] for file in description.files]
+    body = json.dumps(fields, sort_keys=True)
+    return json.dumps({"format": FORMAT, "body": body, "crc32": zlib.crc32(body.encode())})
+
+
+def loads(text: str | bytes) -> Description | None:
+    """The reverse; ``None`` for anything else."""
+    try:
+        said = json.loads(text)
+        if said["format"] != FORMAT or zlib.crc32(said["body"].encode()) != said["crc32"]:
+            return None
+        fields = json.loads(said["body"])
+        return Description(
+            **{
+                **fields,
+                "files": tuple(StagedFile(name, b"", _pairs(places)) for name, places in fields["files"]),
+                "pickled": _pairs(fields["pickled"]),
+                "own": {rank: (start, nbytes) for rank, (start, nbytes) in fields["own"].items()},
+                "homes": tuple(fields["homes"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+        return None
+
+
+def _pairs(places: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((start, nbytes) for start, nbytes in places)
+
+
+def _checksum(arena: Arena, nbytes: int) -> int:
+    crc = 0
+    for start in range(0, nbytes, _CHUNK):
+        crc = zlib.crc32(arena.buffer(start, min(_CHUNK, nbytes - start)), crc)
+    return crc
+
+
+def read(path: Path) -> Description | None:
+    """The description of a copy, or ``None`` if it has none that can be understood."""
+    try:
+        return loads(described_by(path).read_bytes())
+    except OSError:
+        return None
+
+
+def copies(path: Path) -> Iterator[Copy]:
+    """All complete copies in a job's region, judged by their descriptions."""
+    if not path.is_dir():
+        return
+    require_own(path)
+    for file in sorted(path.glob("mp*-shard*.[01]")):
+        description = read(file)
+        if description is not None:
+            yield Copy(description, file)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Arena]:
+    """The content of a copy, not yet mapped."""
+    arena = Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    try:
+        yield arena
+    finally:
+        arena.close()
+
+
+def check(copy: Copy, arena: Arena) -> None:
+    """Map the content of a copy and compare it with its checksum.
+
+    Raises:
+        MicsCheckpointError: it is not what was written.
+    """
+    if os.fstat(arena.descriptor).st_size < copy.description.nbytes:
+        raise MicsCheckpointError(f"{copy.path} is shorter than it was")
+    arena.map(copy.description.nbytes)
+    if _checksum(arena, copy.description.nbytes) != copy.description.crc32:
+        raise MicsCheckpointError(f"{copy.path} has other content than was written (checksum)")
+
+
+def write_files(description: Description, arena: Arena, folder: Path) -> Sequence[Path]:
+    """Write the checkpoint files of a shard from a copy of it."""
+    written = []
+    for file, (start, nbytes) in zip(description.files, description.pickled):
+        pickled = bytes(arena.buffer(start, nbytes))
+        storages = [arena.storage(*place) for place in file.places]
+        replay(Recorded(pickled, storages), folder / file.name)
+        written.append(folder / file.name)
+    return written
+
+
+def own_part(description: Description, arena: Arena, rank: int) -> dict[str, Any] | None:
+    """The client state and random numbers of a rank, if they are in this copy."""
+    place = description.own.get(str(rank))
+    if place is None:
+        return None
+    return torch.load(io.BytesIO(arena.buffer(*place)), weights_only=False)
+
+
+class Region(NamedTuple):
+    """What one job keeps on this node, for people."""
+
+    path: Path
+    nbytes: int
+    steps: tuple[int, ...]
+    age_s: float
+
+
+def regions(folder: str | os.PathLike) -> list[Region]:
+    """All regions of this user."""
+    found = []
+    for path in sorted(Path(folder).glob(f"{_PREFIX}-{os.getuid()}-*")):
+        files = [file for file in path.rglob("*") if file.is_file()]
+        newest = max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
+        steps = sorted({copy.description.step for copy in copies(path)})
+        nbytes = sum(file.stat().st_blocks * 512 for file in files)
+        found.append(Region(path, nbytes, tuple(steps), time.time() - newest))
+    return found
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,218 @@
+"""The memory tier: every so many steps, states are copied to memory that outlives the process.
+
+On each node, one rank for each shard that the node's ranks have copies its shard whole: two copies in turns, so that
+one is complete at any moment. Replicas are on other nodes and do the same, so the loss of a node costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ..comm.groups import MicsGroups
+from ..config import CheckpointRequest
+from ..errors import MicsCheckpointError
+from ..log import log_rank0, logger
+from ..seams import checkpoint as seam
+from ..seams.engine import device_streams, steps_taken
+from . import memory
+from .arena import Arena
+from .background import Background, at_end
+from .memory import Description
+from .staging import Staged, StagedFile, Staging
+from .together import Site, words
+from .writer import Seal
+
+ClientState = Callable[[], Mapping[str, Any]]
+
+
+class MemoryTier:
+    """Copies of one engine's states in memory, on one rank.
+
+    Args:
+        request: with ``memory_every`` > 0.
+    """
+
+    def __init__(self, request: CheckpointRequest, groups: MicsGroups) -> None:
+        self.request, self._groups = request, groups
+        self.site = Site(groups, node_local=True)
+        self.folder = memory.region(request.memory_folder, memory.job_key(request.job))
+        self.homes: set[str] = set()
+        """Folders that this job resumes from: where it has saved, or found nothing to begin with."""
+        self.client_state: ClientState | None = None
+        """What a script would give to ``save_checkpoint``."""
+        self.gave_client_state = False
+        self.newest_on_disk = -1
+        self._arenas: dict[Path, Arena] = {}
+        self._taken = 0
+        self._complained = False
+        self._layout = ""
+        at_end.append(self.end)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank copies its shard; the first one of its node that has it."""
+        return self.site.writer == self.site.rank
+
+    def step_ended(self, engine: Any) -> None:
+        """Copy the states if it is time to. Collective over the replication group then.
+
+        A copy that cannot be made is a warning: training needs none.
+        """
+        if steps_taken(engine) % self.request.memory_every:
+            return
+        Background.of_job()
+        own = self._own_parts(_pickled({"client_state": self._client_state(), "random": random_states()}))
+        if not self.keeps:
+            return
+        try:
+            self._take(engine, own)
+        except Exception as error:
+            if not self._complained:
+                logger.warning("states could not be copied to memory: %s", words(error))
+            self._complained = True
+
+    def _client_state(self) -> dict[str, Any]:
+        return {} if self.client_state is None else dict(self.client_state())
+
+    def _own_parts(self, own: bytes) -> dict[int, bytes]:
+        """What belongs to each replica of this shard alone, by global rank."""
+        replication = self._groups.replication
+        if replication is None:
+            return {self.site.rank: own}
+        parts: list[Any] = [None] * replication.size
+        dist.all_gather_object(parts, own, group=replication.group)
+        return dict(zip(replication.ranks, parts))
+
+    def _take(self, engine: Any, own: Mapping[int, bytes]) -> None:
+        background = Background.current
+        assert background is not None, "made before"
+        background.revive()
+        memory.make_region(self.folder)
+        path = self.folder / f"{self._name(engine)}.{self._taken % memory.SLOTS}"
+        if background.is_sealing(str(path)):
+            log_rank0("the last copies of the states in memory are not summed up yet; this one is left out")
+            return
+        self._taken += 1
+        session = Staging(self.site, alone=True)
+        seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
+        if session.errors:
+            raise MicsCheckpointError("; ".join(session.errors))
+        memory.forget(path)
+        arena = self._arena(path)
+        extra = [part for _, part in sorted(own.items())]
+        staged, places = session.stage_with(arena, _finish, extra)
+        background.seal(Seal(str(path), self._describe(engine, staged, places, sorted(own))))
+
+    def _describe(self, engine: Any, staged: Staged, places: list[tuple[int, int]], ranks: list[int]) -> Description:
+        files = len(staged.files)
+        return Description(
+            job=self.folder.name,
+            step=steps_taken(engine),
+            shard=self.site.shard,
+            shards=self._groups.layout.partition_size,
+            layout=self.layout(engine),
+            homes=tuple(sorted(self.homes)),
+            stale=self._stale(),
+            files=tuple(StagedFile(file.name, b"", file.places) for file in staged.files),
+            own={str(rank): place for rank, place in zip(ranks, places[files:])},
+            nbytes=staged.nbytes,
+            crc32=0,
+            seconds=time.time(),
+            pickled=tuple(places[:files]),
+        )
+
+    def _stale(self) -> str:
+        if not self.gave_client_state or self.client_state is not None:
+            return ""
+        return (
+            "the script saves a client_state, which copies in memory lack; let it set "
+            "engine.mics_memory.client_state to a function that returns it"
+        )
+
+    def _name(self, engine: Any) -> str:
+        return memory.shard_name(seam.model_parallel_rank(engine), self.site.shard)
+
+    def _arena(self, path: Path) -> Arena:
+        if path not in self._arenas:
+            self._arenas[path] = Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return self._arenas[path]
+
+    def layout(self, engine: Any) -> str:
+        """Tells whether a copy is of this model, cut as it is now."""
+        if not self._layout:
+            shapes = [[(name, list(shape)) for name, shape in group.items()] for group in seam.param_shapes(engine)]
+            said = [self._groups.layout.partition_size, shapes, seam.optimizer_states_name(engine, 0)]
+            self._layout = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return self._layout
+
+    def begins_in(self, load_dir: str | os.PathLike) -> None:
+        """The script resumes from this folder, or found nothing there yet."""
+        self.homes.add(os.path.realpath(load_dir))
+
+    def end(self) -> None:
+        """The process ends as it should: what is on disk too need not stay in memory."""
+        if not self.site.publishes or not self.folder.exists():
+            return
+        kept = [copy.description.step for copy in memory.copies(self.folder)]
+        if max(kept, default=-1) <= self.newest_on_disk:
+            memory.remove(self.folder)
+        else:
+            logger.info(
+                "%s keeps the states of step %d, which are on no disk; python -m mics_ds.memory lists and removes them",
+                self.folder,
+                max(kept),
+            )
+
+    def saved(self, folder: str, client_state: object, step: int) -> None:
+        """The script has saved a checkpoint."""
+        self.homes.add(os.path.realpath(folder))
+        self.gave_client_state |= bool(client_state)
+        self.newest_on_disk = step
+
+
+def _finish() -> None:
+    accelerator = device_streams()
+    if accelerator is not None:
+        accelerator.current_stream().synchronize()
+
+
+def _pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators of random numbers that training uses by default."""
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device_streams() is not None:
+        found["device"] = get_accelerator().get_rng_state()
+    try:
+        import numpy
+    except ImportError:
+        return found
+    found["numpy"] = numpy.random.get_state()
+    return found
+
+
+def set_random_states(found: Mapping[str, Any]) -> None:
+    random.setstate(found["python"])
+    torch.set_rng_state(found["torch"])
+    if "device" in found and device_streams() is not None:
+        get_accelerator().set_rng_state(found["device"])
+    if "numpy" in found:
+        import numpy
+
+        numpy.random.set_state(found["numpy"])

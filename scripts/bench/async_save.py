@@ -1,0 +1,106 @@
+"""How long training stands still for a checkpoint: saved in the background, saved and waited for, and for one memcpy.
+
+    torchrun --nproc_per_node 4 scripts/bench/async_save.py --folder FOLDER [--gigabytes 1] [--states world]
+
+Masters and two moments of AdamW make up the states. The three take turns in the same ranks, after a step of training
+each; times are of the slowest rank, medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+HIDDEN = 2048
+
+
+def engine_of(gigabytes: float, p: int, states: str) -> Any:
+    torch.manual_seed(0)
+    layers = max(1, round(gigabytes * 1e9 / 12 / HIDDEN**2))
+    model = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(layers)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            "mics_shard_size": p,
+            "mics_optimizer_states": states,
+            "mics_checkpoint": {"async": True},
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    return engine
+
+
+def slowest(work: Callable[[], Any]) -> float:
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    seconds = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--shard-size", type=int, default=2)
+    parser.add_argument("--states", default="partition")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    from mics_ds.checkpoint.in_background import wait_for_saves
+
+    engine = engine_of(arguments.gigabytes, arguments.shard_size, arguments.states)
+    parameters = sum(param.ds_numel for param in engine.module.parameters())
+    source = torch.ones(12 * parameters // dist.get_world_size(), dtype=torch.uint8)
+    target = torch.ones_like(source)
+
+    def step() -> None:
+        engine.backward(engine(torch.randn(1, HIDDEN)).pow(2).mean())
+        engine.step()
+
+    def save(name: str, background: bool) -> None:
+        engine.save_checkpoint(str(arguments.folder), tag=name, async_save=background)
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "memcpy": lambda: target.copy_(source),
+        "background": lambda: save("background", True),
+        "waited for": lambda: save("waited", False),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round_ in range(arguments.rounds + 1):
+        for kind, work in kinds.items():
+            step()
+            seconds = slowest(work)
+            wait_for_saves()
+            if round_:
+                times[kind].append(seconds)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    if dist.get_rank() == 0:
+        print(
+            f"{parameters / 1e6:.1f} M parameters, {12 * parameters / 1e9:.2f} GB of states, p = {arguments.shard_size}"
+        )
+        for kind, median in medians.items():
+            spread = f"{min(times[kind]):.3f} to {max(times[kind]):.3f}"
+            print(f"  {kind:<11} {median:.3f} s ({spread})  {median / medians['memcpy']:.2f} x memcpy")
+        print(f"  background / waited for: {medians['background'] / medians['waited for']:.3f}")
+        shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

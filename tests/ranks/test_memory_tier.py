@@ -1,0 +1,260 @@
+"""Training states in memory that outlives the process: taken, found again, fetched from a sibling, or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import build, ds_config, environment, train
+from test_async_checkpoints import steps
+from test_checkpoints import adamw, digest, engine_of
+from torch import nn
+
+from mics_ds.checkpoint import memory
+from mics_ds.checkpoint.background import Background
+from mics_ds.log import logger
+
+EVERY = 2
+TWO_NODES = {"MICS_DS_RANKS_PER_NODE": "2"}
+
+
+def node() -> int:
+    return dist.get_rank() // 2
+
+
+@contextlib.contextmanager
+def nodes(root: Path):
+    """Two ranks are on a node, and each node has memory of its own."""
+    original = memory.region
+    with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "region", lambda folder, key: original(root / f"node{node()}", key))
+        yield
+
+
+@contextlib.contextmanager
+def logged():
+    """What this rank logs."""
+    lines: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    handler = Keeping()
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def zero(**more):
+    return {"mics_checkpoint": {"memory_every": EVERY, **more}}
+
+
+def trained(root: Path, count: int, p: int = 2, **more):
+    """An engine that has begun in an empty folder and trained; its losses, and the digest of its last copy."""
+    engine = engine_of(p, zero=zero(**more))
+    assert engine.load_checkpoint(str(root / "disk")) == (None, None)
+    losses, copied = [], {}
+    for _ in range(count):
+        losses += steps(engine, 1)
+        if engine.global_steps % EVERY == 0:
+            copied[engine.global_steps] = digest(engine)
+    Background.current.wait_for_seals()
+    dist.barrier()
+    return engine, losses, copied
+
+
+def resumed(root: Path, p: int = 2, **more):
+    engine = engine_of(p, seed=random.randrange(1000), zero=zero(**more))
+    path, client_state = engine.load_checkpoint(str(root / "disk"))
+    return engine, path, client_state
+
+
+def remove(root: Path, pattern: str):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        found = list(root.glob(pattern))
+        assert found, f"{pattern} in {[str(path) for path in root.rglob('*')]}"
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    dist.barrier()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_it_goes_on_from_the_last_copy(tmp_path, p):
+    with nodes(tmp_path):
+        uninterrupted = steps(engine_of(p), 8)
+        engine, losses, _ = trained(tmp_path, 5, p)
+        engine.save_checkpoint(str(tmp_path / "disk"), tag="older", save_latest=True)
+        dist.barrier()
+        steps(engine, 1)
+        Background.current.wait_for_seals()
+        assert losses == uninterrupted[:5]
+        random.seed(7 + dist.get_rank())
+        again, path, _ = resumed(tmp_path, p)
+        assert path is not None
+        assert again.global_steps == 6, "the copy is newer than step 5, which is on disk"
+        assert steps(again, 2) == uninterrupted[6:]
+        assert not list(tmp_path.glob("node*/*/restored"))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("lost", ["node0", "node1", "node0/*/*shard0*", "node1/*/*shard1.0*"])
+def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost):
+    with nodes(tmp_path):
+        _, _, copied = trained(tmp_path, 5)
+        remove(tmp_path, lost)
+        engine, _, _ = resumed(tmp_path)
+        assert engine.global_steps == 4
+        assert digest(engine) == copied[4]
+
+
+@pytest.mark.ranks(4)
+def test_content_that_changed_is_not_used(tmp_path):
+    with nodes(tmp_path):
+        _, _, copied = trained(tmp_path, 5)
+        newest = {0: "shard0.1", 1: "shard0.1"}  # steps 2 and 4 are in slots 0 and 1
+        for where in (1, 0):
+            if dist.get_rank() == 0:
+                [path] = tmp_path.glob(f"node{where}/*/mp0-{newest[where]}")
+                with open(path, "r+b") as file:
+                    file.seek(200)
+                    byte = file.read(1)[0]
+                    file.seek(200)
+                    file.write(bytes([byte ^ 1]))
+            dist.barrier()
+            engine, _, _ = resumed(tmp_path)
+            step = 4 if where == 1 else 2  # a sibling's is good; then only the one before is
+            assert engine.global_steps == step
+            assert digest(engine) == copied[step]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [2, 4])
+def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p):
+    with nodes(tmp_path):
+        engine, _, _ = trained(tmp_path, 3, p)
+        engine.save_checkpoint(str(tmp_path / "disk"))
+        saved = digest(engine)
+        steps(engine, 1)
+        Background.current.wait_for_seals()
+        remove(tmp_path, "node*/*/mp0-shard1*")
+        with logged() as said:
+            again, _, _ = resumed(tmp_path, p)
+        assert again.global_steps == 3
+        assert digest(again) == saved
+        if dist.get_rank() == 0:
+            assert "of step 4, shards [1] are in no node's memory" in said
+            assert "no complete set of copies in memory" in said
+
+
+@pytest.mark.ranks(4)
+def test_random_numbers_and_client_state_travel_with_it(tmp_path):
+    with nodes(tmp_path):
+        engine = engine_of(2, zero=zero())
+        engine.load_checkpoint(str(tmp_path / "disk"))
+        engine.mics_memory.client_state = lambda: {"batch": 10 * engine.global_steps, "rank": dist.get_rank()}
+        torch.manual_seed(dist.get_rank())
+        numpy.random.seed(dist.get_rank())
+        random.seed(dist.get_rank())
+        steps(engine, 2)
+        drawn = torch.rand(3).tolist(), numpy.random.rand(), random.random()
+        Background.current.wait_for_seals()
+        remove(tmp_path, "node0")
+        _, _, client_state = resumed(tmp_path)
+        assert client_state["batch"] == 20
+        assert client_state["rank"] == dist.get_rank()
+        assert (torch.rand(3).tolist(), numpy.random.rand(), random.random()) == drawn
+
+
+class Other(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 7)
+
+    def forward(self, x, y):
+        return (self.layer(x) - y).pow(2).mean()
+
+
+@pytest.mark.ranks(4)
+def test_memory_that_is_not_this_jobs_is_refused(tmp_path):
+    with nodes(tmp_path):
+        engine, _, _ = trained(tmp_path, 2)
+        cases = {
+            "the job never saved to": lambda: engine_of(2, zero=zero()).load_checkpoint(str(tmp_path / "elsewhere")),
+            "another model or another number of shards": lambda: build(
+                ds_config(2, zero=zero()), Other, optimizer=adamw
+            ).load_checkpoint(str(tmp_path / "disk")),
+            "no complete set": lambda: engine_of(2, zero=zero(job="another")).load_checkpoint(str(tmp_path / "disk")),
+        }
+        for words, load in cases.items():
+            with logged() as said:
+                assert load() == (None, None), words
+            if dist.get_rank() == 0:
+                assert words in "\n".join(said)
+        engine.save_checkpoint(str(tmp_path / "disk"), client_state={"epoch": 1})
+        steps(engine, 2)
+        Background.current.wait_for_seals()
+        with logged() as said:
+            again, _, client_state = resumed(tmp_path)
+        assert (again.global_steps, client_state["epoch"]) == (2, 1), "from disk: the copy knows no epoch"
+        if dist.get_rank() == 0:
+            assert "the script saves a client_state, which copies in memory lack" in "\n".join(said)
+        steps(again, 1)
+        again.load_checkpoint(str(tmp_path / "disk"))
+        assert again.global_steps == 2, "whoever goes back means what is on disk"
+
+
+@pytest.mark.ranks(4)
+def test_a_named_job_may_resume_from_any_folder(tmp_path):
+    with nodes(tmp_path):
+        _, _, copied = trained(tmp_path, 2, job="mine")
+        engine = engine_of(2, seed=5, zero=zero(job="mine"))
+        engine.load_checkpoint(str(tmp_path / "elsewhere"))
+        assert digest(engine) == copied[2]
+
+
+def train_and_leave(root):
+    with nodes(Path(root)):
+        return trained(Path(root), 4)[1:]
+
+
+def resume_on_fewer(root, copied):
+    with nodes(Path(root)):
+        engine, _, _ = resumed(Path(root))
+        assert engine.global_steps == 4
+        assert digest(engine) == copied[dist.get_rank()]
+        train(engine, 1)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_on_as_many_or_fewer_replicas_after_a_kill(pools, tmp_path, ranks):
+    arguments = {"root": str(tmp_path)}
+    answers = pools.run(4, __name__, "train_and_leave", arguments, 120, fresh=True)
+    pools.run(ranks, __name__, "resume_on_fewer", {**arguments, "copied": [copied[4] for _, copied in answers]}, 120)
+
+
+@pytest.mark.ranks(2)
+def test_without_the_key_there_is_nothing(tmp_path):
+    with nodes(tmp_path):
+        before = set(Path("/dev/shm").glob("mics_ds-*"))
+        if Background.current is not None:
+            Background.current.close()
+        engine = engine_of(1)
+        assert not hasattr(engine, "mics_memory")
+        steps(engine, 2)
+        engine.save_checkpoint(str(tmp_path / "disk"))
+        engine_of(1).load_checkpoint(str(tmp_path / "disk"))
+        assert Background.current is None
+        assert not list(tmp_path.glob("node*"))
+        assert set(Path("/dev/shm").glob("mics_ds-*")) == before
