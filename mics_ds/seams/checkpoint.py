@@ -108,11 +108,27 @@ def collect_states(
     deepspeed_logger.setLevel(max(level, logging.WARNING))  # it would announce a file each time
     set_writer(engine, True, True)
     try:
-        with CheckpointFiles.of(engine).through(session):
+        with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine):
             engine._save_checkpoint(folder, tag, client_state=client_state)
             engine._save_zero_checkpoint(folder, tag)
     finally:
         deepspeed_logger.setLevel(level)
+
+
+@contextmanager
+def _as_if_partitioned(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Without the content of parameters that stay gathered between steps; their shards are saved like all others.
+
+    DeepSpeed partitions them before it saves and gathers them afterwards, which is a collective.
+    """
+    held = [(param, param.data) for param in engine.module.parameters() if hasattr(param, "ds_id") and param.numel()]
+    try:
+        for param, data in held:
+            param.data = data.new_empty(0)
+        yield
+    finally:
+        for param, data in held:
+            param.data = data
 
 
 def model_parallel_rank(engine: DeepSpeedEngine) -> int:

@@ -177,6 +177,21 @@ def test_random_numbers_and_client_state_travel_with_it(tmp_path):
         assert (torch.rand(3).tolist(), numpy.random.rand(), random.random()) == drawn
 
 
+@pytest.mark.ranks(4)
+def test_parameters_that_stay_gathered(tmp_path):
+    """What they hold between steps is no part of a checkpoint."""
+    persistent = {"stage3_param_persistence_threshold": 1_000_000, "stage3_model_persistence_threshold": 1_000_000}
+    with nodes(tmp_path):
+        uninterrupted = steps(engine_of(2, zero=persistent), 6)
+        engine = engine_of(2, zero={**zero(), **persistent})
+        engine.load_checkpoint(str(tmp_path / "disk"))
+        assert steps(engine, 4) == uninterrupted[:4]
+        Background.current.wait_for_seals()
+        again = engine_of(2, seed=5, zero={**zero(), **persistent})
+        again.load_checkpoint(str(tmp_path / "disk"))
+        assert steps(again, 2) == uninterrupted[4:]
+
+
 class Other(nn.Module):
     def __init__(self):
         super().__init__()
