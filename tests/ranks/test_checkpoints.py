@@ -18,7 +18,8 @@ from helpers import OddNet, assert_losses_close, build, ds_config, environment, 
 from test_parity import DataParallelUnit
 from torch import nn
 
-from mics_ds.checkpoint import manifest, names
+from mics_ds.checkpoint import board, manifest, names
+from mics_ds.checkpoint.in_background import wait_for_saves
 from mics_ds.comm.meter import CommMeter
 from mics_ds.errors import MicsCheckpointError
 from mics_ds.seams.states import WEIGHTS, states_of
@@ -486,3 +487,38 @@ def test_files_that_need_unpickling_can_be_forbidden(tmp_path):
             engine_of(2).load_checkpoint(str(tmp_path), tag="objects")
     _, state = engine_of(2).load_checkpoint(str(tmp_path), tag="objects")
     assert state["path"] == Path("x")
+
+
+# --------------------------------------------------------------------- metadata at thousands of ranks
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_rank_hears_from_all_others_when_nothing_is_wrong(tmp_path, asynchronous):
+    """Notes that are all the same cost 16 bytes, whatever the number of ranks; files are told to who publishes only."""
+    engine = engine_of(2)
+    engine.save_checkpoint(str(tmp_path), tag="first", async_save=asynchronous)
+    wait_for_saves()
+    read, compared = [], []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_gather_object", None)
+        patched.setattr(dist, "gather_object", None)
+        notes, all_reduce = board.Round.notes, dist.all_reduce
+
+        def counting(self, *args):
+            read.extend(notes(self, *args))
+            return read
+
+        def all_reduced(tensor, *args, **kwargs):
+            compared.append(tensor.nbytes)
+            return all_reduce(tensor, *args, **kwargs)
+
+        patched.setattr(board.Round, "notes", counting)
+        patched.setattr(dist, "all_reduce", all_reduced)
+        engine.save_checkpoint(str(tmp_path), tag="second", async_save=asynchronous)
+        wait_for_saves()
+        engine_of(2).load_checkpoint(str(tmp_path), tag="second")
+    ours = [nbytes for nbytes in compared if nbytes == 16]
+    assert len(ours) <= 16
+    publishes = dist.get_rank() == 0 and not asynchronous  # in the background another process does
+    assert len(read) == (2 if publishes else 0), "a note of each of the two writers"

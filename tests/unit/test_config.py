@@ -8,7 +8,14 @@ import re
 
 import pytest
 
-from mics_ds.config import KNOWN_KEYS, GuardRequest, MicsConfig, disabled_by_environment, split_ds_config
+from mics_ds.config import (
+    KNOWN_KEYS,
+    CheckpointRequest,
+    GuardRequest,
+    MicsConfig,
+    disabled_by_environment,
+    split_ds_config,
+)
 from mics_ds.errors import MicsConfigError
 
 
@@ -100,6 +107,42 @@ def test_the_guard_is_a_switch_or_a_section():
     assert guard({"every": 0, "action": "warn"}) == GuardRequest(every=0, action="warn")
     assert "mics_guard" not in MicsConfig(2).to_json()
     assert MicsConfig(2, guard=GuardRequest(every=7)).to_json()["mics_guard"]["every"] == 7
+
+
+def test_checkpoints_have_a_section():
+    def checkpoint(value):
+        return split_ds_config(zero(mics_shard_size=2, mics_checkpoint=value))[0].checkpoint
+
+    assert checkpoint({}) == CheckpointRequest() == CheckpointRequest(False, "wait", "raise", 0, "/dev/shm", None)
+    assert checkpoint({"async": True, "busy": "skip"}) == CheckpointRequest(in_background=True, busy="skip")
+    assert "mics_checkpoint" not in MicsConfig(2).to_json()
+    section = {"async": True, "busy": "wait", "on_error": "log", "memory_every": 5, "memory_folder": "/m", "job": "j"}
+    assert MicsConfig(2, checkpoint=checkpoint(section)).to_json()["mics_checkpoint"] == section
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "mics_checkpoint must be a section with some of async, busy, on_error, memory_every"),
+        ({"asynchronous": True}, "Unknown key under 'zero_optimization.mics_checkpoint': asynchronous"),
+        ({"in_background": True}, "Unknown key under"),
+        ({"async": 1}, "async must be true or false"),
+        ({"busy": "drop"}, 'busy must be "wait" or "skip"'),
+        ({"on_error": "ignore"}, 'on_error must be "raise" or "log"'),
+        ({"memory_every": True}, "memory_every must be a number of steps"),
+        ({"memory_every": -1}, "memory_every must be a number of steps"),
+        ({"memory_folder": "shm"}, "memory_folder must be an absolute path"),
+        ({"job": ""}, "job must be a name"),
+    ],
+)
+def test_wrong_values_for_checkpoints(value, message):
+    with pytest.raises(MicsConfigError, match=message):
+        split_ds_config(zero(mics_shard_size=2, mics_checkpoint=value))
+
+
+def test_copies_in_memory_need_whole_shards():
+    with pytest.raises(MicsConfigError, match='memory_every needs "mics_optimizer_states": "partition"'):
+        split_ds_config(zero(mics_shard_size=2, mics_checkpoint={"memory_every": 1}, mics_optimizer_states="world"))
 
 
 @pytest.mark.parametrize(
