@@ -20,6 +20,8 @@ _KNOWN: frozenset[str] = frozenset(
 
 def why_not(optimizer: torch.optim.Optimizer) -> str | None:
     """``None`` if each element is updated by itself; otherwise the reason to think that it is not."""
+    if any(group.get("use_muon") for group in optimizer.param_groups):
+        return "Muon makes each update of a whole matrix of gradients"  # in DeepSpeed's engine, before the step
     kind = type(optimizer)
     if f"{'.'.join(kind.__module__.split('.')[:2])}.{kind.__name__}" in _KNOWN:
         return None

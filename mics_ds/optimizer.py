@@ -5,7 +5,7 @@ With ``overlap_comm: false`` hop 1 blocks, and hop 2 comes after the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,21 @@ import torch.distributed as dist
 from .comm import collectives, packing
 from .comm.groups import MicsGroups, RankGroup, ReduceScatterMethod
 from .comm.lanes import Stages
+from .comm.sharing import share_out_
 from .comm.slices import Slices
 from .elementwise import refuse_others
 from .errors import MicsConfigError, MicsUsageError
 from .guard.watch import Guard
 from .hop2 import Sliced
 from .request import Build, building
+from .seams.muon import MuonSeam
 from .seams.optimizer import gradient_size, is_synchronous_device
-from .seams.slicing import SlicingSeam
 from .text import abbreviate
 from .two_hop import TwoHop
 from .updates import WeightUpdates
 
 
-class MicsOptimizer(SlicingSeam):
+class MicsOptimizer(MuonSeam):
     """``DeepSpeedZeroOptimizer_Stage3`` over a partition group, with the second hop. Takes the same arguments.
 
     ``dp_process_group`` keeps its meaning: all data-parallel ranks.
@@ -119,8 +120,11 @@ class MicsOptimizer(SlicingSeam):
         return self.mics_groups.reduce_scatter
 
     def _refuse_unsupported(self, module: torch.nn.Module) -> None:
-        if getattr(self, "use_muon", False):
-            raise MicsConfigError("MiCS does not support the Muon optimizer yet. Use Adam, AdamW or SGD.")
+        if self.refuses_muon():
+            raise MicsConfigError(
+                "MiCS needs a DeepSpeed whose Muon waits for the gradients of a whole step, as since 0.19.8. Use that, "
+                "or Adam, AdamW or SGD."
+            )
         named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 parameters have more attributes than torch's
         strange = [
             name
@@ -186,7 +190,8 @@ class MicsOptimizer(SlicingSeam):
 
     def gradients_are_used(self) -> None:
         self.shards_are_read()  # of modules that nobody has used since the last step
-        if self.two_hop.complete_for_step(look=self.offload_optimizer):
+        # Muon changes gradients in place before DeepSpeed's host looks anywhere, so they have to be final now.
+        if self.two_hop.complete_for_step(look=self.offload_optimizer or self.uses_muon()):
             self._means_are_there()
 
     def step_ended(self) -> None:
@@ -211,6 +216,17 @@ class MicsOptimizer(SlicingSeam):
             )
         else:
             self.order_behind_current_stream()
+
+    # ---------------------------------------------------------------------------------------- Muon
+
+    def muon_turn(self) -> tuple[int, int]:
+        replication = self.mics_groups.replication
+        return (0, 1) if replication is None else (replication.rank, replication.size)
+
+    def take_over(self, shares: Sequence[Sequence[torch.Tensor]]) -> None:
+        replication = self.mics_groups.replication
+        assert replication is not None, "only called where there are replicas"
+        share_out_(shares, replication, self.communication_device, "Muon's updates")
 
     # ------------------------------------------------------------- world-sharded optimizer states
 

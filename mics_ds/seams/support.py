@@ -78,6 +78,12 @@ def untested_version() -> str | None:
     return None if deepspeed.__version__.split("+")[0] in TESTED_VERSIONS else deepspeed.__version__
 
 
+# What older versions lack.
+BOUNDARY_IS_A_METHOD = hasattr(DeepSpeedZeroOptimizer_Stage3, "is_gradient_accumulation_boundary")  # 0.19
+FINALIZES_OFFLOAD = hasattr(DeepSpeedZeroOptimizer_Stage3, "_finalize_offload_gradient_accumulation")  # 0.19
+MUON_FOLLOWS_GRADIENTS = hasattr(DeepSpeedZeroOptimizer_Stage3, "_apply_muon_to_accumulated_grads")  # 0.19.8
+
+
 class Refusal(NamedTuple):
     """A feature that does not work under MiCS yet."""
 
@@ -132,11 +138,15 @@ REFUSALS = (
     ),
     Refusal(
         "compile.deepcompile (DeepCompile)",
-        "set it to false; torch.compile of your model is not affected",
+        "set it to false: its extension reduces gradients by itself, over one group and on CUDA only; engine.compile() "
+        "is not affected",
         lambda config: bool(getattr(getattr(config, "compile_config", None), "deepcompile", False)),
     ),
     Refusal(
-        "the Muon optimizer", "use Adam, AdamW or SGD", lambda config: str(config.optimizer_name).lower() == "muon"
+        "the Muon optimizer",
+        f"use Adam, AdamW or SGD, or DeepSpeed {TESTED_VERSIONS[0]}: this one updates momentums while it reduces "
+        f"gradients, before they are final",
+        lambda config: not MUON_FOLLOWS_GRADIENTS and str(config.optimizer_name).lower() == "muon",
     ),
     Refusal("gradient_predivide_factor", "leave it at 1.0", lambda config: config.gradient_predivide_factor != 1.0),
     Refusal("prescale_gradients", "set it to false", lambda config: bool(config.prescale_gradients)),
@@ -185,11 +195,6 @@ def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
             + "; ".join(found)
             + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
         )
-
-
-# What older versions lack.
-BOUNDARY_IS_A_METHOD = hasattr(DeepSpeedZeroOptimizer_Stage3, "is_gradient_accumulation_boundary")  # 0.19
-FINALIZES_OFFLOAD = hasattr(DeepSpeedZeroOptimizer_Stage3, "_finalize_offload_gradient_accumulation")  # 0.19
 
 
 @functools.cache

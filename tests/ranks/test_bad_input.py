@@ -56,7 +56,6 @@ UNSUPPORTED = {
     "offload_optimizer to NVMe": ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
     "offload_param to NVMe": ({"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
     "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
-    "Muon": ({}, {"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
     "gradient_predivide_factor": ({}, {"gradient_predivide_factor": 2.0}),
     "prescale_gradients": ({}, {"prescale_gradients": True}),
     "pipeline_loading_checkpoint": ({"pipeline_loading_checkpoint": True}, {}),
