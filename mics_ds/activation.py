@@ -179,18 +179,19 @@ def _reading(original: Any) -> Any:
 
 def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args: Any, **kwargs: Any) -> None:
     """``DeepSpeedConfig(config)``: hide our keys from DeepSpeed, and keep what they ask for."""
-    from . import request
+    from . import request, swap_folders
     from .comm import agreement
-    from .seams import engine, support
+    from .seams import ds_config, engine, support
 
     outer = request.current_build()
     among = engine.participants(mpu)
     self.mics_request = asked = request.read_request(config, among) if outer is None else outer.request
     with agreement.failing_together(among):
         original(self, config if asked.rest is None else asked.rest, mpu, *args, **kwargs)
-        if asked.is_on:
+        if asked.is_on and asked.mics is not None:
             support.check_deepspeed()
-            support.refuse_unsupported(self)
+            support.refuse_unsupported(self, asked.mics)
+            ds_config.swap_to_own_folders(self, swap_folders.new_folder)
 
 
 def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -274,7 +275,10 @@ def _may_slice(engine_arguments: Mapping[str, Any]) -> bool:
     import torch
 
     from .elementwise import is_known_by_name, why_not
+    from .seams import support
 
+    if support.swaps(engine_arguments["config_class"]):
+        return False
     optimizer = engine_arguments.get("optimizer")
     if optimizer is None:
         return is_known_by_name(str(engine_arguments["config_class"].optimizer_name or "adam"))

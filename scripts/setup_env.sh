@@ -10,6 +10,11 @@ fi
 python -c "import torch" 2>/dev/null || python -m pip install --quiet torch==2.13.0
 stamp=".venv/.mics-ds-$(cat pyproject.toml mics_ds/__init__.py | cksum | cut -d' ' -f1)-$1"
 if [ ! -e "$stamp" ]; then
+    # Offload to NVMe needs libaio. Where it is missing and may not be installed, its tests are skipped.
+    if [ ! -e /usr/include/libaio.h ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends libaio-dev; } >/dev/null 2>&1 \
+            || echo "libaio-dev could not be installed: tests of offload to NVMe will be skipped"
+    fi
     python -m pip install --quiet "setuptools>=77" wheel deepspeed==0.19.8
     python -m pip install --quiet --no-build-isolation --editable ".[$1]"
     touch "$stamp"

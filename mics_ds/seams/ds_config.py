@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config import KEY_PREFIX, parse_ds_json
+from ..errors import MicsConfigError
 
 
 def load_ds_config(source: Any) -> Mapping[str, Any] | None:
@@ -77,3 +79,24 @@ def offload_device(offload: Any) -> str:
     """``"none"``, ``"cpu"`` or ``"nvme"``: the device of a parsed ``offload_*`` section, which may be absent."""
     device = getattr(offload, "device", "none")  # an enum member or its value
     return str(getattr(device, "value", device))
+
+
+def swap_to_own_folders(parsed: Any, new_folder: Callable[[Path], Path]) -> None:
+    """Let a parsed configuration swap to new folders, which ``new_folder`` makes below its NVMe paths.
+
+    Raises:
+        MicsConfigError: there is no path, or it cannot be used.
+    """
+    for name in ("offload_optimizer", "offload_param"):
+        section = getattr(parsed.zero_config, name)
+        if offload_device(section) != "nvme":
+            continue
+        where = f"zero_optimization.{name}.nvme_path"
+        if section.nvme_path is None:
+            raise MicsConfigError(f"{where} must be a folder where device is nvme, but it is missing. Name one.")
+        try:
+            section.nvme_path = new_folder(section.nvme_path)
+        except OSError as error:
+            raise MicsConfigError(
+                f"{where} must be a folder that this rank can write to, but {section.nvme_path}: {error}. Name another."
+            ) from error

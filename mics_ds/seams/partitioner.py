@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters as pp
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator_module
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 from . import support
@@ -91,7 +92,10 @@ class PartitionerSeam(pp.Init):
 
     def _are_whole(self, params: list[ZeroParam]) -> bool:
         """Whether the shards at hand, on their device, are the whole parameters."""
-        return self.ds_process_group.size() == 1 and all(param.ds_tensor.device == param.device for param in params)
+        return self.ds_process_group.size() == 1 and all(
+            param.ds_tensor.device == param.device and param.ds_tensor.final_location != OffloadDeviceEnum.nvme
+            for param in params
+        )
 
     def _gather_by_hook(self, params: list[ZeroParam]) -> Any | None:
         """All parameters of one fetch in one buffer per dtype, through :meth:`start_gather`."""

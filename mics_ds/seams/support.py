@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters as pp
@@ -16,6 +17,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.version import Version
 
+from ..config import MicsConfig
 from ..errors import MicsCompatError, MicsConfigError
 from .ds_config import offload_device
 
@@ -102,6 +104,13 @@ def _enabled(section: str) -> Callable[[DeepSpeedConfig], bool]:
     return lambda config: bool(getattr(getattr(config, section, None), "enabled", False))
 
 
+@functools.cache
+def can_swap() -> bool:
+    """Whether DeepSpeed can be built to read and write files by libaio. Compiles a few lines to find out."""
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    return builder is not None and bool(builder.is_compatible(verbose=False))
+
+
 def _sequence_parallel_size(config: DeepSpeedConfig) -> int:
     size = config._param_dict.get("sequence_parallel_size", 1)
     return size if isinstance(size, int) else 1
@@ -128,13 +137,14 @@ REFUSALS = (
     ),
     Refusal(
         "offload_optimizer to NVMe",
-        "offload to cpu",
+        "offload to cpu: of gradients that it has written there, DeepSpeed 0.19.8 reads others back, on a CPU at least",
         lambda config: offload_device(config.zero_config.offload_optimizer) == "nvme",
     ),
     Refusal(
         "offload_param to NVMe",
+        "DeepSpeed's async_io cannot be built here, which `ds_report` explains; install libaio-dev on all nodes, or "
         "offload to cpu",
-        lambda config: offload_device(config.zero_config.offload_param) == "nvme",
+        lambda config: offload_device(config.zero_config.offload_param) == "nvme" and not can_swap(),
     ),
     Refusal(
         "compile.deepcompile (DeepCompile)",
@@ -182,13 +192,23 @@ REFUSALS = (
 )
 
 
-def refuse_unsupported(ds_config: DeepSpeedConfig) -> None:
+def swaps(ds_config: DeepSpeedConfig) -> bool:
+    """Whether parameters are to be kept on NVMe."""
+    return offload_device(ds_config.zero_config.offload_param) == "nvme"
+
+
+def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
     """Name what the parsed configuration asks for that does not work under MiCS.
 
     Raises:
         MicsConfigError: with every such feature and what to do about it.
     """
     found = [f"{item.feature}: {item.remedy}" for item in REFUSALS if item.is_asked_for(ds_config)]
+    if swaps(ds_config):
+        if mics.optimizer_states == "world":
+            found.append('mics_optimizer_states "world" with offload to NVMe: use "partition", or offload to cpu')
+        if mics.guard is not None and mics.guard.every:
+            found.append("mics_guard with offload to NVMe, as it compares what is in memory: set it to false")
     if found:
         raise MicsConfigError(
             "MiCS (zero_optimization.mics_shard_size) does not support the following yet. "

@@ -54,7 +54,6 @@ UNSUPPORTED = {
     "zenflow": ({"zenflow": {}, "offload_optimizer": {"device": "cpu"}}, {}),
     "SuperOffload": ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, {}),
     "offload_optimizer to NVMe": ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
-    "offload_param to NVMe": ({"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
     "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
     "gradient_predivide_factor": ({}, {"gradient_predivide_factor": 2.0}),
     "prescale_gradients": ({}, {"prescale_gradients": True}),

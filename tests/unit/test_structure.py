@@ -21,7 +21,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # From the bottom to the top: a module imports at its top level only from its own row and from rows above it.
 ROWS = [
-    {"errors", "log", "text"},
+    {"errors", "log", "text", "swap_folders"},
     {"config"},
     {"comm"},
     {"planner"},
