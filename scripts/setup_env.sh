@@ -12,7 +12,8 @@ stamp=".venv/.mics-ds-$(cat pyproject.toml mics_ds/__init__.py | cksum | cut -d'
 if [ ! -e "$stamp" ]; then
     # Offload to NVMe needs libaio. Where it is missing and may not be installed, its tests are skipped.
     if [ ! -e /usr/include/libaio.h ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends libaio-dev; } >/dev/null 2>&1 \
+        quick="-qq -o Acquire::Retries=0 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10"
+        { apt-get $quick update && apt-get $quick install -y --no-install-recommends libaio-dev; } >/dev/null 2>&1 \
             || echo "libaio-dev could not be installed: tests of offload to NVMe will be skipped"
     fi
     python -m pip install --quiet "setuptools>=77" wheel deepspeed==0.19.8
