@@ -191,6 +191,7 @@ def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args:
         if asked.is_on and asked.mics is not None:
             support.check_deepspeed()
             support.refuse_unsupported(self, asked.mics)
+            support.supersede(self)
             ds_config.swap_to_own_folders(self, swap_folders.new_folder)
 
 
@@ -200,7 +201,7 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
     from . import request
     from .comm import agreement
-    from .seams import engine
+    from .seams import engine, support
 
     asked = getattr(kwargs.get("config_class"), "mics_request", request.OFF)
     among = engine.participants(kwargs.get("mpu"))
@@ -210,6 +211,8 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # The next round is taken in there. Ranks that run stock ZeRO-3 have nobody who waits for them.
     together = agreement.failing_together(among) if asked.is_on else nullcontext()
     with together, request.building(request.Build(asked, among)):
+        if asked.is_on and kwargs.get("model") is not None:
+            support.refuse_native_moe(kwargs["model"])
         original(self, *args, **kwargs)
     guard = getattr(getattr(self, "optimizer", None), "mics_guard", None)
     if guard is not None:

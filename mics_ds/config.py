@@ -361,18 +361,16 @@ def split_ds_config(ds_config: Mapping[str, Any]) -> tuple[MicsConfig | None, di
     rest[ZERO_SECTION] = {key: value for key, value in zero.items() if key not in mics_keys}
 
     values = {key[len(KEY_PREFIX) :]: zero[key] for key in mics_keys}
+    if zero.get("elastic_checkpoint") is True:  # what DeepSpeed once called it
+        values.setdefault("reshape_checkpoint", True)
     if values.get("shard_size") in AUTO_WORDS:
         values["shard_size"] = AUTO
     size = values.get("shard_size", OFF)
     if size == OFF and not isinstance(size, bool) and isinstance(size, int):
         return None, rest
 
-    if "plan" in values:
-        values["plan"] = PlanRequest.parse(values["plan"])
-    if "guard" in values:
-        values["guard"] = GuardRequest.parse(values["guard"])
-    if "checkpoint" in values:
-        values["checkpoint"] = CheckpointRequest.parse(values["checkpoint"])
+    parsers = {"plan": PlanRequest.parse, "guard": GuardRequest.parse, "checkpoint": CheckpointRequest.parse}
+    values.update({name: parse(values[name]) for name, parse in parsers.items() if name in values})
     mics = MicsConfig(**values)
     stage = zero.get("stage", 0)
     if stage != 3:

@@ -50,6 +50,7 @@ class MicsOptimizer(MuonSeam):
         overlap_comm: bool = False,
         reduce_scatter: bool = True,
         reduce_bucket_size: int = 500_000_000,
+        gradient_predivide_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
         groups = self.mics_groups = self.mics_build.groups(dp_process_group)
@@ -60,6 +61,8 @@ class MicsOptimizer(MuonSeam):
         if groups.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             dp_process_group = groups.partition.group
+            if not reduce_scatter:  # otherwise DeepSpeed refuses any but 1
+                gradient_predivide_factor = self._undone(gradient_predivide_factor)
             if overlap_comm and reduce_scatter:
                 limit = packing.bucket_limit(
                     *gradient_size(module),
@@ -76,6 +79,7 @@ class MicsOptimizer(MuonSeam):
                 overlap_comm=overlap_comm,
                 reduce_scatter=reduce_scatter,
                 reduce_bucket_size=reduce_bucket_size,
+                gradient_predivide_factor=gradient_predivide_factor,
                 **kwargs,
             )
         self._refuse_unsupported(module)
@@ -93,6 +97,21 @@ class MicsOptimizer(MuonSeam):
             part=self.reduce_bucket_size // groups.partition.size,
             means=self._sliced_means(),
         )
+
+    def _undone(self, predivide_factor: float) -> float:
+        """What DeepSpeed divides by before it reduces, and multiplies by after: nothing, which gives the same mean.
+
+        Raises:
+            MicsConfigError: it would not multiply.
+        """
+        n = self.mics_groups.full.size
+        if predivide_factor == n:
+            raise MicsConfigError(
+                f"MiCS takes the mean of gradients, but with gradient_predivide_factor {n} on {n} ranks DeepSpeed "
+                f"divides by it and does not multiply again, so that stock ZeRO-3 trains on gradients {n} times "
+                f"smaller. Use another factor, or leave it out."
+            )
+        return 1.0
 
     def _sliced_means(self) -> Sliced | None:
         replication = self.mics_groups.replication
@@ -175,6 +194,9 @@ class MicsOptimizer(MuonSeam):
 
     def defers_reduction(self) -> bool:
         return self.mics_groups.replication is not None
+
+    def require_same_bucket(self, ids: list[int]) -> bool:
+        return self.parameter_offload.require_same_bucket(ids)
 
     def shards_change(self, ids: list[int], overwriting: bool) -> None:
         self.two_hop.adding(ids, overwriting=overwriting)

@@ -57,7 +57,7 @@ class MicsPartitioner(seam.PartitionerSeam):
         MicsPartitioner.constructed = True
         if self.mics_groups.replication is not None:
             group = self.mics_groups.partition.group
-        # hpZ is refused in our configuration, so a group for it is left from an earlier engine of this
+        # hpZ is switched off in our configuration, so a group for it is left from an earlier engine of this
         # process: DeepSpeed keeps it in a global and hands it to every engine that follows.
         kwargs["zero_param_parallel_group"] = None
         # For p = n the caller's own argument goes on, so that this is ZeRO-3 to the letter.
@@ -168,19 +168,26 @@ class MicsParamManager(seam.ParamManagerSeam):
     def require_same_modules(self, order: list[int]) -> bool:
         # Replicas may differ: they gather by themselves, and agree on hop 2 (see two_hop). If they were compared over
         # the world, one that came to record its modules anew would wait for others that did not.
+        return self._require_same(order, "run the same modules in the same order, because they gather them together")
+
+    def require_same_bucket(self, ids: list[int]) -> bool:
+        return self._require_same(
+            ids, "get the gradients of the same parameters in the same order, because they reduce them together"
+        )
+
+    def _require_same(self, numbers: list[int], expectation: str) -> bool:
         groups = self.mics_groups
         if groups.replication is None:
             return False
-        number = int.from_bytes(hashlib.sha256(repr(order).encode()).digest()[:7], "big")
+        number = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
         same = torch.tensor([number, -number], device=communication_device())
-        collectives.max_over_(same, groups.partition, "order of modules")
+        collectives.max_over_(same, groups.partition, "what a partition group does together")
         most, least = same.tolist()
         if most != -least:
             raise MicsUsageError(
-                f"Ranks {list(groups.partition.ranks)}, a partition group, must run the same modules in the same "
-                f"order, because they gather them together, but they do not. Make the data decide alike on all of "
-                f"them, or declare the module that chooses among its parts a leaf module "
-                f"(deepspeed.utils.set_z3_leaf_modules)."
+                f"Ranks {list(groups.partition.ranks)}, a partition group, must {expectation}, but they do not. Make "
+                f"the data decide alike on all of them, or declare the module that chooses among its parts a leaf "
+                f"module (deepspeed.utils.set_z3_leaf_modules)."
             )
         return True
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3 as stage3_module
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from .engine import communication_device
+from .patch import for_a_while
 from .support import BOUNDARY_IS_A_METHOD, FINALIZES_OFFLOAD
 
 
@@ -77,6 +79,17 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
                 called on another thread or stream, before :meth:`backward_pass_ended` returns.
         """
         raise NotImplementedError
+
+    def require_same_bucket(self, ids: list[int]) -> bool:
+        """With ``enable_sanity_checks`` DeepSpeed has all ranks of the world compare what each bucket holds.
+
+        Args:
+            ids: ``ds_id`` of the parameters of one bucket, in the order in which their gradients came.
+
+        Returns:
+            Whether the comparison has been made here. If not, DeepSpeed makes its own.
+        """
+        return False
 
     def shards_change(self, ids: list[int], overwriting: bool) -> None:
         """Gradients are about to be added to the shards of these parameters, or written over them. Called where, and on
@@ -184,6 +197,18 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         self, params_to_reduce: list, communication_data_type: torch.dtype
     ) -> Any:
         return _FullGradients([param.grad.to(communication_data_type) for param in params_to_reduce])
+
+    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(  # noqa: N802 (as Python mangles it)
+        self, communication_data_type: torch.dtype
+    ) -> None:
+        stock_comparison = stage3_module.assert_ints_same_as_other_ranks
+
+        def compare(ints: list[int]) -> None:
+            if not self.require_same_bucket(ints):
+                stock_comparison(ints)
+
+        with for_a_while(stage3_module, "assert_ints_same_as_other_ranks", compare):
+            super()._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(communication_data_type)
 
     def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
         if not isinstance(grad_partitions, _FullGradients):

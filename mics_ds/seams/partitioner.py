@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
 from . import support
+from .patch import for_a_while
 
 ZeroParam = Any
 """A ``torch.nn.Parameter`` with the attributes that DeepSpeed adds to it."""
@@ -244,11 +245,8 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
             if not self.require_same_modules(ints):
                 stock_comparison(ints)
 
-        coordinator_module.assert_ints_same_as_other_ranks = compare
-        try:
+        with for_a_while(coordinator_module, "assert_ints_same_as_other_ranks", compare):
             stock()
-        finally:
-            coordinator_module.assert_ints_same_as_other_ranks = stock_comparison
 
     def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
         """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""

@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 _ABSENT = object()
+
+
+@contextmanager
+def for_a_while(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for an attribute of a class or module, inside the ``with`` block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class Patches:

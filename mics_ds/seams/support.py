@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters as pp
@@ -19,6 +21,7 @@ from packaging.version import Version
 
 from ..config import MicsConfig
 from ..errors import MicsCompatError, MicsConfigError
+from ..log import log_rank0
 from .ds_config import offload_device
 
 TESTED_VERSIONS = ("0.19.8", "0.19.7", "0.19.6", "0.18.9")
@@ -117,11 +120,6 @@ def _sequence_parallel_size(config: DeepSpeedConfig) -> int:
 
 
 REFUSALS = (
-    Refusal(
-        "zero_hpz_partition_size (ZeRO++ hpZ)",
-        "MiCS already keeps parameter gathers inside the partition group; remove it",
-        lambda config: config.zero_config.zero_hpz_partition_size > 1,
-    ),
     Refusal("zero_quantized_gradients (ZeRO++ qgZ)", "set it to false", _zero("zero_quantized_gradients")),
     Refusal("zero_quantized_weights (ZeRO++ qwZ)", "set it to false", _zero("zero_quantized_weights")),
     Refusal("zero_quantized_nontrainable_weights", "set it to false", _zero("zero_quantized_nontrainable_weights")),
@@ -158,18 +156,6 @@ REFUSALS = (
         f"gradients, before they are final",
         lambda config: not MUON_FOLLOWS_GRADIENTS and str(config.optimizer_name).lower() == "muon",
     ),
-    Refusal("gradient_predivide_factor", "leave it at 1.0", lambda config: config.gradient_predivide_factor != 1.0),
-    Refusal("prescale_gradients", "set it to false", lambda config: bool(config.prescale_gradients)),
-    Refusal(
-        "pipeline_loading_checkpoint",
-        "set it to false: it passes the baton by partition rank, which replicas share",
-        _zero("pipeline_loading_checkpoint"),
-    ),
-    Refusal(
-        "elastic_checkpoint",
-        "set it to false; mics_reshape_checkpoint resumes in any number of shards",
-        _zero("elastic_checkpoint"),
-    ),
     Refusal(
         "tensor_parallel.autotp_size (AutoTP)",
         "remove the tensor_parallel section",
@@ -183,12 +169,10 @@ REFUSALS = (
     Refusal("sequence_parallel_size", "leave it at 1", lambda config: _sequence_parallel_size(config) > 1),
     Refusal("hybrid_engine", "set enabled to false", _enabled("hybrid_engine")),
     Refusal(
-        "checkpoint.writer",
-        "remove it: MiCS checkpoints are published when they are complete, and files are written by torch.save",
-        lambda config: bool(config.checkpoint_config.get("writer")),
+        "datastates or nebula checkpoints",
+        "set enabled to false",
+        lambda config: _enabled("datastates_config")(config) or _enabled("nebula_config")(config),
     ),
-    Refusal("datastates checkpoints", "set enabled to false", _enabled("datastates_config")),
-    Refusal("nebula checkpoints", "set enabled to false", _enabled("nebula_config")),
 )
 
 
@@ -214,6 +198,70 @@ def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
             "MiCS (zero_optimization.mics_shard_size) does not support the following yet. "
             + "; ".join(found)
             + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
+        )
+
+
+class Superseded(NamedTuple):
+    """A key that changes no number, and whose purpose MiCS serves in its own way. DeepSpeed does not get to see it."""
+
+    key: str
+    instead: str
+    is_asked_for: Callable[[DeepSpeedConfig], bool]
+    switch_off: Callable[[DeepSpeedConfig], None]
+
+
+SUPERSEDED = (
+    Superseded(
+        "zero_hpz_partition_size (ZeRO++ hpZ)",
+        "all parameter gathers, forward too, stay inside the partition group, whose size is mics_shard_size",
+        lambda config: config.zero_config.zero_hpz_partition_size > 1,
+        lambda config: setattr(config.zero_config, "zero_hpz_partition_size", 1),
+    ),
+    Superseded(
+        "elastic_checkpoint",
+        "it stands for mics_reshape_checkpoint, which resumes in any number of shards",
+        _zero("elastic_checkpoint"),
+        lambda config: setattr(config.zero_config, "elastic_checkpoint", False),
+    ),
+    Superseded(
+        "pipeline_loading_checkpoint",
+        "ranks do not take turns, each reads the file of its own shard",
+        _zero("pipeline_loading_checkpoint"),
+        lambda config: setattr(config.zero_config, "pipeline_loading_checkpoint", False),
+    ),
+    Superseded(
+        "checkpoint.writer",
+        "files are written by torch.save, with checksums, and published when all are complete",
+        lambda config: bool(config.checkpoint_config.get("writer")),
+        lambda config: config.checkpoint_config.update(writer=None),
+    ),
+)
+_said: set[str] = set()
+
+
+def supersede(ds_config: DeepSpeedConfig) -> None:
+    """Switch off, in a parsed configuration, what MiCS does in its own way, and say so once."""
+    for item in SUPERSEDED:
+        if item.is_asked_for(ds_config):
+            item.switch_off(ds_config)
+            if item.key not in _said:
+                _said.add(item.key)
+                log_rank0(f"{item.key} has no effect under MiCS: {item.instead}")
+
+
+def refuse_native_moe(module: torch.nn.Module) -> None:
+    """Stage 3 does not go with DeepSpeed's own expert layers, and says so late.
+
+    Raises:
+        MicsConfigError: ``module`` has some.
+    """
+    names = [name for name, part in module.named_modules() if isinstance(part, MoE)]
+    if names:
+        raise MicsConfigError(
+            f"MiCS needs ZeRO stage 3, which deepspeed.moe is not for, but {names[0] or 'the model'} is a "
+            f"deepspeed.moe.layer.MoE. Remove the mics_ keys and use stage 1 or 2, or write experts as ordinary "
+            f"modules and declare the module that chooses among them a leaf module "
+            f"(deepspeed.utils.set_z3_leaf_modules)."
         )
 
 

@@ -142,6 +142,23 @@ def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
 
 
 @pytest.mark.ranks(4)
+def test_keys_of_stock_that_mics_serves_in_its_own_way(tmp_path):
+    """Stock trains with elastic_checkpoint, and fails when it saves. Here it lets another number of shards resume."""
+    zero = {"elastic_checkpoint": True, "pipeline_loading_checkpoint": True}
+    extra = {"zero": zero, "checkpoint": {"writer": {"type": "python", "decoupled": True}}}
+    engine = engine_of(2, **extra)
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path), tag="two")
+    expected = train(engine, 2)
+    again = engine_of(4, seed=7, **extra)
+    again.load_checkpoint(str(tmp_path), tag="two")
+    assert_losses_close(train(again, 2), expected, 1e-6)
+    strict = engine_of(4, zero={**zero, "mics_reshape_checkpoint": False})
+    with pytest.raises(MicsCheckpointError, match="mics_reshape_checkpoint"):
+        strict.load_checkpoint(str(tmp_path), tag="two")
+
+
+@pytest.mark.ranks(4)
 def test_other_sub_groups_need_the_flag_too(tmp_path):
     engine = engine_of(2)
     train(engine, 3)

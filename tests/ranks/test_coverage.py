@@ -52,9 +52,16 @@ def test_every_row_says_what_and_names_a_test(section):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("key", ["compute_grad_norm", "legacy_stage1"])
+@pytest.mark.parametrize(
+    "key", ["compute_grad_norm", "legacy_stage1", "gradient_predivide_factor", "prescale_gradients"]
+)
 def test_deepspeed_refuses_it_itself(key):
-    value, words = {"compute_grad_norm": (False, key), "legacy_stage1": (True, "Stage 1 is not supported")}[key]
+    zero, extra, words = {
+        "compute_grad_norm": ({key: False}, {}, key),
+        "legacy_stage1": ({key: True}, {}, "Stage 1 is not supported"),
+        "gradient_predivide_factor": ({}, {key: 2.0}, "not yet supported with ZeRO-3 with reduce scatter"),
+        "prescale_gradients": ({}, {key: True}, "not yet supported with ZeRO-3 with reduce scatter"),
+    }[key]
     for p in (None, 1):
         with pytest.raises(Exception, match=words):
-            build(ds_config(p, zero={key: value}), OddNet)
+            build(ds_config(p, zero=zero, **extra), OddNet)

@@ -138,6 +138,18 @@ def test_hop2_is_the_same_whoever_uses_what():
 
 
 @pytest.mark.ranks(4)
+def test_sanity_checks_compare_inside_a_partition_group():
+    """DeepSpeed's own comparison of buckets is over the world, where replicas may differ."""
+    engine = build(ds_config(2, micro_steps=2, zero={"enable_sanity_checks": True, "reduce_bucket_size": 60}), Branches)
+    train(engine, 2, seed=0, steps=3)
+    same_on_all_ranks(full_params(engine))
+    odd = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}
+    loss = engine(*batch(0, 0, dist.get_rank()), odd)
+    with pytest.raises(MicsUsageError, match=r"\[[02], [13]\].*gradients of the same parameters.*leaf module"):
+        engine.backward(loss)
+
+
+@pytest.mark.ranks(4)
 def test_a_partition_group_that_does_not_run_the_same_modules_is_told():
     engine = build(ds_config(2), Branches)
     mine = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}

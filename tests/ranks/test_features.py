@@ -194,6 +194,39 @@ def test_module_granularity_threshold():
     compare(model=Deep, zero={"stage3_module_granularity_threshold": 30}, clip=0.5, micro_steps=2)
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "gradient_predivide_factor": {"gradient_predivide_factor": 2.0},  # of as many ranks as a partition group has
+    "prescale_gradients": {"prescale_gradients": True},
+    "both": {"prescale_gradients": True, "gradient_predivide_factor": 3.0},
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("name", "contiguous"),
+    [
+        ("gradient_predivide_factor", True),
+        *(
+            pytest.param(name, contiguous, marks=pytest.mark.slow)
+            for name in SCALED
+            for contiguous in (True, False)
+            if (name, contiguous) != ("gradient_predivide_factor", True)
+        ),
+    ],
+)
+def test_gradients_that_are_scaled_around_the_reduction(name, contiguous):
+    """What stock has without reduce-scatter only."""
+    # without clipping, which would hide a factor
+    compare(zero={"reduce_scatter": False, "contiguous_gradients": contiguous}, sizes=(1, 2), **SCALED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps its group in a module global
+def test_hpz_is_superseded():
+    """Stock keeps a second copy of parameters in groups of two. A partition group of two is one anyway."""
+    compare(zero={"zero_hpz_partition_size": 2}, clip=0.5, micro_steps=2)
+
+
 # ---------------------------------------------------------------------------- other configuration
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}}
