@@ -114,11 +114,6 @@ def can_swap() -> bool:
     return builder is not None and bool(builder.is_compatible(verbose=False))
 
 
-def _sequence_parallel_size(config: DeepSpeedConfig) -> int:
-    size = config._param_dict.get("sequence_parallel_size", 1)
-    return size if isinstance(size, int) else 1
-
-
 REFUSALS = (
     Refusal("zero_quantized_gradients (ZeRO++ qgZ)", "set it to false", _zero("zero_quantized_gradients")),
     Refusal("zero_quantized_weights (ZeRO++ qwZ)", "set it to false", _zero("zero_quantized_weights")),
@@ -166,7 +161,6 @@ REFUSALS = (
         "it sets partition groups of its own; remove the section",
         _enabled("expert_parallel_config"),
     ),
-    Refusal("sequence_parallel_size", "leave it at 1", lambda config: _sequence_parallel_size(config) > 1),
     Refusal("hybrid_engine", "set enabled to false", _enabled("hybrid_engine")),
     Refusal(
         "datastates or nebula checkpoints",

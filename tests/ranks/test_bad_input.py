@@ -58,7 +58,6 @@ UNSUPPORTED = {
     "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
     "AutoTP": ({}, {"tensor_parallel": {"autotp_size": 2}}),
     "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),
-    "sequence_parallel_size": ({}, {"sequence_parallel_size": 2}),
     "hybrid_engine": ({}, {"hybrid_engine": {"enabled": True}}),
 }
 

@@ -1,0 +1,213 @@
+"""Sequence parallelism as DeepSpeed has it (Ulysses, ALST): ranks of a sequence group hold parts of one sequence.
+
+Its groups have nothing to do with partition groups: ZeRO-3 partitions over all ranks of both kinds, and so does MiCS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.sequence_parallel.parallel_state_sp as mpu
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from deepspeed.utils import groups
+from helpers import (
+    assert_close,
+    assert_losses_close,
+    build,
+    ds_config,
+    full_params,
+    replicas_agree,
+    same_on_all_ranks,
+)
+from torch import nn
+from torch.nn import functional
+
+VOCABULARY, HEADS, WIDTH = 31, 12, 24
+IGNORED = -100
+
+
+def causal(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any, **_kwargs: Any) -> Any:
+    """What transformers calls an attention function: (bs, heads, length, size) to (bs, length, heads, size)."""
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
+
+
+class Decoder(nn.Module):
+    """A causal language model of two layers that sees ``attention`` where transformers' models see theirs."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = [attention]  # in a list: it is no part of the model
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.place = nn.Embedding(64, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(2))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 13), nn.GELU(), nn.Linear(13, WIDTH)) for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) + self.place(positions)
+        for norm, qkv, mlp in zip(self.norms, self.qkv, self.mlp):
+            q, k, v = qkv(norm(x)).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            y, _ = self.attention[0](self, q, k, v, None, position_ids=positions)
+            x = x + mlp(y.reshape(x.shape))
+        return self.head(x)
+
+
+@contextmanager
+def sequence_groups(size: int) -> Iterator[Any]:
+    """DeepSpeed's groups for sequence parallelism, which it keeps in globals, for a while."""
+    mpu.initialize_sequence_parallel(size)
+    try:
+        yield mpu
+    finally:
+        mpu._release_sequence_parallel_groups()
+        groups.mpu = None
+
+
+def ulysses() -> Any:
+    return UlyssesSPAttentionHF(
+        attn=causal,
+        batch_size=2,
+        attn_head_count=HEADS,
+        attn_head_size=WIDTH // HEADS,
+        kv_head_count=HEADS,
+        num_hidden_layers=2,
+        process_group=mpu.get_sequence_parallel_group(),
+        seq_length_is_variable=True,
+    )
+
+
+def sequences(step: int, micro_step: int, replica: int) -> dict[str, torch.Tensor]:
+    """(2, 12) tokens, positions and next tokens for one sequence group, of which ever more are left out: where there
+    are six or more ranks in it, some have none at all."""
+    generator = torch.Generator().manual_seed(1 + replica + 64 * (micro_step + 64 * step))
+    rows = torch.randint(VOCABULARY, (2, 13), generator=generator)
+    targets = rows[:, 1:].clone()
+    targets[:, : (2 * replica + micro_step + 1) % 8] = IGNORED  # of a prompt, say
+    return {"tokens": rows[:, :-1], "positions": torch.arange(12).repeat(2, 1), "targets": targets}
+
+
+def share(whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of (bs, length)."""
+    return whole.chunk(mpu.get_sequence_parallel_world_size(), dim=1)[mpu.get_sequence_parallel_rank()].contiguous()
+
+
+def shared_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens that count in the sequence group, as transformers computes it under ALST. (It does so
+    by torch's differentiable all-gather, which on gloo fails in groups without global rank 0.)"""
+    group = mpu.get_sequence_parallel_group()
+    summed = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    counted = (targets != IGNORED).sum()
+    dist.all_reduce(counted, group=group)
+    return torch.distributed.nn.functional.all_reduce(summed, group=group) / counted
+
+
+def train(engine: Any, steps: int, first: int = 0) -> list[float]:
+    """The loss of each step, a mean over all sequences."""
+    replica = dist.get_rank() // mpu.get_sequence_parallel_world_size()
+    losses = []
+    for step in range(first, first + steps):
+        total = torch.zeros(())
+        for micro_step in range(engine.gradient_accumulation_steps()):
+            part = {name: share(whole) for name, whole in sequences(step, micro_step, replica).items()}
+            loss = shared_loss(engine(part["tokens"], part["positions"]), part["targets"])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / engine.gradient_accumulation_steps()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return losses
+
+
+def sgd(params: list) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.2, momentum=0.9)
+
+
+def engine_of(p: int | None, sp: int, **config: Any) -> Any:
+    engine = build(
+        ds_config(p, sequence_parallel_size=sp, **config), lambda: Decoder(ulysses()), optimizer=sgd, mpu=mpu
+    )
+    assert engine.sequence_parallel_size == sp
+    return engine
+
+
+def alone(steps: int, micro_steps: int, replicas: int, clip: float) -> list[float]:
+    """Plain PyTorch on whole sequences, in one process."""
+    torch.manual_seed(1234)
+    model = Decoder(causal)
+    optimizer = sgd(list(model.parameters()))
+    losses = []
+    for step in range(steps):
+        parts = []
+        for micro_step in range(micro_steps):
+            for replica in range(replicas):
+                item = sequences(step, micro_step, replica)
+                logits = model(item["tokens"], item["positions"])
+                parts.append(functional.cross_entropy(logits.flatten(0, 1), item["targets"].flatten()))
+        loss = torch.stack(parts).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def compare(sp: int, sizes: list[int], *, steps: int = 4, clip: float = 0.0, micro_steps: int = 1, **zero: Any) -> None:
+    """Each partition size beside stock ZeRO-3 with the same sequence parallelism."""
+    config = {"clip": clip, "micro_steps": micro_steps}
+    with sequence_groups(sp):
+        stock = engine_of(None, sp, zero=zero, **config)
+        initial = full_params(stock)
+        expected, trained = train(stock, steps), full_params(stock)
+        if zero.get("reduce_scatter", True):
+            assert_losses_close(expected, alone(steps, micro_steps, dist.get_world_size() // sp, clip), 1e-5)
+        for p in sizes:
+            engine = engine_of(p, sp, zero=zero, **config)
+            mics = engine.optimizer.mics_groups
+            assert mics.partition.size == p
+            assert mics.full.size == dist.get_world_size(), "partition groups are cut from ranks of both kinds"
+            assert_losses_close(train(engine, steps), expected, 1e-6)
+            params = full_params(engine)
+            assert_close(params, trained, 1e-6, initial)
+            same_on_all_ranks(params)
+            replicas_agree(engine)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("sp", [2, 4])
+def test_losses_and_parameters_equal_zero3_under_sequence_parallelism(sp):
+    """p smaller than, equal to and larger than sp."""
+    compare(sp, [1, 2, 4], clip=0.5, micro_steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(6)
+@pytest.mark.parametrize(("sp", "sizes"), [(2, [1, 2, 3, 6]), (3, [1, 2, 3, 6]), (6, [2, 3])])
+@pytest.mark.parametrize(("clip", "micro_steps"), [(0.0, 1), (0.5, 3)])
+def test_partition_groups_need_not_line_up_with_sequence_groups(sp, sizes, clip, micro_steps):
+    """With sp = 2 and p = 3, ranks 2 and 3 share their sequences and not their partition group."""
+    compare(sp, sizes, steps=8, clip=clip, micro_steps=micro_steps)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    "zero",
+    [
+        pytest.param({"reduce_scatter": False}),
+        pytest.param({"reduce_scatter": False, "contiguous_gradients": False}, marks=pytest.mark.slow),
+        pytest.param({"overlap_comm": True}, marks=pytest.mark.slow),
+        pytest.param({"overlap_comm": False}, marks=pytest.mark.slow),
+        pytest.param({"offload_optimizer": {"device": "cpu"}}, marks=pytest.mark.slow),
+    ],
+)
+def test_ways_of_reducing_under_sequence_parallelism(zero):
+    """With an all-reduce and contiguous gradients, and only so, DeepSpeed multiplies gradients by the size of a
+    sequence group. So it has to be here."""
+    compare(2, [1, 2, 4], steps=3, micro_steps=2, **zero)
