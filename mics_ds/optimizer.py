@@ -22,6 +22,7 @@ from .guard.watch import Guard
 from .hop2 import Sliced
 from .request import Build, building
 from .seams.muon import MuonSeam
+from .seams.engine import partitioned_group
 from .seams.optimizer import gradient_size, is_synchronous_device
 from .text import abbreviate
 from .two_hop import TwoHop
@@ -53,6 +54,7 @@ class MicsOptimizer(MuonSeam):
         gradient_predivide_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        dp_process_group = partitioned_group(dp_process_group, kwargs.get("mpu"))
         groups = self.mics_groups = self.mics_build.groups(dp_process_group)
         self._overlap = overlap_comm
         if groups.update is not None:

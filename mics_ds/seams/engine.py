@@ -14,6 +14,7 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 
 from .ds_config import offload_device
 from .patch import Patches
@@ -24,7 +25,8 @@ class EngineFacts:
     """An engine that is about to be built, in DeepSpeed's words, and the devices of this rank."""
 
     ranks: tuple[int, ...]
-    """Global ranks of its data-parallel group."""
+    """Global ranks that its parameters are partitioned over: with sequence parallelism, those that share a sequence
+    among them."""
     micro_batch: int
     micro_steps: int
     precision: str
@@ -69,8 +71,8 @@ _ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 def engine_facts(engine_arguments: Mapping[str, Any]) -> EngineFacts:
     """Read the keywords of ``DeepSpeedEngine`` and look at this rank's devices."""
     parsed = engine_arguments["config_class"]
-    zero, mpu = parsed.zero_config, engine_arguments.get("mpu")
-    group = mpu.get_data_parallel_group() if mpu is not None else torch.distributed.group.WORLD
+    zero = parsed.zero_config
+    group = _data_parallel_group(engine_arguments.get("mpu")) or torch.distributed.group.WORLD
     optimizer = engine_arguments.get("optimizer")
     params = parsed.optimizer_params or {}
     name = str(parsed.optimizer_name or "").lower() if optimizer is None else type(optimizer).__name__.lower()
@@ -148,13 +150,31 @@ def participants(mpu: Any = None, group: Any = None) -> tuple[int, ...] | None:
     if world == 1:
         return None
     if mpu is not None:
-        group = _group(mpu, "get_data_parallel_group") if group is None else group
+        group = _data_parallel_group(mpu) if group is None else group
         across = [_group(mpu, "get_model_parallel_group"), _group(mpu, "get_sequence_parallel_group")]
         if group is None or any(_size(group) * _size(other) == world for other in across if other is not None):
             return None
     if group is None or _size(group) == world:
         return None
     return tuple(torch.distributed.get_process_group_ranks(group))
+
+
+def partitioned_group(group: Any, mpu: Any) -> Any:
+    """The group that DeepSpeed partitions parameters over, where it gives ``group`` to the optimizer.
+
+    It is another one with a device mesh for sequence parallelism (``sequence_parallel_size`` and ``data_parallel_size``
+    in the JSON, or ``mesh_param``). The optimizer gets the ranks that see the same part of their sequences, of which
+    there are too few: parameters and gradients are those of all ranks.
+    """
+    if groups.mesh_device is None or _data_parallel_group(mpu) is not None:
+        return group
+    return torch.distributed.group.WORLD
+
+
+def _data_parallel_group(mpu: Any) -> Any:
+    """The ranks that an mpu has ZeRO-3 partition over, or ``None`` if it does not say."""
+    both = _group(mpu, "get_sequence_data_parallel_group")
+    return _group(mpu, "get_data_parallel_group") if both is None else both
 
 
 def _group(mpu: Any, name: str) -> Any:

@@ -60,14 +60,24 @@ class Decoder(nn.Module):
 
 
 @contextmanager
-def sequence_groups(size: int) -> Iterator[Any]:
-    """DeepSpeed's groups for sequence parallelism, which it keeps in globals, for a while."""
-    mpu.initialize_sequence_parallel(size)
+def sequence_groups(size: int, by_mesh: bool = False) -> Iterator[None]:
+    """DeepSpeed's groups for sequence parallelism, which it keeps in globals, for a while.
+
+    Args:
+        by_mesh: have them made by a device mesh, as for ``sequence_parallel_size`` and ``data_parallel_size`` in the
+            JSON. By default an ``mpu`` has them, as in ALST.
+    """
+    if by_mesh:
+        shape = (dist.get_world_size() // size, size)
+        groups.mesh_device = deepspeed.comm.initialize_mesh_device(shape, ("data_parallel", "sequence_parallel"))
+    else:
+        mpu.initialize_sequence_parallel(size)
+        groups.mpu = mpu
     try:
-        yield mpu
+        yield
     finally:
         mpu._release_sequence_parallel_groups()
-        groups.mpu = None
+        groups.mpu = groups.mesh_device = None
 
 
 def ulysses() -> Any:
@@ -78,7 +88,7 @@ def ulysses() -> Any:
         attn_head_size=WIDTH // HEADS,
         kv_head_count=HEADS,
         num_hidden_layers=2,
-        process_group=mpu.get_sequence_parallel_group(),
+        process_group=groups._get_sequence_parallel_group(),
         seq_length_is_variable=True,
     )
 
@@ -95,13 +105,14 @@ def sequences(step: int, micro_step: int, replica: int) -> dict[str, torch.Tenso
 
 def share(whole: torch.Tensor) -> torch.Tensor:
     """This rank's part of (bs, length)."""
-    return whole.chunk(mpu.get_sequence_parallel_world_size(), dim=1)[mpu.get_sequence_parallel_rank()].contiguous()
+    rank, size = groups._get_sequence_parallel_rank(), groups._get_sequence_parallel_world_size()
+    return whole.chunk(size, dim=1)[rank].contiguous()
 
 
 def shared_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The mean over all tokens that count in the sequence group, as transformers computes it under ALST. (It does so
     by torch's differentiable all-gather, which on gloo fails in groups without global rank 0.)"""
-    group = mpu.get_sequence_parallel_group()
+    group = groups._get_sequence_parallel_group()
     summed = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
     counted = (targets != IGNORED).sum()
     dist.all_reduce(counted, group=group)
@@ -110,7 +121,7 @@ def shared_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def train(engine: Any, steps: int, first: int = 0) -> list[float]:
     """The loss of each step, a mean over all sequences."""
-    replica = dist.get_rank() // mpu.get_sequence_parallel_world_size()
+    replica = dist.get_rank() // groups._get_sequence_parallel_world_size()
     losses = []
     for step in range(first, first + steps):
         total = torch.zeros(())
@@ -129,11 +140,14 @@ def sgd(params: list) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.2, momentum=0.9)
 
 
-def engine_of(p: int | None, sp: int, **config: Any) -> Any:
-    engine = build(
-        ds_config(p, sequence_parallel_size=sp, **config), lambda: Decoder(ulysses()), optimizer=sgd, mpu=mpu
-    )
-    assert engine.sequence_parallel_size == sp
+def engine_of(p: int | None, **config: Any) -> Any:
+    size = groups._get_sequence_parallel_world_size()
+    keys = {"sequence_parallel_size": size}
+    if groups.mesh_device is not None:
+        keys["data_parallel_size"] = dist.get_world_size() // size
+    engine = build(ds_config(p, **keys, **config), lambda: Decoder(ulysses()), optimizer=sgd, mpu=groups.mpu)
+    assert engine.sequence_parallel_size == size
+    assert engine.train_batch_size() == 2 * engine.gradient_accumulation_steps() * dist.get_world_size() // size
     return engine
 
 
@@ -159,17 +173,26 @@ def alone(steps: int, micro_steps: int, replicas: int, clip: float) -> list[floa
     return losses
 
 
-def compare(sp: int, sizes: list[int], *, steps: int = 4, clip: float = 0.0, micro_steps: int = 1, **zero: Any) -> None:
-    """Each partition size beside stock ZeRO-3 with the same sequence parallelism."""
-    config = {"clip": clip, "micro_steps": micro_steps}
-    with sequence_groups(sp):
-        stock = engine_of(None, sp, zero=zero, **config)
+def compare(
+    sp: int,
+    sizes: list[int],
+    *,
+    steps: int = 3,
+    clip: float = 0.0,
+    micro_steps: int = 1,
+    by_mesh: bool = False,
+    zero: dict[str, Any] | None = None,
+) -> None:
+    """Each partition size beside stock ZeRO-3 with the same sequence parallelism, and that beside plain PyTorch."""
+    config = {"clip": clip, "micro_steps": micro_steps, "zero": zero}
+    with sequence_groups(sp, by_mesh):
+        stock = engine_of(None, **config)
         initial = full_params(stock)
         expected, trained = train(stock, steps), full_params(stock)
-        if zero.get("reduce_scatter", True):
+        if (zero or {}).get("reduce_scatter", True):
             assert_losses_close(expected, alone(steps, micro_steps, dist.get_world_size() // sp, clip), 1e-5)
         for p in sizes:
-            engine = engine_of(p, sp, zero=zero, **config)
+            engine = engine_of(p, **config)
             mics = engine.optimizer.mics_groups
             assert mics.partition.size == p
             assert mics.full.size == dist.get_world_size(), "partition groups are cut from ranks of both kinds"
@@ -184,7 +207,7 @@ def compare(sp: int, sizes: list[int], *, steps: int = 4, clip: float = 0.0, mic
 @pytest.mark.parametrize("sp", [2, 4])
 def test_losses_and_parameters_equal_zero3_under_sequence_parallelism(sp):
     """p smaller than, equal to and larger than sp."""
-    compare(sp, [1, 2, 4], clip=0.5, micro_steps=3)
+    compare(sp, [1, 2, 4], clip=0.5, micro_steps=2)
 
 
 @pytest.mark.slow
@@ -210,4 +233,12 @@ def test_partition_groups_need_not_line_up_with_sequence_groups(sp, sizes, clip,
 def test_ways_of_reducing_under_sequence_parallelism(zero):
     """With an all-reduce and contiguous gradients, and only so, DeepSpeed multiplies gradients by the size of a
     sequence group. So it has to be here."""
-    compare(2, [1, 2, 4], steps=3, micro_steps=2, **zero)
+    compare(2, [1, 2, 4], micro_steps=2, zero=zero)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("sp", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_mesh_from_the_json(sp):
+    """Without an mpu, ``sequence_parallel_size`` and ``data_parallel_size`` have DeepSpeed make the groups. It then
+    gives the optimizer another group than the parameters."""
+    compare(sp, [1, 2, 4], clip=0.5, micro_steps=2, by_mesh=True)
