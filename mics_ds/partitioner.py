@@ -143,6 +143,17 @@ class MicsParamManager(seam.ParamManagerSeam):
     mics_groups: MicsGroups
     """Of the parameters; the optimizer checks that they are its own too."""
 
+    def before_autotp_shards_convert(
+        self, make_partitioner: Callable[[], seam.PartitionerSeam], module: torch.nn.Module
+    ) -> None:
+        """Partition anew, over this rank's data-parallel group, what ``zero.Init`` has partitioned over all ranks. Its
+        partitioner would make the shards of the first rank those of all."""
+        spread = [param for param in module.parameters() if seam.is_zero_param(param)]
+        if spread:
+            partitioner = make_partitioner()
+            for param in spread:
+                seam.repartition(partitioner, param)
+
     def after_all_converted(
         self, make_partitioner: Callable[[], seam.PartitionerSeam], module: torch.nn.Module
     ) -> None:

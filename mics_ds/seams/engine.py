@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 
 from .ds_config import offload_device
 from .patch import Patches
+from .support import autotp_size
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,12 @@ def engine_facts(engine_arguments: Mapping[str, Any]) -> EngineFacts:
     """Read the keywords of ``DeepSpeedEngine`` and look at this rank's devices."""
     parsed = engine_arguments["config_class"]
     zero = parsed.zero_config
-    group = _data_parallel_group(engine_arguments.get("mpu")) or torch.distributed.group.WORLD
     optimizer = engine_arguments.get("optimizer")
     params = parsed.optimizer_params or {}
     name = str(parsed.optimizer_name or "").lower() if optimizer is None else type(optimizer).__name__.lower()
     memory, device_memory, device = _memory_at_hand(engine_arguments["model"])
     return EngineFacts(
-        ranks=tuple(torch.distributed.get_process_group_ranks(group)),
+        ranks=_data_parallel_ranks(engine_arguments),
         micro_batch=int(parsed.train_micro_batch_size_per_gpu),
         micro_steps=int(parsed.gradient_accumulation_steps),
         precision="bf16" if parsed.bfloat16_config.enabled else "fp16" if parsed.float16_config.enabled else "fp32",
@@ -98,6 +98,15 @@ def engine_facts(engine_arguments: Mapping[str, Any]) -> EngineFacts:
         device=device,
         host_memory=float(psutil.virtual_memory().available),
     )
+
+
+def _data_parallel_ranks(engine_arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    tensor_parallel = autotp_size(engine_arguments["config_class"])
+    if tensor_parallel > 1:  # its groups come to be in the engine
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return tuple(range(rank % tensor_parallel, world, tensor_parallel))
+    group = _data_parallel_group(engine_arguments.get("mpu")) or torch.distributed.group.WORLD
+    return tuple(torch.distributed.get_process_group_ranks(group))
 
 
 def _memory_at_hand(module: torch.nn.Module) -> tuple[float, float, str]:

@@ -79,6 +79,9 @@ class PartitionerSeam(pp.Init):
             super()._allgather_params_coalesced([param], *args, **kwargs)
 
     def _convert_to_deepspeed_param(self, param: ZeroParam) -> None:
+        if hasattr(param, "ds_zero_partition_process_group"):
+            # Under AutoTP the engine has noted its data-parallel group, which would come before ours.
+            param.ds_zero_partition_process_group = self.ds_process_group
         super()._convert_to_deepspeed_param(param)
         stock = param.all_gather_coalesced
 
@@ -251,9 +254,14 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
     def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
         """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""
 
-    def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
-        super()._convert_to_zero_parameters(ds_config, module, mpu)
+    def before_autotp_shards_convert(
+        self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module
+    ) -> None:
+        """AutoTP has cut layers of ``module``, and its shards of them are about to become ZeRO-3 parameters. If others
+        are already, their partitioner will take up the shards, as stock's can: it goes by a group that the engine has
+        noted in each."""
 
+    def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
         def make_partitioner() -> PartitionerSeam:
             return pp.Init(
                 data_parallel_group=mpu.get_data_parallel_group() if hasattr(mpu, "get_data_parallel_group") else None,
@@ -264,6 +272,9 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
                 mpu=mpu,
             )
 
+        if getattr(module, "ds_autotp_parsed", False):
+            self.before_autotp_shards_convert(make_partitioner, module)
+        super()._convert_to_zero_parameters(ds_config, module, mpu)
         self.after_all_converted(make_partitioner, module)
 
 

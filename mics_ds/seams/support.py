@@ -102,6 +102,11 @@ def _zero(name: str) -> Callable[[DeepSpeedConfig], bool]:
     return lambda config: bool(getattr(config.zero_config, name))
 
 
+def autotp_size(config: DeepSpeedConfig) -> int:
+    """Ranks that share each layer under AutoTP, 1 without it."""
+    return getattr(getattr(config, "tensor_parallel_config", None), "autotp_size", 0) or 1
+
+
 def _enabled(section: str) -> Callable[[DeepSpeedConfig], bool]:
     """Whether a section, which older versions do not have, is enabled."""
     return lambda config: bool(getattr(getattr(config, section, None), "enabled", False))
@@ -113,6 +118,9 @@ def can_swap() -> bool:
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     return builder is not None and bool(builder.is_compatible(verbose=False))
 
+
+SHARDS_AUTOTP = hasattr(DeepSpeedEngine, "_resolve_zero3_param_placement")
+"""Whether stage 3 knows which ranks share a parameter that AutoTP has cut."""
 
 REFUSALS = (
     Refusal("zero_quantized_gradients (ZeRO++ qgZ)", "set it to false", _zero("zero_quantized_gradients")),
@@ -153,8 +161,8 @@ REFUSALS = (
     ),
     Refusal(
         "tensor_parallel.autotp_size (AutoTP)",
-        "remove the tensor_parallel section",
-        lambda config: (getattr(getattr(config, "tensor_parallel_config", None), "autotp_size", 0) or 0) > 1,
+        f"this DeepSpeed's own AutoTP does not go with stage 3; install deepspeed=={TESTED_VERSIONS[0]}",
+        lambda config: autotp_size(config) > 1 and not SHARDS_AUTOTP,
     ),
     Refusal(
         "expert_parallel (AutoEP)",

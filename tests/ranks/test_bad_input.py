@@ -56,7 +56,6 @@ UNSUPPORTED = {
     "SuperOffload": ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, {}),
     "offload_optimizer to NVMe": ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
     "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
-    "AutoTP": ({}, {"tensor_parallel": {"autotp_size": 2}}),
     "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),
     "hybrid_engine": ({}, {"hybrid_engine": {"enabled": True}}),
 }

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from deepspeed.utils import groups
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from helpers import (
+    OddNet,
     assert_close,
     assert_losses_close,
     build,
@@ -25,6 +27,7 @@ from helpers import (
     replicas_agree,
     same_on_all_ranks,
 )
+from helpers import train as train_oddnet
 from torch import nn
 from torch.nn import functional
 
@@ -242,3 +245,82 @@ def test_a_mesh_from_the_json(sp):
     """Without an mpu, ``sequence_parallel_size`` and ``data_parallel_size`` have DeepSpeed make the groups. It then
     gives the optimizer another group than the parameters."""
     compare(sp, [1, 2, 4], clip=0.5, micro_steps=2, by_mesh=True)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("by_mesh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_checkpoints_under_sequence_parallelism(tmp_path, by_mesh):
+    """The rank in a sequence group is no part of what files are called: any size of it resumes."""
+    reshape = {"mics_reshape_checkpoint": True}
+    with sequence_groups(2, by_mesh):
+        engine = engine_of(2, clip=0.5)
+        train(engine, 2)
+        engine.save_checkpoint(tmp_path)
+        saved = full_params(engine)
+        following = train(engine, 2, first=2)
+        again = engine_of(2, clip=0.5)
+        again.load_checkpoint(tmp_path)
+        assert train(again, 2, first=2) == following
+        other = engine_of(4, clip=0.5, zero=reshape)
+        other.load_checkpoint(tmp_path)
+        assert_losses_close(train(other, 2, first=2), following, 1e-6)
+    with sequence_groups(4, by_mesh):
+        other = engine_of(1, zero=reshape)
+        other.load_checkpoint(tmp_path)
+        assert_close(full_params(other), saved, 0)
+        train(other, 1)
+    whole = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert_close({name: whole[name] for name in saved}, saved, 0)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("by_mesh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_planned_size_under_sequence_parallelism(by_mesh):
+    with sequence_groups(2, by_mesh):
+        engine = engine_of("planned", zero={"mics_plan": {"memory_gb": 1, "sequence": 6}})
+        assert engine.optimizer.mics_groups.full.size == 4
+        train(engine, 1)
+
+
+class BothParallel:
+    """The mpu of a job with tensor parallelism 2 and sequence parallelism 2, as Megatron has it."""
+
+    def __init__(self) -> None:
+        rank = dist.get_rank()
+        self.sequence = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+        self.tensor = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+        self.data = [dist.new_group([other]) for other in range(4)][rank]
+
+    def __getattr__(self, name: str) -> Any:
+        of = {"sequence_data": self.sequence, "sequence": self.sequence, "data": self.data, "model": self.tensor}
+        kind, _, what = name.removeprefix("get_").removeprefix("tensor_").partition("_parallel_")
+        if kind not in of or what not in ("group", "world_size", "rank"):
+            raise AttributeError(name)
+        group = of[kind]
+        return lambda: {"group": group, "world_size": group.size(), "rank": group.rank()}[what]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+def test_sequence_and_tensor_parallelism_by_an_mpu(p):
+    unit, results = BothParallel(), []
+    for size in (None, p):
+        config = ds_config(size, clip=0.5, micro_steps=2)
+
+        def model(config: dict[str, Any] = config) -> nn.Module:
+            with deepspeed.zero.Init(
+                data_parallel_group=unit.get_sequence_data_parallel_group(), config_dict_or_path=config, mpu=unit
+            ):
+                return OddNet()
+
+        try:
+            engine = build(config, model, mpu=unit)
+        finally:
+            groups.mpu = None
+        # what a sequence group shares is its mean: here as if its parts were samples
+        results.append((train_oddnet(engine, 4, rank=unit.get_sequence_parallel_rank()), full_params(engine)))
+    mics = engine.optimizer.mics_groups
+    assert mics.full.ranks == tuple(dist.get_process_group_ranks(unit.sequence))
+    assert mics.partition.size == p
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
