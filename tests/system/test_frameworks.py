@@ -40,14 +40,14 @@ def ds_config(p: int | None, **extra: Any) -> dict[str, Any]:
     }
 
 
-def both(pools, body: str, tmp_path: Path, **arguments: Any) -> list[Any]:
+def both(pools, body: str, tmp_path: Path, module: str = __name__, **arguments: Any) -> list[Any]:
     """Results of rank 0 as stock and with MiCS, from ranks of their own: frameworks keep state in globals."""
     results = []
     for p in (None, P):
         folder = tmp_path / str(p)
         folder.mkdir()
         kwargs = {"p": p, "folder": str(folder), **arguments}
-        results.append(pools.run(4, __name__, body, kwargs, 180, fresh=True))
+        results.append(pools.run(4, module, body, kwargs, 180, fresh=True))
     for stock, mics in zip(*results, strict=True):
         assert stock.keys() == mics.keys()
         for name, values in stock.items():
