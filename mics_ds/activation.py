@@ -214,7 +214,10 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         if asked.is_on and kwargs.get("model") is not None:
             support.refuse_native_moe(kwargs["model"])
         original(self, *args, **kwargs)
-    guard = getattr(getattr(self, "optimizer", None), "mics_guard", None)
+    optimizer = getattr(self, "optimizer", None)
+    groups, guard = getattr(optimizer, "mics_groups", None), getattr(optimizer, "mics_guard", None)
+    if groups is not None:
+        engine.count_ranks(self, groups.full.size)
     if guard is not None:
         guard.watch(self)
     if asked.mics is not None and asked.mics.checkpoint is not None and asked.mics.checkpoint.memory_every:

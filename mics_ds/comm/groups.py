@@ -66,7 +66,9 @@ class MicsGroups:
     partition: RankGroup
     """Ranks that together hold one copy of the model states. For p = n this *is* :attr:`full`."""
     replication: RankGroup | None
-    """Ranks that hold the same shard. ``None`` for p = n, where there is nothing to average."""
+    """Ranks that hold the same shard. ``None`` for p = n, where there is nothing to average. Hop 2 runs beside the
+    backward pass, which may have collectives of the model's own: on a device without streams this is never
+    :attr:`full`, for the reason given at :attr:`scatter`."""
     hierarchy: NodeGroups | None
     """Set when parameters are gathered in two stages."""
     scatter: RankGroup
@@ -119,7 +121,7 @@ class _Agreed:
     stages_gather: bool
     stages_scatter: bool
     scatter_apart: bool
-    """Whether hop 1 gets process groups of its own, see :attr:`MicsGroups.scatter`."""
+    """Whether hops get process groups of their own, see :attr:`MicsGroups.scatter`."""
 
     @property
     def can_stage(self) -> bool:
@@ -186,7 +188,7 @@ def build_groups(
         layout=agreed.own,
         full=RankGroup.of(full),
         partition=partition,
-        replication=own.get(("gather", "replication")),
+        replication=own.get((agreed.scatter_purpose, "replication")),
         hierarchy=node_groups("gather", agreed.stages_gather),
         scatter=scatter,
         scatter_hierarchy=node_groups(agreed.scatter_purpose, agreed.stages_scatter),
@@ -249,7 +251,7 @@ def _wanted(agreed: _Agreed) -> Iterator[tuple[str, str, tuple[Ranks, ...]]]:
     yield "gather", "partition", layout.partition_groups
     yield agreed.scatter_purpose, "partition", layout.partition_groups
     if layout.replication_size > 1:
-        yield "gather", "replication", layout.replication_groups
+        yield agreed.scatter_purpose, "replication", layout.replication_groups
         if agreed.spreads_states and agreed.scatter_apart:
             yield agreed.update_purpose, "replication", layout.replication_groups
     grids = [layout.node_grid(group) for group in layout.partition_groups] if agreed.can_stage else []

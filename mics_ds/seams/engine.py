@@ -180,6 +180,12 @@ def partitioned_group(group: Any, mpu: Any) -> Any:
     return torch.distributed.group.WORLD
 
 
+def count_ranks(engine: Any, ranks: int) -> None:
+    """Have the engine expect optimizer states of so many ranks in a checkpoint. With a mesh for sequence parallelism it
+    would count those of the optimizer's group, see :func:`partitioned_group`."""
+    engine.seq_dp_world_size = ranks
+
+
 def _data_parallel_group(mpu: Any) -> Any:
     """The ranks that an mpu has ZeRO-3 partition over, or ``None`` if it does not say."""
     both = _group(mpu, "get_sequence_data_parallel_group")

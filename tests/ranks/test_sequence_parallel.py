@@ -240,11 +240,15 @@ def test_ways_of_reducing_under_sequence_parallelism(zero):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("sp", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_mesh_from_the_json(sp):
     """Without an mpu, ``sequence_parallel_size`` and ``data_parallel_size`` have DeepSpeed make the groups. It then
-    gives the optimizer another group than the parameters."""
+    gives the optimizer another group than the parameters. And a sequence group of all ranks *is* the world, in which
+    hop 2 must not run beside the model's own collectives."""
     compare(sp, [1, 2, 4], clip=0.5, micro_steps=2, by_mesh=True)
+    if sp == 4:
+        with sequence_groups(sp, by_mesh=True):
+            assert groups._get_sequence_parallel_group() is dist.group.WORLD, "or this tests nothing"
 
 
 @pytest.mark.ranks(4)
