@@ -119,7 +119,7 @@ def compare(size: int, sizes: list[int], steps: int = 5, clip: float = 0.5, **co
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("inside_init", [False, True])
+@pytest.mark.parametrize("inside_init", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_losses_and_parameters_equal_zero3_under_autotp(inside_init):
     """zero.Init partitions over all ranks, because nobody has cut anything yet."""
     with autotp():
@@ -144,6 +144,7 @@ def test_a_size_that_does_not_divide_what_autotp_leaves():
         engine_of(4)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_planned_size_under_autotp():
     with autotp():
