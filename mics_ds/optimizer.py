@@ -21,8 +21,8 @@ from .errors import MicsConfigError, MicsUsageError
 from .guard.watch import Guard
 from .hop2 import Sliced
 from .request import Build, building
-from .seams.muon import MuonSeam
 from .seams.engine import partitioned_group
+from .seams.muon import MuonSeam
 from .seams.optimizer import gradient_size, is_synchronous_device
 from .text import abbreviate
 from .two_hop import TwoHop
