@@ -1,0 +1,162 @@
+"""Kills at random moments of saves in the background: of a rank, of a process that writes, of a whole node.
+
+Whatever is published is complete, and the newest complete checkpoint always loads and goes on exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from helpers import train
+from rank_pool import RankError
+from test_async_checkpoints import everything_is_shared, writer
+from test_checkpoint_crashes import SURVIVED, Events
+from test_checkpoints import engine_of
+
+from mics_ds.checkpoint import manifest
+from mics_ds.checkpoint.background import Background
+from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.errors import MicsCheckpointError
+
+KILLS = 300
+WRITERS_AT_A_TIME = 10
+ASYNC = {"mics_checkpoint": {"async": True}}
+
+
+def uninterrupted(folder: str, steps: int) -> tuple[list[float], int, float]:
+    """The losses of all steps; events of a process's first save; and how long it takes in the background."""
+    everything_is_shared()
+    engine = engine_of(2, zero=ASYNC)
+    losses = train(engine, 1)
+    with Events() as events:
+        engine.save_checkpoint(folder)
+    started = time.monotonic()
+    wait_for_saves()
+    seconds = time.monotonic() - started
+    for _ in range(steps - 1):
+        losses += train(engine, 1)  # the data of step 0 each time, as after a resume
+    return losses, events.count, seconds
+
+
+def resumed(folder: str, losses: list[float]) -> Any:
+    everything_is_shared()
+    engine = engine_of(2, seed=random.randrange(1000), zero=ASYNC)
+    engine.load_checkpoint(folder)
+    assert engine.global_steps >= 1
+    step_exactly(engine, losses)
+    return engine
+
+
+def step_exactly(engine: Any, losses: list[float]) -> None:
+    loss = train(engine, 1)
+    assert loss == [losses[engine.global_steps - 1]], f"step {engine.global_steps} after a crash"
+
+
+def die(delay: float, *, with_writer: bool) -> None:
+    time.sleep(delay)
+    if with_writer:
+        os.kill(writer(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_die(folder: str, losses: list[float], victims: list[int], fatal: int | None, delay: float) -> None:
+    engine = resumed(folder, losses)
+    mine = dist.get_rank() in victims
+    try:
+        if fatal is not None and mine:
+            with Events(fatal):
+                engine.save_checkpoint(folder)
+        engine.save_checkpoint(folder)
+        if mine:
+            die(delay, with_writer=len(victims) > 1)
+        train(engine, 1)
+        wait_for_saves()
+        dist.barrier()
+    except (MicsCheckpointError, RuntimeError) as error:
+        print(f"ended by {type(error).__name__}", flush=True)
+    os._exit(SURVIVED)
+
+
+def save_while_writers_die(folder: str, losses: list[float], kills: list[tuple[int, float]]) -> int:
+    """Several in one run: the ranks go on."""
+    engine, failed = resumed(folder, losses), 0
+    for victim, delay in kills:
+        try:
+            engine.save_checkpoint(folder)
+        except MicsCheckpointError:
+            failed += 1
+            engine.save_checkpoint(folder)
+        if dist.get_rank() == victim:
+            time.sleep(delay)
+            os.kill(writer(), signal.SIGKILL)
+        Background.current.wait()
+        dist.barrier()
+        require_good(Path(folder))
+        dist.barrier()
+        step_exactly(engine, losses)
+    try:
+        engine.save_checkpoint(folder)
+    except MicsCheckpointError:
+        failed += 1
+    Background.current.wait()
+    return failed
+
+
+def require_good(folder: Path) -> int:
+    """The step of the latest checkpoint."""
+    latest = folder / (folder / "latest").read_text()
+    for published in folder.glob("global_step*"):
+        found = manifest.read(published)
+        assert not manifest.damages(published, found.files, found.files, contents=published == latest)
+    return manifest.read(latest).global_steps
+
+
+def kill_ranks(
+    pools: Any, folder: Path, chance: random.Random, losses: list[float], events: int, seconds: float
+) -> str:
+    kind = chance.choice(["staging", "rank", "node"])
+    victims = {"node": [[0, 1], [2, 3]]}.get(kind, [[0], [1], [2], [3]])
+    arguments = {
+        "folder": str(folder),
+        "losses": losses,
+        "victims": chance.choice(victims),
+        "fatal": chance.randrange(1, events) if kind == "staging" else None,
+        "delay": chance.uniform(0, 2 * seconds),
+    }
+    before = require_good(folder)
+    with pytest.raises(RankError) as error:
+        pools.run(4, __name__, "save_and_die", arguments, 120, fresh=True)
+    text = str(error.value)
+    assert text.count("died with exit code -9") == len(arguments["victims"]), f"{kind}: {text}"
+    assert text.count(f"died with exit code {SURVIVED}") == 4 - len(arguments["victims"]), f"{kind}: {text}"
+    time.sleep(0.2)  # processes that write end with their ranks
+    assert require_good(folder) in (before, before + 1), kind
+    return kind
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(pools, tmp_path, kills):
+    folder = tmp_path / "saved"
+    losses, events, seconds = pools.run(4, __name__, "uninterrupted", {"folder": str(folder), "steps": kills + 20}, 300, fresh=True)[0]
+    chance = random.Random(20261124)
+    ranks = kills // 2
+    kinds = [kill_ranks(pools, folder, chance, losses, events, seconds) for _ in range(ranks)]
+    failed = 0
+    while ranks < kills:
+        some = min(WRITERS_AT_A_TIME, kills - ranks)
+        deaths = [(chance.randrange(4), chance.uniform(0, seconds)) for _ in range(some)]
+        arguments = {"folder": str(folder), "losses": losses, "kills": deaths}
+        failed += pools.run(4, __name__, "save_while_writers_die", arguments, 300, fresh=True)[0]
+        ranks += some
+        require_good(folder)
+    if kills == KILLS:  # a few moments may all be early or late ones
+        assert set(kinds) == {"staging", "rank", "node"}
+        assert 0 < failed < kills - kills // 2, "some come in time and some do not"
+        assert require_good(folder) > 1
