@@ -71,7 +71,11 @@ def steps(engine, count):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "dtype", "zero"), [(2, "fp32", {}), (1, "bf16", WORLD), (2, "bf16", WORLD)], ids=str)
+@pytest.mark.parametrize(
+    ("p", "dtype", "zero"),
+    [(2, "fp32", {}), (2, "bf16", WORLD), pytest.param(1, "bf16", WORLD, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_training_goes_on_and_the_checkpoint_is_of_the_moment(tmp_path, p, dtype, zero):
     everything_is_shared()
     undisturbed = steps(engine_of(p, dtype=dtype, zero=zero), 6)

@@ -49,7 +49,9 @@ def saved_once(folder, zero=ASYNC, p=2):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("victim", "zero"), [(0, ASYNC), (1, ASYNC), (3, LOG)], ids=str)
+@pytest.mark.parametrize(
+    ("victim", "zero"), [(0, ASYNC), (3, LOG), pytest.param(1, ASYNC, marks=pytest.mark.slow)], ids=str
+)
 def test_a_writer_that_is_killed(tmp_path, victim, zero):
     engine = saved_once(tmp_path, zero)
     stop_writers()
@@ -207,6 +209,7 @@ def test_whatever_one_rank_raises_while_staging_is_the_error_of_all(tmp_path, st
     assert (tmp_path / "latest").read_text() == "second"
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_node_that_vanishes_is_noticed_by_its_neighbour(tmp_path):
     """One writer stays silent for good while its rank lives on: as when a node hangs."""

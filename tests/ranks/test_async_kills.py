@@ -144,7 +144,9 @@ def kill_ranks(
 @pytest.mark.parametrize("kills", [4, pytest.param(KILLS, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(pools, tmp_path, kills):
     folder = tmp_path / "saved"
-    losses, events, seconds = pools.run(4, __name__, "uninterrupted", {"folder": str(folder), "steps": kills + 20}, 300, fresh=True)[0]
+    losses, events, seconds = pools.run(
+        4, __name__, "uninterrupted", {"folder": str(folder), "steps": kills + 20}, 300, fresh=True
+    )[0]
     chance = random.Random(20261124)
     ranks = kills // 2
     kinds = [kill_ranks(pools, folder, chance, losses, events, seconds) for _ in range(ranks)]

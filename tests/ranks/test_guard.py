@@ -77,7 +77,7 @@ def no_false_alarm(p: int, steps: int, setting: str) -> None:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_clean_steps_raise_no_alarm(p):
     for setting in SETTINGS:
         no_false_alarm(p, 3, setting)

@@ -11,8 +11,10 @@ from torch import nn
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("overflowing_rank", [0, 3])
+@pytest.mark.parametrize(
+    ("p", "overflowing_rank"),
+    [(1, 3), (2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+)
 def test_fp16_with_clipping_and_an_overflow_on_one_rank(p, overflowing_rank):
     config = ds_config(p, dtype="fp16", clip=0.1)
     engine = build(config, optimizer=lambda items: torch.optim.AdamW(items, lr=1e-2, weight_decay=0.1))

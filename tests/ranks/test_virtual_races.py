@@ -278,7 +278,9 @@ def intra() -> set[int]:
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("system", ["p=1", "p=2", "p=4 flat", "p=4 hierarchical", *WORLD])
+@pytest.mark.parametrize(
+    "system", ["p=1", "p=2", "p=4 flat", pytest.param("p=4 hierarchical", marks=pytest.mark.slow), *WORLD]
+)
 def test_what_is_taken_away_is_missed(system):
     engine = engine_of(system, dtype="fp16", micro_steps=2, zero={"contiguous_gradients": False})
     train(engine, WARM_UP)

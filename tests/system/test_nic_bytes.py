@@ -35,6 +35,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow  # test_hops.py holds the meter to the formulas; here it is the network card
 @pytest.mark.skipif(
     emulation.why_unavailable() is not None, reason=f"cannot emulate a cluster: {emulation.why_unavailable()}"
 )

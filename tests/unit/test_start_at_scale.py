@@ -164,7 +164,7 @@ def test_a_job_without_one_communicator_makes_its_groups_by_their_members(bound,
     assert dist.group.WORLD.bound_device_id == device
 
 
-@pytest.mark.parametrize("n", [64, 512, 4096, 10240])
+@pytest.mark.parametrize("n", [64, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (512, 10240))])
 def test_bytes_that_one_rank_reads(n, monkeypatch):
     """Rank 0 joins most tables, 1024 some of them, and the last one only reads the result."""
     read = {}
