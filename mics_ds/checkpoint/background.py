@@ -202,13 +202,14 @@ class Background:
 
     def _gone(self) -> None:
         """The process has ended, and not because it was told to."""
+        code = self._process.wait()
         with self._changed:
             self._died, job = True, self._job
             self._sealing.clear()
             self._changed.notify_all()
         if job is None:
             return
-        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {self._process.wait()}"
+        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
         try:
             round_ = self._round(job.number)
             round_.lose(died)

@@ -132,11 +132,6 @@ REFUSALS = (
         lambda config: getattr(config.zero_config, "zenflow", None) is not None,
     ),
     Refusal(
-        "offload_optimizer.super_offload (SuperOffload)",
-        "set it to false",
-        lambda config: bool(getattr(config.zero_config.offload_optimizer, "super_offload", False)),
-    ),
-    Refusal(
         "offload_optimizer to NVMe",
         "offload to cpu: of gradients that it has written there, DeepSpeed 0.19.8 reads others back, on a CPU at least",
         lambda config: offload_device(config.zero_config.offload_optimizer) == "nvme",
@@ -218,6 +213,12 @@ SUPERSEDED = (
         "all parameter gathers, forward too, stay inside the partition group, whose size is mics_shard_size",
         lambda config: config.zero_config.zero_hpz_partition_size > 1,
         lambda config: setattr(config.zero_config, "zero_hpz_partition_size", 1),
+    ),
+    Superseded(
+        "offload_optimizer.super_offload (SuperOffload)",
+        "the optimizer is offloaded to the CPU without it, because hop 2 comes between gradients and their update",
+        lambda config: bool(getattr(config.zero_config.offload_optimizer, "super_offload", False)),
+        lambda config: setattr(config.zero_config.offload_optimizer, "super_offload", False),
     ),
     Superseded(
         "elastic_checkpoint",

@@ -53,7 +53,6 @@ UNSUPPORTED = {
     "qwZ": ({"zero_quantized_weights": True}, {}),
     "zero_quantized_nontrainable_weights": ({"zero_quantized_nontrainable_weights": True}, {}),
     "zenflow": ({"zenflow": {}, "offload_optimizer": {"device": "cpu"}}, {}),
-    "SuperOffload": ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, {}),
     "offload_optimizer to NVMe": ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
     "DeepCompile": ({}, {"compile": {"deepcompile": True}}),
     "AutoEP": ({}, {"expert_parallel": {"enabled": True}}),

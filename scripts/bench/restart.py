@@ -1,0 +1,154 @@
+"""How long a job takes from the loss of a node to its next step, by what takes it, from memory and from disk.
+
+    python -m bench.restart [--hidden 2048 --layers 20]        # in scripts/, as root
+
+Two emulated nodes of two ranks, p = 2, torchrun; node 1 is killed and comes back with empty memory. Once the other
+node's memory is there, once only the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from . import cluster as emulation
+
+PROGRAM = str(Path(__file__).with_name("train_and_restart.py"))
+LIMIT_S = 240
+
+
+class Job:
+    """torchrun on two emulated nodes, each with memory of its own."""
+
+    def __init__(self, cluster: emulation.Cluster, root: Path, *arguments: str) -> None:
+        self.cluster, self.root, self.arguments = cluster, root, arguments
+        self.disk = root / "disk"
+        self.lines: list[str] = []
+        self._processes: dict[int, subprocess.Popen] = {}
+
+    def memory(self, node: int) -> Path:
+        path = self.root / f"memory{node}"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def start(self, node: int) -> None:
+        own_memory = f'mount --bind {self.memory(node)} /dev/shm && exec "$@"'
+        command = ["ip", "netns", "exec", self.cluster.node(node), "unshare", "-m", "sh", "-c", own_memory, "sh"]
+        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{self.cluster.address(0)}:29556"]
+        rendezvous = f"is_host={node == 0},keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+        command += ["--rdzv_conf", rendezvous]
+        command += ["--local_addr", self.cluster.address(node), "--max_restarts", "3", PROGRAM]
+        command += ["--folder", str(self.disk), *self.arguments]
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": self.cluster.interface, "OMP_NUM_THREADS": "1"}
+        # With the store shared, torchrun 2.13 never tells a new node where it is (docs/checkpoints.md).
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._processes[node] = process
+        threading.Thread(target=self._read, args=(process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen) -> None:
+        with open(self.root / "output", "a") as output:
+            for line in process.stdout or ():
+                output.write(line)
+                self.lines.append(line.rstrip())
+
+    def kill(self, node: int) -> None:
+        """As when its power fails."""
+        pids = subprocess.run(["ip", "netns", "pids", self.cluster.node(node)], capture_output=True, text=True).stdout
+        for pid in pids.split():
+            os.kill(int(pid), signal.SIGKILL)
+        self._processes[node].wait()
+
+    def forget(self, node: int) -> None:
+        shutil.rmtree(self.memory(node))
+
+    def await_line(self, pattern: str, start: int = 0) -> int:
+        """The number of the first line that matches."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            for number, line in enumerate(self.lines[start:], start):
+                if re.search(pattern, line):
+                    return number
+            time.sleep(0.05)
+        raise AssertionError(f"no {pattern!r} in\n" + "\n".join(self.lines[-80:]))
+
+    def finish(self) -> None:
+        codes = {node: process.wait(timeout=LIMIT_S) for node, process in self._processes.items()}
+        assert set(codes.values()) == {0}, "\n".join(self.lines[-80:])
+
+    def losses(self, start: int = 0) -> dict[int, str]:
+        """Exact losses by step, as first printed from a line on."""
+        found: dict[int, str] = {}
+        for line in self.lines[start:]:
+            match = re.search(r"STEP (\d+) (\S+)$", line)
+            if match:
+                found.setdefault(int(match[1]), match[2])
+        return found
+
+
+def when(job: Job, number: int) -> float:
+    """Seconds since the epoch, as the program printed them."""
+    found = re.search(r"AT (\S+)", job.lines[number])
+    assert found, job.lines[number]
+    return float(found[1])
+
+
+def run(cluster: emulation.Cluster, root: Path, arguments: list[str], *, from_memory: bool) -> dict[str, float]:
+    root.mkdir()
+    job = Job(cluster, root, "--save-at", "4", "--memory-every", "2", "--pause", "3", *arguments)
+    for node in (0, 1):
+        job.start(node)
+    job.await_line(r"STEP 5 ")
+    killed = time.time()
+    job.kill(1)
+    start = len(job.lines)
+    job.forget(1)
+    if not from_memory:
+        shutil.rmtree(job.memory(0))
+    job.memory(0)
+    job.start(1)
+    noticed = time.time()
+    while not any("failed on rank" in line or "Error" in line for line in job.lines[start:]):
+        time.sleep(0.02)
+        noticed = time.time()
+    loading = when(job, job.await_line(r"AT \S+ LOADING", start))
+    loaded = when(job, job.await_line(r"AT \S+ LOADED", start))
+    stepped = when(job, job.await_line(r"AT \S+ STEP", start))
+    for node in (0, 1):
+        job.kill(node)
+    print("\n".join(line for line in job.lines[start:] if "resumed from" in line or "LOADED" in line), flush=True)
+    return {
+        "detection": noticed - killed,
+        "rendezvous, processes, engine": loading - noticed,
+        "states": loaded - loading,
+        "first step": stepped - loaded,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", default="2048")
+    parser.add_argument("--layers", default="20")
+    asked = parser.parse_args()
+    size = ["--hidden", asked.hidden, "--layers", asked.layers]
+    print(f"{12 * int(asked.layers) * (int(asked.hidden) ** 2 + int(asked.hidden)) / 1e9:.2f} GB of states")
+    with tempfile.TemporaryDirectory() as folder, emulation.Cluster(2, None) as cluster:
+        for name, from_memory in (("memory", True), ("disk", False)):
+            times = run(cluster, Path(folder) / name, size, from_memory=from_memory)
+            print(
+                f"from {name}: " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in times.items()), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
