@@ -34,6 +34,7 @@ from .together import words
 _CHUNK = 64 << 20
 _PROGRESS_S = 10.0
 _BROKEN_S = 2.0
+_FAREWELL_S = 0.5
 
 
 class Station(NamedTuple):
@@ -124,12 +125,13 @@ class _Writer:
             self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
         )
         self._joining: Job | None = None
+        self._round: Round | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
 
     def run(self, job: Job) -> Done:
         """Do a job to its end, whatever that is."""
         started = time.monotonic()
-        round_ = Round(self._store, job.number, self._station.ranks)
+        self._round = round_ = Round(self._store, job.number, self._station.ranks)
         self._heartbeat.watch(round_)
         written: list[FileRecord] = []
         try:
@@ -144,9 +146,19 @@ class _Writer:
             )
         finally:
             self._heartbeat.watch(None)
+            self._round = None
         if error and job.publication is not None:
             manifest.discard(manifest.staging_folder(Path(job.target)))
         return Done(job.number, error, time.monotonic() - started, sum(record.bytes for record in written))
+
+    def leave(self, why: str) -> None:
+        """The rank has ended, or was killed: nothing of its may appear from now on. The others need not wait."""
+        threading.Timer(_FAREWELL_S, os._exit, (0,)).start()  # the store may be gone as well
+        round_ = self._round
+        if round_ is not None:
+            with suppress(RuntimeError):
+                round_.lose(f"rank {self._station.rank} {why}")
+        os._exit(0)
 
     def _leave_if_waiting_for_peers(self, failure: RoundFailedError) -> None:
         """A transfer between processes cannot be called off. The rank starts another process for the next save."""
@@ -305,7 +317,7 @@ def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
             try:
                 job = pipe.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the rank has ended, or was killed: nothing of its may appear from now on
+                writer.leave("has ended")
             with changed:
                 jobs.append(job)
                 changed.notify()
