@@ -69,8 +69,8 @@ class Round:
 
     def lose(self, message: str) -> None:
         """Say that a process will never do its part."""
-        self._store.set("lost", message)
         self.fail(message)
+        self._store.set("lost", message)
 
     def report(self, publisher: int, note: dict[str, Any] | None) -> None:
         """Done, so far as this process is concerned; with what it wrote, if it did."""
