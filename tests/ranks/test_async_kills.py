@@ -142,7 +142,7 @@ def kill_ranks(
     return kind
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(KILLS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(pools, tmp_path, kills):
     folder = tmp_path / "saved"
     losses, events, seconds = pools.run(

@@ -92,6 +92,7 @@ def compare(backend: str, grows: bool, runs: tuple[tuple[int, bool], ...]) -> No
         assert actual.breaks == expected.breaks, actual.breaks - expected.breaks
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_compiled_as_stock_is():
     compare("eager", False, ((2, False),))

@@ -140,7 +140,13 @@ def test_no_race_one_order_and_no_more_waiting_than_stock(scenario):
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "sub-groups"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(scenario, marks=[] if scenario in ("accumulation", "fp16", "sub-groups") else [pytest.mark.slow])
+        for scenario in [*SCENARIOS, "sub-groups"]
+    ],
+)
 def test_the_same_of_world_sharded_states(scenario):
     no_more_than_stock(scenario, ["zero3", *WORLD])
 
@@ -279,7 +285,8 @@ def intra() -> set[int]:
 
 @pytest.mark.ranks(4, virtual=True)
 @pytest.mark.parametrize(
-    "system", ["p=1", "p=2", "p=4 flat", pytest.param("p=4 hierarchical", marks=pytest.mark.slow), *WORLD]
+    "system",
+    ["p=1", "p=2", "p=4 flat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("p=4 hierarchical", *WORLD))],
 )
 def test_what_is_taken_away_is_missed(system):
     engine = engine_of(system, dtype="fp16", micro_steps=2, zero={"contiguous_gradients": False})

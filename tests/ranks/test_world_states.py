@@ -65,6 +65,7 @@ def test_twenty_steps_as_zero3(p, micro_steps):
     as_zero3(p, 20, micro_steps=micro_steps, clip=0.5)
 
 
+@pytest.mark.slow  # eight ranks
 @pytest.mark.ranks(8)
 def test_four_replicas_of_two():
     as_zero3(2, 20, optimizer=adamw, micro_steps=3, clip=0.5)
