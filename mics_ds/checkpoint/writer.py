@@ -114,19 +114,22 @@ class Progress(NamedTuple):
 class _Writer:
     def __init__(self, pipe: Connection, arena: Arena, station: Station) -> None:
         self._pipe, self._arena, self._station = pipe, arena, station
-        self._store = dist.TCPStore(
-            station.host,
-            station.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=max(station.patience_s, 10.0)),
-        )
+        self._store = self._client(max(station.patience_s, 10.0))
         self._heartbeat = Heartbeat(
             self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
         )
         self._joining: Job | None = None
         self._round: Round | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
+
+    def _client(self, patience_s: float) -> dist.TCPStore:
+        return dist.TCPStore(
+            self._station.host,
+            self._station.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=patience_s),
+        )
 
     def run(self, job: Job) -> Done:
         """Do a job to its end, whatever that is."""
@@ -238,9 +241,11 @@ class _Writer:
 
     def _connect(self, connection: int, sharers: tuple[int, ...]) -> Any:
         self._groups = {key: group for key, group in self._groups.items() if key[0] == connection}
-        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._store)
-        patience = timedelta(seconds=max(self._station.patience_s, 10.0) * 10)
-        group = dist.ProcessGroupGloo(store, sharers.index(self._station.rank), len(sharers), patience)
+        patience_s = max(self._station.patience_s, 10.0) * 10
+        # A client of its own: while peers are awaited it is locked, and the heartbeat must go on.
+        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._client(patience_s))
+        place = sharers.index(self._station.rank)
+        group = dist.ProcessGroupGloo(store, place, len(sharers), timedelta(seconds=patience_s))
         key = (connection, *sharers)
         self._groups[key] = group
         return group
