@@ -7,10 +7,12 @@ one is complete at any moment. Replicas are on other nodes and do the same, so t
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -199,11 +201,9 @@ def random_states() -> dict[str, Any]:
     found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device_streams() is not None:
         found["device"] = get_accelerator().get_rng_state()
-    try:
-        import numpy
-    except ImportError:
-        return found
-    found["numpy"] = numpy.random.get_state()
+    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    if numpy is not None:
+        found["numpy"] = numpy.random.get_state()
     return found
 
 
@@ -213,6 +213,4 @@ def set_random_states(found: Mapping[str, Any]) -> None:
     if "device" in found and device_streams() is not None:
         get_accelerator().set_rng_state(found["device"])
     if "numpy" in found:
-        import numpy
-
-        numpy.random.set_state(found["numpy"])
+        importlib.import_module("numpy").random.set_state(found["numpy"])
