@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,33 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         virtual=mark.kwargs.get("virtual", False),
     )
     return True
+
+
+# What other tests of the default run show as well, at other sizes or with fewer ranks. In one place, to see what the
+# default run is made of; everything in it is in scripts/test_slow.sh.
+REPEATS = re.compile(
+    r"test_virtual_races.py::test_no_race\w+\[(persistent parameters|bf16, all-to-all|fp16, no overlap)\]"
+    r"|test_virtual_races.py::test_the_same_of_world_sharded_states\[(fp16|sub-groups)\]"
+    r"|test_world_states.py::test_twenty_steps_as_zero3\[(1-1|1-2|1-4|3-4)\]"
+    r"|test_world_states.py::test_(fifty|what_the_util|a_rank_keeps)\w+\[(.*-)?1(-.*)?\]"
+    r"|test_world_states.py::test_(weights_changed|one_reduce_scatter)\w+\[(.*-)?1(-.*)?\]"
+    r"|test_world_states.py::test_(settings_of_zero\[.*-1\]|sixteen_bit\[None|offloaded_gradients\w+\[1-3\])"
+    r"|test_world_checkpoints.py::test_files_come_through\w+\[.*(bf16-1|fp32-2)\]"
+    r"|test_planner_engine.py::test_model_states_to_the_byte\[.*extra[13569]\]"
+    r"|test_start.py::test_gloo_under_another_name\[(None|cpu:gloo)\]"
+    r"|test_checkpoints.py::test_under_tensor_parallelism"
+    r"|test_features.py::test_client_optimizer\[(Adam|AdamW amsgrad|RMSprop)\]"
+    r"|test_parity.py::test_(equals_one_process\w+\[0.5-3-(1|4)\]|offload_to_host_memory\[where1-3\])"
+    r"|test_memory_tier.py::test_(it_goes_on\w+\[1\]|what_a_node_lost\w+\[(node1|node1/.*)\])"
+    r"|test_launch.py::test_two_nodes_without_ssh"
+    r"|test_ab.py::test_a_script_of_ones_own"
+    r"|test_nodes.py::test_writers_are_spread"
+    r"|test_frameworks.py::test_lightning_fabric"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if REPEATS.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
