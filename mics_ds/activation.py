@@ -139,7 +139,7 @@ def _patch_construction(patches: Patches) -> None:
     for module in ds_config.readers():
         patches.set(module, "load_ds_config", _reading(module.load_ds_config))
     recorder.record_engine(patches, DeepSpeedEngine)
-    engine.after_each_step(patches, _after_step)
+    engine.after_each_step(patches, DeepSpeedEngine, _after_step)
     if engine.log_stage not in collectives.observers:
         collectives.observers.append(engine.log_stage)
 

@@ -15,8 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -116,8 +114,8 @@ class Background:
             self._job = job
         try:
             self._pipe.send(job)
-        except OSError:  # the listener knows
-            self._wait_for(lambda: self._job is None)
+        except OSError:  # and the listener may have looked before there was a job
+            self._gone()
         nbytes = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
         log_rank0(f"{job.target} is written in the background; rank 0 writes {nbytes / 1e6:.1f} MB of it")
 
@@ -125,11 +123,14 @@ class Background:
         """Have a copy in memory summed up and described."""
         with self._changed:
             self._sealing.add(job.path)
-        with suppress(OSError):  # the listener knows
+        try:
             self._pipe.send(job)
+        except OSError:  # and the listener may have looked before
+            self._gone()
 
-    def is_sealing(self, path: str) -> bool:
-        return path in self._sealing
+    @property
+    def is_sealing(self) -> bool:
+        return bool(self._sealing)
 
     def wait_for_seals(self) -> None:
         self._wait_for(lambda: not self._sealing)
@@ -219,18 +220,12 @@ class Background:
         self._finish(error, "")
 
     def _round(self, number: int) -> Round:
-        store = self._server or dist.TCPStore(
-            self._station.host,
-            self._station.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=10),
-        )
-        return Round(store, number, self._ranks)
+        return Round(self._server or self._station.connect(10), number, self._ranks)
 
     def drain(self) -> str:
         """Wait until what is under way is done. Returns what went wrong since somebody last asked."""
         self.wait()
+        self.wait_for_seals()
         if self._server is not None and self._number and not self._died:
             # The store ends with this process, and others may still have to learn from it how the save ended.
             round_, deadline = self._round(self._number), time.monotonic() + 10
@@ -317,7 +312,6 @@ def _drain_and_exit() -> None:
     if current is None:
         return
     error = current.drain()
-    current.wait_for_seals()
     if not error and getattr(sys, "last_value", None) is None:
         for act in at_end:
             act()
@@ -342,16 +336,16 @@ def _terminate(number: int, _frame: Any) -> None:
     os.kill(os.getpid(), number)
 
 
-def _before_deletion(path: str) -> None:
-    """Somebody makes room for a checkpoint that is not there yet.
+def _before_deletion(path: str, deletes: bool) -> None:
+    """Somebody makes room for a checkpoint that is not there yet, or looks for it.
 
     Raises:
-        MicsCheckpointError: and it will not be.
+        MicsCheckpointError: it will not be, and room is made.
     """
     current = Background.current
     if current is None or not current.is_busy:
         return
     logger.info("%s is about to be deleted or looked for; waiting for the checkpoint that is being written", path)
     current.wait()
-    if current.error:
+    if current.error and deletes:
         raise MicsCheckpointError(f"{current.error} {path} was not deleted.")

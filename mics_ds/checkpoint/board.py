@@ -92,6 +92,8 @@ class Round:
             key = f"note/{publisher}/{place}"
             notes.append(json.loads(self._store.get(key)))
             self._store.delete_key(key)
+        for counter in (f"heard/{publisher}", f"notes/{publisher}"):
+            self._store.delete_key(counter)
         return notes
 
     def publishers_reach(self, stage: str, publishers: int, leads: bool) -> None:

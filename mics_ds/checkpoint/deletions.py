@@ -13,18 +13,20 @@ from typing import Any
 
 from . import manifest
 
-_EVENTS = ("shutil.rmtree", "glob.glob")
+_DELETES = "shutil.rmtree"
+_EVENTS = (_DELETES, "glob.glob")
 
 
-def watch(before: Callable[[str], None]) -> None:
-    """Call ``before`` with the path when a folder with checkpoints of MiCS is about to be deleted or looked through.
+def watch(before: Callable[[str, bool], None]) -> None:
+    """Call ``before`` when a folder with checkpoints of MiCS is about to be deleted or looked through: with the path,
+    and whether it is deleted.
 
     For the rest of the process: such hooks cannot be removed.
     """
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and arguments and isinstance(arguments[0], (str, Path)) and _concerns(event, arguments[0]):
-            before(str(arguments[0]))
+            before(str(arguments[0]), event == _DELETES)
 
     sys.addaudithook(hook)
 

@@ -9,10 +9,11 @@ from ..config import CheckpointRequest
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
-from ..seams.engine import device_streams
+from ..seams.engine import wait_for_device
 from .background import Background
 from .board import NOTHING_PUBLISHED
-from .staging import Staged, Staging
+from .joints import Staged
+from .staging import Staging
 from .together import attempt, exchange, raise_together
 from .writer import Job, Publication
 
@@ -67,7 +68,7 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
         if site.publishes:
             publications.append(Publication(one.describe({}), one.request.folder, one.request.tag, save_latest))
         background.revive()
-        staged.append(session.stage(background.arena, _finish))
+        staged.append(session.stage(background.arena, wait_for_device))
 
     attempt(stage, session.errors)
     notes = exchange({"errors": session.errors}, f"staging {one.target}")
@@ -86,13 +87,6 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
             publication=publications[0] if publications else None,
         )
     )
-
-
-def _finish() -> None:
-    """Wait for copies from the device."""
-    accelerator = device_streams()
-    if accelerator is not None:
-        accelerator.current_stream().synchronize()
 
 
 def wait_for_saves() -> None:

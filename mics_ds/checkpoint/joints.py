@@ -65,6 +65,25 @@ class Joint(NamedTuple):
         Slices(self.shards, len(pieces), 0).put(rows, whole.view(dtype))
 
 
+class StagedFile(NamedTuple):
+    """A file that is still to be written."""
+
+    name: str
+    pickled: bytes
+    places: tuple[tuple[int, int], ...]
+    """Start and bytes of each storage in the arena."""
+
+
+class Staged(NamedTuple):
+    """What one rank has copied, and what becomes of it."""
+
+    files: tuple[StagedFile, ...]
+    joints: tuple[Joint, ...]
+    """In the same order on all ranks that share the staging of a shard."""
+    nbytes: int
+    """Of the arena that are in use."""
+
+
 class Room:
     """Places in memory, given out one after the other."""
 

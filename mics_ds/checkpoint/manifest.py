@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -143,6 +143,16 @@ def _replaced_folder(target: Path) -> Path:
 def is_remains(name: str) -> bool:
     """Whether a folder with this name is not a checkpoint, but on its way to become one or to be removed."""
     return name.startswith(".") and name.endswith((".partial", ".replaced"))
+
+
+def noted(files: Mapping[str, FileRecord]) -> dict[str, list[int]]:
+    """Records of files as something that JSON can hold."""
+    return {name: [record.bytes, record.crc32, record.writer] for name, record in files.items()}
+
+
+def recorded(notes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, FileRecord]:
+    """The records in what several ranks :func:`noted`."""
+    return {name: FileRecord(*record) for note in notes for name, record in note.items()}
 
 
 def discard(staging: Path) -> None:

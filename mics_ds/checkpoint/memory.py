@@ -27,9 +27,9 @@ import torch
 
 from ..errors import MicsCheckpointError
 from .arena import Arena
+from .joints import StagedFile
 from .manifest import write_text
 from .recording import Recorded, replay
-from .staging import StagedFile
 
 FORMAT = 1
 SLOTS = 2

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
 from ..seams import checkpoint as seam
 from ..seams.engine import communication_device
 from . import manifest, memory, names
 from .arena import Arena
-from .manifest import FileRecord, Manifest
 from .memory import Copy, Description
 from .snapshot import MemoryTier, set_random_states
-from .together import Site, attempt, exchange, on_publishers, raise_together, words
+from .together import Site, attempt, exchange, greatest, on_publishers, raise_together
 
 _CHUNK = 64 << 20
 _NOBODY = 1 << 40
@@ -40,6 +39,8 @@ class _Source(NamedTuple):
     """Global rank that has a good copy of each shard, by model-parallel rank and shard."""
     own: dict[int, Copy]
     """Those that this rank vouches for, by place in :attr:`holders`."""
+    here: list[Copy]
+    """Those on this node, good or not."""
 
 
 class Restored(NamedTuple):
@@ -75,7 +76,7 @@ def restored(tier: MemoryTier, engine: Any, load_dir: str | os.PathLike) -> Iter
         with ExitStack() as stack:
             copy, arena, came_from = _fetch(tier, engine, source, stack)
             tag = f"global_step{source.step}"
-            _write(tier, engine, copy, arena, folder, tag, source.step)
+            _write(tier.site, copy, arena, folder, tag, source.step)
             own = None if copy is None else memory.own_part(copy, arena, dist.get_rank())
             siblings = exchange({"sibling": came_from == "sibling"}, "fetching states from memory")
             count = sum(note["sibling"] for note in siblings)
@@ -105,27 +106,21 @@ def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
     usable = _usable(tier, engine, home)
     below = _NOBODY
     for _ in range(2 * memory.SLOTS):
-        newest = _reduce([max((copy.description.step for copy in usable if copy.description.step < below), default=-1)])
-        if newest[0] < 0:
+        steps = [copy.description.step for copy in usable]
+        [newest] = greatest([max((step for step in steps if step < below), default=-1)])
+        if newest < 0:
             break
-        own = _good(tier, [copy for copy in usable if copy.description.step == newest[0]], shards)
+        here = [copy for copy in usable if copy.description.step == newest]
+        own = _good(tier, here, shards)
         holders = [dist.get_rank() if place in own else _NOBODY for place in range(places)]
-        holders = [-negated for negated in _reduce([-holder for holder in holders])]
+        holders = [-negated for negated in greatest([-holder for holder in holders])]
         if max(holders) < _NOBODY:
-            return _Source(newest[0], holders, own)
+            return _Source(newest, holders, own, here)
         lost = [place for place, holder in enumerate(holders) if holder == _NOBODY]
-        log_rank0(f"of step {newest[0]}, shards {lost[:8]} are in no node's memory")
-        below = newest[0]
+        log_rank0(f"of step {newest}, shards {lost[:8]} are in no node's memory")
+        below = newest
     log_rank0("no complete set of copies in memory")
     return None
-
-
-def _reduce(values: list[int]) -> list[int]:
-    """The greatest of all ranks, place by place."""
-    told = torch.tensor(values, dtype=torch.int64, device=communication_device())
-    if dist.get_world_size() > 1:
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    return told.tolist()
 
 
 def _usable(tier: MemoryTier, engine: Any, home: str) -> list[Copy]:
@@ -159,15 +154,21 @@ def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
     for index, copy in enumerate(copies):
         if index % len(neighbours) != turn:
             continue
-        try:
-            with memory.opened(copy.path) as arena:
-                memory.check(copy, arena)
-        except (OSError, MicsCheckpointError) as error:
-            logger.warning("%s", words(error))
+        if not _is_good(copy):
             continue
         model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
         good[model_parallel * shards + copy.description.shard] = copy
     return good
+
+
+def _is_good(copy: Copy) -> bool:
+    try:
+        with memory.opened(copy.path) as arena:
+            memory.check(copy, arena)
+    except (OSError, MicsCheckpointError) as error:
+        logger.warning("%s", words(error))
+        return False
+    return True
 
 
 def _newest_on_disk(load_dir: str | os.PathLike) -> int:
@@ -180,7 +181,7 @@ def _newest_on_disk(load_dir: str | os.PathLike) -> int:
                 step = manifest.read(Path(load_dir) / tag).global_steps
         except (OSError, MicsCheckpointError) as error:
             logger.warning("%s cannot be read: %s", load_dir, words(error))
-    return _reduce([step])[0]
+    return greatest([step])[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,21 +192,12 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     """The copy of this rank's shard, on the ranks that keep one for their node. Collective over the world."""
     site = tier.site
     place = seam.model_parallel_rank(engine) * site.groups.layout.partition_size + site.shard
-    here = tier.folder / f"{memory.shard_name(seam.model_parallel_rank(engine), site.shard)}"
-    found: list[Copy] = []
-    for slot in range(memory.SLOTS):
-        path = Path(f"{here}.{slot}")
-        description = memory.read(path)
-        if description is not None and description.step == source.step:
-            found.append(Copy(description, path))
-    # A copy that its checker found bad is nobody's; another node's is fetched.
-    lacks = not found or source.holders[place] == _NOBODY or not _is_good_here(found[0])
-    wants = torch.full((dist.get_world_size(),), -1, dtype=torch.int64, device=communication_device())
-    wants[site.rank] = place if lacks and tier.keeps else -1
-    if dist.get_world_size() > 1:
-        dist.all_reduce(wants, dist.ReduceOp.MAX)
+    name = memory.shard_name(seam.model_parallel_rank(engine), site.shard)
+    found = [copy for copy in source.here if copy.path.stem == name and _is_good(copy)]
+    wants = [-1] * dist.get_world_size()
+    wants[site.rank] = place if tier.keeps and not found else -1
     received: list[tuple[Description, Arena]] = []
-    for rank, wanted in enumerate(wants.tolist()):
+    for rank, wanted in enumerate(greatest(wants)):
         if wanted < 0:
             continue
         if source.holders[wanted] == site.rank:
@@ -220,15 +212,6 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     arena = stack.enter_context(memory.opened(found[0].path))
     arena.map(found[0].description.nbytes)
     return found[0].description, arena, "node"
-
-
-def _is_good_here(copy: Copy) -> bool:
-    try:
-        with memory.opened(copy.path) as arena:
-            memory.check(copy, arena)
-    except (OSError, MicsCheckpointError):
-        return False
-    return True
 
 
 def _send(copy: Copy, rank: int) -> None:
@@ -259,48 +242,31 @@ def _receive(rank: int) -> tuple[Description, Arena]:
     return description, arena
 
 
-def _write(
-    tier: MemoryTier, engine: Any, copy: Description | None, arena: Arena, folder: Path, tag: str, step: int
-) -> None:
+def _write(site: Site, copy: Description | None, arena: Arena, folder: Path, tag: str, step: int) -> None:
     """Make a checkpoint of the copies on each node, in its memory. Collective over the world."""
-    site, layout = tier.site, tier.site.groups.layout
     staging = manifest.staging_folder(folder / tag)
 
     def make() -> None:
         memory.remove(folder)
-        memory.make_region(tier.folder)
+        memory.make_region(folder.parent)
         staging.mkdir(parents=True)
 
     failed = "States in memory could not be used."
     raise_together(on_publishers(site, make, "resuming from memory"), failed, _REMEDY)
-    files: dict[str, list[int]] = {}
-    note: dict[str, Any] = {"errors": [], "files": files}
+    note: dict[str, Any] = {"errors": [], "files": {}}
 
     def write() -> None:
         if copy is not None:
-            for path in memory.write_files(copy, arena, staging):
-                record = manifest.seal(path, site.rank)
-                files[path.name] = [record.bytes, record.crc32, record.writer]
+            written = memory.write_files(copy, arena, staging)
+            note["files"] = manifest.noted({path.name: manifest.seal(path, site.rank) for path in written})
 
     attempt(write, note["errors"])
     notes = exchange(note, "resuming from memory")
     raise_together(notes, failed, _REMEDY)
 
     def publish() -> None:
-        mine = [notes[rank]["files"] for rank in site.peers]
-        described = Manifest(
-            tag=tag,
-            shards=layout.partition_size,
-            replicas=layout.replication_size,
-            ranks=layout.world_size,
-            ranks_per_node=tuple(layout.nodes.count(node) for node in dict.fromkeys(layout.nodes)),
-            model_parallel=dist.get_world_size() // layout.world_size,
-            global_steps=step,
-            node_local=True,
-            versions={},
-            files={name: FileRecord(*record) for files in mine for name, record in files.items()},
-        )
-        manifest.publish(staging, folder / tag, described)
+        files = manifest.recorded(notes[rank]["files"] for rank in site.peers)
+        manifest.publish(staging, folder / tag, site.describe(tag, step, files))
 
     raise_together(on_publishers(site, publish, "resuming from memory"), failed, _REMEDY)
 

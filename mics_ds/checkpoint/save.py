@@ -16,19 +16,16 @@ import json
 import os
 import pickle
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-from .. import __version__
 from ..config import CheckpointRequest
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, words
 from ..log import log_rank0
 from ..seams import checkpoint as seam
 from ..seams.engine import steps_taken
@@ -44,7 +41,6 @@ from .together import (
     raise_together,
     shared_store,
     site_of,
-    words,
 )
 
 
@@ -169,19 +165,7 @@ class _Save:
         session.write(state, str(path), torch.save)
 
     def describe(self, files: Mapping[str, FileRecord]) -> Manifest:
-        layout = self.site.groups.layout
-        return Manifest(
-            tag=self.request.tag,
-            shards=layout.partition_size,
-            replicas=layout.replication_size,
-            ranks=layout.world_size,
-            ranks_per_node=tuple(Counter(layout.nodes).values()),
-            model_parallel=dist.get_world_size() // layout.world_size,
-            global_steps=self.engine.global_steps,
-            node_local=self.site.node_local,
-            versions={"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
-            files=dict(files),
-        )
+        return self.site.describe(self.request.tag, self.engine.global_steps, files)
 
 
 def save(
@@ -237,13 +221,11 @@ def _write_and_publish(original: Callable[..., bool], one: _Save) -> None:
     seam.set_writer(one.engine, writes, writes)
     one.collect(original, session, slices.gathered(one.engine.optimizer, site, session.errors))
     records = Round(shared_store(), _Numbers.next(), dist.get_world_size())
-    note = {name: [record.bytes, record.crc32, record.writer] for name, record in session.files.items()}
-    records.report(site.publisher, note or None)
+    records.report(site.publisher, manifest.noted(session.files) or None)
     raise_together(exchange({"errors": session.errors}, f"saving {target}"), one.failed, NOTHING_PUBLISHED)
 
     def publish() -> None:
-        notes = records.notes(site.publisher, len(site.peers))  # everybody's are there
-        files = {name: FileRecord(*record) for note in notes for name, record in note.items()}
+        files = manifest.recorded(records.notes(site.publisher, len(site.peers)))  # everybody's are there
         manifest.publish(one.staging, target, one.describe(files))
 
     raise_together(on_publishers(site, publish, f"publishing {target}"), one.failed, NOTHING_PUBLISHED)

@@ -24,17 +24,21 @@ from deepspeed.accelerator import get_accelerator
 
 from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, MicsConfigError, words
 from ..log import log_rank0, logger
 from ..seams import checkpoint as seam
-from ..seams.engine import device_streams, steps_taken
+from ..seams.engine import device_streams, steps_taken, wait_for_device
 from . import memory
 from .arena import Arena
 from .background import Background, at_end
+from .joints import Staged, StagedFile
 from .memory import Description
-from .staging import Staged, StagedFile, Staging
-from .together import Site, words
+from .staging import Staging
+from .together import Site, greatest
 from .writer import Seal
+
+_NONE = 1 << 40
+"""In place of a step, on a rank that keeps no copies."""
 
 ClientState = Callable[[], Mapping[str, Any]]
 
@@ -44,9 +48,17 @@ class MemoryTier:
 
     Args:
         request: with ``memory_every`` > 0.
+
+    Raises:
+        MicsConfigError: the job has ranks that do not take part.
     """
 
     def __init__(self, request: CheckpointRequest, groups: MicsGroups) -> None:
+        if len(groups.node_of) != dist.get_world_size():
+            raise MicsConfigError(
+                f"mics_checkpoint.memory_every needs all ranks of the job, which is {dist.get_world_size()}, and "
+                f"{len(groups.node_of)} take part. Leave it out."
+            )
         self.request, self._groups = request, groups
         self.site = Site(groups, node_local=True)
         self.folder = memory.region(request.memory_folder, memory.job_key(request.job))
@@ -57,7 +69,6 @@ class MemoryTier:
         self.gave_client_state = False
         self.newest_on_disk = -1
         self._arenas: dict[Path, Arena] = {}
-        self._taken = 0
         self._complained = False
         self._layout = ""
         at_end.append(self.end)
@@ -68,22 +79,47 @@ class MemoryTier:
         return self.site.writer == self.site.rank
 
     def step_ended(self, engine: Any) -> None:
-        """Copy the states if it is time to. Collective over the replication group then.
+        """Copy the states if it is time to. Collective over the world then.
 
-        A copy that cannot be made is a warning: training needs none.
+        A copy that cannot be made is a warning: training needs none. All ranks make the same ones, so that whichever
+        is complete is complete everywhere, or leave the same ones out.
         """
         if steps_taken(engine) % self.request.memory_every:
             return
-        Background.of_job()
-        own = self._own_parts(_pickled({"client_state": self._client_state(), "random": random_states()}))
-        if not self.keeps:
+        background = Background.of_job()
+        own: list[bytes] = []
+        self._or_warn(lambda: own.append(_pickled({"client_state": self._client_state(), "random": random_states()})))
+        newest = _NONE
+        if self.keeps:
+            self._forget_others(engine)
+            newest = max(self._steps(engine).values())
+        hindered, negated = greatest([int(not own or background.is_sealing), -newest])
+        if hindered:
+            log_rank0(f"no copy of step {steps_taken(engine)}: the last ones are not summed up yet, or a rank cannot")
             return
+        parts = self._own_parts(own[0])
+        if self.keeps:
+            self._or_warn(lambda: self._take(engine, parts, kept=-negated))
+
+    def _or_warn(self, work: Callable[[], object]) -> None:
         try:
-            self._take(engine, own)
+            work()
         except Exception as error:
             if not self._complained:
                 logger.warning("states could not be copied to memory: %s", words(error))
             self._complained = True
+
+    def _forget_others(self, engine: Any) -> None:
+        """What is later than now, or of another model, is of an earlier run that this one does not go on with."""
+        for copy in memory.copies(self.folder):
+            if copy.description.step >= steps_taken(engine) or copy.description.layout != self.layout(engine):
+                memory.forget(copy.path)
+
+    def _steps(self, engine: Any) -> dict[Path, int]:
+        """The two places for copies of this rank's shard, and the step of what is complete there, or -1."""
+        places = [self.folder / f"{self._name(engine)}.{slot}" for slot in range(memory.SLOTS)]
+        found = {path: memory.read(path) for path in places}
+        return {path: -1 if description is None else description.step for path, description in found.items()}
 
     def _client_state(self) -> dict[str, Any]:
         return {} if self.client_state is None else dict(self.client_state())
@@ -97,16 +133,18 @@ class MemoryTier:
         dist.all_gather_object(parts, own, group=replication.group)
         return dict(zip(replication.ranks, parts))
 
-    def _take(self, engine: Any, own: Mapping[int, bytes]) -> None:
+    def _take(self, engine: Any, own: Mapping[int, bytes], kept: int) -> None:
+        """Copy this rank's shard.
+
+        Args:
+            kept: the newest step of which all shards have a complete copy, or -1. It stays.
+        """
         background = Background.current
         assert background is not None, "made before"
         background.revive()
         memory.make_region(self.folder)
-        path = self.folder / f"{self._name(engine)}.{self._taken % memory.SLOTS}"
-        if background.is_sealing(str(path)):
-            log_rank0("the last copies of the states in memory are not summed up yet; this one is left out")
-            return
-        self._taken += 1
+        steps = self._steps(engine)
+        path = min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
         session = Staging(self.site, alone=True)
         seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
         if session.errors:
@@ -114,7 +152,7 @@ class MemoryTier:
         memory.forget(path)
         arena = self._arena(path)
         extra = [part for _, part in sorted(own.items())]
-        staged, places = session.stage_with(arena, _finish, extra)
+        staged, places = session.stage_with(arena, wait_for_device, extra)
         background.seal(Seal(str(path), self._describe(engine, staged, places, sorted(own))))
 
     def _describe(self, engine: Any, staged: Staged, places: list[tuple[int, int]], ranks: list[int]) -> Description:
@@ -182,12 +220,6 @@ class MemoryTier:
         self.homes.add(os.path.realpath(folder))
         self.gave_client_state |= bool(client_state)
         self.newest_on_disk = step
-
-
-def _finish() -> None:
-    accelerator = device_streams()
-    if accelerator is not None:
-        accelerator.current_stream().synchronize()
 
 
 def _pickled(value: Any) -> bytes:

@@ -5,34 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ..errors import words
 from . import origin
 from .arena import Arena
-from .joints import SHARED_FROM, Joint, Room, shares
+from .joints import SHARED_FROM, Joint, Room, Staged, StagedFile, shares
 from .recording import Recorded, record
-from .together import Site, attempt, words
-
-
-class StagedFile(NamedTuple):
-    """A file that is still to be written."""
-
-    name: str
-    pickled: bytes
-    places: tuple[tuple[int, int], ...]
-    """Start and bytes of each storage in the arena."""
-
-
-class Staged(NamedTuple):
-    """What one rank has copied, and what becomes of it."""
-
-    files: tuple[StagedFile, ...]
-    joints: tuple[Joint, ...]
-    """In the same order on all ranks that share the staging of a shard."""
-    nbytes: int
-    """Of the arena that are in use."""
+from .together import Site, attempt
 
 
 class Staging:
@@ -113,21 +95,22 @@ class Staging:
         self, arena: Arena, finish: Callable[[], object], room: Room, parts: list[tuple[int, torch.Tensor]]
     ) -> Staged:
         files: list[StagedFile] = []
-        joints: dict[int, Joint] = {}
+        joints: list[Joint] = []
+        outlines = {whole.data_ptr() for whole, _, _ in self._wholes if whole.numel()}
         whole_at: dict[int, int] = {}
         for name, recorded in self._recorded:
             shared = name.endswith("_optim_states.pt")
             places = []
-            for index, storage in enumerate(recorded.storages):
+            for storage in recorded.storages:
                 content = _bytes_of(storage)
                 if shared and self._is_shared(content):
-                    joints[index] = self._range(content, room, parts)
-                    places.append((joints[index].whole, content.numel()))
+                    joints.append(self._range(content, room, parts))
+                    places.append((joints[-1].whole, content.numel()))
                     continue
                 if not self._owner and shared:
                     continue
                 places.append((room.take(content.numel()), content.numel()))
-                if storage.data_ptr() in self._outlines:
+                if storage.data_ptr() in outlines:
                     whole_at[storage.data_ptr()] = places[-1][0]
                 else:
                     parts.append((places[-1][0], content))
@@ -137,16 +120,12 @@ class Staging:
             piece = room.take(held.nbytes)
             parts.append((piece, held))
             start = whole_at.get(whole.data_ptr(), -1)
-            joints[len(joints)] = joint._replace(whole=start, piece=piece)
+            joints.append(joint._replace(whole=start, piece=piece))
         arena.reserve(room.nbytes)
         arena.copy_in(parts, finish)
         self._recorded.clear()
         self._wholes.clear()
-        return Staged(tuple(files), tuple(joints.values()), room.nbytes)
-
-    @property
-    def _outlines(self) -> set[int]:
-        return {whole.data_ptr() for whole, _, _ in self._wholes if whole.numel()}
+        return Staged(tuple(files), tuple(joints), room.nbytes)
 
     def _is_shared(self, content: torch.Tensor) -> bool:
         """Whether all replicas have this storage, and each copies a part."""

@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from .. import __version__
 from ..comm.groups import MicsGroups
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, words
 from ..log import logger
 from ..seams.engine import communication_device
+from .manifest import FileRecord, Manifest
 
 _EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 
@@ -53,10 +57,16 @@ def all_the_same(value: Any) -> bool:
     """Whether all ranks say the same, which has to be something that JSON can hold. Collective over the world."""
     body = json.dumps(value, sort_keys=True).encode()
     number = int.from_bytes(hashlib.sha256(body).digest()[:7], "little")  # 56 bits, and a sign
-    extremes = torch.tensor([number, -number], device=communication_device())
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    greatest, negated_least = extremes.tolist()
-    return greatest == -negated_least
+    most, negated_least = greatest([number, -number])
+    return most == -negated_least
+
+
+def greatest(values: list[int]) -> list[int]:
+    """The greatest that any rank says, place by place. Collective over the world."""
+    said = torch.tensor(values, dtype=torch.int64, device=communication_device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+    return said.tolist()
 
 
 def shared_store() -> dist.Store:
@@ -78,12 +88,6 @@ def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> Non
         )
         more = f"; and {len(by_message) - 6} more" if len(by_message) > 6 else ""
         raise MicsCheckpointError(f"{failed} {said}{more}. {remedy}")
-
-
-def words(error: BaseException) -> str:
-    """An error in a note to the other ranks; one of ours needs no introduction."""
-    said = str(error) if isinstance(error, MicsCheckpointError) else f"{type(error).__name__}: {error}"
-    return said.encode(errors="backslashreplace").decode().strip().rstrip(".")
 
 
 def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = words) -> None:
@@ -154,6 +158,22 @@ class Site:
         nodes, same_shard = self.groups.node_of, self.groups.layout.replication_groups[self.shard]
         first = {nodes[rank]: rank for rank in reversed(same_shard)}
         return sorted(first.values())
+
+    def describe(self, tag: str, steps: int, files: Mapping[str, FileRecord]) -> Manifest:
+        """A checkpoint of this job, as this rank's folder has it."""
+        layout = self.groups.layout
+        return Manifest(
+            tag=tag,
+            shards=layout.partition_size,
+            replicas=layout.replication_size,
+            ranks=layout.world_size,
+            ranks_per_node=tuple(Counter(layout.nodes).values()),
+            model_parallel=dist.get_world_size() // layout.world_size,
+            global_steps=steps,
+            node_local=self.node_local,
+            versions={"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
+            files=dict(files),
+        )
 
 
 def site_of(engine: Any) -> Site:

@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..errors import words
 from . import manifest, memory, names
 from .arena import Arena
 from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError, not_saved
-from .joints import Joint
+from .joints import Joint, Staged
 from .manifest import FileRecord, Manifest
 from .memory import Description
 from .recording import Recorded, replay
-from .staging import Staged
-from .together import words
 
 _CHUNK = 64 << 20
 _PROGRESS_S = 10.0
@@ -46,6 +45,11 @@ class Station(NamedTuple):
     rank: int
     ranks: int
     patience_s: float
+
+    def connect(self, patience_s: float) -> dist.TCPStore:
+        """A new client of the store, whose waits end after so long."""
+        timeout = timedelta(seconds=patience_s)
+        return dist.TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 class Publication(NamedTuple):
@@ -114,22 +118,13 @@ class Progress(NamedTuple):
 class _Writer:
     def __init__(self, pipe: Connection, arena: Arena, station: Station) -> None:
         self._pipe, self._arena, self._station = pipe, arena, station
-        self._store = self._client(max(station.patience_s, 10.0))
+        self._store = station.connect(max(station.patience_s, 10.0))
         self._heartbeat = Heartbeat(
             self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
         )
         self._joining: Job | None = None
         self._round: Round | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
-
-    def _client(self, patience_s: float) -> dist.TCPStore:
-        return dist.TCPStore(
-            self._station.host,
-            self._station.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience_s),
-        )
 
     def run(self, job: Job) -> Done:
         """Do a job to its end, whatever that is."""
@@ -187,8 +182,7 @@ class _Writer:
             self._joining = None
             round_.fail(f"rank {self._station.rank}: {words(error)}")
         else:
-            note = {name: [record.bytes, record.crc32, record.writer] for name, record in files.items()}
-            round_.report(job.publisher, note or None)
+            round_.report(job.publisher, manifest.noted(files) or None)
         if job.publication is not None:
             self._publish(round_, job, job.publication)
         return round_.await_key("result")
@@ -243,7 +237,7 @@ class _Writer:
         self._groups = {key: group for key, group in self._groups.items() if key[0] == connection}
         patience_s = max(self._station.patience_s, 10.0) * 10
         # A client of its own: while peers are awaited it is locked, and the heartbeat must go on.
-        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._client(patience_s))
+        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._station.connect(patience_s))
         place = sharers.index(self._station.rank)
         group = dist.ProcessGroupGloo(store, place, len(sharers), timedelta(seconds=patience_s))
         key = (connection, *sharers)
@@ -270,8 +264,7 @@ class _Writer:
         """Turn the folder into a checkpoint, together with the other publishers, and tell everybody."""
         leads, publishers = self._station.rank == job.publishers[0], len(job.publishers)
         target, folder = Path(job.target), Path(publication.folder)
-        notes = round_.notes(job.publisher, job.peers)
-        files = {name: FileRecord(*record) for note in notes for name, record in note.items()}
+        files = manifest.recorded(round_.notes(job.publisher, job.peers))
         round_.publishers_reach("ready", publishers, leads)
         round_.begin_publishing(leads)
         described = replace(publication.manifest, files=files)

@@ -13,7 +13,6 @@ import psutil
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 
 from .ds_config import offload_device
@@ -221,8 +220,15 @@ def is_fresh(engine: Any) -> bool:
     return int(engine.global_steps) == 0 and int(engine.micro_steps) == 0
 
 
-def after_each_step(patches: Patches, act: Callable[[Any], None]) -> None:
-    """Call ``act(engine)`` whenever an engine has taken an optimizer step."""
+def wait_for_device() -> None:
+    """Wait for what the host has given the device to do, on the current stream."""
+    accelerator = device_streams()
+    if accelerator is not None:
+        accelerator.current_stream().synchronize()
+
+
+def after_each_step(patches: Patches, engine_class: type, act: Callable[[Any], None]) -> None:
+    """Call ``act(engine)`` whenever an engine of this class has taken an optimizer step."""
 
     def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.global_steps
@@ -231,7 +237,7 @@ def after_each_step(patches: Patches, act: Callable[[Any], None]) -> None:
             act(self)
         return result
 
-    patches.wrap_method(DeepSpeedEngine, "step", step)
+    patches.wrap_method(engine_class, "step", step)
 
 
 def write_monitor(engine: Any, values: Mapping[str, float]) -> None:

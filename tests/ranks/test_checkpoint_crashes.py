@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -219,14 +220,22 @@ def fill_the_disk(folder, space):
     assert manifest.complete_tags(Path(folder)) == ["global_step1", "global_step2"]
 
 
-@pytest.mark.skipif(
+needs_root = pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root to mount a small tmpfs"
 )
-def test_a_full_disk_is_an_error_on_every_rank_and_keeps_the_old_checkpoint(pools, tmp_path):
-    folder, space = tmp_path / "disk", 1_200_000
+
+
+@contextmanager
+def small_disk(folder, space):
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "mics_ds_test", str(folder)], check=True)
     try:
-        pools.run(4, __name__, "fill_the_disk", {"folder": str(folder), "space": space}, 60)
+        yield {"folder": str(folder), "space": space}
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@needs_root
+def test_a_full_disk_is_an_error_on_every_rank_and_keeps_the_old_checkpoint(pools, tmp_path):
+    with small_disk(tmp_path / "disk", 1_200_000) as disk:
+        pools.run(4, __name__, "fill_the_disk", disk, 60)

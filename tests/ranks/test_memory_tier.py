@@ -59,6 +59,13 @@ def zero(**more):
     return {"mics_checkpoint": {"memory_every": EVERY, **more}}
 
 
+def sealed():
+    """A copy is left out while the one before is still being summed up."""
+    if Background.current is not None:
+        sealed()
+    dist.barrier()
+
+
 def trained(root: Path, count: int, p: int = 2, **more):
     """An engine that has begun in an empty folder and trained; its losses, and the digest of its last copy."""
     engine = engine_of(p, zero=zero(**more))
@@ -66,10 +73,9 @@ def trained(root: Path, count: int, p: int = 2, **more):
     losses, copied = [], {}
     for _ in range(count):
         losses += steps(engine, 1)
+        sealed()
         if engine.global_steps % EVERY == 0:
             copied[engine.global_steps] = digest(engine)
-    Background.current.wait_for_seals()
-    dist.barrier()
     return engine, losses, copied
 
 
@@ -98,7 +104,7 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p):
         engine.save_checkpoint(str(tmp_path / "disk"), tag="older", save_latest=True)
         dist.barrier()
         steps(engine, 1)
-        Background.current.wait_for_seals()
+        sealed()
         assert losses == uninterrupted[:5]
         random.seed(7 + dist.get_rank())
         again, path, _ = resumed(tmp_path, p)
@@ -147,7 +153,7 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p):
         engine.save_checkpoint(str(tmp_path / "disk"))
         saved = digest(engine)
         steps(engine, 1)
-        Background.current.wait_for_seals()
+        sealed()
         remove(tmp_path, "node*/*/mp0-shard1*")
         with logged() as said:
             again, _, _ = resumed(tmp_path, p)
@@ -169,7 +175,7 @@ def test_random_numbers_and_client_state_travel_with_it(tmp_path):
         random.seed(dist.get_rank())
         steps(engine, 2)
         drawn = torch.rand(3).tolist(), numpy.random.rand(), random.random()
-        Background.current.wait_for_seals()
+        sealed()
         remove(tmp_path, "node0")
         _, _, client_state = resumed(tmp_path)
         assert client_state["batch"] == 20
@@ -185,11 +191,56 @@ def test_parameters_that_stay_gathered(tmp_path):
         uninterrupted = steps(engine_of(2, zero=persistent), 6)
         engine = engine_of(2, zero={**zero(), **persistent})
         engine.load_checkpoint(str(tmp_path / "disk"))
-        assert steps(engine, 4) == uninterrupted[:4]
-        Background.current.wait_for_seals()
+        for step in range(4):
+            assert steps(engine, 1) == uninterrupted[step : step + 1]
+            sealed()
         again = engine_of(2, seed=5, zero={**zero(), **persistent})
         again.load_checkpoint(str(tmp_path / "disk"))
         assert steps(again, 2) == uninterrupted[4:]
+
+
+@pytest.mark.ranks(4)
+def test_a_run_that_begins_anew_leaves_no_copies_of_the_one_before(tmp_path):
+    """Same job, same model, but nobody asked to resume: after a crash it goes on from its own copies."""
+    with nodes(tmp_path):
+        trained(tmp_path, 6)
+        engine = engine_of(2, seed=3, zero=zero())
+        engine.mics_memory.begins_in(str(tmp_path / "disk"))
+        steps(engine, 3)  # a copy after step 2; those after 4 and 6 are of the run before
+        sealed()
+        again, _, _ = resumed(tmp_path)
+        assert again.global_steps == 2
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_a_copy_that_one_rank_cannot_make_is_made_by_none(tmp_path, culprit):
+    """So that the last one stays complete everywhere."""
+    with nodes(tmp_path):
+        engine, _, copied = trained(tmp_path, 4)
+        if dist.get_rank() == culprit:
+            engine.mics_memory.client_state = lambda: 1 // 0
+        steps(engine, 4)
+        sealed()
+        again, _, _ = resumed(tmp_path)
+        assert again.global_steps == 4
+        assert digest(again) == copied[4]
+
+
+@pytest.mark.ranks(4)
+def test_the_newest_copy_that_all_shards_have_is_never_written_over(tmp_path):
+    """Also where some rank fails to complete the next ones, again and again."""
+    with nodes(tmp_path):
+        engine, _, copied = trained(tmp_path, 4)
+        with pytest.MonkeyPatch.context() as patched:
+            if dist.get_rank() in (0, 2):  # shard 0, on both nodes
+                patched.setattr(Background, "seal", lambda self, job: None)
+            for _ in range(4):
+                steps(engine, 1)
+                sealed()
+        again, _, _ = resumed(tmp_path)
+        assert again.global_steps == 4
+        assert digest(again) == copied[4]
 
 
 class Other(nn.Module):
@@ -219,7 +270,7 @@ def test_memory_that_is_not_this_jobs_is_refused(tmp_path):
                 assert words in "\n".join(said)
         engine.save_checkpoint(str(tmp_path / "disk"), client_state={"epoch": 1})
         steps(engine, 2)
-        Background.current.wait_for_seals()
+        sealed()
         with logged() as said:
             again, _, client_state = resumed(tmp_path)
         assert (again.global_steps, client_state["epoch"]) == (2, 1), "from disk: the copy knows no epoch"

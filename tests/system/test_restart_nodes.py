@@ -28,7 +28,7 @@ def uninterrupted(cluster: emulation.Cluster, root: Path) -> dict[int, str]:
 def loses(cluster: emulation.Cluster, root: Path, *, both_copies: bool) -> tuple[Job, int]:
     """A job that loses node 1 after step 7, of which copies were taken at 6, 4 and 2, and step 3 was saved."""
     root.mkdir()
-    job = Job(cluster, root, "--steps", str(STEPS))
+    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "1")
     job.start(0)
     job.start(1)
     job.await_line(r"STEP 7 ")

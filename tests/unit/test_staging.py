@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -238,3 +240,9 @@ def test_a_silent_neighbour_is_lost_and_everybody_hears_of_it():
     assert set(heard) == {"the process that writes for rank 1 has shown no sign of life for 2 s"}
     for heart in hearts:
         heart.watch(None)
+
+
+def test_the_process_that_writes_needs_no_deepspeed():
+    """There is one beside each rank."""
+    code = "import sys, mics_ds.checkpoint.writer; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "MICS_DS_AUTOLOAD": "0"}, check=True)
