@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CheckpointRequest
 from ..errors import MicsCheckpointError
@@ -21,14 +21,22 @@ if TYPE_CHECKING:
     from .save import _Save
 
 
-def settle(asked: CheckpointRequest) -> bool:
-    """Before a save: wait for the one that is under way. Collective over the world.
+class Heard(NamedTuple):
+    """What one rank knows of the save before."""
+
+    error: str = ""
+    died: bool = False
+    """Whether the process that writes has."""
+
+
+def may_begin(asked: CheckpointRequest) -> bool:
+    """Wait until no save is under way. Collective over the world with ``"busy": "skip"``.
 
     Returns:
         Whether to go on. ``False`` with ``"busy": "skip"``, while another is being written.
 
     Raises:
-        MicsCheckpointError: on every rank, if the last one failed, with ``"on_error": "raise"``.
+        MicsCheckpointError: another rank has died.
     """
     current = Background.current
     if current is None:
@@ -37,18 +45,32 @@ def settle(asked: CheckpointRequest) -> bool:
         log_rank0("a checkpoint is still being written, so this one is skipped")
         return False
     current.wait()
-    error = current.take_error()
-    note = {"errors": [error.rstrip(".")] if error else [], "died": current.has_died}
-    notes = exchange(note, "preparing to save a checkpoint")
-    if any(item["errors"] or item["died"] for item in notes):
-        current.connect_anew()
-    if asked.on_error == "raise":
-        raise_together(notes, "An earlier save failed in the background.", "This one was not begun; save again.")
     return True
 
 
-def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: bool) -> None:
-    """Copy the states to host memory and have them written. Collective over the world.
+def heard() -> Heard:
+    """How the last save ended, once."""
+    current = Background.current
+    return Heard() if current is None else Heard(current.take_error().rstrip("."), current.has_died)
+
+
+def raise_earlier(said: Sequence[Sequence[Any]], asked: CheckpointRequest) -> None:
+    """Before another save: what all ranks have heard of the last one.
+
+    Raises:
+        MicsCheckpointError: it failed, with ``"on_error": "raise"``.
+    """
+    heard_by = [Heard(*each) for each in said]
+    current = Background.current
+    if current is not None and any(each.error or each.died for each in heard_by):
+        current.connect_anew()
+    if asked.on_error == "raise":
+        notes = [{"errors": [each.error] if each.error else []} for each in heard_by]
+        raise_together(notes, "An earlier save failed in the background.", "This one was not begun; save again.")
+
+
+def stage_and_submit(one: _Save, save_latest: bool) -> None:
+    """Copy the states to host memory and have them written. Collective over the world: one all-reduce, afterwards.
 
     Raises:
         MicsCheckpointError: on every rank, if any rank could not copy.
@@ -56,13 +78,14 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
     site, engine = one.site, one.engine
     background = Background.of_job()
     session = Staging(site)
-    owner = site.writer == site.rank
-    seam.set_writer(engine, owner, owner or (len(site.sharers) > 1 and not engine.optimizer.is_sliced))
-    one.collect(original, session, session.states_of(engine.optimizer))
     staged: list[Staged] = []
     publications: list[Publication] = []
 
     def stage() -> None:
+        if site.publishes:
+            one.make_staging()
+        with session.states_of(engine.optimizer):
+            _collect(one, session)
         if session.errors:
             return
         if site.publishes:
@@ -87,6 +110,24 @@ def stage_and_submit(original: Callable[..., bool], one: _Save, save_latest: boo
             publication=publications[0] if publications else None,
         )
     )
+
+
+def _collect(one: _Save, session: Staging) -> None:
+    """Have DeepSpeed say what it would write."""
+    site, engine, request = one.site, one.engine, one.request
+    owner = site.writer == site.rank
+    shares = owner or (len(site.sharers) > 1 and not engine.optimizer.is_sliced)
+    seam.set_writer(engine, owner, shares)
+    seam.collect_states(
+        engine,
+        session,
+        request.folder,
+        str(one.staging.relative_to(one.folder)),
+        request.client_state,
+        optimizer_states=shares,
+        exclude_frozen_parameters=one.exclude_frozen_parameters,
+    )
+    session.make(lambda: one.save_own_client_state(session))
 
 
 def wait_for_saves() -> None:

@@ -34,9 +34,9 @@ from .board import NOTHING_PUBLISHED, Round
 from .manifest import CLIENT_STATE, FileRecord, Manifest
 from .together import (
     Site,
-    all_the_same,
     attempt,
     exchange,
+    exchange_and_compare,
     on_publishers,
     raise_together,
     shared_store,
@@ -133,6 +133,15 @@ class _Save:
     def failed(self) -> str:
         return f"Checkpoint {self.target} could not be saved."
 
+    def make_staging(self) -> None:
+        """Make an empty folder to write to."""
+        if self.staging.exists():
+            log_rank0(
+                f"an earlier save of tag {self.request.tag} was interrupted; its remains in {self.staging} are removed"
+            )
+            shutil.rmtree(self.staging)
+        self.staging.mkdir(parents=True)
+
     def collect(self, original: Callable[..., bool], session: Any, states: AbstractContextManager) -> None:
         """Have DeepSpeed save, through a session.
 
@@ -152,9 +161,9 @@ class _Save:
                 )
         except RuntimeError as error:  # of a collective, when another rank has died
             raise MicsCheckpointError(f"{self.failed} {words(error)}. {NOTHING_PUBLISHED}") from error
-        session.make(lambda: self._save_own_client_state(session))
+        session.make(lambda: self.save_own_client_state(session))
 
-    def _save_own_client_state(self, session: Any) -> None:
+    def save_own_client_state(self, session: Any) -> None:
         """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
         state than the writer of its shard keeps it in a small file of its own."""
         writers = self.request.writers_fingerprint
@@ -193,14 +202,14 @@ def save(
             been begun.
     """
     asked = engine.optimizer.mics_groups.config.checkpoint or CheckpointRequest()
-    if not in_background.settle(asked):
-        return False
     background = asked.in_background if async_save is None else bool(async_save)
     one = _Save(engine, _Request(engine, save_dir, tag, client_state, background), exclude_frozen_parameters)
-    _prepare(one)
+    if not in_background.may_begin(asked):
+        return False
+    _agree(one, asked)
     try:
         if background:
-            in_background.stage_and_submit(original, one, save_latest)
+            in_background.stage_and_submit(one, save_latest)
         else:
             _write_and_publish(original, one)
     except BaseException:
@@ -216,6 +225,7 @@ def save(
 
 def _write_and_publish(original: Callable[..., bool], one: _Save) -> None:
     site, target = one.site, one.target
+    raise_together(on_publishers(site, one.make_staging, f"preparing to save {target}"), one.failed, NOTHING_PUBLISHED)
     session = _Saving(site.rank, site.shard)
     writes = site.writer == site.rank
     seam.set_writer(one.engine, writes, writes)
@@ -259,51 +269,40 @@ def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
             log_rank0(f"{remains} is left from an interrupted save and can be deleted")
 
 
-def _prepare(one: _Save) -> None:
-    """Make an empty folder to write to, and see to it that all ranks mean the same one.
+def _agree(one: _Save, asked: CheckpointRequest) -> None:
+    """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce.
 
     Raises:
-        MicsCheckpointError: the ranks disagree, something is wrong with the request, or the folder cannot be made.
+        MicsCheckpointError: the ranks disagree, something is wrong with the request, or an earlier save failed.
     """
     site, request = one.site, one.request
-
-    def make() -> None:
-        if one.staging.exists():
-            log_rank0(f"an earlier save of tag {request.tag} was interrupted; its remains in {one.staging} are removed")
-            shutil.rmtree(one.staging)
-        one.staging.mkdir(parents=True)
-
-    note = {"errors": request.errors, **{name: getattr(request, name) for name in _AGREED}}
-    usable = not request.errors
-    notes = on_publishers(site, make, "preparing to save a checkpoint", note)
-    try:
-        raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
-        for field in _AGREED:
-            said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
-            if len(said) > 1 and not (field == "folder" and site.node_local):
-                raise MicsCheckpointError(
-                    f"All ranks must save to the same {_AGREED[field]}, but "
-                    + "; ".join(
-                        f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1])
-                    )
-                    + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
-                )
+    note = {
+        "errors": request.errors,
+        **{name: getattr(request, name) for name in _AGREED},
+        "earlier": in_background.heard(),
+    }
+    notes, same_client_state = exchange_and_compare(note, request.fingerprint, "preparing to save a checkpoint")
+    in_background.raise_earlier([item["earlier"] for item in notes], asked)
+    raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
+    for field in _AGREED:
+        said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
+        if len(said) > 1 and not (field == "folder" and site.node_local):
+            raise MicsCheckpointError(
+                f"All ranks must save to the same {_AGREED[field]}, but "
+                + "; ".join(f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1]))
+                + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
+            )
+    request.writers_fingerprint = request.fingerprint
+    if not same_client_state:
         _tell_fingerprints(one)
-    except MicsCheckpointError:
-        if usable:
-            _remove(one.staging, site)
-        raise
 
 
 _AGREED = {"tag": "tag", "folder": "folder", "background": "place, in the background (async_save) or not"}
 
 
 def _tell_fingerprints(one: _Save) -> None:
-    """Let ranks know the client state of the writer of their shard, if not all have the same."""
+    """Let ranks know the client state of the writer of their shard. Not all have the same."""
     request, site = one.request, one.site
-    request.writers_fingerprint = request.fingerprint
-    if dist.get_world_size() == 1 or all_the_same(request.fingerprint):
-        return
     store, number = shared_store(), _Numbers.next()
     if site.writer == site.rank:
         store.set(f"client/{number}/{site.rank}", json.dumps(request.fingerprint))

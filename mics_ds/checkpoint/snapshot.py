@@ -146,6 +146,7 @@ class MemoryTier:
         steps = self._steps(engine)
         path = min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
         session = Staging(self.site, alone=True)
+        seam.set_writer(engine, True, True)
         seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
         if session.errors:
             raise MicsCheckpointError("; ".join(session.errors))

@@ -37,28 +37,41 @@ def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
     Raises:
         MicsCheckpointError: another rank has died.
     """
+    return exchange_and_compare(note, None, doing)[0]
+
+
+def exchange_and_compare(note: dict[str, Any], value: Any, doing: str) -> tuple[list[dict[str, Any]], bool]:
+    """The notes of all ranks of the world, and whether all have the same value, by one all-reduce as a rule.
+
+    Args:
+        note, value: something that JSON can hold.
+
+    Raises:
+        MicsCheckpointError: another rank has died.
+    """
     world = dist.get_world_size()
     if world == 1:
-        return [note]
+        return [note], True
     notes: list[Any] = [None] * world
     try:
-        if all_the_same(note):
-            return [note] * world
+        numbers = [_number_of(note), _number_of(value)]
+        most = greatest([*numbers, *(-number for number in numbers)])
+        same_note, same_value = (high == -negated_low for high, negated_low in zip(most, most[2:]))
+        if same_note:
+            return [note] * world, same_value
         dist.all_gather_object(notes, note)
     except RuntimeError as error:
         raise MicsCheckpointError(
             f"Another rank has most likely died while {doing}; its own output says why. Checkpoints that were complete "
             f"before are untouched."
         ) from error
-    return notes
+    return notes, same_value
 
 
-def all_the_same(value: Any) -> bool:
-    """Whether all ranks say the same, which has to be something that JSON can hold. Collective over the world."""
+def _number_of(value: Any) -> int:
+    """56 bits, and room for a sign."""
     body = json.dumps(value, sort_keys=True).encode()
-    number = int.from_bytes(hashlib.sha256(body).digest()[:7], "little")  # 56 bits, and a sign
-    most, negated_least = greatest([number, -number])
-    return most == -negated_least
+    return int.from_bytes(hashlib.sha256(body).digest()[:7], "little")
 
 
 def greatest(values: list[int]) -> list[int]:
@@ -180,11 +193,9 @@ def site_of(engine: Any) -> Site:
     return Site(engine.optimizer.mics_groups, engine.use_node_local_storage())
 
 
-def on_publishers(
-    site: Site, work: Callable[[], Any], doing: str, note: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
+def on_publishers(site: Site, work: Callable[[], Any], doing: str) -> list[dict[str, Any]]:
     """Do something on the ranks that publish, and tell all ranks how it went."""
-    mine: dict[str, Any] = {"errors": [], **(note or {})}
-    if site.publishes and not mine["errors"]:
-        attempt(work, mine["errors"])
-    return exchange(mine, doing)
+    errors: list[str] = []
+    if site.publishes:
+        attempt(work, errors)
+    return exchange({"errors": errors}, doing)

@@ -101,16 +101,28 @@ def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bo
 
 
 def collect_states(
-    engine: DeepSpeedEngine, session: Any, folder: str, tag: str, client_state: Mapping[str, Any]
+    engine: DeepSpeedEngine,
+    session: Any,
+    folder: str,
+    tag: str,
+    client_state: Mapping[str, Any],
+    *,
+    optimizer_states: bool = True,
+    **how: Any,
 ) -> None:
-    """Hand everything that a checkpoint of this rank's shard has to a session. No collective, and no file."""
+    """Hand what ``engine.save_checkpoint`` would write on this rank to a session. No collective.
+
+    Args:
+        optimizer_states: whether this rank has some to hand over.
+        how: further arguments of ``engine.save_checkpoint``.
+    """
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(max(level, logging.WARNING))  # it would announce a file each time
-    set_writer(engine, True, True)
     try:
         with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine):
-            engine._save_checkpoint(folder, tag, client_state=client_state)
-            engine._save_zero_checkpoint(folder, tag)
+            engine._save_checkpoint(folder, tag, client_state=client_state, **how)
+            if optimizer_states:
+                engine._save_zero_checkpoint(folder, tag)
     finally:
         deepspeed_logger.setLevel(level)
 
