@@ -266,8 +266,7 @@ def _resolve_auto(
     with agreement.failing_together(among):
         ds_config = load_ds_config(engine_arguments.get("config"))
         assert ds_config is not None, "whoever asked for auto has a configuration"
-        keeps = mics.checkpoint is not None and mics.checkpoint.memory_every > 0
-        if mics.optimizer_states == "auto" and (keeps or not _may_slice(engine_arguments)):
+        if mics.optimizer_states == "auto" and not _may_slice(engine_arguments):
             mics = replace(mics, optimizer_states="partition")
         facts = auto.facts_from(engine_facts(engine_arguments), dist.get_rank())
         model = auto.describe(engine_arguments["model"], facts, mics.plan)

@@ -259,11 +259,6 @@ class MicsConfig:
                 f'{ZERO_SECTION}.mics_optimizer_states must be "partition", "world" or "auto", got '
                 f"{self.optimizer_states!r}. Leave the key out to get the default."
             )
-        if self.optimizer_states == "world" and self.checkpoint is not None and self.checkpoint.memory_every:
-            raise MicsConfigError(
-                f'{ZERO_SECTION}.mics_checkpoint.memory_every needs "mics_optimizer_states": "partition": with '
-                f'"world", no node has all optimizer states of a shard to copy. Leave one of the two out.'
-            )
         if self.reduce_scatter not in ("auto", "native", "all_to_all"):
             raise MicsConfigError(
                 f'{ZERO_SECTION}.mics_reduce_scatter must be "auto", "native" or "all_to_all", got '

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,13 +49,13 @@ class Background:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._server, self._station = _open_store(self._rank, self._ranks)
         self._changed = threading.Condition()
-        self._number = 0
+        self._number = self._copies = 0
         self.connection = 0
         """Counts how often the processes have to connect to each other anew; the same on all ranks."""
         self._job: Job | None = None
         self._error = ""
-        self._sealing: set[str] = set()
-        self._died = False
+        self._sealing: dict[str, Seal] = {}
+        self._died = self._broken = False
         self._process, self._pipe = self._start()
 
     @classmethod
@@ -79,9 +79,9 @@ class Background:
         return self._job is not None
 
     @property
-    def has_died(self) -> bool:
-        """Whether this rank's process has ended, and not because it was told to."""
-        return self._died
+    def is_cut_off(self) -> bool:
+        """Whether other processes can no longer reach this rank's: it has ended, or a connection has."""
+        return self._died or self._broken
 
     @property
     def error(self) -> str:
@@ -89,8 +89,10 @@ class Background:
         return self._error
 
     def connect_anew(self) -> None:
-        """One of the processes has died or given up, so connections between them are of no use any more."""
+        """One of the processes has died or given up, so connections between them are of no use any more. On all ranks
+        at the same time."""
         self.connection += 1
+        self._broken = False
 
     def revive(self) -> None:
         """Start the process again if it has died.
@@ -102,11 +104,17 @@ class Background:
             self._pipe.close()
             self._process.wait()
             self._process, self._pipe = self._start()
-            self._died = False
+            self._died, self._broken = False, True
 
     def next_number(self) -> int:
+        """Of a save."""
         self._number += 1
         return self._number
+
+    def next_copy(self) -> int:
+        """The number of a copy in memory."""
+        self._copies += 1
+        return self._copies
 
     def submit(self, job: Job) -> None:
         """Have a staged checkpoint written. The arena belongs to the writer until that is done."""
@@ -122,7 +130,7 @@ class Background:
     def seal(self, job: Seal) -> None:
         """Have a copy in memory summed up and described."""
         with self._changed:
-            self._sealing.add(job.path)
+            self._sealing[job.path] = job
         try:
             self._pipe.send(job)
         except OSError:  # and the listener may have looked before
@@ -182,7 +190,8 @@ class Background:
                 log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
             elif isinstance(said, Sealed):
                 with self._changed:
-                    self._sealing.discard(said.path)
+                    self._sealing.pop(said.path, None)
+                    self._broken |= said.broken
                     self._changed.notify_all()
                 if said.error:
                     logger.warning("a copy of the states in memory is lost: %s", said.error)
@@ -205,12 +214,14 @@ class Background:
         """The process has ended, and not because it was told to."""
         code = self._process.wait()
         with self._changed:
-            self._died, job = True, self._job
+            self._died, job, sealing = True, self._job, [*self._sealing.values()]
             self._sealing.clear()
             self._changed.notify_all()
+        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
+        if any(seal.mirror is not None for seal in sealing):
+            self._lose_copies(sealing, died)
         if job is None:
             return
-        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
         try:
             round_ = self._round(job.number)
             round_.lose(died)
@@ -219,8 +230,17 @@ class Background:
             error = f"Whether checkpoint {job.target} was saved is not known. {died}, and so has the store ({gone})"
         self._finish(error, "")
 
-    def _round(self, number: int) -> Round:
-        return Round(self._server or self._station.connect(10), number, self._ranks)
+    def _lose_copies(self, sealing: Sequence[Seal], died: str) -> None:
+        """Whoever exchanges copies with this rank's process need not wait."""
+        try:
+            for seal in sealing:
+                if seal.mirror is not None:
+                    self._round(seal.mirror.number, "copy").lose(died)
+        except RuntimeError as gone:  # the store, with rank 0: then all are about to end
+            logger.warning("%s; the store does not answer: %s", died, gone)
+
+    def _round(self, number: int, kind: str = "save") -> Round:
+        return Round(self._server or self._station.connect(10), number, self._ranks, kind)
 
     def drain(self) -> str:
         """Wait until what is under way is done. Returns what went wrong since somebody last asked."""

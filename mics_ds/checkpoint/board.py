@@ -57,10 +57,11 @@ class Round:
         store: shared by all of them.
         number: of the save, the same for all.
         ranks: how many processes there are.
+        kind: what is numbered.
     """
 
-    def __init__(self, store: dist.Store, number: int, ranks: int) -> None:
-        self._store = dist.PrefixStore(f"save/{number}", store)
+    def __init__(self, store: dist.Store, number: int, ranks: int, kind: str = "save") -> None:
+        self._store = dist.PrefixStore(f"{kind}/{number}", store)
         self._longest_pause = 0.1 + 5e-5 * ranks  # one process answers all of them
 
     def fail(self, message: str) -> bool:

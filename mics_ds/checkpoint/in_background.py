@@ -25,8 +25,8 @@ class Heard(NamedTuple):
     """What one rank knows of the save before."""
 
     error: str = ""
-    died: bool = False
-    """Whether the process that writes has."""
+    cut_off: bool = False
+    """Whether its process is, for the others."""
 
 
 def may_begin(asked: CheckpointRequest) -> bool:
@@ -51,7 +51,7 @@ def may_begin(asked: CheckpointRequest) -> bool:
 def heard() -> Heard:
     """How the last save ended, once."""
     current = Background.current
-    return Heard() if current is None else Heard(current.take_error().rstrip("."), current.has_died)
+    return Heard() if current is None else Heard(current.take_error().rstrip("."), current.is_cut_off)
 
 
 def raise_earlier(said: Sequence[Sequence[Any]], asked: CheckpointRequest) -> None:
@@ -62,7 +62,7 @@ def raise_earlier(said: Sequence[Sequence[Any]], asked: CheckpointRequest) -> No
     """
     heard_by = [Heard(*each) for each in said]
     current = Background.current
-    if current is not None and any(each.error or each.died for each in heard_by):
+    if current is not None and any(each.error or each.cut_off for each in heard_by):
         current.connect_anew()
     if asked.on_error == "raise":
         notes = [{"errors": [each.error] if each.error else []} for each in heard_by]

@@ -60,9 +60,22 @@ class Joint(NamedTuple):
                 if part.data_ptr() != whole[start:stop].data_ptr():
                     whole[start:stop].copy_(part)
             return
-        dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
-        rows = torch.stack([part.view(dtype) for part in pieces])
-        Slices(self.shards, len(pieces), 0).put(rows, whole.view(dtype))
+        rows = torch.stack([part.view(self._dtype) for part in pieces])
+        Slices(self.shards, len(pieces), 0).put(rows, whole.view(self._dtype))
+
+    def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
+        """Put the slices of one replica where they belong.
+
+        Args:
+            piece: (sizes[replica],) uint8.
+            whole: (nbytes,) uint8, written.
+        """
+        cut = Slices(self.shards, len(self.sizes), replica)
+        cut.give(piece.view(self._dtype), whole.view(self._dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
 
 
 class StagedFile(NamedTuple):
@@ -71,7 +84,7 @@ class StagedFile(NamedTuple):
     name: str
     pickled: bytes
     places: tuple[tuple[int, int], ...]
-    """Start and bytes of each storage in the arena."""
+    """Start and bytes of each storage in the arena; or ``-1 - number`` of the joint that it has to be made from."""
 
 
 class Staged(NamedTuple):

@@ -1,7 +1,7 @@
 """Copies of training states in memory that outlives the process: where they are, and what makes one complete.
 
     FOLDER/mics_ds-UID-JOB/           on each node, readable by its owner only
-        SHARD.0, SHARD.1              content of the two newest copies of a shard, in turns
+        SHARD.0, SHARD.1              content of the two newest copies of a shard, or of a slice of one, in turns
         SHARD.0.json, SHARD.1.json    what it is, with checksums; written last, removed first
 
 Whatever has no description, or one that its content does not match, is not there. Plain files: no ranks.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -21,17 +20,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..errors import MicsCheckpointError
 from .arena import Arena
-from .joints import StagedFile
+from .joints import Joint, StagedFile
 from .manifest import write_text
 from .recording import Recorded, replay
 
-FORMAT = 1
+FORMAT = 2
 SLOTS = 2
 _PREFIX = "mics_ds"
 _CHUNK = 64 << 20
@@ -61,6 +60,11 @@ class Description(NamedTuple):
     """When it was taken, since the epoch."""
     pickled: tuple[tuple[int, int], ...]
     """Where the pickled part of each file is."""
+    slice: int = 0
+    slices: int = 1
+    """With world-sharded optimizer states, a copy has one of so many slices of the shard."""
+    joints: tuple[Joint, ...] = ()
+    """What is to be made of the slices."""
 
 
 class Copy(NamedTuple):
@@ -99,8 +103,13 @@ def require_own(path: Path) -> None:
         )
 
 
-def shard_name(model_parallel_rank: int, shard: int) -> str:
-    return f"mp{model_parallel_rank}-shard{shard}"
+def shard_name(model_parallel_rank: int, shard: int, part: tuple[int, int] = (0, 1)) -> str:
+    """
+    Args:
+        part: which slice of how many.
+    """
+    number, slices = part
+    return f"mp{model_parallel_rank}-shard{shard}" + (f"-slice{number}of{slices}" if slices > 1 else "")
 
 
 def described_by(path: Path) -> Path:
@@ -112,9 +121,15 @@ def forget(path: Path) -> None:
     described_by(path).unlink(missing_ok=True)
 
 
-def seal(path: Path, description: Description, arena: Arena) -> None:
-    """Describe a copy that is complete."""
-    write_text(described_by(path), dumps(description._replace(crc32=_checksum(arena, description.nbytes))))
+def seal(path: Path, description: Description, arena: Arena) -> Description:
+    """Describe a copy that is complete. Returns the description with the checksum."""
+    described = description._replace(crc32=_checksum(arena, description.nbytes))
+    describe(path, described)
+    return described
+
+
+def describe(path: Path, description: Description) -> None:
+    write_text(described_by(path), dumps(description))
 
 
 def dumps(description: Description) -> str:
@@ -138,10 +153,15 @@ def loads(text: str | bytes) -> Description | None:
                 "pickled": _pairs(fields["pickled"]),
                 "own": {rank: (start, nbytes) for rank, (start, nbytes) in fields["own"].items()},
                 "homes": tuple(fields["homes"]),
+                "joints": tuple(_joint(*joint) for joint in fields["joints"]),
             }
         )
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
         return None
+
+
+def _joint(nbytes: int, whole: int, piece: int, sizes: list[int], shards: list[int], itemsize: int) -> Joint:
+    return Joint(nbytes, whole, piece, tuple(sizes), tuple(shards), itemsize)
 
 
 def _pairs(places: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -177,11 +197,16 @@ def copies(path: Path) -> Iterator[Copy]:
 @contextmanager
 def opened(path: Path) -> Iterator[Arena]:
     """The content of a copy, not yet mapped."""
-    arena = Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    arena = open_content(path)
     try:
         yield arena
     finally:
         arena.close()
+
+
+def open_content(path: Path) -> Arena:
+    """The same, for whoever closes it."""
+    return Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
 
 def check(copy: Copy, arena: Arena) -> None:
@@ -197,23 +222,50 @@ def check(copy: Copy, arena: Arena) -> None:
         raise MicsCheckpointError(f"{copy.path} has other content than was written (checksum)")
 
 
-def write_files(description: Description, arena: Arena, folder: Path) -> Sequence[Path]:
-    """Write the checkpoint files of a shard from a copy of it."""
-    written = []
-    for file, (start, nbytes) in zip(description.files, description.pickled):
-        pickled = bytes(arena.buffer(start, nbytes))
-        storages = [arena.storage(*place) for place in file.places]
-        replay(Recorded(pickled, storages), folder / file.name)
-        written.append(folder / file.name)
-    return written
+class Assembly:
+    """A shard that is put together from copies of its slices, or has come whole. Host memory."""
 
+    def __init__(self) -> None:
+        self.description: Description | None = None
+        self._arena: Arena | None = None
+        self._wholes: list[torch.Tensor] = []
+        self.own: dict[str, bytes] = {}
+        """By global rank, that rank's own part."""
 
-def own_part(description: Description, arena: Arena, rank: int) -> dict[str, Any] | None:
-    """The client state and random numbers of a rank, if they are in this copy."""
-    place = description.own.get(str(rank))
-    if place is None:
-        return None
-    return torch.load(io.BytesIO(arena.buffer(*place)), weights_only=False)
+    def add(self, description: Description, arena: Arena) -> None:
+        """Take what is in a copy. The first arena stays open until :meth:`close`, others are closed here.
+
+        Raises:
+            RuntimeError: there is not enough memory.
+        """
+        if self._arena is None:
+            self.description, self._arena = description, arena
+            self._wholes = [torch.empty(joint.nbytes, dtype=torch.uint8) for joint in description.joints]
+        for joint, whole in zip(description.joints, self._wholes):
+            joint.put(arena.view(joint.piece, joint.sizes[description.slice]), description.slice, whole)
+        for rank, place in description.own.items():
+            self.own[rank] = bytes(arena.buffer(*place))
+        if arena is not self._arena:
+            arena.close()
+
+    def close(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+
+    def write(self, folder: Path) -> Sequence[Path]:
+        """Write the checkpoint files of the shard."""
+        assert self.description is not None, "something was added"
+        assert self._arena is not None, "with it"
+        written = []
+        for file, (start, nbytes) in zip(self.description.files, self.description.pickled):
+            pickled = bytes(self._arena.buffer(start, nbytes))
+            replay(Recorded(pickled, [self._storage(*place) for place in file.places]), folder / file.name)
+            written.append(folder / file.name)
+        return written
+
+    def _storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
+        assert self._arena is not None, "something was added"
+        return self._arena.storage(start, nbytes) if start >= 0 else self._wholes[-1 - start].untyped_storage()
 
 
 class Region(NamedTuple):

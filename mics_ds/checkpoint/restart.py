@@ -6,9 +6,10 @@ sibling. Each node then has a checkpoint in its memory, which is loaded like any
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +24,23 @@ from ..seams.engine import communication_device
 from . import manifest, memory, names
 from .arena import Arena
 from .memory import Copy, Description
+from .neighbours import CHUNK
 from .snapshot import MemoryTier, set_random_states
 from .together import Site, attempt, exchange, greatest, on_publishers, raise_together
 
-_CHUNK = 64 << 20
 _NOBODY = 1 << 40
 _RESTORED = "restored"
+_OWN = "own-rank{rank}.pt"
 
 
 class _Source(NamedTuple):
     """Copies of the step that all shards have."""
 
     step: int
+    slices: int
+    """Into how many each shard is cut."""
     holders: list[int]
-    """Global rank that has a good copy of each shard, by model-parallel rank and shard."""
+    """Global rank that has a good copy of each, by model-parallel rank, shard and slice."""
     own: dict[int, Copy]
     """Those that this rank vouches for, by place in :attr:`holders`."""
     here: list[Copy]
@@ -74,17 +78,15 @@ def restored(tier: MemoryTier, engine: Any, load_dir: str | os.PathLike) -> Iter
     folder = tier.folder / _RESTORED
     try:
         with ExitStack() as stack:
-            copy, arena, came_from = _fetch(tier, engine, source, stack)
+            shard, count = _fetch(tier, engine, source, stack)
             tag = f"global_step{source.step}"
-            _write(tier.site, copy, arena, folder, tag, source.step)
-            own = None if copy is None else memory.own_part(copy, arena, dist.get_rank())
-            siblings = exchange({"sibling": came_from == "sibling"}, "fetching states from memory")
-            count = sum(note["sibling"] for note in siblings)
+            _write(tier.site, shard, folder, tag, source.step)
+            what = "their shard from a sibling" if source.slices == 1 else "slices of their shard from siblings"
             said = (
                 f"memory at step {source.step} (on disk: {f'step {on_disk}' if on_disk >= 0 else 'nothing'}); "
-                f"{count} ranks got their shard from a sibling, in {time.monotonic() - started:.2f} s"
+                f"{count} ranks got {what}, in {time.monotonic() - started:.2f} s"
             )
-        yield Restored(folder, tag, tier.site, own, source.step, said)
+        yield Restored(folder, tag, tier.site, _own_part(folder / tag), source.step, said)
     finally:
         if tier.site.publishes:
             memory.remove(folder)
@@ -102,7 +104,7 @@ def resume_random_numbers(found: Restored) -> None:
 def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
     """The newest step of which every shard is somewhere, and who has it."""
     shards = tier.site.groups.layout.partition_size
-    places = shards * (dist.get_world_size() // tier.site.groups.layout.world_size)
+    model_parallel = dist.get_world_size() // tier.site.groups.layout.world_size
     usable = _usable(tier, engine, home)
     below = _NOBODY
     for _ in range(2 * memory.SLOTS):
@@ -111,12 +113,15 @@ def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
         if newest < 0:
             break
         here = [copy for copy in usable if copy.description.step == newest]
+        [slices] = greatest([max((copy.description.slices for copy in here), default=1)])
+        here = [copy for copy in here if copy.description.slices == slices]
         own = _good(tier, here, shards)
-        holders = [dist.get_rank() if place in own else _NOBODY for place in range(places)]
+        places = range(model_parallel * shards * slices)
+        holders = [dist.get_rank() if place in own else _NOBODY for place in places]
         holders = [-negated for negated in greatest([-holder for holder in holders])]
         if max(holders) < _NOBODY:
-            return _Source(newest, holders, own, here)
-        lost = [place for place, holder in enumerate(holders) if holder == _NOBODY]
+            return _Source(newest, slices, holders, own, here)
+        lost = sorted({place // slices for place, holder in enumerate(holders) if holder == _NOBODY})
         log_rank0(f"of step {newest}, shards {lost[:8]} are in no node's memory")
         below = newest
     log_rank0("no complete set of copies in memory")
@@ -156,9 +161,15 @@ def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
             continue
         if not _is_good(copy):
             continue
-        model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
-        good[model_parallel * shards + copy.description.shard] = copy
+        good[_place(copy, shards)] = copy
     return good
+
+
+def _place(copy: Copy, shards: int) -> int:
+    """Among all copies of a step."""
+    model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
+    shard = model_parallel * shards + copy.description.shard
+    return shard * copy.description.slices + copy.description.slice
 
 
 def _is_good(copy: Copy) -> bool:
@@ -188,61 +199,106 @@ def _newest_on_disk(load_dir: str | os.PathLike) -> int:
 # Bringing shards to where they are needed
 
 
-def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> tuple[Description | None, Arena, str]:
-    """The copy of this rank's shard, on the ranks that keep one for their node. Collective over the world."""
-    site = tier.site
-    place = seam.model_parallel_rank(engine) * site.groups.layout.partition_size + site.shard
-    name = memory.shard_name(seam.model_parallel_rank(engine), site.shard)
-    found = [copy for copy in source.here if copy.path.stem == name and _is_good(copy)]
-    wants = [-1] * dist.get_world_size()
-    wants[site.rank] = place if tier.keeps and not found else -1
-    received: list[tuple[Description, Arena]] = []
-    for rank, wanted in enumerate(greatest(wants)):
-        if wanted < 0:
-            continue
-        if source.holders[wanted] == site.rank:
-            _send(source.own[wanted], rank)
-        if rank == site.rank:
-            received.append(_receive(source.holders[wanted]))
-    if received:
-        stack.callback(received[0][1].close)
-        return *received[0], "sibling"
-    if not tier.keeps or not found:
-        return None, Arena(), ""
-    arena = stack.enter_context(memory.opened(found[0].path))
-    arena.map(found[0].description.nbytes)
-    return found[0].description, arena, "node"
+def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> tuple[memory.Assembly | None, int]:
+    """This rank's shard, on the ranks that assemble one for their node. Collective over the world.
+
+    Everybody asks for one slice at a time, each for another one, so that all who have one send at the same time.
+
+    Returns:
+        The shard, and how many ranks got something from another node.
+
+    Raises:
+        MicsCheckpointError: on every rank: one of them has no room for it.
+    """
+    site, slices = tier.site, source.slices
+    shards = site.groups.layout.partition_size
+    assembles = site.writer == site.rank
+    first = (seam.model_parallel_rank(engine) * shards + site.shard) * slices
+    here = {}
+    for copy in source.here if assembles else ():
+        place = _place(copy, shards)
+        if place in range(first, first + slices) and (place in source.own or _is_good(copy)):
+            here[place] = copy
+    shard, errors, received = memory.Assembly(), list[str](), False
+    stack.callback(shard.close)
+    turn = site.groups.layout.replication_groups[site.shard].index(site.rank)
+    for wave in range(slices):
+        wanted = first + (turn + wave) % slices
+        wants = [-1] * dist.get_world_size()
+        if assembles and wanted not in here:
+            wants[site.rank] = wanted
+        asked = [(rank, place) for rank, place in enumerate(greatest(wants)) if place >= 0]
+        sends = [(source.own[place], rank) for rank, place in asked if source.holders[place] == site.rank]
+        got = _transfer(sends, source.holders[wanted] if wants[site.rank] >= 0 else None, errors)
+        received |= got is not None
+        if assembles and got is None and wanted in here:
+            arena = memory.open_content(here[wanted].path)
+            arena.map(here[wanted].description.nbytes)
+            got = here[wanted].description, arena
+        if got is not None:
+            attempt(functools.partial(shard.add, *got), errors)
+    notes = exchange({"errors": errors, "received": received}, "fetching states from memory")
+    raise_together(notes, _FAILED, _REMEDY)
+    return shard if assembles else None, sum(note["received"] for note in notes)
 
 
-def _send(copy: Copy, rank: int) -> None:
-    device = communication_device()
-    text = torch.frombuffer(bytearray(memory.dumps(copy.description).encode()), dtype=torch.uint8)
-    dist.send(torch.tensor([text.numel(), copy.description.nbytes], device=device), rank)
-    dist.send(text.to(device), rank)
-    with memory.opened(copy.path) as arena:
-        arena.map(copy.description.nbytes)
-        for start in range(0, copy.description.nbytes, _CHUNK):
-            dist.send(arena.view(start, min(_CHUNK, copy.description.nbytes - start)).to(device), rank)
+def _transfer(
+    sends: Sequence[tuple[Copy, int]], source: int | None, errors: list[str]
+) -> tuple[Description, Arena] | None:
+    """Send copies to ranks that asked for them, and receive one from another rank.
 
-
-def _receive(rank: int) -> tuple[Description, Arena]:
-    device = communication_device()
-    sizes = torch.zeros(2, dtype=torch.int64, device=device)
-    dist.recv(sizes, rank)
-    text = torch.empty(int(sizes[0]), dtype=torch.uint8, device=device)
-    dist.recv(text, rank)
-    description = memory.loads(bytes(text.tolist()))
-    assert description is not None, "as it was sent"
+    Args:
+        source: the rank to receive from.
+        errors: for what this rank alone could not do.
+    """
+    texts = [memory.dumps(copy.description).encode() for copy, _ in sends]
+    ranks = [rank for _, rank in sends]
+    sizes = [torch.tensor([len(text), copy.description.nbytes]) for text, (copy, _) in zip(texts, sends)]
+    [text_bytes, nbytes] = _travel(sizes, ranks, torch.zeros(2, dtype=torch.int64), source).tolist()
+    said = _travel(
+        [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts],
+        ranks,
+        torch.empty(text_bytes, dtype=torch.uint8),
+        source,
+    )
     arena = Arena()
-    arena.reserve(description.nbytes)
-    for start in range(0, description.nbytes, _CHUNK):
-        part = torch.empty(min(_CHUNK, description.nbytes - start), dtype=torch.uint8, device=device)
-        dist.recv(part, rank)
-        arena.view(start, part.numel()).copy_(part)
+    attempt(lambda: arena.reserve(nbytes), errors)
+    with ExitStack() as stack:
+        sources = []
+        for copy, _ in sends:
+            opened = stack.enter_context(memory.opened(copy.path))
+            opened.map(copy.description.nbytes)
+            sources.append(opened.view(0, copy.description.nbytes))
+        most = max([nbytes, *(content.numel() for content in sources)])
+        for start in range(0, most, CHUNK):
+            parts = [(content[start : start + CHUNK], rank) for content, rank in zip(sources, ranks)]
+            parts = [(part, rank) for part, rank in parts if part.numel()]
+            room = torch.empty(max(0, min(CHUNK, nbytes - start)), dtype=torch.uint8)
+            come = _travel([part for part, _ in parts], [rank for _, rank in parts], room, source)
+            if arena.nbytes and come.numel():  # if there is no memory for it, the sender must not wait for this rank
+                arena.view(start, come.numel()).copy_(come)
+        sources.clear()
+    if source is None or not arena.nbytes:
+        arena.close()
+        return None
+    description = memory.loads(bytes(said.tolist()))
+    assert description is not None, "as it was sent"
     return description, arena
 
 
-def _write(site: Site, copy: Description | None, arena: Arena, folder: Path, tag: str, step: int) -> None:
+def _travel(sent: Sequence[torch.Tensor], ranks: Sequence[int], room: torch.Tensor, source: int | None) -> torch.Tensor:
+    """Send some tensors and receive one, if it has elements and there is somebody to receive it from."""
+    device = communication_device()
+    target = room.to(device)
+    operations = [dist.P2POp(dist.isend, part.to(device), rank) for part, rank in zip(sent, ranks)]
+    if source is not None and target.numel():
+        operations.append(dist.P2POp(dist.irecv, target, source))
+    for wait in dist.batch_isend_irecv(operations) if operations else ():
+        wait.wait()
+    return target.cpu()
+
+
+def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, step: int) -> None:
     """Make a checkpoint of the copies on each node, in its memory. Collective over the world."""
     staging = manifest.staging_folder(folder / tag)
 
@@ -251,24 +307,33 @@ def _write(site: Site, copy: Description | None, arena: Arena, folder: Path, tag
         memory.make_region(folder.parent)
         staging.mkdir(parents=True)
 
-    failed = "States in memory could not be used."
-    raise_together(on_publishers(site, make, "resuming from memory"), failed, _REMEDY)
+    raise_together(on_publishers(site, make, "resuming from memory"), _FAILED, _REMEDY)
     note: dict[str, Any] = {"errors": [], "files": {}}
 
     def write() -> None:
-        if copy is not None:
-            written = memory.write_files(copy, arena, staging)
+        if shard is not None:
+            written = shard.write(staging)
             note["files"] = manifest.noted({path.name: manifest.seal(path, site.rank) for path in written})
+            for rank, part in shard.own.items():
+                if int(rank) in site.peers:
+                    (staging / _OWN.format(rank=rank)).write_bytes(part)
 
     attempt(write, note["errors"])
     notes = exchange(note, "resuming from memory")
-    raise_together(notes, failed, _REMEDY)
+    raise_together(notes, _FAILED, _REMEDY)
 
     def publish() -> None:
         files = manifest.recorded(notes[rank]["files"] for rank in site.peers)
         manifest.publish(staging, folder / tag, site.describe(tag, step, files))
 
-    raise_together(on_publishers(site, publish, "resuming from memory"), failed, _REMEDY)
+    raise_together(on_publishers(site, publish, "resuming from memory"), _FAILED, _REMEDY)
 
 
+def _own_part(folder: Path) -> dict[str, Any] | None:
+    """This rank's client state and random numbers."""
+    path = folder / _OWN.format(rank=dist.get_rank())
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+_FAILED = "States in memory could not be used."
 _REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."

@@ -2,6 +2,8 @@
 
 On each node, one rank for each shard that the node's ranks have copies its shard whole: two copies in turns, so that
 one is complete at any moment. Replicas are on other nodes and do the same, so the loss of a node costs nothing.
+
+With world-sharded optimizer states every rank copies its slices, and another node gets the same copy.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,7 @@ from .arena import Arena
 from .background import Background, at_end
 from .joints import Staged, StagedFile
 from .memory import Description
+from .neighbours import Mirror, receivers
 from .staging import Staging
 from .together import Site, greatest
 from .writer import Seal
@@ -41,6 +44,54 @@ _NONE = 1 << 40
 """In place of a step, on a rank that keeps no copies."""
 
 ClientState = Callable[[], Mapping[str, Any]]
+
+
+class _Holdings(NamedTuple):
+    """What one rank has to do with copies."""
+
+    own: str
+    """The name of the copy that it makes; empty if another rank of its node makes that."""
+    part: tuple[int, int]
+    """Which slice of how many that is."""
+    to: tuple[int, ...]
+    """The rank that keeps it too."""
+    guests: Mapping[int, str]
+    """Ranks whose copies it keeps, and the names of those."""
+    of_node: frozenset[str]
+    """The names of all copies that are kept on this node."""
+    model_parallel: int
+
+    @property
+    def here(self) -> list[str]:
+        return [*([self.own] if self.own else []), *self.guests.values()]
+
+
+def _holdings_of(engine: Any, groups: MicsGroups, site: Site) -> _Holdings:
+    model_parallel, layout = seam.model_parallel_rank(engine), groups.layout
+    if not engine.optimizer.is_sliced:
+        names = {
+            memory.shard_name(model_parallel, shard)
+            for shard, ranks in enumerate(layout.replication_groups)
+            if set(ranks) & set(site.peers)
+        }
+        own = memory.shard_name(model_parallel, site.shard) if site.writer == site.rank else ""
+        return _Holdings(own, (0, 1), (), {}, frozenset(names), model_parallel)
+    replicas = layout.replication_size
+    of_rank, kept_by = dict[int, str](), dict[int, int]()
+    for shard, ranks in enumerate(layout.replication_groups):
+        kept_by.update(receivers(ranks, groups.node_of))
+        for place, rank in enumerate(ranks):
+            of_rank[rank] = memory.shard_name(model_parallel, shard, (place, replicas))
+    place = layout.replication_groups[site.shard].index(site.rank)
+    neighbours = set(site.peers)
+    return _Holdings(
+        own=of_rank[site.rank],
+        part=(place, replicas),
+        to=(kept_by[site.rank],) if site.rank in kept_by else (),
+        guests={rank: of_rank[rank] for rank, keeper in kept_by.items() if keeper == site.rank},
+        of_node=frozenset(name for rank, name in of_rank.items() if {rank, kept_by.get(rank)} & neighbours),
+        model_parallel=model_parallel,
+    )
 
 
 class MemoryTier:
@@ -71,12 +122,8 @@ class MemoryTier:
         self._arenas: dict[Path, Arena] = {}
         self._complained = False
         self._layout = ""
+        self._held: _Holdings | None = None
         at_end.append(self.end)
-
-    @property
-    def keeps(self) -> bool:
-        """Whether this rank copies its shard; the first one of its node that has it."""
-        return self.site.writer == self.site.rank
 
     def step_ended(self, engine: Any) -> None:
         """Copy the states if it is time to. Collective over the world then.
@@ -89,17 +136,29 @@ class MemoryTier:
         background = Background.of_job()
         own: list[bytes] = []
         self._or_warn(lambda: own.append(_pickled({"client_state": self._client_state(), "random": random_states()})))
-        newest = _NONE
-        if self.keeps:
+        holdings, newest = self._holdings(engine), _NONE
+        if holdings.here:
             self._forget_others(engine)
-            newest = max(self._steps(engine).values())
-        hindered, negated = greatest([int(not own or background.is_sealing), -newest])
+            newest = min(max(self._steps(name).values()) for name in holdings.here)
+        hindered, negated, cut_off = greatest(
+            [int(not own or background.is_sealing), -newest, int(background.is_cut_off)]
+        )
+        if cut_off:
+            background.connect_anew()
         if hindered:
             log_rank0(f"no copy of step {steps_taken(engine)}: the last ones are not summed up yet, or a rank cannot")
             return
-        parts = self._own_parts(own[0])
-        if self.keeps:
-            self._or_warn(lambda: self._take(engine, parts, kept=-negated))
+        kept, number = -negated, background.next_copy()
+        parts = self._own_parts(own[0], holdings)
+        taken: list[tuple[Path, Description]] = []
+        if holdings.own:
+            if kept >= 0:
+                self._remove_strays(holdings)
+            self._or_warn(lambda: taken.append(self._take(engine, holdings, parts, kept)))
+        mirror = self._mirror(holdings, kept, number) if holdings.guests or holdings.to else None
+        if taken or mirror:
+            path, description = taken[0] if taken else (self.folder / holdings.own, None)
+            background.seal(Seal(str(path), description, mirror))
 
     def _or_warn(self, work: Callable[[], object]) -> None:
         try:
@@ -115,48 +174,88 @@ class MemoryTier:
             if copy.description.step >= steps_taken(engine) or copy.description.layout != self.layout(engine):
                 memory.forget(copy.path)
 
-    def _steps(self, engine: Any) -> dict[Path, int]:
-        """The two places for copies of this rank's shard, and the step of what is complete there, or -1."""
-        places = [self.folder / f"{self._name(engine)}.{slot}" for slot in range(memory.SLOTS)]
+    def _holdings(self, engine: Any) -> _Holdings:
+        """What this rank has to copy and to keep, the same at every step."""
+        if self._held is None:
+            self._held = _holdings_of(engine, self._groups, self.site)
+        return self._held
+
+    def _remove_strays(self, holdings: _Holdings) -> None:
+        """Copies of an earlier run that nobody here writes over, now that there are newer ones of everything."""
+        for path in self.folder.glob(f"mp{holdings.model_parallel}-shard*.[01]"):
+            if path.stem not in holdings.of_node:
+                memory.forget(path)
+                path.unlink(missing_ok=True)
+
+    def _steps(self, name: str) -> dict[Path, int]:
+        """The two places for copies of that name, and the step of what is complete there, or -1."""
+        places = [self.folder / f"{name}.{slot}" for slot in range(memory.SLOTS)]
         found = {path: memory.read(path) for path in places}
         return {path: -1 if description is None else description.step for path, description in found.items()}
 
     def _client_state(self) -> dict[str, Any]:
         return {} if self.client_state is None else dict(self.client_state())
 
-    def _own_parts(self, own: bytes) -> dict[int, bytes]:
-        """What belongs to each replica of this shard alone, by global rank."""
+    def _next_place(self, name: str, kept: int) -> Path:
+        """Where the next copy of that name goes: over the older one, but never over the step that is kept."""
+        steps = self._steps(name)
+        return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
+
+    def _own_parts(self, own: bytes, holdings: _Holdings) -> dict[int, bytes]:
+        """What belongs to a rank alone, by global rank: of all replicas of this shard, where one rank copies for all of
+        them."""
         replication = self._groups.replication
-        if replication is None:
+        if replication is None or holdings.part[1] > 1:
             return {self.site.rank: own}
         parts: list[Any] = [None] * replication.size
         dist.all_gather_object(parts, own, group=replication.group)
         return dict(zip(replication.ranks, parts))
 
-    def _take(self, engine: Any, own: Mapping[int, bytes], kept: int) -> None:
-        """Copy this rank's shard.
+    def _mirror(self, holdings: _Holdings, kept: int, number: int) -> Mirror:
+        """Have copies kept on other nodes, and those of others here."""
+        guests = {rank: self._next_place(name, kept) for rank, name in holdings.guests.items()}
+        for path in guests.values():
+            memory.forget(path)
+        background, replication = Background.current, self._groups.replication
+        assert background is not None, "made before"
+        assert replication is not None, "there are slices"
+        return Mirror(
+            number=number,
+            connection=background.connection,
+            sharers=tuple(replication.ranks),
+            to=holdings.to,
+            guests=tuple((rank, str(path)) for rank, path in guests.items()),
+        )
+
+    def _take(self, engine: Any, holdings: _Holdings, own: Mapping[int, bytes], kept: int) -> tuple[Path, Description]:
+        """Copy what this rank has to.
 
         Args:
             kept: the newest step of which all shards have a complete copy, or -1. It stays.
+
+        Returns:
+            Where the copy is, and what is in it.
         """
         background = Background.current
         assert background is not None, "made before"
         background.revive()
         memory.make_region(self.folder)
-        steps = self._steps(engine)
-        path = min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
+        path = self._next_place(holdings.own, kept)
         session = Staging(self.site, alone=True)
         seam.set_writer(engine, True, True)
-        seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
+        with session.states_of(engine.optimizer):
+            seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
         if session.errors:
             raise MicsCheckpointError("; ".join(session.errors))
         memory.forget(path)
         arena = self._arena(path)
         extra = [part for _, part in sorted(own.items())]
         staged, places = session.stage_with(arena, wait_for_device, extra)
-        background.seal(Seal(str(path), self._describe(engine, staged, places, sorted(own))))
+        return path, self._describe(engine, holdings, staged, places, sorted(own))
 
-    def _describe(self, engine: Any, staged: Staged, places: list[tuple[int, int]], ranks: list[int]) -> Description:
+    def _describe(
+        self, engine: Any, holdings: _Holdings, staged: Staged, places: list[tuple[int, int]], ranks: list[int]
+    ) -> Description:
         files = len(staged.files)
         return Description(
             job=self.folder.name,
@@ -172,6 +271,9 @@ class MemoryTier:
             crc32=0,
             seconds=time.time(),
             pickled=tuple(places[:files]),
+            slice=holdings.part[0],
+            slices=holdings.part[1],
+            joints=staged.joints,
         )
 
     def _stale(self) -> str:
@@ -182,12 +284,9 @@ class MemoryTier:
             "engine.mics_memory.client_state to a function that returns it"
         )
 
-    def _name(self, engine: Any) -> str:
-        return memory.shard_name(seam.model_parallel_rank(engine), self.site.shard)
-
     def _arena(self, path: Path) -> Arena:
         if path not in self._arenas:
-            self._arenas[path] = Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._arenas[path] = memory.open_content(path)
         return self._arenas[path]
 
     def layout(self, engine: Any) -> str:

@@ -23,8 +23,10 @@ class Staging:
     def __init__(self, site: Site, *, alone: bool = False) -> None:
         """
         Args:
-            alone: this rank copies all of its shard, whatever others do.
+            alone: this rank copies all that it has of its shard, whatever others do. Wholes that it has a slice of get
+                no place.
         """
+        self._alone = alone
         self._owner = alone or site.rank == site.writer
         self._replicas = 1 if alone else len(site.sharers)
         self._place = 0 if alone else site.sharers.index(site.rank)
@@ -58,7 +60,7 @@ class Staging:
             cut = optimizer.slices_of(sub_group)
             # Never touched, so the system never gives memory for it.
             whole = torch.empty(cut.shard_starts[-1] if self._owner else 0, dtype=held.dtype)
-            sizes = (held.nbytes,) * self._replicas
+            sizes = (held.nbytes,) * (cut.replicas if self._alone else self._replicas)
             joint = Joint(cut.shard_starts[-1] * held.itemsize, -1, -1, sizes, cut.shards, held.itemsize)
             self._wholes.append((whole, joint, held.detach()))
         if self._owner:
@@ -96,7 +98,7 @@ class Staging:
     ) -> Staged:
         files: list[StagedFile] = []
         joints: list[Joint] = []
-        outlines = {whole.data_ptr() for whole, _, _ in self._wholes if whole.numel()}
+        outlines = {whole.data_ptr(): number for number, (whole, _, _) in enumerate(self._wholes) if whole.numel()}
         whole_at: dict[int, int] = {}
         for name, recorded in self._recorded:
             shared = name.endswith("_optim_states.pt")
@@ -108,6 +110,9 @@ class Staging:
                     places.append((joints[-1].whole, content.numel()))
                     continue
                 if not self._owner and shared:
+                    continue
+                if self._alone and storage.data_ptr() in outlines:
+                    places.append((-1 - outlines[storage.data_ptr()], content.numel()))
                     continue
                 places.append((room.take(content.numel()), content.numel()))
                 if storage.data_ptr() in outlines:

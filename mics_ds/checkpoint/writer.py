@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..errors import words
+from ..errors import MicsCheckpointError, words
 from . import manifest, memory, names
 from .arena import Arena
 from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError, not_saved
 from .joints import Joint, Staged
 from .manifest import FileRecord, Manifest
 from .memory import Description
+from .neighbours import Mirror, chunks, pass_on
 from .recording import Recorded, replay
 
-_CHUNK = 64 << 20
 _PROGRESS_S = 10.0
 _BROKEN_S = 2.0
 _FAREWELL_S = 0.5
@@ -87,15 +87,19 @@ class Job(NamedTuple):
 
 
 class Seal(NamedTuple):
-    """A copy in memory that is to be summed up and described."""
+    """A copy in memory that is to be summed up and described, and sent to where it is kept too."""
 
     path: str
-    description: Description
+    description: Description | None
+    """``None`` if this rank could not make one; those of others are awaited all the same."""
+    mirror: Mirror | None = None
 
 
 class Sealed(NamedTuple):
     path: str
     error: str
+    broken: bool = False
+    """Whether a connection between the processes is."""
 
 
 class Done(NamedTuple):
@@ -122,7 +126,7 @@ class _Writer:
         self._heartbeat = Heartbeat(
             self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
         )
-        self._joining: Job | None = None
+        self._joining: Job | Seal | None = None
         self._round: Round | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
 
@@ -161,9 +165,44 @@ class _Writer:
     def _leave_if_waiting_for_peers(self, failure: RoundFailedError) -> None:
         """A transfer between processes cannot be called off. The rank starts another process for the next save."""
         job = self._joining
-        if job is not None:
+        if job is None:
+            return
+        if isinstance(job, Seal):
+            self._pipe.send(Sealed(job.path, words(failure)))
+        else:
             self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0))
-            os._exit(0)
+        os._exit(0)
+
+    # --------------------------------------------------------------------------- copies in memory
+
+    def seal(self, job: Seal) -> Sealed:
+        """Sum up and describe a copy, and have it kept on another node too."""
+        path, described = Path(job.path), job.description
+        try:
+            if described is not None:
+                with memory.opened(path) as arena:
+                    arena.map(described.nbytes)
+                    described = memory.seal(path, described, arena)
+        except Exception as error:
+            described, failed = None, words(error)
+        else:
+            failed = ""
+        if job.mirror is None:
+            return Sealed(job.path, failed)
+        self._round = round_ = Round(self._store, job.mirror.number, self._station.ranks, "copy")
+        self._heartbeat.watch(round_)
+        self._joining = job
+        try:
+            group = self._group(job.mirror.connection, job.mirror.sharers)
+            pass_on(group, job.mirror, path, described, job.mirror.sharers.index(self._station.rank))
+        except Exception as error:
+            broken = isinstance(error, RuntimeError) and not isinstance(error, MicsCheckpointError)
+            return Sealed(job.path, failed or words(error), broken)
+        finally:
+            self._joining = None
+            self._heartbeat.watch(None)
+            self._round = None
+        return Sealed(job.path, failed)
 
     def _take_part(self, round_: Round, job: Job, written: list[FileRecord]) -> str:
         files: dict[str, FileRecord] = {}
@@ -200,13 +239,13 @@ class _Writer:
         sharers, joints = job.sharers, job.staged.joints
         if not joints or len(sharers) == 1:
             return
-        group = self._groups.get((job.connection, *sharers)) or self._connect(job.connection, sharers)
+        group = self._group(job.connection, sharers)
         place, owner = sharers.index(self._station.rank), sharers.index(job.owner)
         plan = torch.tensor([len(joints), sum(joint.nbytes for joint in joints)])
         if place != owner:
             group.send([plan], owner, job.number).wait()
             for joint in joints:
-                for chunk in _chunks(self._arena.view(joint.piece, joint.sizes[place])):
+                for chunk in chunks(self._arena.view(joint.piece, joint.sizes[place])):
                     group.send([chunk], owner, job.number).wait()
             return
         others = [other for other in range(len(sharers)) if other != owner]
@@ -228,10 +267,13 @@ class _Writer:
             pieces[owner] = self._arena.view(joint.piece, joint.sizes[owner])
         else:
             pieces = list(whole.split(list(joint.sizes)))  # they arrive where they belong
-        waits = [group.recv([chunk], other, tag) for other in others for chunk in _chunks(pieces[other])]
+        waits = [group.recv([chunk], other, tag) for other in others for chunk in chunks(pieces[other])]
         for wait in waits:
             wait.wait()
         joint.join(pieces, whole)
+
+    def _group(self, connection: int, sharers: tuple[int, ...]) -> Any:
+        return self._groups.get((connection, *sharers)) or self._connect(connection, sharers)
 
     def _connect(self, connection: int, sharers: tuple[int, ...]) -> Any:
         self._groups = {key: group for key, group in self._groups.items() if key[0] == connection}
@@ -294,10 +336,6 @@ class _Writer:
             round_.add_error(f"rank {self._station.rank}: {words(error)}")
 
 
-def _chunks(content: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (part for part in content.split(_CHUNK) if part.numel())
-
-
 def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
     """Do jobs until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all processes; the rank says when to end
@@ -327,20 +365,9 @@ def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
             job = jobs.pop(0)
         done: Done | Sealed
         if isinstance(job, Seal):
-            done = _seal(job)
+            done = writer.seal(job)
         else:
             arena.map(job.staged.nbytes)
             done = writer.run(job)
         with suppress(OSError):  # the listener ends this process
             pipe.send(done)
-
-
-def _seal(job: Seal) -> Sealed:
-    path = Path(job.path)
-    try:
-        with memory.opened(path) as arena:
-            arena.map(job.description.nbytes)
-            memory.seal(path, job.description, arena)
-    except Exception as error:
-        return Sealed(job.path, words(error))
-    return Sealed(job.path, "")

@@ -93,6 +93,23 @@ class Slices:
             return packed[self.starts[indices[0]] : self.starts[indices[-1] + 1]]
         return torch.cat([packed[self.starts[index] : self.starts[index + 1]] for index in indices])
 
+    def give(self, packed: torch.Tensor, flat: torch.Tensor) -> None:
+        """Put this replica's packed slices back to where :meth:`take` found them.
+
+        Args:
+            packed: (numel,).
+            flat: (sum of shards,), of the same dtype and on the same device.
+        """
+        sources, targets = [], []
+        for index in range(len(self.shards)):
+            start, end = self.own(index)
+            origin, place = self.shard_starts[index], self.starts[index]
+            if start < end:
+                sources.append(packed[place : place + end - start])
+                targets.append(flat[origin + start : origin + end])
+        if sources:
+            torch._foreach_copy_(targets, sources)
+
     def put(self, rows: torch.Tensor, flat: torch.Tensor, indices: Sequence[int] | None = None) -> None:
         """Fill shards from the slices of all replicas.
 

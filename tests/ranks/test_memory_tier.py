@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import build, ds_config, environment, train
-from test_async_checkpoints import steps
+from helpers import build, ds_config, environment
+from test_async_checkpoints import steps, writer
 from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
 from mics_ds.checkpoint import memory
 from mics_ds.checkpoint.background import Background
+from mics_ds.checkpoint.in_background import wait_for_saves
 from mics_ds.log import logger
 
 EVERY = 2
@@ -29,12 +32,17 @@ def node() -> int:
     return dist.get_rank() // 2
 
 
+class Now:
+    states = "partition"
+
+
 @contextlib.contextmanager
-def nodes(root: Path):
+def nodes(root: Path, states: str = "partition"):
     """Two ranks are on a node, and each node has memory of its own."""
     original = memory.region
     with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
         patched.setattr(memory, "region", lambda folder, key: original(root / f"node{node()}", key))
+        patched.setattr(Now, "states", states)
         yield
 
 
@@ -56,7 +64,7 @@ def logged():
 
 
 def zero(**more):
-    return {"mics_checkpoint": {"memory_every": EVERY, **more}}
+    return {"mics_checkpoint": {"memory_every": EVERY, **more}, "mics_optimizer_states": Now.states}
 
 
 def sealed():
@@ -96,10 +104,12 @@ def remove(root: Path, pattern: str):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
-def test_it_goes_on_from_the_last_copy(tmp_path, p):
-    with nodes(tmp_path):
-        uninterrupted = steps(engine_of(p), 8)
+@pytest.mark.parametrize(
+    ("p", "states"), [(1, "partition"), (2, "partition"), (4, "partition"), (1, "world"), (2, "world")]
+)
+def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
+    with nodes(tmp_path, states):
+        uninterrupted = steps(engine_of(p, zero={"mics_optimizer_states": states}), 8)
         engine, losses, _ = trained(tmp_path, 5, p)
         engine.save_checkpoint(str(tmp_path / "disk"), tag="older", save_latest=True)
         dist.barrier()
@@ -115,9 +125,21 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("lost", ["node0", "node1", "node0/*/*shard0*", "node1/*/*shard1.0*"])
-def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost):
-    with nodes(tmp_path):
+@pytest.mark.parametrize(
+    ("lost", "states"),
+    [
+        ("node0", "partition"),
+        ("node1", "partition"),
+        ("node0/*/*shard0*", "partition"),
+        ("node1/*/*shard1.0*", "partition"),
+        ("node0", "world"),
+        ("node1", "world"),
+        ("node0/*/*slice0of2*", "world"),
+        ("node1/*/*shard1-slice0of2.0*", "world"),
+    ],
+)
+def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost, states):
+    with nodes(tmp_path, states):
         _, _, copied = trained(tmp_path, 5)
         remove(tmp_path, lost)
         engine, _, _ = resumed(tmp_path)
@@ -126,13 +148,14 @@ def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost):
 
 
 @pytest.mark.ranks(4)
-def test_content_that_changed_is_not_used(tmp_path):
-    with nodes(tmp_path):
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_content_that_changed_is_not_used(tmp_path, states):
+    with nodes(tmp_path, states):
         _, _, copied = trained(tmp_path, 5)
-        newest = {0: "shard0.1", 1: "shard0.1"}  # steps 2 and 4 are in slots 0 and 1
+        name = "shard0.1" if states == "partition" else "shard0-slice1of2.1"  # steps 2 and 4 are in slots 0 and 1
         for where in (1, 0):
             if dist.get_rank() == 0:
-                [path] = tmp_path.glob(f"node{where}/*/mp0-{newest[where]}")
+                [path] = tmp_path.glob(f"node{where}/*/mp0-{name}")
                 with open(path, "r+b") as file:
                     file.seek(200)
                     byte = file.read(1)[0]
@@ -146,15 +169,15 @@ def test_content_that_changed_is_not_used(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [2, 4])
-def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p):
-    with nodes(tmp_path):
+@pytest.mark.parametrize(("p", "states"), [(2, "partition"), (4, "partition"), (2, "world")])
+def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, states):
+    with nodes(tmp_path, states):
         engine, _, _ = trained(tmp_path, 3, p)
         engine.save_checkpoint(str(tmp_path / "disk"))
         saved = digest(engine)
         steps(engine, 1)
         sealed()
-        remove(tmp_path, "node*/*/mp0-shard1*")
+        remove(tmp_path, "node*/*/mp0-shard1*" if states == "partition" else "node*/*/mp0-shard1-slice0of2*")
         with logged() as said:
             again, _, _ = resumed(tmp_path, p)
         assert again.global_steps == 3
@@ -165,9 +188,10 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p):
 
 
 @pytest.mark.ranks(4)
-def test_random_numbers_and_client_state_travel_with_it(tmp_path):
-    with nodes(tmp_path):
-        engine = engine_of(2, zero=zero())
+@pytest.mark.parametrize(("p", "states"), [(1, "partition"), (2, "partition"), (1, "world"), (2, "world")])
+def test_random_numbers_and_client_state_travel_with_it(tmp_path, p, states):
+    with nodes(tmp_path, states):
+        engine = engine_of(p, zero=zero())
         engine.load_checkpoint(str(tmp_path / "disk"))
         engine.mics_memory.client_state = lambda: {"batch": 10 * engine.global_steps, "rank": dist.get_rank()}
         torch.manual_seed(dist.get_rank())
@@ -177,7 +201,7 @@ def test_random_numbers_and_client_state_travel_with_it(tmp_path):
         drawn = torch.rand(3).tolist(), numpy.random.rand(), random.random()
         sealed()
         remove(tmp_path, "node0")
-        _, _, client_state = resumed(tmp_path)
+        _, _, client_state = resumed(tmp_path, p)
         assert client_state["batch"] == 20
         assert client_state["rank"] == dist.get_rank()
         assert (torch.rand(3).tolist(), numpy.random.rand(), random.random()) == drawn
@@ -213,10 +237,10 @@ def test_a_run_that_begins_anew_leaves_no_copies_of_the_one_before(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("culprit", [0, 3])
-def test_a_copy_that_one_rank_cannot_make_is_made_by_none(tmp_path, culprit):
+@pytest.mark.parametrize(("culprit", "states"), [(0, "partition"), (3, "partition"), (3, "world")])
+def test_a_copy_that_one_rank_cannot_make_is_made_by_none(tmp_path, culprit, states):
     """So that the last one stays complete everywhere."""
-    with nodes(tmp_path):
+    with nodes(tmp_path, states):
         engine, _, copied = trained(tmp_path, 4)
         if dist.get_rank() == culprit:
             engine.mics_memory.client_state = lambda: 1 // 0
@@ -241,6 +265,38 @@ def test_the_newest_copy_that_all_shards_have_is_never_written_over(tmp_path):
         again, _, _ = resumed(tmp_path)
         assert again.global_steps == 4
         assert digest(again) == copied[4]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_writer_that_dies_with_slices_costs_a_copy_and_no_more(tmp_path, victim):
+    """Its peers do not wait for it, the copy before stays, and the next ones are made, by another process. So are
+    checkpoints."""
+    with nodes(tmp_path, "world"), environment(MICS_DS_WRITER_PATIENCE="5"):
+        if Background.current is not None:
+            Background.current.close()
+        engine, _, copied = trained(tmp_path, 4)
+        steps(engine, 1)
+        sealed()
+        if dist.get_rank() == victim:
+            os.kill(writer(), signal.SIGSTOP)
+        dist.barrier()
+        steps(engine, 1)
+        if dist.get_rank() == victim:
+            os.kill(writer(), signal.SIGKILL)
+        sealed()
+        again, _, _ = resumed(tmp_path)
+        assert again.global_steps == 4
+        assert digest(again) == copied[4]
+        steps(again, 1)
+        again.save_checkpoint(str(tmp_path / "disk"), tag="five", async_save=True)
+        wait_for_saves()
+        steps(again, 1)
+        sealed()
+        saved = digest(again)
+        last, _, _ = resumed(tmp_path)
+        assert last.global_steps == 6
+        assert digest(last) == saved
 
 
 class Other(nn.Module):
@@ -290,24 +346,39 @@ def test_a_named_job_may_resume_from_any_folder(tmp_path):
         assert digest(engine) == copied[2]
 
 
-def train_and_leave(root):
-    with nodes(Path(root)):
-        return trained(Path(root), 4)[1:]
+def train_and_leave(root, states):
+    with nodes(Path(root), states):
+        copied = trained(Path(root), 4)[2]
+        engine = engine_of(2)  # which has whole shards, to compare with
+        steps(engine, 4)
+        return copied[4], digest(engine)
 
 
-def resume_on_fewer(root, copied):
-    with nodes(Path(root)):
+def resume_on_fewer(root, states, copied):
+    with nodes(Path(root), states):
         engine, _, _ = resumed(Path(root))
         assert engine.global_steps == 4
-        assert digest(engine) == copied[dist.get_rank()]
-        train(engine, 1)
+        whole = 4 > dist.get_world_size() == 2  # one replica, so that a slice is the shard
+        assert digest(engine) == copied[dist.get_rank()][int(whole)]
+        for _ in range(4):
+            steps(engine, 1)
+            sealed()
+        assert len({path.stem for path in Path(root).glob("node0/*/mp0-shard*.1")}) in (2, 4), "no strays"
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_on_as_many_or_fewer_replicas_after_a_kill(pools, tmp_path, ranks):
-    arguments = {"root": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("ranks", "states"),
+    [
+        (2, "partition"),
+        pytest.param(4, "partition", marks=pytest.mark.slow),
+        (2, "world"),
+        pytest.param(4, "world", marks=pytest.mark.slow),
+    ],
+)
+def test_on_as_many_or_fewer_replicas_after_a_kill(pools, tmp_path, ranks, states):
+    arguments = {"root": str(tmp_path), "states": states}
     answers = pools.run(4, __name__, "train_and_leave", arguments, 120, fresh=True)
-    pools.run(ranks, __name__, "resume_on_fewer", {**arguments, "copied": [copied[4] for _, copied in answers]}, 120)
+    pools.run(ranks, __name__, "resume_on_fewer", {**arguments, "copied": answers}, 120)
 
 
 @pytest.mark.ranks(2)

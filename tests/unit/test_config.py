@@ -140,11 +140,6 @@ def test_wrong_values_for_checkpoints(value, message):
         split_ds_config(zero(mics_shard_size=2, mics_checkpoint=value))
 
 
-def test_copies_in_memory_need_whole_shards():
-    with pytest.raises(MicsConfigError, match='memory_every needs "mics_optimizer_states": "partition"'):
-        split_ds_config(zero(mics_shard_size=2, mics_checkpoint={"memory_every": 1}, mics_optimizer_states="world"))
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [

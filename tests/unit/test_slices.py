@@ -22,6 +22,10 @@ def test_slices_of_all_replicas_are_the_shards(shards, replicas):
     filled = torch.zeros_like(flat)
     cuts[0].put(taken, filled)
     assert torch.equal(filled, flat)
+    again = torch.zeros_like(flat)
+    for cut, packed in zip(cuts, taken):
+        cut.give(packed, again)
+    assert torch.equal(again, flat), "one replica after the other"
     assert taken.sum() == flat.sum(), "padding is zero"
     for index in range(len(shards)):
         owned = [cut.own(index) for cut in cuts]
