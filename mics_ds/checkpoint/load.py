@@ -159,7 +159,8 @@ def _resume(
     how: Mapping[str, Any],
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load the checkpoint that memory had, and what else was in it."""
-    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how)
+    # Its content was compared with a checksum on its way here.
+    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how, contents=False)
     restart.resume_random_numbers(found)
     if found.own is not None:
         client_state = {**(client_state or {}), **found.own["client_state"]}
@@ -175,10 +176,16 @@ def _load(
     load_dir: str | os.PathLike,
     tag: str,
     how: Mapping[str, Any],
+    *,
+    contents: bool = True,
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """Load a checkpoint that is there. Collective over the world."""
+    """Load a checkpoint that is there. Collective over the world.
+
+    Args:
+        contents: compare files with their checksums first.
+    """
     target = Path(load_dir) / tag
-    saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"])
+    saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"], contents)
     _report(site, target, saved)
     session = _Loading(engine, saved)
     with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
@@ -193,7 +200,7 @@ def _load(
     return path, own[0]
 
 
-def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool) -> _Saved:
+def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool, contents: bool) -> _Saved:
     """What is in a checkpoint that can be loaded.
 
     Raises:
@@ -207,7 +214,7 @@ def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool
         if not target.is_dir():
             raise MicsCheckpointError(f"{target} does not exist")
         found.append(_Saved(engine, target, site.shard))
-        note["errors"] += _objections(engine, site, target, found[0], with_optimizer)
+        note["errors"] += _objections(engine, site, target, found[0], with_optimizer, contents)
 
     attempt(check, note["errors"])
     notes = exchange(note, f"checking {target}")
@@ -285,7 +292,9 @@ def _agree_on_tag(site: Site, load_dir: Any, tag: Any) -> str | None:
     return newest
 
 
-def _objections(engine: Any, site: Site, target: Path, saved: _Saved, with_optimizer: bool) -> list[str]:
+def _objections(
+    engine: Any, site: Site, target: Path, saved: _Saved, with_optimizer: bool, contents: bool
+) -> list[str]:
     """Why this checkpoint cannot be loaded, as far as this rank can see. Empty if it can."""
     p = site.groups.partition.size
     if saved.shards == 0:
@@ -305,7 +314,7 @@ def _objections(engine: Any, site: Site, target: Path, saved: _Saved, with_optim
     content = needed if site.node_local else sorted(records)[site.rank :: len(site.peers)]
     found = _unrecorded(target, saved, [*needed, CLIENT_STATE.format(rank=site.rank)])
     found += manifest.damages(target, [name for name in needed if name not in content], records, contents=False)
-    found += manifest.damages(target, content, records)
+    found += manifest.damages(target, content, records, contents=contents)
     if found:
         other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
         if with_optimizer and (target / other).exists():

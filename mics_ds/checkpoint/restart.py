@@ -273,10 +273,10 @@ def _transfer(
         for start in range(0, most, CHUNK):
             parts = [(content[start : start + CHUNK], rank) for content, rank in zip(sources, ranks)]
             parts = [(part, rank) for part, rank in parts if part.numel()]
-            room = torch.empty(max(0, min(CHUNK, nbytes - start)), dtype=torch.uint8)
-            come = _travel([part for part, _ in parts], [rank for _, rank in parts], room, source)
-            if arena.nbytes and come.numel():  # if there is no memory for it, the sender must not wait for this rank
-                arena.view(start, come.numel()).copy_(come)
+            size = max(0, min(CHUNK, nbytes - start))
+            # If there is no memory for it, the sender must not wait for this rank.
+            room = arena.view(start, size) if arena.nbytes else torch.empty(size, dtype=torch.uint8)
+            _travel([part for part, _ in parts], [rank for _, rank in parts], room, source)
         sources.clear()
     if source is None or not arena.nbytes:
         arena.close()
@@ -287,7 +287,14 @@ def _transfer(
 
 
 def _travel(sent: Sequence[torch.Tensor], ranks: Sequence[int], room: torch.Tensor, source: int | None) -> torch.Tensor:
-    """Send some tensors and receive one, if it has elements and there is somebody to receive it from."""
+    """Send some tensors and receive one, if it has elements and there is somebody to receive it from.
+
+    Args:
+        room: in host memory, for what is received.
+
+    Returns:
+        ``room``.
+    """
     device = communication_device()
     target = room.to(device)
     operations = [dist.P2POp(dist.isend, part.to(device), rank) for part, rank in zip(sent, ranks)]
@@ -295,7 +302,7 @@ def _travel(sent: Sequence[torch.Tensor], ranks: Sequence[int], room: torch.Tens
         operations.append(dist.P2POp(dist.irecv, target, source))
     for wait in dist.batch_isend_irecv(operations) if operations else ():
         wait.wait()
-    return target.cpu()
+    return room if target is room else room.copy_(target)
 
 
 def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, step: int) -> None:
