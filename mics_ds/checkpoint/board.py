@@ -33,6 +33,10 @@ STARTING_S = 120.0
 NOTHING_PUBLISHED = "Nothing was published, and older checkpoints are as they were."
 
 
+_LEFT = ("fate", "ready", "published", "published by all", "named", "errors", "result", "known")
+"""Keys of a round that came to a result which all have heard."""
+
+
 class RoundFailedError(MicsCheckpointError):
     """This round came to nothing; the message says why, the same on all ranks."""
 
@@ -144,6 +148,12 @@ class Round:
 
     def is_known_to(self, ranks: int) -> bool:
         return self._store.add("known", 0) >= ranks
+
+    def forget(self, ranks: int) -> None:
+        """Remove what this round has left in the store, if nobody will ask again."""
+        if self.is_known_to(ranks):
+            for key in _LEFT:
+                self._store.delete_key(key)
 
     def failure(self) -> RoundFailedError | None:
         """Why this round has come to nothing; ``None`` as long as it has not."""

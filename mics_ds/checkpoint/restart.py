@@ -222,16 +222,20 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     shard, errors, received = memory.Assembly(), list[str](), False
     stack.callback(shard.close)
     turn = site.groups.layout.replication_groups[site.shard].index(site.rank)
+    lacking = {number for number in range(slices) if assembles and first + number not in here}
+    wants = _wants_of_all(first, turn, lacking, slices)
     for wave in range(slices):
         wanted = first + (turn + wave) % slices
-        wants = [-1] * dist.get_world_size()
-        if assembles and wanted not in here:
-            wants[site.rank] = wanted
-        asked = [(rank, place) for rank, place in enumerate(greatest(wants)) if place >= 0]
-        sends = [(source.own[place], rank) for rank, place in asked if source.holders[place] == site.rank]
-        got = _transfer(sends, source.holders[wanted] if wants[site.rank] >= 0 else None, errors)
+        asked = [(rank, want.at(wave)) for rank, want in enumerate(wants)]
+        sends = [
+            (source.own[place], rank)
+            for rank, place in asked
+            if place is not None and source.holders[place] == site.rank
+        ]
+        lacks = wants[site.rank].at(wave) is not None
+        got = _transfer(sends, source.holders[wanted] if lacks else None, errors)
         received |= got is not None
-        if assembles and got is None and wanted in here:
+        if assembles and not lacks:
             arena = memory.open_content(here[wanted].path)
             arena.map(here[wanted].description.nbytes)
             got = here[wanted].description, arena
@@ -240,6 +244,38 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     notes = exchange({"errors": errors, "received": received}, "fetching states from memory")
     raise_together(notes, _FAILED, _REMEDY)
     return shard if assembles else None, sum(note["received"] for note in notes)
+
+
+class _Wants(NamedTuple):
+    """Which slices a rank has to get from others."""
+
+    first: int
+    """The place of the first slice of its shard."""
+    turn: int
+    """The one that it asks for first."""
+    lacking: frozenset[int]
+    slices: int
+
+    def at(self, wave: int) -> int | None:
+        """The place of what it asks for now, if that is something it lacks."""
+        number = (self.turn + wave) % self.slices
+        return self.first + number if number in self.lacking else None
+
+
+_BITS = 32
+
+
+def _wants_of_all(first: int, turn: int, lacking: set[int], slices: int) -> list[_Wants]:
+    """What each rank of the world wants, by 16 bytes and 2 bits for each slice of all of them. Collective."""
+    masks = [sum(1 << bit for bit in range(_BITS) if start + bit in lacking) for start in range(0, slices, _BITS)]
+    own = torch.tensor([first, turn, *masks], dtype=torch.int64, device=communication_device())
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    wants = []
+    for first_, turn_, *masks in torch.stack(found).tolist():
+        numbers = (_BITS * word + bit for word, mask in enumerate(masks) for bit in range(_BITS) if mask >> bit & 1)
+        wants.append(_Wants(first_, turn_, frozenset(numbers), slices))
+    return wants
 
 
 def _transfer(

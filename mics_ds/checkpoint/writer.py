@@ -139,6 +139,8 @@ class _Writer:
         try:
             error = self._take_part(round_, job, written)
             round_.acknowledge()
+            if self._station.rank == job.publishers[0]:
+                Round(self._store, job.number - 1, self._station.ranks).forget(self._station.ranks)
         except RoundFailedError as failed:
             error = not_saved(job.target, failed)
         except RuntimeError as gone:  # torch's errors of the store

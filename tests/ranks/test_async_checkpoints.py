@@ -124,3 +124,41 @@ def test_each_replica_copies_its_part(tmp_path, p, states):
     owner = engine.optimizer.mics_groups.partition.rank % (n // p) == dist.get_rank() // p
     assert (sum(copied) > large) == owner  # counters and buffers
     wait_for_saves()
+
+
+COLLECTIVES = [
+    *("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_to_all_single"),
+    *("barrier", "monitored_barrier", "broadcast", "broadcast_object_list"),
+    *("reduce_scatter_tensor", "gather", "scatter"),
+]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("zero", [ASYNC, {**ASYNC, **WORLD}], ids=["partition", "world"])
+def test_training_exchanges_two_short_messages(tmp_path, zero):
+    """Before the copy, to agree on it, and after it; 32 bytes each. The rest is for the processes that write, which
+    leave nothing in their store."""
+    engine = engine_of(2, zero=zero)
+    train(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="first")  # starts the processes
+    wait_for_saves()
+    called, keys = [], []
+    with pytest.MonkeyPatch.context() as patched:
+        for name in COLLECTIVES:
+            original = getattr(dist, name)
+
+            def counting(*args, name=name, original=original, **kwargs):
+                called.append((name, args[0].nbytes if torch.is_tensor(args[0]) else None))
+                return original(*args, **kwargs)
+
+            patched.setattr(dist, name, counting)
+        engine.save_checkpoint(str(tmp_path), tag="second")
+    assert called == [("all_reduce", 32)] * 2
+    for number in range(4):
+        wait_for_saves()
+        dist.barrier()
+        if background.Background.current._server is not None:
+            keys.append(background.Background.current._server.num_keys())
+        engine.save_checkpoint(str(tmp_path), tag=f"later{number}")
+    wait_for_saves()
+    assert not keys or keys[-1] <= max(keys[:2])
