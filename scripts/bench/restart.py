@@ -1,6 +1,6 @@
 """How long a job takes from the loss of a node to its next step, by what takes it, from memory and from disk.
 
-    python -m bench.restart [--hidden 2048 --layers 20]        # in scripts/, as root
+    python -m bench.restart [--hidden 2048 --layers 20 --states world]        # in scripts/, as root
 
 Two emulated nodes of two ranks, p = 2, torchrun; node 1 is killed and comes back with empty memory. Once the other
 node's memory is there, once only the disk.
@@ -164,8 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", default="2048")
     parser.add_argument("--layers", default="20")
+    parser.add_argument("--states", default="partition")
     asked = parser.parse_args()
-    size = ["--hidden", asked.hidden, "--layers", asked.layers]
+    size = ["--hidden", asked.hidden, "--layers", asked.layers, "--states", asked.states]
     print(f"{12 * int(asked.layers) * (int(asked.hidden) ** 2 + int(asked.hidden)) / 1e9:.2f} GB of states")
     with tempfile.TemporaryDirectory() as folder, emulation.Cluster(2, None) as cluster:
         for name, from_memory in (("memory", True), ("disk", False)):

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--save-at", type=int, default=3)
     parser.add_argument("--memory-every", type=int, default=2)
     parser.add_argument("--shard-size", type=int, default=2)
+    parser.add_argument("--states", default="partition")
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--pause", type=float, default=0.3)
@@ -35,9 +36,11 @@ def main() -> None:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": 3,
             "mics_shard_size": asked.shard_size,
+            "mics_optimizer_states": asked.states,
             "mics_checkpoint": {"memory_every": asked.memory_every},
         },
     }

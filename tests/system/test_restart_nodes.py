@@ -16,19 +16,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def uninterrupted(cluster: emulation.Cluster, root: Path) -> dict[int, str]:
+def uninterrupted(cluster: emulation.Cluster, root: Path, states: str) -> dict[int, str]:
     root.mkdir()
-    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "0")
+    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "0", "--states", states)
     job.start(0)
     job.start(1)
     job.finish()
     return job.losses()
 
 
-def loses(cluster: emulation.Cluster, root: Path, *, both_copies: bool) -> tuple[Job, int]:
+def loses(cluster: emulation.Cluster, root: Path, states: str, *, both_copies: bool) -> tuple[Job, int]:
     """A job that loses node 1 after step 7, of which copies were taken at 6, 4 and 2, and step 3 was saved."""
     root.mkdir()
-    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "1")
+    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "1", "--states", states)
     job.start(0)
     job.start(1)
     job.await_line(r"STEP 7 ")
@@ -50,12 +50,19 @@ def loses(cluster: emulation.Cluster, root: Path, *, both_copies: bool) -> tuple
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_the_steps_since_the_last_copy(tmp_path):
+@pytest.mark.parametrize(
+    ("states", "fetched"),
+    [
+        ("partition", "2 ranks got their shard from a sibling"),
+        ("world", "2 ranks got slices of their shard from siblings"),
+    ],
+)
+def test_a_lost_node_costs_the_steps_since_the_last_copy(tmp_path, states, fetched):
     with emulation.Cluster(2, None) as cluster:
-        expected = uninterrupted(cluster, tmp_path / "whole")
-        job, killed = loses(cluster, tmp_path / "one", both_copies=False)
+        expected = uninterrupted(cluster, tmp_path / "whole", states)
+        job, killed = loses(cluster, tmp_path / "one", states, both_copies=False)
         said = re.search(
-            r"resumed from memory at step (\d) \(on disk: nothing\); 2 ranks got their shard from a sibling",
+            rf"resumed from memory at step (\d) \(on disk: nothing\); {fetched}",
             "\n".join(job.lines[killed:]),
         )
         assert said, "\n".join(job.lines[killed:])
@@ -67,7 +74,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_copy(tmp_path):
 @pytest.mark.slow
 def test_without_both_nodes_that_held_a_shard_the_disk_is_used(tmp_path):
     with emulation.Cluster(2, None) as cluster:
-        job, killed = loses(cluster, tmp_path / "both", both_copies=True)
+        job, killed = loses(cluster, tmp_path / "both", "partition", both_copies=True)
         said = "\n".join(job.lines[killed:])
         assert re.search(r"of step [46], shards \[1\] are in no node's memory", said)
         assert "no complete set of copies in memory" in said
