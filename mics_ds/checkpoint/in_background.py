@@ -125,7 +125,7 @@ def _collect(one: _Save, session: Staging) -> None:
         str(one.staging.relative_to(one.folder)),
         request.client_state,
         optimizer_states=shares,
-        exclude_frozen_parameters=one.exclude_frozen_parameters,
+        exclude_frozen_parameters=one.exclude_frozen_parameters or not owner,
     )
     session.make(lambda: one.save_own_client_state(session))
 

@@ -240,7 +240,7 @@ class Assembly:
         """
         if self._arena is None:
             self.description, self._arena = description, arena
-            self._wholes = [torch.empty(joint.nbytes, dtype=torch.uint8) for joint in description.joints]
+            self._wholes = [torch.empty(joint.nbytes, dtype=torch.uint8, device="cpu") for joint in description.joints]
         for joint, whole in zip(description.joints, self._wholes):
             joint.put(arena.view(joint.piece, joint.sizes[description.slice]), description.slice, whole)
         for rank, place in description.own.items():

@@ -290,11 +290,11 @@ def _transfer(
     texts = [memory.dumps(copy.description).encode() for copy, _ in sends]
     ranks = [rank for _, rank in sends]
     sizes = [torch.tensor([len(text), copy.description.nbytes]) for text, (copy, _) in zip(texts, sends)]
-    [text_bytes, nbytes] = _travel(sizes, ranks, torch.zeros(2, dtype=torch.int64), source).tolist()
+    [text_bytes, nbytes] = _travel(sizes, ranks, torch.zeros(2, dtype=torch.int64, device="cpu"), source).tolist()
     said = _travel(
         [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts],
         ranks,
-        torch.empty(text_bytes, dtype=torch.uint8),
+        torch.empty(text_bytes, dtype=torch.uint8, device="cpu"),
         source,
     )
     arena = Arena()
@@ -311,7 +311,7 @@ def _transfer(
             parts = [(part, rank) for part, rank in parts if part.numel()]
             size = max(0, min(CHUNK, nbytes - start))
             # If there is no memory for it, the sender must not wait for this rank.
-            room = arena.view(start, size) if arena.nbytes else torch.empty(size, dtype=torch.uint8)
+            room = arena.view(start, size) if arena.nbytes else torch.empty(size, dtype=torch.uint8, device="cpu")
             _travel([part for part, _ in parts], [rank for _, rank in parts], room, source)
         sources.clear()
     if source is None or not arena.nbytes:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import words
+from ..seams.engine import device_streams
 from . import origin
 from .arena import Arena
 from .joints import SHARED_FROM, Joint, Room, Staged, StagedFile, shares
@@ -32,6 +33,7 @@ class Staging:
         self._place = 0 if alone else site.sharers.index(site.rank)
         self._wholes: list[tuple[torch.Tensor, Joint, torch.Tensor]] = []
         self._recorded: list[tuple[str, Recorded]] = []
+        self._stood_for: dict[int, torch.Tensor] = {}
         self.model_states_shard = site.shard
         self.errors: list[str] = []
 
@@ -49,6 +51,15 @@ class Staging:
 
         attempt(pickle, self.errors, lambda error: f"{path}: {words(error)}")
 
+    def stand_in(self, held: torch.Tensor) -> torch.Tensor:
+        """A tensor in host memory for one on the device, which will have its content in the file."""
+        if device_streams() is None:
+            return held
+        empty = torch.empty(held.shape, dtype=held.dtype, device="cpu")  # never touched
+        if held.numel():
+            self._stood_for[empty.data_ptr()] = held.contiguous()
+        return empty
+
     @contextmanager
     def states_of(self, optimizer: Any) -> Iterator[None]:
         """Let ``optimizer.state_dict()`` be that of whole shards, where slices are still to be joined to them."""
@@ -59,7 +70,7 @@ class Staging:
         for sub_group, held in optimizer.elementwise_states():
             cut = optimizer.slices_of(sub_group)
             # Never touched, so the system never gives memory for it.
-            whole = torch.empty(cut.shard_starts[-1] if self._owner else 0, dtype=held.dtype)
+            whole = torch.empty(cut.shard_starts[-1] if self._owner else 0, dtype=held.dtype, device="cpu")
             sizes = (held.nbytes,) * (cut.replicas if self._alone else self._replicas)
             joint = Joint(cut.shard_starts[-1] * held.itemsize, -1, -1, sizes, cut.shards, held.itemsize)
             self._wholes.append((whole, joint, held.detach()))
@@ -118,7 +129,7 @@ class Staging:
                 if storage.data_ptr() in outlines:
                     whole_at[storage.data_ptr()] = places[-1][0]
                 else:
-                    parts.append((places[-1][0], content))
+                    parts.append((places[-1][0], self._stood_for.get(storage.data_ptr(), content)))
             if self._owner or not shared:
                 files.append(StagedFile(name, recorded.pickled, tuple(places)))
         for whole, joint, held in self._wholes:
@@ -130,6 +141,7 @@ class Staging:
         arena.copy_in(parts, finish)
         self._recorded.clear()
         self._wholes.clear()
+        self._stood_for.clear()
         return Staged(tuple(files), tuple(joints), room.nbytes)
 
     def _is_shared(self, content: torch.Tensor) -> bool:

@@ -113,13 +113,14 @@ def collect_states(
     """Hand what ``engine.save_checkpoint`` would write on this rank to a session. No collective.
 
     Args:
+        session: with ``stand_in(held)`` besides, what to show DeepSpeed in place of a frozen parameter.
         optimizer_states: whether this rank has some to hand over.
         how: further arguments of ``engine.save_checkpoint``.
     """
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(max(level, logging.WARNING))  # it would announce a file each time
     try:
-        with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine):
+        with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine), _fragments(engine, session):
             engine._save_checkpoint(folder, tag, client_state=client_state, **how)
             if optimizer_states:
                 engine._save_zero_checkpoint(folder, tag)
@@ -141,6 +142,20 @@ def _as_if_partitioned(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         for param, data in held:
             param.data = data
+
+
+@contextmanager
+def _fragments(engine: DeepSpeedEngine, session: Any) -> Iterator[None]:
+    """Shards of frozen parameters by way of the session. DeepSpeed itself waits for the device at each."""
+
+    def fragment(param: Any) -> torch.Tensor:
+        return session.stand_in(getattr(param, "ds_tensor", param).detach())
+
+    engine._get_param_fragment_func = fragment
+    try:
+        yield
+    finally:
+        del engine._get_param_fragment_func
 
 
 def model_parallel_rank(engine: DeepSpeedEngine) -> int:
