@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,10 @@ from ..log import log_rank0, logger
 from ..seams import checkpoint as seam
 from ..seams.engine import communication_device
 from . import manifest, memory, names
-from .arena import Arena
-from .memory import Copy, Description
-from .neighbours import CHUNK
+from .memory import Copy
 from .snapshot import MemoryTier, set_random_states
 from .together import Site, attempt, exchange, greatest, on_publishers, raise_together
+from .transfers import is_good, transfer
 
 _NOBODY = 1 << 40
 _RESTORED = "restored"
@@ -159,7 +158,7 @@ def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
     for index, copy in enumerate(copies):
         if index % len(neighbours) != turn:
             continue
-        if not _is_good(copy):
+        if not is_good(copy):
             continue
         good[_place(copy, shards)] = copy
     return good
@@ -170,16 +169,6 @@ def _place(copy: Copy, shards: int) -> int:
     model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
     shard = model_parallel * shards + copy.description.shard
     return shard * copy.description.slices + copy.description.slice
-
-
-def _is_good(copy: Copy) -> bool:
-    try:
-        with memory.opened(copy.path) as arena:
-            memory.check(copy, arena)
-    except (OSError, MicsCheckpointError) as error:
-        logger.warning("%s", words(error))
-        return False
-    return True
 
 
 def _newest_on_disk(load_dir: str | os.PathLike) -> int:
@@ -217,7 +206,7 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     here = {}
     for copy in source.here if assembles else ():
         place = _place(copy, shards)
-        if place in range(first, first + slices) and (place in source.own or _is_good(copy)):
+        if place in range(first, first + slices) and (place in source.own or is_good(copy)):
             here[place] = copy
     shard, errors, received = memory.Assembly(), list[str](), False
     stack.callback(shard.close)
@@ -233,7 +222,7 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
             if place is not None and source.holders[place] == site.rank
         ]
         lacks = wants[site.rank].at(wave) is not None
-        got = _transfer(sends, source.holders[wanted] if lacks else None, errors)
+        got = transfer(sends, source.holders[wanted] if lacks else None, errors)
         received |= got is not None
         if assembles and not lacks:
             arena = memory.open_content(here[wanted].path)
@@ -276,69 +265,6 @@ def _wants_of_all(first: int, turn: int, lacking: set[int], slices: int) -> list
         numbers = (_BITS * word + bit for word, mask in enumerate(masks) for bit in range(_BITS) if mask >> bit & 1)
         wants.append(_Wants(first_, turn_, frozenset(numbers), slices))
     return wants
-
-
-def _transfer(
-    sends: Sequence[tuple[Copy, int]], source: int | None, errors: list[str]
-) -> tuple[Description, Arena] | None:
-    """Send copies to ranks that asked for them, and receive one from another rank.
-
-    Args:
-        source: the rank to receive from.
-        errors: for what this rank alone could not do.
-    """
-    texts = [memory.dumps(copy.description).encode() for copy, _ in sends]
-    ranks = [rank for _, rank in sends]
-    sizes = [torch.tensor([len(text), copy.description.nbytes]) for text, (copy, _) in zip(texts, sends)]
-    [text_bytes, nbytes] = _travel(sizes, ranks, torch.zeros(2, dtype=torch.int64, device="cpu"), source).tolist()
-    said = _travel(
-        [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts],
-        ranks,
-        torch.empty(text_bytes, dtype=torch.uint8, device="cpu"),
-        source,
-    )
-    arena = Arena()
-    attempt(lambda: arena.reserve(nbytes), errors)
-    with ExitStack() as stack:
-        sources = []
-        for copy, _ in sends:
-            opened = stack.enter_context(memory.opened(copy.path))
-            opened.map(copy.description.nbytes)
-            sources.append(opened.view(0, copy.description.nbytes))
-        most = max([nbytes, *(content.numel() for content in sources)])
-        for start in range(0, most, CHUNK):
-            parts = [(content[start : start + CHUNK], rank) for content, rank in zip(sources, ranks)]
-            parts = [(part, rank) for part, rank in parts if part.numel()]
-            size = max(0, min(CHUNK, nbytes - start))
-            # If there is no memory for it, the sender must not wait for this rank.
-            room = arena.view(start, size) if arena.nbytes else torch.empty(size, dtype=torch.uint8, device="cpu")
-            _travel([part for part, _ in parts], [rank for _, rank in parts], room, source)
-        sources.clear()
-    if source is None or not arena.nbytes:
-        arena.close()
-        return None
-    description = memory.loads(bytes(said.tolist()))
-    assert description is not None, "as it was sent"
-    return description, arena
-
-
-def _travel(sent: Sequence[torch.Tensor], ranks: Sequence[int], room: torch.Tensor, source: int | None) -> torch.Tensor:
-    """Send some tensors and receive one, if it has elements and there is somebody to receive it from.
-
-    Args:
-        room: in host memory, for what is received.
-
-    Returns:
-        ``room``.
-    """
-    device = communication_device()
-    target = room.to(device)
-    operations = [dist.P2POp(dist.isend, part.to(device), rank) for part, rank in zip(sent, ranks)]
-    if source is not None and target.numel():
-        operations.append(dist.P2POp(dist.irecv, target, source))
-    for wait in dist.batch_isend_irecv(operations) if operations else ():
-        wait.wait()
-    return room if target is room else room.copy_(target)
 
 
 def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, step: int) -> None:
