@@ -104,7 +104,8 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_moment(tmp_path, p, dtype
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("states", ["partition", "world"])
 def test_each_replica_copies_its_part(tmp_path, p, states):
-    """Masters and two moments of AdamW, 12 bytes a parameter, over all ranks; the rest is the owner's."""
+    """Masters and two moments of AdamW, 12 bytes a parameter, over all ranks; the rest is the owner's. Host memory is
+    for what is copied, and on the owner for its shard."""
     everything_is_shared()
     engine = build(ds_config(p, zero={**ASYNC, "mics_optimizer_states": states}), Even, optimizer=adamw)
     train(engine, 1)
@@ -115,14 +116,25 @@ def test_each_replica_copies_its_part(tmp_path, p, states):
         copied.extend(part.nbytes for _, part in parts)
         copy_in(self, parts, finish)
 
+    jobs = []
+    submit = background.Background.submit
+
+    def seen(self, job):
+        jobs.append(job)
+        submit(self, job)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(arena.Arena, "copy_in", counting)
+        patched.setattr(background.Background, "submit", seen)
         engine.save_checkpoint(str(tmp_path))
     parameters, n = 2 * 7 * 64, 4
     large = sum(nbytes for nbytes in copied if nbytes >= 64)
     assert large == 12 * parameters // n
     owner = engine.optimizer.mics_groups.partition.rank % (n // p) == dist.get_rank() // p
     assert (sum(copied) > large) == owner  # counters and buffers
+    whole = 12 * parameters // p
+    needed = large if not owner else whole if states == "partition" else whole + large
+    assert 0 <= jobs[0].staged.nbytes - needed < 1500, "buffers and alignment"
     wait_for_saves()
 
 
