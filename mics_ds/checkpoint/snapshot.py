@@ -14,9 +14,10 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,34 @@ _NONE = 1 << 40
 ClientState = Callable[[], Mapping[str, Any]]
 
 
+class Caller(NamedTuple):
+    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` when its own states are those of the end
+    of a step."""
+
+    home: str
+    """The folder that it resumes from, if it is always the same."""
+    files: Callable[[], dict[str, bytes]]
+    """What it needs beside the engine's states, on this rank."""
+    takes_memory_for: Callable[[str], bool]
+    """Whether ``load_checkpoint`` of this folder may go on from memory."""
+
+
+class _Current:
+    caller: Caller | None = None
+
+
+@contextmanager
+def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
+    """Engines that are built meanwhile, and this one, are trained by a framework."""
+    before, _Current.caller = _Current.caller, caller
+    if hasattr(engine, "mics_memory"):
+        engine.mics_memory.belongs_to(caller)
+    try:
+        yield
+    finally:
+        _Current.caller = before
+
+
 class MemoryTier:
     """Copies of one engine's states in memory, on one rank.
 
@@ -64,6 +93,9 @@ class MemoryTier:
         self.folder = memory.region(request.memory_folder, memory.job_key(request.job))
         self.homes: set[str] = set()
         """Folders that this job resumes from: where it has saved, or found nothing to begin with."""
+        self.caller: Caller | None = None
+        self.is_due = False
+        """Whether the states are those of a step of which there should be a copy, and none was made yet."""
         self.client_state: ClientState | None = None
         """What a script would give to ``save_checkpoint``."""
         self.gave_client_state = False
@@ -71,7 +103,15 @@ class MemoryTier:
         self._arenas: dict[Path, Arena] = {}
         self._complained = False
         self._layout = ""
+        if _Current.caller is not None:
+            self.belongs_to(_Current.caller)
         at_end.append(self.end)
+
+    def belongs_to(self, caller: Caller) -> None:
+        """A framework trains with this engine, and says when copies are made."""
+        self.caller = caller
+        if caller.home:
+            self.begins_in(caller.home)
 
     @property
     def keeps(self) -> bool:
@@ -79,16 +119,21 @@ class MemoryTier:
         return self.site.writer == self.site.rank
 
     def step_ended(self, engine: Any) -> None:
-        """Copy the states if it is time to. Collective over the world then.
+        """Copy the states if it is time to. Collective over the world then."""
+        self.is_due = steps_taken(engine) % self.request.memory_every == 0
+        if self.is_due and self.caller is None:
+            self.copy(engine)
+
+    def copy(self, engine: Any) -> None:
+        """Copy the states. Collective over the world.
 
         A copy that cannot be made is a warning: training needs none. All ranks make the same ones, so that whichever
         is complete is complete everywhere, or leave the same ones out.
         """
-        if steps_taken(engine) % self.request.memory_every:
-            return
+        self.is_due = False
         background = Background.of_job()
-        own: list[bytes] = []
-        self._or_warn(lambda: own.append(_pickled({"client_state": self._client_state(), "random": random_states()})))
+        own, states = list[bytes](), dict[str, Any]()
+        self._or_warn(lambda: own.append(_pickled(self._own(states))))
         newest = _NONE
         if self.keeps:
             self._forget_others(engine)
@@ -99,7 +144,7 @@ class MemoryTier:
             return
         parts = self._own_parts(own[0])
         if self.keeps:
-            self._or_warn(lambda: self._take(engine, parts, kept=-negated))
+            self._or_warn(lambda: self._take(engine, parts, states, kept=-negated))
 
     def _or_warn(self, work: Callable[[], object]) -> None:
         try:
@@ -121,8 +166,11 @@ class MemoryTier:
         found = {path: memory.read(path) for path in places}
         return {path: -1 if description is None else description.step for path, description in found.items()}
 
-    def _client_state(self) -> dict[str, Any]:
-        return {} if self.client_state is None else dict(self.client_state())
+    def _own(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """What belongs to this rank alone. Its client state, which is in the shard's files as well, is filled in."""
+        client_state.update({} if self.client_state is None else self.client_state())
+        files = {} if self.caller is None else self.caller.files()
+        return {"client_state": client_state, "random": random_states(), "files": files}
 
     def _own_parts(self, own: bytes) -> dict[int, bytes]:
         """What belongs to each replica of this shard alone, by global rank."""
@@ -133,7 +181,7 @@ class MemoryTier:
         dist.all_gather_object(parts, own, group=replication.group)
         return dict(zip(replication.ranks, parts))
 
-    def _take(self, engine: Any, own: Mapping[int, bytes], kept: int) -> None:
+    def _take(self, engine: Any, own: Mapping[int, bytes], client_state: dict[str, Any], kept: int) -> None:
         """Copy this rank's shard.
 
         Args:
@@ -146,7 +194,7 @@ class MemoryTier:
         steps = self._steps(engine)
         path = min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
         session = Staging(self.site, alone=True)
-        seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
+        seam.collect_states(engine, session, str(self.folder), "memory", client_state)
         if session.errors:
             raise MicsCheckpointError("; ".join(session.errors))
         memory.forget(path)
@@ -200,6 +248,11 @@ class MemoryTier:
     def begins_in(self, load_dir: str | os.PathLike) -> None:
         """The script resumes from this folder, or found nothing there yet."""
         self.homes.add(os.path.realpath(load_dir))
+
+    def may_resume(self, load_dir: str | os.PathLike, with_scheduler: bool) -> bool:
+        """Whether who loads from this folder may get what is in memory. A framework that does not have the engine's
+        scheduler loaded keeps one itself."""
+        return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
 
     def end(self) -> None:
         """The process ends as it should: what is on disk too need not stay in memory."""
