@@ -20,8 +20,8 @@ _EVENTS = (_DELETES, "glob.glob")
 
 
 def watch(before: Callable[[str, bool], None]) -> None:
-    """Call ``before`` when a folder with checkpoints of MiCS is about to be looked through, or to be deleted while no newer
-    one is complete: with the path, and whether it is deleted.
+    """Call ``before`` when a folder with checkpoints of MiCS is about to be looked through, or to be deleted while no
+    newer one is complete: with the path, and whether it is deleted.
 
     For the rest of the process: such hooks cannot be removed.
     """

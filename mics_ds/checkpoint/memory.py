@@ -33,6 +33,8 @@ from .recording import Recorded, replay
 
 FORMAT = 1
 SLOTS = 2
+NEVER = 1 << 40
+"""Later than any step."""
 _PREFIX = "mics_ds"
 _CHUNK = 64 << 20
 

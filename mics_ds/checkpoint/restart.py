@@ -154,14 +154,14 @@ def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
     for index, copy in enumerate(copies):
         if index % len(neighbours) != turn:
             continue
-        if not _is_good(copy):
+        if not is_good(copy):
             continue
         model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
         good[model_parallel * shards + copy.description.shard] = copy
     return good
 
 
-def _is_good(copy: Copy) -> bool:
+def is_good(copy: Copy) -> bool:
     try:
         with memory.opened(copy.path) as arena:
             memory.check(copy, arena)
@@ -193,7 +193,7 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     site = tier.site
     place = seam.model_parallel_rank(engine) * site.groups.layout.partition_size + site.shard
     name = memory.shard_name(seam.model_parallel_rank(engine), site.shard)
-    found = [copy for copy in source.here if copy.path.stem == name and _is_good(copy)]
+    found = [copy for copy in source.here if copy.path.stem == name and is_good(copy)]
     wants = [-1] * dist.get_world_size()
     wants[site.rank] = place if tier.keeps and not found else -1
     received: list[tuple[Description, Arena]] = []
