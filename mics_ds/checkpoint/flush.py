@@ -30,7 +30,6 @@ from .together import attempt, exchange, greatest, raise_together
 from .transfers import is_good, transfer
 
 Files = dict[str, bytes]
-_RETRIES = 16
 _FAILED = "States in memory could not be written to disk."
 _REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
 
@@ -72,7 +71,7 @@ def find(asked: CheckpointRequest, home: str, needed: str, newer_than: int) -> S
     usable = _usable(asked, home)
     [on_disk] = greatest([newer_than])
     below = memory.NEVER
-    for _ in range(_RETRIES):
+    while True:
         [newest] = greatest([max((step for copy in usable if (step := copy.description.step) < below), default=-1)])
         if newest <= on_disk:
             if newest >= 0:
@@ -96,7 +95,6 @@ def find(asked: CheckpointRequest, home: str, needed: str, newer_than: int) -> S
             return source
         log_rank0(f"the copies of step {newest} in memory lack {needed}, and are not used")
         below = newest
-    return None
 
 
 def _usable(asked: CheckpointRequest, home: str) -> list[Copy]:

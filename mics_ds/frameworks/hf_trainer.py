@@ -18,6 +18,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +68,9 @@ def last_checkpoint(args: Any) -> str | None:
     ensure_distributed()
     plugin = getattr(args, "deepspeed_plugin", None)
     config = {} if plugin is None else plugin.hf_ds_config.config
-    found = _newest(args, None if _on_each_node(config) else _request(config), Path(args.output_dir), None)
+    found = _newest(
+        args, None if _on_each_node(config) else _request(config), Path(args.output_dir), None, required=False
+    )
     return None if found is None else str(found)
 
 
@@ -94,21 +97,24 @@ def _resolve(
         MicsCheckpointError: on every rank: that was never complete, and nothing older is.
     """
     if wanted is True:
-        found = _newest(args, memory, Path(args.output_dir), None)
+        found = _newest(args, memory, Path(args.output_dir), None, required=True)
         return wanted if found is None else str(found)  # the Trainer's own error
     named = _NAME.fullmatch(Path(wanted).name)
     if named is None:
         return wanted
-    found = _newest(args, memory, Path(wanted).parent, int(named[1]))
+    found = _newest(args, memory, Path(wanted).parent, int(named[1]), required=True)
     return wanted if found is None or found == Path(wanted) else str(found)
 
 
-def _newest(args: Any, memory: CheckpointRequest | None, folder: Path, wanted: int | None) -> Path | None:
+def _newest(
+    args: Any, memory: CheckpointRequest | None, folder: Path, wanted: int | None, *, required: bool
+) -> Path | None:
     """The checkpoint to resume from: the newest one or one of its predecessors, if it was never complete.
 
     Args:
         memory: where copies in memory are, if they may be used.
         wanted: that of this step and no newer one. If it is the newest on disk, memory may have a newer one still.
+        required: whether it is an error if none was ever complete.
     """
     note: dict[str, Any] = {"there": [], "usable": [], "interrupted": [], "errors": []}
     attempt(lambda: note.update(_survey(folder)), note["errors"])
@@ -124,7 +130,7 @@ def _newest(args: Any, memory: CheckpointRequest | None, folder: Path, wanted: i
     may_be_newer = wanted is None or wanted == newest
     if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
         source = flush.find(memory, os.path.realpath(folder), STATE, _engine_step(folder / _FOLDER.format(step=chosen)))
-    if source is None and chosen < 0 and interrupted:
+    if source is None and chosen < 0 and interrupted and required:
         raise MicsCheckpointError(
             f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
             f"checkpoint in {folder} is complete. Start without resume_from_checkpoint, or resume from another folder."
@@ -170,8 +176,9 @@ def _set_aside(args: Any, folder: Path, steps: list[int]) -> None:
     def rename() -> None:
         for step in steps:
             path = folder / _FOLDER.format(step=step)
-            aside = folder / f"{_SET_ASIDE}{path.name}"
-            if args.should_save and path.is_dir() and not aside.exists():
+            if args.should_save and path.is_dir():
+                tries = (folder / f"{_SET_ASIDE}{path.name}{f'.{number}' * (number > 1)}" for number in count(1))
+                aside = next(free for free in tries if not free.exists())
                 os.rename(path, aside)
                 log_rank0(f"{path} was still being saved when its job ended; it is called {aside.name} now")
 

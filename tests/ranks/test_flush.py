@@ -189,11 +189,14 @@ def test_what_was_never_complete_is_set_aside(tmp_path):
         "interrupted-checkpoint-2",
         "interrupted-checkpoint-3",
     ]
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (out / "interrupted-checkpoint-2").rename(out / "checkpoint-2")
     remove(tmp_path, "out/checkpoint-1")
+    if dist.get_rank() == 0:
+        (out / "checkpoint-2").mkdir()
+    dist.barrier()
     with pytest.raises(
         MicsCheckpointError, match=r"checkpoint-2 was still being saved when its job ended, and no older"
     ):
         resolved(tmp_path)
+    args = SimpleNamespace(**vars(arguments(tmp_path)), deepspeed_plugin=None)
+    assert hf_trainer.last_checkpoint(args) is None, "so that a script begins anew"
+    assert (out / "interrupted-checkpoint-2.2").exists()
