@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import frameworks
+
 if TYPE_CHECKING:
     from .request import Build, Request
     from .seams.patch import Patches
@@ -38,6 +40,7 @@ class _Installation:
 
 def arm() -> None:
     """Install into DeepSpeed now, or as soon as it is imported. Calling it again does nothing."""
+    frameworks.arm()
     module = sys.modules.get(_TRIGGER)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         _install_or_warn()

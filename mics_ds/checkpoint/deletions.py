@@ -1,16 +1,18 @@
 """Whoever keeps only the last checkpoints deletes an old one as soon as a new one was saved.
 
-In the background it is not saved yet, so the old one may be all there is. The HF Trainer and Lightning delete by
+In the background it is not saved yet, so the old one may be the newest there is. The HF Trainer and Lightning delete by
 ``shutil.rmtree`` and look for checkpoints by ``glob``, and Python tells of both before it does them.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import MicsCheckpointError
 from . import manifest
 
 _DELETES = "shutil.rmtree"
@@ -18,8 +20,8 @@ _EVENTS = (_DELETES, "glob.glob")
 
 
 def watch(before: Callable[[str, bool], None]) -> None:
-    """Call ``before`` when a folder with checkpoints of MiCS is about to be deleted or looked through: with the path,
-    and whether it is deleted.
+    """Call ``before`` when a folder with checkpoints of MiCS is about to be looked through, or to be deleted while no
+    newer one is complete: with the path, and whether it is deleted.
 
     For the rest of the process: such hooks cannot be removed.
     """
@@ -37,9 +39,30 @@ def _concerns(event: str, path: str | Path) -> bool:
     folder = Path(path)
     if manifest.is_remains(folder.name):
         return False  # our own cleaning up
+    step = max(_steps(folder), default=-1)
+    return step >= 0 and not _has_successor(folder, step)
+
+
+def _steps(folder: Path) -> Iterator[int]:
+    """Of complete checkpoints in a folder, or of the one that it is. Of what cannot be understood, 0."""
     try:
-        return (folder / manifest.NAME).exists() or any(
-            (inner / manifest.NAME).exists() for inner in folder.iterdir() if inner.is_dir()
-        )
+        described = [inner for inner in (folder, *folder.iterdir()) if (inner / manifest.NAME).is_file()]
     except OSError:
-        return False
+        return
+    for inner in described:
+        try:
+            yield manifest.read(inner).global_steps
+        except (OSError, MicsCheckpointError):
+            yield 0
+
+
+def _has_successor(folder: Path, step: int) -> bool:
+    """Whether a complete checkpoint that is newer stays beside this one, with a name that is the same but for numbers:
+    checkpoints of something else in the same place are no substitute."""
+    kind = re.sub(r"\d+", "", folder.name)
+    beside = (
+        other
+        for other in folder.parent.iterdir()
+        if other.name != folder.name and re.sub(r"\d+", "", other.name) == kind
+    )
+    return any(newer > step for other in beside for newer in _steps(other))

@@ -134,10 +134,8 @@ def load(
         "custom_load_fn": custom_load_fn,
     }
     tier = getattr(engine, "mics_memory", None)
-    resumes = (
-        tag is None and load_optimizer_states and load_lr_scheduler_states and not (load_module_only or custom_load_fn)
-    )
-    if tier is not None and resumes and is_fresh(engine):
+    resumes = tag is None and load_optimizer_states and not (load_module_only or custom_load_fn)
+    if tier is not None and resumes and tier.may_resume(load_dir, load_lr_scheduler_states) and is_fresh(engine):
         with restart.restored(tier, engine, load_dir) as found:
             if found is not None:
                 return _resume(original, engine, found, tier, load_dir, how)

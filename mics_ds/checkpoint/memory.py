@@ -32,6 +32,8 @@ from .recording import Recorded, replay
 
 FORMAT = 2
 SLOTS = 2
+NEVER = 1 << 40
+"""Later than any step."""
 _PREFIX = "mics_ds"
 _CHUNK = 64 << 20
 

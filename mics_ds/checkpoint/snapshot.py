@@ -16,7 +16,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,10 @@ from ..seams.engine import device_streams, steps_taken, wait_for_device
 from . import memory
 from .arena import Arena
 from .background import Background, at_end
+from .holdings import Holdings, holdings_of
 from .joints import Staged, StagedFile
 from .memory import Description
-from .neighbours import Mirror, receivers
+from .neighbours import Mirror
 from .staging import Staging
 from .together import Site, greatest
 from .writer import Seal
@@ -46,52 +48,32 @@ _NONE = 1 << 40
 ClientState = Callable[[], Mapping[str, Any]]
 
 
-class _Holdings(NamedTuple):
-    """What one rank has to do with copies."""
+class Caller(NamedTuple):
+    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` when its own states are those of the end
+    of a step."""
 
-    own: str
-    """The name of the copy that it makes; empty if another rank of its node makes that."""
-    part: tuple[int, int]
-    """Which slice of how many that is."""
-    to: tuple[int, ...]
-    """The rank that keeps it too."""
-    guests: Mapping[int, str]
-    """Ranks whose copies it keeps, and the names of those."""
-    of_node: frozenset[str]
-    """The names of all copies that are kept on this node."""
-    model_parallel: int
-
-    @property
-    def here(self) -> list[str]:
-        return [*([self.own] if self.own else []), *self.guests.values()]
+    home: str
+    """The folder that it resumes from, if it is always the same."""
+    files: Callable[[], dict[str, bytes]]
+    """What it needs beside the engine's states, on this rank."""
+    takes_memory_for: Callable[[str], bool]
+    """Whether ``load_checkpoint`` of this folder may go on from memory."""
 
 
-def _holdings_of(engine: Any, groups: MicsGroups, site: Site) -> _Holdings:
-    model_parallel, layout = seam.model_parallel_rank(engine), groups.layout
-    if not engine.optimizer.is_sliced:
-        names = {
-            memory.shard_name(model_parallel, shard)
-            for shard, ranks in enumerate(layout.replication_groups)
-            if set(ranks) & set(site.peers)
-        }
-        own = memory.shard_name(model_parallel, site.shard) if site.writer == site.rank else ""
-        return _Holdings(own, (0, 1), (), {}, frozenset(names), model_parallel)
-    replicas = layout.replication_size
-    of_rank, kept_by = dict[int, str](), dict[int, int]()
-    for shard, ranks in enumerate(layout.replication_groups):
-        kept_by.update(receivers(ranks, groups.node_of))
-        for place, rank in enumerate(ranks):
-            of_rank[rank] = memory.shard_name(model_parallel, shard, (place, replicas))
-    place = layout.replication_groups[site.shard].index(site.rank)
-    neighbours = set(site.peers)
-    return _Holdings(
-        own=of_rank[site.rank],
-        part=(place, replicas),
-        to=(kept_by[site.rank],) if site.rank in kept_by else (),
-        guests={rank: of_rank[rank] for rank, keeper in kept_by.items() if keeper == site.rank},
-        of_node=frozenset(name for rank, name in of_rank.items() if {rank, kept_by.get(rank)} & neighbours),
-        model_parallel=model_parallel,
-    )
+class _Current:
+    caller: Caller | None = None
+
+
+@contextmanager
+def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
+    """Engines that are built meanwhile, and this one, are trained by a framework."""
+    before, _Current.caller = _Current.caller, caller
+    if hasattr(engine, "mics_memory"):
+        engine.mics_memory.belongs_to(caller)
+    try:
+        yield
+    finally:
+        _Current.caller = before
 
 
 class MemoryTier:
@@ -115,6 +97,9 @@ class MemoryTier:
         self.folder = memory.region(request.memory_folder, memory.job_key(request.job))
         self.homes: set[str] = set()
         """Folders that this job resumes from: where it has saved, or found nothing to begin with."""
+        self.caller: Caller | None = None
+        self.is_due = False
+        """Whether the states are those of a step of which there should be a copy, and none was made yet."""
         self.client_state: ClientState | None = None
         """What a script would give to ``save_checkpoint``."""
         self.gave_client_state = False
@@ -122,20 +107,33 @@ class MemoryTier:
         self._arenas: dict[Path, Arena] = {}
         self._complained = False
         self._layout = ""
-        self._held: _Holdings | None = None
+        self._held: Holdings | None = None
+        if _Current.caller is not None:
+            self.belongs_to(_Current.caller)
         at_end.append(self.end)
 
+    def belongs_to(self, caller: Caller) -> None:
+        """A framework trains with this engine, and says when copies are made."""
+        self.caller = caller
+        if caller.home:
+            self.begins_in(caller.home)
+
     def step_ended(self, engine: Any) -> None:
-        """Copy the states if it is time to. Collective over the world then.
+        """Copy the states if it is time to. Collective over the world then."""
+        self.is_due = steps_taken(engine) % self.request.memory_every == 0
+        if self.is_due and self.caller is None:
+            self.copy(engine)
+
+    def copy(self, engine: Any) -> None:
+        """Copy the states. Collective over the world.
 
         A copy that cannot be made is a warning: training needs none. All ranks make the same ones, so that whichever
         is complete is complete everywhere, or leave the same ones out.
         """
-        if steps_taken(engine) % self.request.memory_every:
-            return
+        self.is_due = False
         background = Background.of_job()
-        own: list[bytes] = []
-        self._or_warn(lambda: own.append(_pickled({"client_state": self._client_state(), "random": random_states()})))
+        own, states = list[bytes](), dict[str, Any]()
+        self._or_warn(lambda: own.append(_pickled(self._own(states))))
         holdings, newest = self._holdings(engine), _NONE
         if holdings.here:
             self._forget_others(engine)
@@ -154,7 +152,7 @@ class MemoryTier:
         if holdings.own:
             if kept >= 0:
                 self._remove_strays(holdings)
-            self._or_warn(lambda: taken.append(self._take(engine, holdings, parts, kept)))
+            self._or_warn(lambda: taken.append(self._take(engine, holdings, parts, states, kept)))
         mirror = self._mirror(holdings, kept, number) if holdings.guests or holdings.to else None
         if taken or mirror:
             path, description = taken[0] if taken else (self.folder / holdings.own, None)
@@ -174,13 +172,13 @@ class MemoryTier:
             if copy.description.step >= steps_taken(engine) or copy.description.layout != self.layout(engine):
                 memory.forget(copy.path)
 
-    def _holdings(self, engine: Any) -> _Holdings:
+    def _holdings(self, engine: Any) -> Holdings:
         """What this rank has to copy and to keep, the same at every step."""
         if self._held is None:
-            self._held = _holdings_of(engine, self._groups, self.site)
+            self._held = holdings_of(engine, self._groups, self.site)
         return self._held
 
-    def _remove_strays(self, holdings: _Holdings) -> None:
+    def _remove_strays(self, holdings: Holdings) -> None:
         """Copies of an earlier run that nobody here writes over, now that there are newer ones of everything."""
         for path in self.folder.glob(f"mp{holdings.model_parallel}-shard*.[01]"):
             if path.stem not in holdings.of_node:
@@ -193,15 +191,18 @@ class MemoryTier:
         found = {path: memory.read(path) for path in places}
         return {path: -1 if description is None else description.step for path, description in found.items()}
 
-    def _client_state(self) -> dict[str, Any]:
-        return {} if self.client_state is None else dict(self.client_state())
+    def _own(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """What belongs to this rank alone. Its client state, which is in the shard's files as well, is filled in."""
+        client_state.update({} if self.client_state is None else self.client_state())
+        files = {} if self.caller is None else self.caller.files()
+        return {"client_state": client_state, "random": random_states(), "files": files}
 
     def _next_place(self, name: str, kept: int) -> Path:
         """Where the next copy of that name goes: over the older one, but never over the step that is kept."""
         steps = self._steps(name)
         return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
 
-    def _own_parts(self, own: bytes, holdings: _Holdings) -> dict[int, bytes]:
+    def _own_parts(self, own: bytes, holdings: Holdings) -> dict[int, bytes]:
         """What belongs to a rank alone, by global rank: of all replicas of this shard, where one rank copies for all of
         them."""
         replication = self._groups.replication
@@ -211,7 +212,7 @@ class MemoryTier:
         dist.all_gather_object(parts, own, group=replication.group)
         return dict(zip(replication.ranks, parts))
 
-    def _mirror(self, holdings: _Holdings, kept: int, number: int) -> Mirror:
+    def _mirror(self, holdings: Holdings, kept: int, number: int) -> Mirror:
         """Have copies kept on other nodes, and those of others here."""
         guests = {rank: self._next_place(name, kept) for rank, name in holdings.guests.items()}
         for path in guests.values():
@@ -227,7 +228,9 @@ class MemoryTier:
             guests=tuple((rank, str(path)) for rank, path in guests.items()),
         )
 
-    def _take(self, engine: Any, holdings: _Holdings, own: Mapping[int, bytes], kept: int) -> tuple[Path, Description]:
+    def _take(
+        self, engine: Any, holdings: Holdings, own: Mapping[int, bytes], client_state: dict[str, Any], kept: int
+    ) -> tuple[Path, Description]:
         """Copy what this rank has to.
 
         Args:
@@ -244,7 +247,7 @@ class MemoryTier:
         session = Staging(self.site, alone=True)
         seam.set_writer(engine, True, True)
         with session.states_of(engine.optimizer):
-            seam.collect_states(engine, session, str(self.folder), "memory", self._client_state())
+            seam.collect_states(engine, session, str(self.folder), "memory", client_state)
         if session.errors:
             raise MicsCheckpointError("; ".join(session.errors))
         memory.forget(path)
@@ -254,7 +257,7 @@ class MemoryTier:
         return path, self._describe(engine, holdings, staged, places, sorted(own))
 
     def _describe(
-        self, engine: Any, holdings: _Holdings, staged: Staged, places: list[tuple[int, int]], ranks: list[int]
+        self, engine: Any, holdings: Holdings, staged: Staged, places: list[tuple[int, int]], ranks: list[int]
     ) -> Description:
         files = len(staged.files)
         return Description(
@@ -300,6 +303,11 @@ class MemoryTier:
     def begins_in(self, load_dir: str | os.PathLike) -> None:
         """The script resumes from this folder, or found nothing there yet."""
         self.homes.add(os.path.realpath(load_dir))
+
+    def may_resume(self, load_dir: str | os.PathLike, with_scheduler: bool) -> bool:
+        """Whether who loads from this folder may get what is in memory. A framework that does not have the engine's
+        scheduler loaded keeps one itself."""
+        return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
 
     def end(self) -> None:
         """The process ends as it should: what is on disk too need not stay in memory."""

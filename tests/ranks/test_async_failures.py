@@ -118,6 +118,29 @@ def test_a_save_meanwhile_waits_or_is_skipped(tmp_path):
 
 
 @pytest.mark.ranks(2)
+def test_who_deletes_what_has_a_complete_successor_does_not_wait(tmp_path):
+    engine = saved_once(tmp_path / "checkpoint-1", p=1)
+    engine.save_checkpoint(str(tmp_path / "other-1"))
+    train(engine, 1)
+    engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
+    wait_for_saves()
+    stop_writers()
+    engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        assert Background.current.is_busy, "checkpoint-2 stays, and is complete"
+        subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
+    else:
+        os.kill(writer(), signal.SIGCONT)
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / "other-1")  # nothing of its kind is newer
+        assert not Background.current.is_busy
+    wait_for_saves()
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("fails", [False, True])
 def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
     """As the HF Trainer does, which keeps checkpoints in folders of their own."""

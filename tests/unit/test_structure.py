@@ -33,6 +33,7 @@ ROWS = [
     {"guard"},
     {"partitioner", "optimizer", "ab"},
     {"checkpoint"},
+    {"frameworks"},
     {"check"},
     {"activation"},
     {"", "reshape", "memory"},

@@ -1,0 +1,98 @@
+"""Frameworks that keep states of their own beside an engine's, and what MiCS does for each of them.
+
+A framework is noticed when it is imported. The module for it here is imported when it trains with a ``mics_checkpoint``
+section in its DeepSpeed JSON; without one it does what it always does. Only the standard library is imported by this
+file, see :mod:`mics_ds.activation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def arm() -> None:
+    """Hook into the frameworks that are imported, now or later. Calling it again does nothing."""
+    for name, hook in _HOOKS.items():
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            hook(module)
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; hooks into a framework's module when that is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        hook = _HOOKS.get(fullname)
+        if hook is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            hook(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Have ``wrapper(original, self, ...)`` called in place of a method, once. What is missing is left alone."""
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "mics_wraps"):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    method.mics_wraps = original  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def _is_asked_for(ds_config: Any) -> bool:
+    """Whether a parsed configuration says something of checkpoints to MiCS."""
+    zero = ds_config.get("zero_optimization") if isinstance(ds_config, Mapping) else None
+    return isinstance(zero, Mapping) and "mics_checkpoint" in zero
+
+
+def _hook_hf_trainer(module: ModuleType) -> None:
+    def train(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or not _is_asked_for(getattr(plugin.hf_ds_config, "config", None)):
+            return original(trainer, *args, **kwargs)
+        from . import hf_trainer
+
+        return hf_trainer.train(original, trainer, *args, **kwargs)
+
+    _wrap(getattr(module, "Trainer", None), "train", train)
+
+
+def _hook_lightning(module: ModuleType) -> None:
+    def setup(original: Callable[..., Any], strategy: Any, trainer: Any) -> None:
+        original(strategy, trainer)
+        if hasattr(strategy.model, "mics_memory"):
+            from . import lightning
+
+            lightning.keep_in_memory(trainer, strategy.model)
+
+    _wrap(getattr(module, "DeepSpeedStrategy", None), "setup", setup)
+
+
+_HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.trainer": _hook_hf_trainer,
+    "lightning.pytorch.strategies.deepspeed": _hook_lightning,
+    "pytorch_lightning.strategies.deepspeed": _hook_lightning,
+}

@@ -1,0 +1,259 @@
+"""The HF Trainer: which of its folders a run resumes from, and what of it belongs to a copy in memory.
+
+It saves into ``output_dir/checkpoint-N``: weights, the engine's checkpoint, random numbers, its own state. Written in
+the background, the engine's part comes last, and a job that is killed before leaves a folder which the Trainer would
+take for its newest checkpoint.
+
+A copy in memory (``memory_every``) is taken where the Trainer itself would save, with what it would save. The next run
+makes a ``checkpoint-N`` of it before the Trainer looks for the last one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint import flush
+from ..checkpoint.snapshot import Caller, called_by
+from ..checkpoint.together import attempt, exchange, raise_together
+from ..config import CheckpointRequest
+from ..errors import MicsCheckpointError
+from ..log import log_rank0
+from ..request import read_request
+from ..seams.engine import ensure_distributed
+from ..seams.patch import for_a_while
+
+STATE = "trainer_state.json"
+_FOLDER = "checkpoint-{step}"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TAG = re.compile(r"global_step(\d+)")
+_SET_ASIDE = "interrupted-"
+
+
+def train(
+    original: Callable[..., Any], trainer: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """``Trainer.train`` with a ``mics_checkpoint`` section."""
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    asked = _request(config)
+    if asked is not None and resume_from_checkpoint:
+        memory = None if _on_each_node(config) else asked
+        resume_from_checkpoint = _resolve(trainer.args, memory, resume_from_checkpoint)
+    if asked is None or not asked.memory_every:
+        return original(trainer, resume_from_checkpoint, *args, **kwargs)
+    caller = Caller(trainer.args.output_dir, lambda: _files(trainer), lambda _: False)
+    with called_by(caller, trainer.model_wrapped), _copying_after_steps(trainer):
+        return original(trainer, resume_from_checkpoint, *args, **kwargs)
+
+
+def last_checkpoint(args: Any) -> str | None:
+    """``get_last_checkpoint(args.output_dir)`` for scripts that look for it themselves: what is in memory and newer is
+    written there first, and what was never complete is not taken. To be called by all ranks.
+
+    Args:
+        args: the ``TrainingArguments``.
+
+    Returns:
+        The newest ``checkpoint-N`` that can be resumed from, or ``None`` if there is none.
+    """
+    ensure_distributed()
+    plugin = getattr(args, "deepspeed_plugin", None)
+    config = {} if plugin is None else plugin.hf_ds_config.config
+    found = _newest(
+        args, None if _on_each_node(config) else _request(config), Path(args.output_dir), None, required=False
+    )
+    return None if found is None else str(found)
+
+
+def _request(ds_config: Any) -> CheckpointRequest | None:
+    found = read_request(ds_config)
+    return found.mics.checkpoint if found.is_on and found.mics is not None else None
+
+
+def _on_each_node(ds_config: Mapping[str, Any]) -> bool:
+    """Whether each node has checkpoints of its own: then there is none that could be made of all copies."""
+    return bool((ds_config.get("checkpoint") or {}).get("use_node_local_storage"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Which checkpoint
+
+
+def _resolve(
+    args: Any, memory: CheckpointRequest | None, wanted: Literal[True] | str | os.PathLike
+) -> Literal[True] | str | os.PathLike:
+    """What to resume from in place of what the script wants. Collective over the world.
+
+    Raises:
+        MicsCheckpointError: on every rank: that was never complete, and nothing older is.
+    """
+    if wanted is True:
+        found = _newest(args, memory, Path(args.output_dir), None, required=True)
+        return wanted if found is None else str(found)  # the Trainer's own error
+    named = _NAME.fullmatch(Path(wanted).name)
+    if named is None:
+        return wanted
+    found = _newest(args, memory, Path(wanted).parent, int(named[1]), required=True)
+    return wanted if found is None or found == Path(wanted) else str(found)
+
+
+def _newest(
+    args: Any, memory: CheckpointRequest | None, folder: Path, wanted: int | None, *, required: bool
+) -> Path | None:
+    """The checkpoint to resume from: the newest one or one of its predecessors, if it was never complete.
+
+    Args:
+        memory: where copies in memory are, if they may be used.
+        wanted: that of this step and no newer one. If it is the newest on disk, memory may have a newer one still.
+        required: whether it is an error if none was ever complete.
+    """
+    note: dict[str, Any] = {"there": [], "usable": [], "interrupted": [], "errors": []}
+    attempt(lambda: note.update(_survey(folder)), note["errors"])
+    notes = exchange(note, f"looking for a checkpoint in {folder}")
+    raise_together(notes, f"No checkpoint can be looked for in {folder}.", "No state was changed.")
+    there, interrupted = (set().union(*(said[key] for said in notes)) for key in ("there", "interrupted"))
+    usable = set.intersection(*(set(said["usable"]) for said in notes))
+    newest = max(there, default=-1)
+    chosen = newest if wanted is None else wanted
+    if chosen in interrupted:
+        chosen = max((step for step in usable if step < chosen), default=-1)
+    source = None
+    may_be_newer = wanted is None or wanted == newest
+    if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
+        source = flush.find(memory, os.path.realpath(folder), STATE, _engine_step(folder / _FOLDER.format(step=chosen)))
+    if source is None and chosen < 0 and interrupted and required:
+        raise MicsCheckpointError(
+            f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
+            f"checkpoint in {folder} is complete. Start without resume_from_checkpoint, or resume from another folder."
+        )
+    _set_aside(args, folder, sorted(step for step in interrupted if step > chosen))
+    if source is not None:
+        return flush.write(source, lambda step: folder / _FOLDER.format(step=step), _step_in)
+    return folder / _FOLDER.format(step=chosen) if chosen >= 0 else None
+
+
+def _survey(folder: Path) -> dict[str, list[int]]:
+    """Steps of the checkpoints in a folder: all, those that can be resumed from, and those whose save never ended."""
+    steps = {}
+    if folder.is_dir():
+        steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    steps = {step: path for step, path in steps.items() if path.is_dir()}
+    usable, interrupted = [], []
+    for step, path in sorted(steps.items()):
+        readable = _is_readable(path / STATE)
+        if readable and any(path.glob("global_step*")):
+            usable.append(step)
+        elif not readable or any(path.glob(".global_step*.partial")):
+            interrupted.append(step)
+    return {"there": sorted(steps), "usable": usable, "interrupted": interrupted}
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_same(one: Path, other: str | os.PathLike) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _set_aside(args: Any, folder: Path, steps: list[int]) -> None:
+    """Rename what was never complete, which the Trainer would take for its newest checkpoint and keep in place of a
+    good one. Collective over the world."""
+    note: dict[str, Any] = {"errors": []}
+
+    def rename() -> None:
+        for step in steps:
+            path = folder / _FOLDER.format(step=step)
+            if args.should_save and path.is_dir():
+                tries = (folder / f"{_SET_ASIDE}{path.name}{f'.{number}' * (number > 1)}" for number in count(1))
+                aside = next(free for free in tries if not free.exists())
+                os.rename(path, aside)
+                log_rank0(f"{path} was still being saved when its job ended; it is called {aside.name} now")
+
+    attempt(rename, note["errors"])
+    raise_together(exchange(note, f"looking for a checkpoint in {folder}"), "", "No state was changed.")
+
+
+def _engine_step(checkpoint: Path) -> int:
+    """The newest step that the engine has saved there, by the tags that it chooses itself; -1 if there is none."""
+    found = (_TAG.fullmatch(path.name) for path in checkpoint.glob("global_step*"))
+    return max((int(match[1]) for match in found if match), default=-1)
+
+
+def _step_in(files: dict[str, bytes]) -> int:
+    """The Trainer's step, by its files."""
+    return int(json.loads(files[STATE])["global_step"]) if STATE in files else -1
+
+
+# --------------------------------------------------------------------------------------------------
+# Copies in memory
+
+
+@contextmanager
+def _copying_after_steps(trainer: Any) -> Iterator[None]:
+    """Take copies that are due where the Trainer itself saves: after it has logged, evaluated and saved. The last step
+    of an epoch is followed by all that once more, when the epoch has ended."""
+    last_seen = [-1]
+    original = trainer._maybe_log_save_evaluate
+
+    @functools.wraps(original)
+    def log_save_evaluate(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        step = trainer.state.global_step
+        again, last_seen[0] = step == last_seen[0], step
+        ends_epoch = float(trainer.state.epoch or 0.0).is_integer()
+        tier = getattr(trainer.model_wrapped, "mics_memory", None)
+        if tier is not None and tier.is_due and (again or not ends_epoch):
+            tier.copy(trainer.model_wrapped)
+        return result
+
+    trainer._maybe_log_save_evaluate = log_save_evaluate
+    try:
+        yield
+    finally:
+        del trainer._maybe_log_save_evaluate
+
+
+def _files(trainer: Any) -> dict[str, bytes]:
+    """What this rank would write into a checkpoint's folder now, the engine's part and the weights apart."""
+    state, engine = trainer.state, trainer.model_wrapped
+    kept = copy.deepcopy(state.stateful_callbacks)
+    with tempfile.TemporaryDirectory(prefix="mics_ds-trainer-") as root, ExitStack() as stack:
+        inner = Path(root, _FOLDER.format(step=state.global_step))
+        inner.mkdir()
+        for owner, name, value in (
+            (trainer, "_get_output_dir", lambda trial=None: root),
+            (trainer, "save_model", lambda *args, **kwargs: None),
+            (engine, "save_checkpoint", functools.wraps(engine.save_checkpoint)(lambda *args, **kwargs: True)),
+        ):
+            stack.enter_context(_instead(owner, name, value))
+        for name, setting in (("push_to_hub", False), ("save_total_limit", None)):
+            stack.enter_context(for_a_while(trainer.args, name, setting))
+        stack.enter_context(for_a_while(state, "best_model_checkpoint", state.best_model_checkpoint))
+        try:
+            trainer._save_checkpoint(engine, None)
+        finally:
+            state.stateful_callbacks = kept
+        return {path.name: path.read_bytes() for path in sorted(inner.iterdir()) if path.is_file()}
+
+
+@contextmanager
+def _instead(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Another method for one instance, inside the ``with`` block."""
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        delattr(instance, name)
