@@ -348,19 +348,25 @@ def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
     pipe, arena = Connection(pipe_descriptor), Arena(arena_descriptor)
     jobs: list[Job | Seal] = []
     changed = threading.Condition()
-    writer = _Writer(pipe, arena, pipe.recv())
+    station: Station = pipe.recv()
+    writers: list[_Writer] = []
 
     def listen() -> None:
         while True:
             try:
                 job = pipe.recv()
             except (EOFError, OSError):
-                writer.leave("has ended")
+                if writers:
+                    writers[0].leave("has ended")
+                os._exit(0)
             with changed:
                 jobs.append(job)
                 changed.notify()
 
+    # At once: when the rank is dead, the store may be too, and connecting to it would take long to fail.
     threading.Thread(target=listen, name="mics listener", daemon=True).start()
+    writer = _Writer(pipe, arena, station)
+    writers.append(writer)
     while True:
         with changed:
             changed.wait_for(lambda: jobs)
