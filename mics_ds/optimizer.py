@@ -20,6 +20,7 @@ from .elementwise import refuse_others
 from .errors import MicsConfigError, MicsUsageError
 from .guard.watch import Guard
 from .hop2 import Sliced
+from .repeats import Lost
 from .request import Build, building
 from .seams.engine import partitioned_group
 from .seams.muon import MuonSeam
@@ -199,6 +200,14 @@ class MicsOptimizer(MuonSeam):
 
     def require_same_bucket(self, ids: list[int]) -> bool:
         return self.parameter_offload.require_same_bucket(ids)
+
+    def gradient_comes(self, ds_id: int, moment: tuple[int, int], waits: Callable[[], bool]) -> bool:
+        repeats = self.two_hop.repeats
+        if self.mics_groups.replication is None or not repeats.comes_again(ds_id, moment):
+            return True
+        left_out = waits()
+        repeats.loses(Lost.STOCK_STOPS if left_out else Lost.AS_IN_STOCK)
+        return not left_out
 
     def shards_change(self, ids: list[int], overwriting: bool) -> None:
         self.two_hop.adding(ids, overwriting=overwriting)

@@ -62,6 +62,7 @@ from .comm import collectives
 from .comm.groups import RankGroup
 from .comm.lanes import Lane, Stages
 from .hop2 import Given, GradientShard, InPlace, Means, Phase
+from .repeats import Lost, Repeats
 
 
 class TwoHop:
@@ -126,6 +127,7 @@ class TwoHop:
         """Whether gradients were complete after the last pass of this boundary."""
         self._again = False
         """Whether a shard got another gradient in the pass in which its hop 2 had started."""
+        self.repeats = Repeats()
         self._flags: collectives.Maximum | None = None
         self._said: torch.Tensor | None = None
         """What the flags of the last hop 2 said, until the host has looked at it."""
@@ -268,7 +270,8 @@ class TwoHop:
 
     @property
     def came_again(self) -> torch.Tensor:
-        """(1,), on the device: not 0 if on some replica a shard got another gradient after its hop 2 had started."""
+        """(1,), on the device: not 0 if on some replica a shard got another gradient after its hop 2 had started, or
+        lost one."""
         return torch.zeros(1, device=self._device) if self._said is None else self._said[-1:]
 
     def settle(self, again: bool) -> None:
@@ -289,6 +292,7 @@ class TwoHop:
             self.settle(self._look())
         for shard in self.shards.values():
             shard.given, shard.old = Given.NOTHING, None
+        self.repeats.next_boundary()
         self._passes_before = [self._passes_before[-1], max(1, self._last_passes)]
         self._last_passes, self._completed = 0, False
         self._boundaries += 1
@@ -397,8 +401,8 @@ class TwoHop:
                 self._set_aside(shard)
 
     def _start_flags(self, replication: RankGroup) -> None:
-        """Ask what the others did with each shard, and whether one of them was too early with hop 2."""
-        values = [*(int(shard.given) for shard in self.shards.values()), int(self._again)]
+        """Ask what the others did with each shard, and whether one of them was too early, or has lost something."""
+        values = [*(int(shard.given) for shard in self.shards.values()), max(int(self._again), self.repeats.lost)]
         self._again = False
         flags = torch.empty(len(values), dtype=torch.uint8, device=self._device)
         start = 0
@@ -409,11 +413,18 @@ class TwoHop:
         self._flags = collectives.Maximum(flags, replication, "gradients at hand")
 
     def _look(self) -> bool:
-        """Have the host learn what the flags said. Returns whether gradients have to be averaged once more."""
+        """Have the host learn what the flags said. Returns whether gradients have to be averaged once more.
+
+        Raises:
+            MicsUsageError: on all replicas, if gradients were lost, see :mod:`mics_ds.repeats`.
+        """
         assert self._said is not None, "hop 2 is complete"
         (*given, again), self._said = self._said.tolist(), None
         for shard, value in zip(self.shards.values(), given):
             shard.given = Given(value)
+        if again >= Lost.AS_IN_STOCK:
+            assert self._replication is not None, "there are replicas"
+            self.repeats.judge(Lost(again), self._replication, self._device)
         return bool(again)
 
     def _agree_on_units(self, replication: RankGroup) -> None:

@@ -42,6 +42,8 @@ def missing_seams() -> list[str]:
         DeepSpeedZeroOptimizer_Stage3: (
             "independent_gradient_partition_epilogue",
             "partition_grads",
+            "reduce_independent_p_g_buckets_and_remove_grads",
+            "get_param_comm_dtype",
             "_get_norm_groups",
             "has_overflow",
             "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",

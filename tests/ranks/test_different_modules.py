@@ -23,6 +23,7 @@ from helpers import (
     same_on_all_ranks,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mics_ds.comm.collectives import HOP2
 from mics_ds.comm.meter import CommMeter
@@ -155,3 +156,58 @@ def test_a_partition_group_that_does_not_run_the_same_modules_is_told():
     mine = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}
     with pytest.raises(MicsUsageError, match=r"same modules in the same order.*leaf module"):
         engine.optimizer.parameter_offload.require_same_modules(list(mine))
+
+
+class SharedBetweenCheckpoints(nn.Module):
+    """One weight in two reentrant checkpoints, each of which has a backward pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, order: tuple[int, ...] = (0, 1, 2)) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        for index in order:
+            x = x + checkpoint(self.layers[index], x, use_reentrant=True)
+        return (x - y).pow(2).mean()
+
+
+@pytest.mark.ranks(4)
+def test_a_gradient_that_stock_loses_is_lost_here_too_where_replicas_do_the_same():
+    """Each gradient in a bucket of its own: the second one of the shared weight is written over the first."""
+    results = []
+    for size in (None, 2):
+        engine = build(ds_config(size, zero={"reduce_bucket_size": 30}), SharedBetweenCheckpoints)
+        losses = [loss_of(engine, step) for step in range(4)]
+        results.append((losses, full_params(engine)))
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
+
+
+def loss_of(engine, step, order=(0, 1, 2)):
+    loss = engine(*batch(step, 0, dist.get_rank()), order)
+    engine.backward(loss)
+    engine.step()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("bucket", "orders"),
+    [
+        (10_000, [(0, 1, 2), (0, 1, 2)]),  # both gradients in one bucket, where stock stops with an assertion
+        (10_000, [(0, 1, 2), (0, 1)]),
+        (30, [(0, 1, 2), (0, 2, 1)]),  # one is written over the other, and not the same on all replicas
+    ],
+)
+def test_all_ranks_refuse_what_stock_stops_for_or_replicas_lose_differently(bucket, orders):
+    engine = build(ds_config(2, zero={"reduce_bucket_size": bucket}), SharedBetweenCheckpoints)
+    before = full_params(engine)
+    with pytest.raises(MicsUsageError, match=r"one gradient per parameter.*use_reentrant=False"):
+        loss_of(engine, 0, orders[dist.get_rank() // 2])
+    after = full_params(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before), "no step was taken"

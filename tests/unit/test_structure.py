@@ -28,7 +28,7 @@ ROWS = [
     {"seams"},
     {"request"},
     {"checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
-    {"hop2", "updates", "elementwise"},
+    {"hop2", "updates", "elementwise", "repeats"},
     {"two_hop"},
     {"guard"},
     {"partitioner", "optimizer", "ab"},

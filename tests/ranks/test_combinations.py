@@ -1,0 +1,134 @@
+"""Features that have tests of their own, two at a time, beside stock ZeRO-3 with the same two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import test_autotp
+import test_muon
+import test_nvme
+import test_sequence_parallel
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from helpers import assert_close, assert_losses_close, build, ds_config, full_params, replicas_agree, same_on_all_ranks
+from helpers import train as train_on_batches
+from torch import nn
+
+from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.seams import support
+
+SEQUENCE, AUTOTP, MUON = "sequence parallel", "AutoTP", "Muon"
+COMPILED, NVME, WORLD = "compiled", "NVMe", "world"
+
+
+def models(ways: set[str]) -> Callable[[], nn.Module]:
+    if SEQUENCE in ways:
+        return lambda: test_sequence_parallel.Decoder(test_sequence_parallel.ulysses())
+    return test_autotp.Blocks if AUTOTP in ways else test_muon.Net
+
+
+@contextmanager
+def surroundings(ways: set[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        if SEQUENCE in ways:
+            stack.enter_context(test_sequence_parallel.sequence_groups(2))
+        if AUTOTP in ways:
+            stack.enter_context(test_autotp.autotp())
+        if MUON in ways:
+            stack.enter_context(test_muon.kernels())
+        if NVME in ways:
+            stack.enter_context(test_nvme.small_blocks())
+        yield
+
+
+def engine_of(ways: set[str], p: int | None, folder: Path, **zero: Any) -> Any:
+    config: dict[str, Any] = {"micro_steps": 2, "clip": 0.5}
+    if SEQUENCE in ways:
+        config["sequence_parallel_size"] = 2
+    if AUTOTP in ways:
+        config["tensor_parallel"] = test_autotp.tensor_parallel(2)
+    if NVME in ways:
+        zero.update(test_nvme.swapped_to(folder / str(p), 0))
+        config["aio"] = test_nvme.SETTINGS["aio"]
+    if WORLD in ways and p is not None:
+        zero["mics_optimizer_states"] = "world"
+    if MUON in ways:
+        zero["reduce_scatter"] = False
+        config["optimizer"] = {"type": "Muon", "params": test_muon.MUON}
+        torch.manual_seed(1234)
+        model = models(ways)()
+        trained = [param for param in model.parameters() if param.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=model, config=ds_config(p, zero=zero, **config), model_parameters=trained, mpu=groups.mpu
+        )
+        assert engine.optimizer.use_muon
+    else:
+        engine = build(ds_config(p, zero=zero, **config), models(ways), mpu=groups.mpu if SEQUENCE in ways else None)
+    if COMPILED in ways:
+        engine.compile(backend="eager")
+    return engine
+
+
+def train(ways: set[str], engine: Any, steps: int) -> list[float]:
+    if SEQUENCE in ways:
+        return test_sequence_parallel.train(engine, steps)
+    return train_on_batches(engine, steps, rank=dist.get_rank() // 2 if AUTOTP in ways else None)
+
+
+@pytest.mark.ranks(4, timeout=600)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {SEQUENCE, MUON},
+        pytest.param({SEQUENCE, COMPILED}, marks=pytest.mark.slow),
+        pytest.param({SEQUENCE, NVME}, marks=pytest.mark.slow),
+        pytest.param({SEQUENCE, WORLD}, marks=pytest.mark.slow),
+        pytest.param({AUTOTP, WORLD}, marks=pytest.mark.slow),
+        pytest.param({MUON, COMPILED}, marks=pytest.mark.slow),
+    ],
+    ids=lambda ways: " and ".join(sorted(ways)),
+)
+def test_two_at_a_time_equal_zero3(ways, tmp_path):
+    if NVME in ways and not support.can_swap():
+        pytest.skip("libaio-dev is missing: DeepSpeed's async_io cannot be built")
+    with surroundings(ways):
+        stock = engine_of(ways, None, tmp_path)
+        initial = full_params(stock)
+        expected, trained = train(ways, stock, 3), full_params(stock)
+        assert any(not torch.equal(trained[name], initial[name]) for name in trained), "the oracle must train"
+        for p in (1, 2):
+            engine = engine_of(ways, p, tmp_path)
+            assert engine.optimizer.mics_groups.partition.size == p
+            assert_losses_close(train(ways, engine, 3), expected, 1e-6)
+            params = full_params(engine)
+            if AUTOTP not in ways:  # whose ranks hold different parts of a layer
+                same_on_all_ranks(params)
+            if NVME not in ways:
+                replicas_agree(engine)
+            assert_close(params, trained, 1e-6, initial)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4, timeout=600)
+@pytest.mark.parametrize("way", [SEQUENCE, AUTOTP, MUON])
+def test_a_save_in_the_background_is_resumed(way, tmp_path):
+    """What trains on while files are written, and what starts from them, go the same way."""
+    ways, in_background = {way}, {"mics_checkpoint": {"async": True}}
+    with surroundings(ways):
+        engine = engine_of(ways, 2, tmp_path, **in_background)
+        train(ways, engine, 2)
+        engine.save_checkpoint(str(tmp_path))
+        saved = full_params(engine)
+        following = train(ways, engine, 2)
+        wait_for_saves()
+        dist.barrier()
+        again = engine_of(ways, 2, tmp_path, **in_background)
+        again.load_checkpoint(str(tmp_path))
+        assert_close(full_params(again), saved, 0)
+        assert train(ways, again, 2) == following
