@@ -142,6 +142,11 @@ def _checkpoints(here: Surroundings, sizes: Sequence[int], middle: int) -> Itera
             partial(resuming.as_if_nothing_happened, setup=Setup(p, dtype, overlap=True, steps=3)),
             here.folder_problem or _why_no(dtype, here),
         )
+    yield Check(
+        f"checkpoint in the background bf16 p={middle}",
+        partial(resuming.in_background, setup=Setup(middle, "bf16", overlap=True, steps=3)),
+        here.folder_problem or _why_no("bf16", here),
+    )
 
 
 def _late_results(here: Surroundings, sizes: Sequence[int]) -> Iterator[Check]:

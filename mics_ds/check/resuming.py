@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from ..checkpoint import manifest
+from ..checkpoint.in_background import wait_for_saves
 from .parity import REPLICAS
 from .runs import (
     Measure,
@@ -44,4 +46,37 @@ def as_if_nothing_happened(place: Place, setup: Setup) -> list[Measure]:
         Measure("states after it", difference(actual.states, expected.states), 0.0),
         Measure(REPLICAS, unequal_replicas(place, actual.states), 0.0),
         Measure("nothing to load", float(difference(before, at_save) == 0.0), 0.0),
+    ]
+
+
+def in_background(place: Place, setup: Setup) -> list[Measure]:
+    """Save once and wait, save once in the background and train on meanwhile: files of the same sizes. Then as above,
+    from what was saved in the background."""
+    assert place.folder is not None, "checked where the list is made"
+    folder = place.folder / f"background-p{setup.p}-{setup.dtype}"
+    setup = replace(setup, adamw=True, clip=0.5)
+    saved, end = range(setup.steps), range(setup.steps, 2 * setup.steps)
+    with engine_of(setup) as engine:
+        steps_of(engine, setup, place, saved)
+        engine.save_checkpoint(str(folder), tag="waited", async_save=False)
+        at_save = full_params(engine)
+        engine.save_checkpoint(str(folder), tag="background", async_save=True)
+        expected = outcome_of(engine, steps_of(engine, setup, place, end), at_save)
+        wait_for_saves()
+    dist.barrier()  # all ranks have heard of it
+    # Sizes: the padding of a shard may be another replica's.
+    sizes = [
+        {name: record.bytes for name, record in manifest.read(folder / tag).files.items()}
+        for tag in ("waited", "background")
+    ]
+    with engine_of(setup, seed=99) as engine:
+        engine.load_checkpoint(str(folder), tag="background")
+        loaded = full_params(engine)
+        actual = outcome_of(engine, steps_of(engine, setup, place, end), loaded)
+    dist.barrier()
+    return [
+        Measure("files of other sizes", float(sizes[0] != sizes[1]), 0.0),
+        Measure("loaded parameters", difference(loaded, at_save), 0.0),
+        Measure("losses after it", loss_difference(actual.losses, expected.losses), 0.0),
+        Measure("states after it", difference(actual.states, expected.states), 0.0),
     ]

@@ -120,6 +120,18 @@ def test_a_checkpoint_that_is_not_loaded_is_seen(tmp_path):
     assert found == ["loaded parameters", "losses after it", "states after it"]
 
 
+@pytest.mark.ranks(4)
+def test_a_background_save_of_another_moment_is_seen(tmp_path):
+    setup = Setup(2, overlap=True, steps=2)
+    assert wrong(resuming.in_background(place(tmp_path), setup)) == []
+    with pytest.MonkeyPatch.context() as patch:
+        from mics_ds.checkpoint.arena import Arena
+
+        patch.setattr(Arena, "copy_in", lambda self, parts, finish: None)  # what was there before
+        found = wrong(resuming.in_background(place(tmp_path / "again"), replace(setup, steps=1)))
+    assert found == ["loaded parameters", "losses after it", "states after it"]
+
+
 @pytest.mark.ranks(3)
 @pytest.mark.slow
 def test_three_ranks_do_what_they_can():
