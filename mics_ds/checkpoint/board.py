@@ -192,7 +192,8 @@ class Heartbeat:
 
     Args:
         patience_s: how long the neighbour may show nothing.
-        when_failed: called with the reason, in a thread of its own and more than once, when the round fails.
+        when_failed: called with the round and the reason, in a thread of its own and more than once, when it fails. By
+            then another may have begun.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Heartbeat:
         rank: int,
         ranks: int,
         patience_s: float,
-        when_failed: Callable[[RoundFailedError], None],
+        when_failed: Callable[[Round, RoundFailedError], None],
     ) -> None:
         self._store = dist.PrefixStore("heart", store)
         self._rank, self._neighbour = rank, (rank + 1) % ranks
@@ -230,7 +231,7 @@ class Heartbeat:
                     continue
                 failure = watched.failure()
                 if failure is not None:
-                    self._when_failed(failure)
+                    self._when_failed(watched, failure)
                     continue
                 key = str(self._neighbour)
                 shown = self._store.get(key).decode() if self._store.check([key]) else ""

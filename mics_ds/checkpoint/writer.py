@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -127,6 +127,8 @@ class _Writer:
             self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
         )
         self._joining: Job | Seal | None = None
+        self._held = threading.Lock()
+        """While :attr:`_joining` changes, or is the reason to leave."""
         self._round: Round | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
 
@@ -164,16 +166,27 @@ class _Writer:
                 round_.lose(f"rank {self._station.rank} {why}")
         os._exit(0)
 
-    def _leave_if_waiting_for_peers(self, failure: RoundFailedError) -> None:
+    def _leave_if_waiting_for_peers(self, round_: Round, failure: RoundFailedError) -> None:
         """A transfer between processes cannot be called off. The rank starts another process for the next save."""
-        job = self._joining
-        if job is None:
-            return
-        if isinstance(job, Seal):
-            self._pipe.send(Sealed(job.path, words(failure)))
-        else:
-            self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0))
-        os._exit(0)
+        with self._held:
+            job = self._joining
+            if job is None or round_ is not self._round:  # who has gone on to the next one is not concerned
+                return
+            if isinstance(job, Seal):
+                self._pipe.send(Sealed(job.path, words(failure)))
+            else:
+                self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0))
+            os._exit(0)
+
+    @contextmanager
+    def _waiting_for_peers(self, job: Job | Seal) -> Iterator[None]:
+        with self._held:
+            self._joining = job
+        try:
+            yield
+        finally:
+            with self._held:
+                self._joining = None
 
     # --------------------------------------------------------------------------- copies in memory
 
@@ -193,15 +206,14 @@ class _Writer:
             return Sealed(job.path, failed)
         self._round = round_ = Round(self._store, job.mirror.number, self._station.ranks, "copy")
         self._heartbeat.watch(round_)
-        self._joining = job
         try:
-            group = self._group(job.mirror.connection, job.mirror.sharers)
-            pass_on(group, job.mirror, path, described, job.mirror.sharers.index(self._station.rank))
+            with self._waiting_for_peers(job):
+                group = self._group(job.mirror.connection, job.mirror.sharers)
+                pass_on(group, job.mirror, path, described, job.mirror.sharers.index(self._station.rank))
         except Exception as error:
             broken = isinstance(error, RuntimeError) and not isinstance(error, MicsCheckpointError)
             return Sealed(job.path, failed or words(error), broken)
         finally:
-            self._joining = None
             self._heartbeat.watch(None)
             self._round = None
         return Sealed(job.path, failed)
@@ -209,18 +221,16 @@ class _Writer:
     def _take_part(self, round_: Round, job: Job, written: list[FileRecord]) -> str:
         files: dict[str, FileRecord] = {}
         try:
-            self._joining = job
-            try:
-                self._join_pieces(job)
-            except RuntimeError:
-                self._await_the_cause(round_)
-                raise
-            self._joining = None
+            with self._waiting_for_peers(job):
+                try:
+                    self._join_pieces(job)
+                except RuntimeError:
+                    self._await_the_cause(round_)
+                    raise
             for name, record in self._write(job):
                 files[name] = record
                 written.append(record)
         except Exception as error:  # whatever it is, the others wait
-            self._joining = None
             round_.fail(f"rank {self._station.rank}: {words(error)}")
         else:
             round_.report(job.publisher, manifest.noted(files) or None)
