@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from .. import __version__
 from ..config import CheckpointRequest
 from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
+from ..seams import checkpoint as seam
 from . import manifest, memory, names
 from .arena import Arena
 from .manifest import Manifest
@@ -189,8 +189,7 @@ def write(source: Source, folder_of: Callable[[int], Path], step_in: Callable[[F
         records = manifest.recorded(said["files"] for said in notes)
         manifest.publish(staging, folder / tag, Manifest(**described, files=records))
         names.write_latest(folder, tag)
-        for path in (Path(deepspeed.__file__).parent / "utils").glob("zero_to_*.py"):  # as DeepSpeed's saves do
-            shutil.copy2(path, folder)
+        manifest.add_scripts(seam.recovery_scripts(), folder)
 
     if dist.get_rank() == 0:
         attempt(publish, note["errors"])

@@ -89,7 +89,10 @@ def stage_and_submit(one: _Save, save_latest: bool) -> None:
         if session.errors:
             return
         if site.publishes:
-            publications.append(Publication(one.describe({}), one.request.folder, one.request.tag, save_latest))
+            scripts = tuple(seam.recovery_scripts()) if site.rank == 0 else ()
+            publications.append(
+                Publication(one.describe({}), one.request.folder, one.request.tag, save_latest, scripts)
+            )
         background.revive()
         staged.append(session.stage(background.arena, wait_for_device))
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,6 +171,14 @@ def seal(path: Path, writer: int) -> FileRecord:
     _sync(path)
     size, crc32 = checksum.digest_written(path)
     return FileRecord(size, crc32, writer)
+
+
+def add_scripts(scripts: Iterable[str | os.PathLike], folder: Path) -> None:
+    """Copy scripts to the folder that checkpoints are in, as DeepSpeed does, to be run there."""
+    for script in scripts:
+        target = folder / os.path.basename(script)
+        shutil.copyfile(script, target)
+        target.chmod(target.stat().st_mode | stat.S_IEXEC)
 
 
 def _sync(path: Path) -> None:

@@ -80,6 +80,8 @@ class _Saving:
     """Between DeepSpeed and the files while saving. An error, of whatever kind, is noted and raised on all ranks
     later, because DeepSpeed has a barrier further on, where the other ranks wait."""
 
+    copies_scripts = True
+
     def __init__(self, rank: int, shard: int) -> None:
         self.rank = rank
         self.model_states_shard = shard

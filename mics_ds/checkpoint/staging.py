@@ -21,6 +21,8 @@ from .together import Site, attempt
 class Staging:
     """Between DeepSpeed and the files: takes states down as they are now. Errors are noted, see :class:`Site`."""
 
+    copies_scripts = False  # who publishes does
+
     def __init__(self, site: Site, *, alone: bool = False) -> None:
         """
         Args:

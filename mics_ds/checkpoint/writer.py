@@ -61,6 +61,8 @@ class Publication(NamedTuple):
     tag: str
     latest: bool
     """Whether ``latest`` is to name it."""
+    scripts: tuple[str, ...]
+    """What is to lie beside it."""
 
 
 class Job(NamedTuple):
@@ -322,7 +324,12 @@ class _Writer:
         round_.publishers_reach("ready", publishers, leads)
         round_.begin_publishing(leads)
         described = replace(publication.manifest, files=files)
-        self._attempt(round_, lambda: manifest.publish(manifest.staging_folder(target), target, described))
+
+        def publish() -> None:
+            manifest.add_scripts(publication.scripts, folder)
+            manifest.publish(manifest.staging_folder(target), target, described)
+
+        self._attempt(round_, publish)
         round_.publishers_reach("published", publishers, leads)
         if leads:
             round_.set("published by all", "; ".join(round_.errors()))

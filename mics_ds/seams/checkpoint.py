@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -30,7 +31,8 @@ class CheckpointFiles:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.session: Any = None
-        """With ``write(states, path, write)``, ``make(make)``, which does what may fail, and ``read(path)``."""
+        """With ``write(states, path, write)``, ``make(make)``, which does what may fail, ``read(path)``, and
+        ``copies_scripts``: whether what DeepSpeed leaves beside a checkpoint is to be copied there."""
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
@@ -82,6 +84,13 @@ def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None
     bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
     mp_rank = model_parallel_rank(engine)
     return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
+
+
+def recovery_scripts() -> list[str]:
+    """What DeepSpeed leaves beside a checkpoint, to be run there."""
+    folder = os.path.join(os.path.dirname(deepspeed.__file__), "utils")
+    found = (os.path.join(folder, name) for name in ("zero_to_fp32.py", "zero_to_torch.py"))
+    return [path for path in found if os.path.exists(path)]
 
 
 def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
@@ -268,6 +277,12 @@ def install(
             return original(self, folder, tag)
         return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
 
+    def copy_recovery_script(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None or session.copies_scripts:
+            return in_session(original, self, *args, **kwargs)
+        return None
+
     def in_session(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
         session = getattr(self.checkpoint_engine, "session", None)
@@ -280,5 +295,6 @@ def install(
     patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
-    for name in ("_save_checkpoint", "_save_zero_checkpoint", "_copy_recovery_script"):
+    for name in ("_save_checkpoint", "_save_zero_checkpoint"):
         patches.wrap_method(DeepSpeedEngine, name, in_session)
+    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", copy_recovery_script)

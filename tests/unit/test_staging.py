@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mics_ds.checkpoint.arena import ALIGNMENT, Arena
 from mics_ds.checkpoint.board import Heartbeat, Round, RoundFailedError, RoundLostError
 from mics_ds.checkpoint.joints import Joint, shares
 from mics_ds.checkpoint.recording import Recorded, record, replay
+from mics_ds.checkpoint.writer import Seal, Sealed, _Writer
 from mics_ds.comm.slices import Slices
 
 # ------------------------------------------------------------------------------------- recording
@@ -227,19 +229,38 @@ def test_who_publishes_is_not_stopped_by_a_failure_but_by_a_death():
 def test_a_silent_neighbour_is_lost_and_everybody_hears_of_it():
     server, heard, failed = store(), [], threading.Event()
 
-    def note(error):
+    def note(lost, error):
+        assert lost is round_
         heard.append(str(error))
         failed.set()
 
+    round_ = Round(server, 1, 3)
     hearts = [Heartbeat(client(server), rank, 3, 1.5, note) for rank in (0, 2)]
     dist.PrefixStore("heart", server).set("1", "5")  # rank 1 showed itself once, and no more
-    round_ = Round(server, 1, 3)
     for heart in hearts:
         heart.watch(round_)
     assert failed.wait(20)
     assert set(heard) == {"the process that writes for rank 1 has shown no sign of life for 2 s"}
     for heart in hearts:
         heart.watch(None)
+
+
+def test_a_failure_that_is_heard_of_late_ends_nobody_who_has_gone_on(monkeypatch):
+    """The heartbeat looks from time to time. By then a process may wait for its peers in the next save."""
+    server, pipe, ends = store(), [], []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    process = object.__new__(_Writer)
+    process._pipe = SimpleNamespace(send=pipe.append)
+    process._held, process._joining = threading.Lock(), None
+    before, now = Round(server, 1, 2), Round(server, 2, 2)
+    process._round = now
+    with process._waiting_for_peers(Seal("copy", None)):
+        process._leave_if_waiting_for_peers(before, RoundFailedError("a disk is full"))
+        assert (pipe, ends) == ([], [])
+        process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
+        assert (pipe, ends) == ([Sealed("copy", "a disk is full")], [0])
+    process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
+    assert len(ends) == 1, "who waits for nobody finds out itself"
 
 
 def test_the_process_that_writes_needs_no_deepspeed():
