@@ -236,6 +236,21 @@ def weights_from(tag: str) -> Iterator[None]:
         _weights_tag.reset(token)
 
 
+def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None:
+        return original(engine, *args, **kwargs)
+    return session.make(lambda: original(engine, *args, **kwargs))
+
+
+def _copy_recovery_script(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None or session.copies_scripts:
+        return _in_session(original, engine, *args, **kwargs)
+    return None
+
+
 def install(
     patches: Patches,
     *,
@@ -277,24 +292,11 @@ def install(
             return original(self, folder, tag)
         return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
 
-    def copy_recovery_script(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = getattr(self.checkpoint_engine, "session", None)
-        if session is None or session.copies_scripts:
-            return in_session(original, self, *args, **kwargs)
-        return None
-
-    def in_session(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
-        session = getattr(self.checkpoint_engine, "session", None)
-        if session is None:
-            return original(self, *args, **kwargs)
-        return session.make(lambda: original(self, *args, **kwargs))
-
     consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
     patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
     for name in ("_save_checkpoint", "_save_zero_checkpoint"):
-        patches.wrap_method(DeepSpeedEngine, name, in_session)
-    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", copy_recovery_script)
+        patches.wrap_method(DeepSpeedEngine, name, _in_session)
+    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)
