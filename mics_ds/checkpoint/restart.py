@@ -75,15 +75,18 @@ def restored(tier: MemoryTier, engine: Any, load_dir: str | os.PathLike) -> Iter
         yield None
         return
     folder = tier.folder / _RESTORED
+    agreed = time.monotonic()
     try:
         with ExitStack() as stack:
             shard, count = _fetch(tier, engine, source, stack)
+            fetched = time.monotonic()
             tag = f"global_step{source.step}"
             _write(tier.site, shard, folder, tag, source.step)
             what = "their shard from a sibling" if source.slices == 1 else "slices of their shard from siblings"
             said = (
                 f"memory at step {source.step} (on disk: {f'step {on_disk}' if on_disk >= 0 else 'nothing'}); "
-                f"{count} ranks got {what}, in {time.monotonic() - started:.2f} s"
+                f"{count} ranks got {what}. Checked in {agreed - started:.2f} s, fetched in {fetched - agreed:.2f} s, "
+                f"put into files in {time.monotonic() - fetched:.2f} s"
             )
         yield Restored(folder, tag, tier.site, _own_part(folder / tag), source.step, said)
     finally:

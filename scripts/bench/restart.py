@@ -36,9 +36,21 @@ class Job:
         self.lines: list[str] = []
         self._processes: dict[int, subprocess.Popen] = {}
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in (0, 1):
+            with suppress(OSError):  # what has ended already
+                self.kill(node)
+            self.forget(node)
+
     def memory(self, node: int) -> Path:
+        """What the node has in place of /dev/shm: real memory, which outlives its processes."""
         path = self.root / f"memory{node}"
-        path.mkdir(exist_ok=True)
+        if not path.exists():
+            path.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(path)], check=True)
         return path
 
     def start(self, node: int) -> None:
@@ -77,7 +89,10 @@ class Job:
         self._processes[node].wait()
 
     def forget(self, node: int) -> None:
-        shutil.rmtree(self.memory(node))
+        path = self.root / f"memory{node}"
+        if path.exists():
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+            path.rmdir()
 
     def await_line(self, pattern: str, start: int = 0) -> int:
         """The number of the first line that matches."""
@@ -129,26 +144,25 @@ def when(job: Job, number: int) -> float:
 
 def run(cluster: emulation.Cluster, root: Path, arguments: list[str], *, from_memory: bool) -> dict[str, float]:
     root.mkdir()
-    job = Job(cluster, root, "--save-at", "3", "--memory-every", "2", "--pause", "3", *arguments)
-    for node in (0, 1):
-        job.start(node)
-    job.await_line(r"STEP 5 ")
-    survivors = job.ranks(0)
-    assert len(survivors) >= 2, "ranks, and the processes that write for them"
-    killed = time.time()
-    job.kill(1)
-    start = len(job.lines)
-    job.forget(1)
-    if not from_memory:
-        shutil.rmtree(job.memory(0))
-    job.memory(0)
-    job.start(1)
-    noticed = await_end(survivors)
-    loading = when(job, job.await_line(r"AT \S+ LOADING", start))
-    loaded = when(job, job.await_line(r"AT \S+ LOADED", start))
-    stepped = when(job, job.await_line(r"AT \S+ STEP", start))
-    for node in (0, 1):
-        job.kill(node)
+    with Job(cluster, root, "--save-at", "3", "--memory-every", "2", "--pause", "3", *arguments) as job:
+        for node in (0, 1):
+            job.start(node)
+        job.await_line(r"STEP 5 ")
+        survivors = job.ranks(0)
+        assert len(survivors) >= 2, "ranks, and the processes that write for them"
+        killed = time.time()
+        job.kill(1)
+        start = len(job.lines)
+        job.forget(1)
+        if not from_memory:
+            for region in job.memory(0).iterdir():
+                shutil.rmtree(region)
+            Path("/proc/sys/vm/drop_caches").write_text("1")  # another node has not just written these files
+        job.start(1)
+        noticed = await_end(survivors)
+        loading = when(job, job.await_line(r"AT \S+ LOADING", start))
+        loaded = when(job, job.await_line(r"AT \S+ LOADED", start))
+        stepped = when(job, job.await_line(r"AT \S+ STEP", start))
     said = [line for line in job.lines[start:] if "resumed from" in line]
     assert bool(said) == from_memory, "\n".join(job.lines[start:])
     print("\n".join(said), flush=True)

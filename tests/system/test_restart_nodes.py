@@ -18,35 +18,35 @@ pytestmark = pytest.mark.skipif(
 
 def uninterrupted(cluster: emulation.Cluster, root: Path, states: str) -> dict[int, str]:
     root.mkdir()
-    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "0", "--states", states)
-    job.start(0)
-    job.start(1)
-    job.finish()
-    return job.losses()
+    with Job(cluster, root, "--steps", str(STEPS), "--pause", "0", "--states", states) as job:
+        job.start(0)
+        job.start(1)
+        job.finish()
+        return job.losses()
 
 
 def loses(cluster: emulation.Cluster, root: Path, states: str, *, both_copies: bool) -> tuple[Job, int]:
     """A job that loses node 1 after step 7, of which copies were taken at 6, 4 and 2, and step 3 was saved."""
     root.mkdir()
-    job = Job(cluster, root, "--steps", str(STEPS), "--pause", "1", "--states", states)
-    job.start(0)
-    job.start(1)
-    job.await_line(r"STEP 7 ")
-    job.kill(1)
-    killed = len(job.lines)
-    job.forget(1)
-    if both_copies:
-        for copy in job.memory(0).glob("mics_ds-*/mp0-shard1*"):
-            copy.unlink()
-    else:
-        job.disk.rename(root / "gone")
-        job.disk.write_text("unreadable as a folder")
-    job.start(1)
-    job.await_line(r"LOADED", killed)
-    if not both_copies:
-        job.disk.unlink()
-    job.finish()
-    return job, killed
+    with Job(cluster, root, "--steps", str(STEPS), "--pause", "1", "--states", states) as job:
+        job.start(0)
+        job.start(1)
+        job.await_line(r"STEP 7 ")
+        job.kill(1)
+        killed = len(job.lines)
+        job.forget(1)
+        if both_copies:
+            for copy in job.memory(0).glob("mics_ds-*/mp0-shard1*"):
+                copy.unlink()
+        else:
+            job.disk.rename(root / "gone")
+            job.disk.write_text("unreadable as a folder")
+        job.start(1)
+        job.await_line(r"LOADED", killed)
+        if not both_copies:
+            job.disk.unlink()
+        job.finish()
+        return job, killed
 
 
 @pytest.mark.slow
