@@ -31,12 +31,12 @@ REMEDY = (
 
 
 class Lost(enum.IntEnum):
-    """What has become of gradients. The greatest of all replicas' holds. Above what hop 2's flags say otherwise."""
+    """What has become of gradients. The greatest of all replicas' holds."""
 
     NOTHING = 0
-    AS_IN_STOCK = 2
+    AS_IN_STOCK = 1
     """A later gradient took the place of an earlier one."""
-    STOCK_STOPS = 3
+    STOCK_STOPS = 2
     """A later gradient was left out."""
 
 

@@ -272,13 +272,11 @@ class TwoHop:
     def came_again(self) -> torch.Tensor:
         """(1,), on the device: not 0 if on some replica a shard got another gradient after its hop 2 had started, or
         lost one."""
-        return torch.zeros(1, device=self._device) if self._said is None else self._said[-1:]
+        return torch.zeros(1, device=self._device) if self._said is None else self._said[-2:].amax(0, keepdim=True)
 
     def settle(self, again: bool) -> None:
-        """:attr:`came_again` was looked at. Average once more if it said so."""
-        if again:
-            if self._said is not None:
-                self._look()
+        """:attr:`came_again` was looked at. Average once more if that is what it said."""
+        if again and (self._said is None or self._look()):
             self._hop2()
             self._look()
         self._said = None
@@ -402,7 +400,7 @@ class TwoHop:
 
     def _start_flags(self, replication: RankGroup) -> None:
         """Ask what the others did with each shard, and whether one of them was too early, or has lost something."""
-        values = [*(int(shard.given) for shard in self.shards.values()), max(int(self._again), self.repeats.lost)]
+        values = [*(int(shard.given) for shard in self.shards.values()), int(self.repeats.lost), int(self._again)]
         self._again = False
         flags = torch.empty(len(values), dtype=torch.uint8, device=self._device)
         start = 0
@@ -419,12 +417,12 @@ class TwoHop:
             MicsUsageError: on all replicas, if gradients were lost, see :mod:`mics_ds.repeats`.
         """
         assert self._said is not None, "hop 2 is complete"
-        (*given, again), self._said = self._said.tolist(), None
+        (*given, lost, again), self._said = self._said.tolist(), None
         for shard, value in zip(self.shards.values(), given):
             shard.given = Given(value)
-        if again >= Lost.AS_IN_STOCK:
+        if lost:
             assert self._replication is not None, "there are replicas"
-            self.repeats.judge(Lost(again), self._replication, self._device)
+            self.repeats.judge(Lost(lost), self._replication, self._device)
         return bool(again)
 
     def _agree_on_units(self, replication: RankGroup) -> None:
