@@ -294,10 +294,9 @@ def run_pattern(pools: Any, seed: int) -> str:
     try:
         pools.run(RANKS, __name__, "trains_alike", {"seed": seed}, 120)
     except RankError as error:
-        said = re.findall(r"^mics_ds\.errors\.MicsUsageError: (.*)$", str(error), re.MULTILINE)
-        other = re.findall(
-            r"^(?!mics_ds\.errors\.MicsUsageError)[\w.]*(?:Error|Exception): .*$", str(error), re.MULTILINE
-        )
+        raised = str(error).partition("──── end of rank")[0]  # what follows is their output, of earlier tests as well
+        said = re.findall(r"^mics_ds\.errors\.MicsUsageError: (.*)$", raised, re.MULTILINE)
+        other = re.findall(r"^(?!mics_ds\.errors\.MicsUsageError)[\w.]*(?:Error|Exception): .*$", raised, re.MULTILINE)
         twice = len(said) == RANKS and all("one gradient per parameter" in line for line in said)
         # Those that gather together are told. The others wait for them in hop 2, until their processes are gone.
         apart = len(said) in (case["p"], RANKS) and all("same modules in the same order" in line for line in said)
