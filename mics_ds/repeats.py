@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import logging
 
 import torch
 
@@ -87,8 +86,7 @@ class Repeats:
         most, least = same.tolist()
         if lost is Lost.AS_IN_STOCK and most == -least:
             if not self._warned:
-                logger.log(
-                    logging.WARNING,
+                logger.warning(
                     "a parameter got two gradients in one backward pass, and ZeRO-3 keeps the last one only, in stock "
                     "DeepSpeed too: its weights are shared with or between reentrant activation checkpoints. %s",
                     REMEDY,

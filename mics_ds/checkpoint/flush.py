@@ -23,15 +23,13 @@ from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
 from ..seams import checkpoint as seam
 from . import manifest, memory, names
-from .arena import Arena
 from .manifest import Manifest
-from .memory import Copy, Description
+from .memory import Copy
 from .together import attempt, exchange, greatest, raise_together
 from .transfers import is_good, transfer
 
 Files = dict[str, bytes]
 _FAILED = "States in memory could not be written to disk."
-_REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
 
 
 class Source(NamedTuple):
@@ -118,24 +116,17 @@ def _share_out(here: list[Copy], step: int, slices: int) -> Source | None:
     [shards, models] = greatest(
         [
             max((copy.description.shards for copy in here), default=0),
-            max((_model_parallel(copy) + 1 for copy in here), default=0),
+            max((copy.model_parallel + 1 for copy in here), default=0),
         ]
     )
-    found = {}
-    for copy in here:
-        shard = _model_parallel(copy) * shards + copy.description.shard
-        found[shard * slices + copy.description.slice] = copy
+    found = {copy.place(shards): copy for copy in here}
     places = range(shards * models * slices)
-    negated = greatest([-((rank - place) % ranks) if place in found else -memory.NEVER for place in places])
-    if min(negated) == -memory.NEVER:
+    negated = greatest([-((rank - place) % ranks) if place in found else -memory.NOBODY for place in places])
+    if min(negated) == -memory.NOBODY:
         return None
     holders = [(place - turn) % ranks for place, turn in enumerate(negated)]
     mine = {place: found[place] for place, holder in enumerate(holders) if holder == rank}
     return Source(step, mine, holders, slices, shards, models)
-
-
-def _model_parallel(copy: Copy) -> int:
-    return int(copy.path.name.partition("-")[0].removeprefix("mp"))
 
 
 def _own_files(copy: Copy) -> list[Files]:
@@ -181,7 +172,7 @@ def write(source: Source, folder_of: Callable[[int], Path], step_in: Callable[[F
     for shard in _shards(source, note["errors"]):
         attempt(functools.partial(write_shard, shard), note["errors"])
     notes = exchange(note, f"writing {folder}")
-    raise_together(notes, _FAILED, _REMEDY)
+    raise_together(notes, _FAILED, memory.REMEDY)
     note = {"errors": []}
 
     def publish() -> None:
@@ -193,7 +184,7 @@ def write(source: Source, folder_of: Callable[[int], Path], step_in: Callable[[F
 
     if dist.get_rank() == 0:
         attempt(publish, note["errors"])
-    raise_together(exchange(note, f"publishing {folder}"), _FAILED, _REMEDY)
+    raise_together(exchange(note, f"publishing {folder}"), _FAILED, memory.REMEDY)
     log_rank0(f"{folder} was made from memory, at step {source.step}")
     return folder
 
@@ -226,18 +217,12 @@ def _shards(source: Source, errors: list[str]) -> Iterator[memory.Assembly]:
             lacks = place is not None and place not in source.mine
             got = transfer(sends, source.holders[place] if lacks and place is not None else None, errors)
             if place is not None and not lacks:
-                got = _opened(source.mine[place])
+                got = source.mine[place].open()
             if got is not None:
                 attempt(functools.partial(shard.add, *got), errors)
         if rank in round_ and not errors:
             yield shard
         shard.close()
-
-
-def _opened(copy: Copy) -> tuple[Description, Arena]:
-    arena = memory.open_content(copy.path)
-    arena.map(copy.description.nbytes)
-    return copy.description, arena
 
 
 def _describe(source: Source, tag: str, ranks: int) -> Mapping[str, Any]:

@@ -32,8 +32,9 @@ from .recording import Recorded, replay
 
 FORMAT = 2
 SLOTS = 2
-NEVER = 1 << 40
-"""Later than any step."""
+NEVER = NOBODY = 1 << 40
+"""Later than any step, and no rank: where the least of all ranks' numbers counts."""
+REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
 _PREFIX = "mics_ds"
 _CHUNK = 64 << 20
 
@@ -74,6 +75,22 @@ class Copy(NamedTuple):
 
     description: Description
     path: Path
+
+    @property
+    def model_parallel(self) -> int:
+        """The model-parallel rank."""
+        return int(self.path.name.partition("-")[0].removeprefix("mp"))
+
+    def place(self, shards: int) -> int:
+        """Among all copies of a step: by model-parallel rank, shard and slice."""
+        shard = self.model_parallel * shards + self.description.shard
+        return shard * self.description.slices + self.description.slice
+
+    def open(self) -> tuple[Description, Arena]:
+        """What it is, and its content, mapped. Whoever asks closes it."""
+        arena = open_content(self.path)
+        arena.map(self.description.nbytes)
+        return self.description, arena
 
 
 def job_key(name: str | None) -> str:

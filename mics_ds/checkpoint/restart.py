@@ -27,7 +27,6 @@ from .snapshot import MemoryTier, set_random_states
 from .together import Site, attempt, exchange, greatest, on_publishers, raise_together
 from .transfers import is_good, transfer
 
-_NOBODY = 1 << 40
 _RESTORED = "restored"
 _OWN = "own-rank{rank}.pt"
 
@@ -108,7 +107,7 @@ def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
     shards = tier.site.groups.layout.partition_size
     model_parallel = dist.get_world_size() // tier.site.groups.layout.world_size
     usable = _usable(tier, engine, home)
-    below = _NOBODY
+    below = memory.NEVER
     for _ in range(2 * memory.SLOTS):
         steps = [copy.description.step for copy in usable]
         [newest] = greatest([max((step for step in steps if step < below), default=-1)])
@@ -119,11 +118,11 @@ def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
         here = [copy for copy in here if copy.description.slices == slices]
         own = _good(tier, here, shards)
         places = range(model_parallel * shards * slices)
-        holders = [dist.get_rank() if place in own else _NOBODY for place in places]
+        holders = [dist.get_rank() if place in own else memory.NOBODY for place in places]
         holders = [-negated for negated in greatest([-holder for holder in holders])]
-        if max(holders) < _NOBODY:
+        if max(holders) < memory.NOBODY:
             return _Source(newest, slices, holders, own, here)
-        lost = sorted({place // slices for place, holder in enumerate(holders) if holder == _NOBODY})
+        lost = sorted({place // slices for place, holder in enumerate(holders) if holder == memory.NOBODY})
         log_rank0(f"of step {newest}, shards {lost[:8]} are in no node's memory")
         below = newest
     log_rank0("no complete set of copies in memory")
@@ -163,15 +162,8 @@ def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
             continue
         if not is_good(copy):
             continue
-        good[_place(copy, shards)] = copy
+        good[copy.place(shards)] = copy
     return good
-
-
-def _place(copy: Copy, shards: int) -> int:
-    """Among all copies of a step."""
-    model_parallel = int(copy.path.name.partition("-")[0].removeprefix("mp"))
-    shard = model_parallel * shards + copy.description.shard
-    return shard * copy.description.slices + copy.description.slice
 
 
 def _newest_on_disk(load_dir: str | os.PathLike) -> int:
@@ -208,7 +200,7 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
     first = (seam.model_parallel_rank(engine) * shards + site.shard) * slices
     here = {}
     for copy in source.here if assembles else ():
-        place = _place(copy, shards)
+        place = copy.place(shards)
         if place in range(first, first + slices) and (place in source.own or is_good(copy)):
             here[place] = copy
     shard, errors, received = memory.Assembly(), list[str](), False
@@ -228,13 +220,11 @@ def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> 
         got = transfer(sends, source.holders[wanted] if lacks else None, errors)
         received |= got is not None
         if assembles and not lacks:
-            arena = memory.open_content(here[wanted].path)
-            arena.map(here[wanted].description.nbytes)
-            got = here[wanted].description, arena
+            got = here[wanted].open()
         if got is not None:
             attempt(functools.partial(shard.add, *got), errors)
     notes = exchange({"errors": errors, "received": received}, "fetching states from memory")
-    raise_together(notes, _FAILED, _REMEDY)
+    raise_together(notes, _FAILED, memory.REMEDY)
     return shard if assembles else None, sum(note["received"] for note in notes)
 
 
@@ -279,7 +269,7 @@ def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, st
         memory.make_region(folder.parent)
         staging.mkdir(parents=True)
 
-    raise_together(on_publishers(site, make, "resuming from memory"), _FAILED, _REMEDY)
+    raise_together(on_publishers(site, make, "resuming from memory"), _FAILED, memory.REMEDY)
     note: dict[str, Any] = {"errors": [], "files": {}}
 
     def write() -> None:
@@ -292,13 +282,13 @@ def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, st
 
     attempt(write, note["errors"])
     notes = exchange(note, "resuming from memory")
-    raise_together(notes, _FAILED, _REMEDY)
+    raise_together(notes, _FAILED, memory.REMEDY)
 
     def publish() -> None:
         files = manifest.recorded(notes[rank]["files"] for rank in site.peers)
         manifest.publish(staging, folder / tag, site.describe(tag, step, files))
 
-    raise_together(on_publishers(site, publish, "resuming from memory"), _FAILED, _REMEDY)
+    raise_together(on_publishers(site, publish, "resuming from memory"), _FAILED, memory.REMEDY)
 
 
 def _own_part(folder: Path) -> dict[str, Any] | None:
@@ -308,4 +298,3 @@ def _own_part(folder: Path) -> dict[str, Any] | None:
 
 
 _FAILED = "States in memory could not be used."
-_REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."

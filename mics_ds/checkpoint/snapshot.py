@@ -42,9 +42,6 @@ from .staging import Staging
 from .together import Site, greatest
 from .writer import Seal
 
-_NONE = 1 << 40
-"""In place of a step, on a rank that keeps no copies."""
-
 ClientState = Callable[[], Mapping[str, Any]]
 
 
@@ -134,12 +131,11 @@ class MemoryTier:
         background = Background.of_job()
         own, states = list[bytes](), dict[str, Any]()
         self._or_warn(lambda: own.append(_pickled(self._own(states))))
-        holdings, newest = self._holdings(engine), _NONE
-        if holdings.here:
-            self._forget_others(engine)
-            newest = min(max(self._steps(name).values()) for name in holdings.here)
+        holdings, newest = self._holdings(engine), list[int]()
+        self._or_warn(lambda: newest.append(self._newest(engine, holdings)))
+        unable = not own or not newest
         hindered, negated, cut_off = greatest(
-            [int(not own or background.is_sealing), -newest, int(background.is_cut_off)]
+            [int(unable or background.is_sealing), -min(newest, default=memory.NEVER), int(background.is_cut_off)]
         )
         if cut_off:
             background.connect_anew()
@@ -151,7 +147,7 @@ class MemoryTier:
         taken: list[tuple[Path, Description]] = []
         if holdings.own:
             if kept >= 0:
-                self._remove_strays(holdings)
+                self._or_warn(lambda: self._remove_strays(holdings))
             self._or_warn(lambda: taken.append(self._take(engine, holdings, parts, states, kept)))
         mirror = self._mirror(holdings, kept, number) if holdings.guests or holdings.to else None
         if taken or mirror:
@@ -165,6 +161,13 @@ class MemoryTier:
             if not self._complained:
                 logger.warning("states could not be copied to memory: %s", words(error))
             self._complained = True
+
+    def _newest(self, engine: Any, holdings: Holdings) -> int:
+        """The step of which everything that this rank keeps is complete, or -1; never, if it keeps nothing."""
+        if not holdings.here:
+            return memory.NEVER
+        self._forget_others(engine)
+        return min(max(self._steps(name).values()) for name in holdings.here)
 
     def _forget_others(self, engine: Any) -> None:
         """What is later than now, or of another model, is of an earlier run that this one does not go on with."""
