@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ..checkpoint import manifest
@@ -11,6 +13,7 @@ from ..checkpoint.in_background import wait_for_saves
 from .parity import REPLICAS
 from .runs import (
     Measure,
+    Outcome,
     Place,
     Setup,
     difference,
@@ -21,6 +24,8 @@ from .runs import (
     steps_of,
     unequal_replicas,
 )
+
+Params = dict[str, torch.Tensor]
 
 
 def as_if_nothing_happened(place: Place, setup: Setup) -> list[Measure]:
@@ -34,16 +39,9 @@ def as_if_nothing_happened(place: Place, setup: Setup) -> list[Measure]:
         engine.save_checkpoint(str(folder))
         at_save = full_params(engine)
         expected = outcome_of(engine, steps_of(engine, setup, place, end), at_save)
-    with engine_of(setup, seed=99) as engine:
-        before = full_params(engine)
-        engine.load_checkpoint(str(folder))
-        loaded = full_params(engine)
-        actual = outcome_of(engine, steps_of(engine, setup, place, end), loaded)
-    dist.barrier()  # nobody reads any more
+    before, loaded, actual = _loaded_and_trained(place, setup, folder, None, end)
     return [
-        Measure("loaded parameters", difference(loaded, at_save), 0.0),
-        Measure("losses after it", loss_difference(actual.losses, expected.losses), 0.0),
-        Measure("states after it", difference(actual.states, expected.states), 0.0),
+        *_same_as_without(loaded, at_save, actual, expected),
         Measure(REPLICAS, unequal_replicas(place, actual.states), 0.0),
         Measure("nothing to load", float(difference(before, at_save) == 0.0), 0.0),
     ]
@@ -69,14 +67,29 @@ def in_background(place: Place, setup: Setup) -> list[Measure]:
         {name: record.bytes for name, record in manifest.read(folder / tag).files.items()}
         for tag in ("waited", "background")
     ]
-    with engine_of(setup, seed=99) as engine:
-        engine.load_checkpoint(str(folder), tag="background")
-        loaded = full_params(engine)
-        actual = outcome_of(engine, steps_of(engine, setup, place, end), loaded)
-    dist.barrier()
+    _, loaded, actual = _loaded_and_trained(place, setup, folder, "background", end)
     return [
         Measure("files of other sizes", float(sizes[0] != sizes[1]), 0.0),
-        Measure("loaded parameters", difference(loaded, at_save), 0.0),
+        *_same_as_without(loaded, at_save, actual, expected),
+    ]
+
+
+def _loaded_and_trained(
+    place: Place, setup: Setup, folder: Path, tag: str | None, steps: range
+) -> tuple[Params, Params, Outcome]:
+    """Parameters of another engine before and after it has loaded, and how it trains on."""
+    with engine_of(setup, seed=99) as engine:
+        before = full_params(engine)
+        engine.load_checkpoint(str(folder), tag=tag)
+        loaded = full_params(engine)
+        outcome = outcome_of(engine, steps_of(engine, setup, place, steps), loaded)
+    dist.barrier()  # nobody reads any more
+    return before, loaded, outcome
+
+
+def _same_as_without(loaded: Params, saved: Params, actual: Outcome, expected: Outcome) -> list[Measure]:
+    return [
+        Measure("loaded parameters", difference(loaded, saved), 0.0),
         Measure("losses after it", loss_difference(actual.losses, expected.losses), 0.0),
         Measure("states after it", difference(actual.states, expected.states), 0.0),
     ]

@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_not_loaded_is_seen(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         import deepspeed
 
-        patch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", lambda self, folder: (folder, {}))
+        patch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", lambda self, folder, tag=None: (folder, {}))
         found = wrong(resuming.as_if_nothing_happened(place(tmp_path / "again"), setup))
     assert found == ["loaded parameters", "losses after it", "states after it"]
 

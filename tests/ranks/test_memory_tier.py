@@ -252,6 +252,20 @@ def test_a_copy_that_one_rank_cannot_make_is_made_by_none(tmp_path, culprit, sta
 
 
 @pytest.mark.ranks(4)
+def test_memory_that_one_rank_cannot_look_at_holds_nobody_up(tmp_path):
+    with nodes(tmp_path):
+        engine, _, copied = trained(tmp_path, 4)
+        with pytest.MonkeyPatch.context() as patched:
+            if dist.get_rank() == 1:
+                patched.setattr(memory, "require_own", lambda path: 1 // 0)
+            steps(engine, 2)
+            sealed()
+        again, _, _ = resumed(tmp_path)
+        assert again.global_steps == 4
+        assert digest(again) == copied[4]
+
+
+@pytest.mark.ranks(4)
 def test_the_newest_copy_that_all_shards_have_is_never_written_over(tmp_path):
     """Also where some rank fails to complete the next ones, again and again."""
     with nodes(tmp_path):

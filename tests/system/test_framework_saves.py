@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankError
-from test_frameworks import ds_config, gloo_for_accelerate, llama_config, on_cpu, texts
-from torch import nn
+from test_frameworks import ds_config, gloo_for_accelerate, lightning_module, llama_config, on_cpu, texts
 
 from mics_ds.checkpoint import manifest
 from mics_ds.checkpoint.background import Background
@@ -253,41 +252,6 @@ def test_hf_goes_on_from_memory_with_fewer_replicas(pools, tmp_path):
 # --------------------------------------------------------------------------------------- Lightning
 
 
-class Module:
-    """Made on a rank, where Lightning is imported."""
-
-    def __new__(cls, dropout: float) -> Any:
-        import lightning.pytorch as pl
-
-        class Small(pl.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.net = None
-                self.losses = []
-
-            def configure_model(self):
-                if self.net is None:
-                    torch.manual_seed(3)
-                    self.net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Dropout(dropout), nn.Linear(33, 7))
-
-            def training_step(self, item, _index):
-                x, y = item
-                loss = (self.net(x) - y).pow(2).mean()
-                total = loss.detach().clone()
-                dist.all_reduce(total)
-                self.losses.append(total.item() / RANKS)
-                return loss
-
-            def validation_step(self, item, _index):
-                x, y = item
-                self.log("validation", (self.net(x) - y).pow(2).mean(), sync_dist=True)
-
-            def configure_optimizers(self):
-                return torch.optim.AdamW(self.net.parameters(), lr=0.01)
-
-        return Small()
-
-
 def lightning(folder, section, epochs, top_k=1, resume=None, every=1, dropout=0.2, dies_after=None):
     """Train, with validation at the end of each epoch of four steps.
 
@@ -333,7 +297,7 @@ def lightning(folder, section, epochs, top_k=1, resume=None, every=1, dropout=0.
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Module(dropout)
+    module = lightning_module(dropout)
     trainer.fit(module, loader, loader, ckpt_path=resume)
     wait_for_saves()
     dist.barrier()

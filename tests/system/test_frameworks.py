@@ -368,10 +368,9 @@ def on_cpu(module: Any) -> Any:
     return Strategy
 
 
-def lightning_trainer(p, folder):
+def lightning_module(dropout: float = 0.0) -> Any:
+    """A module of Lightning, made on a rank, where that is imported. Keeps the mean losses of all ranks."""
     import lightning.pytorch as pl
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import deepspeed as strategies
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -382,14 +381,14 @@ def lightning_trainer(p, folder):
         def configure_model(self):
             if self.net is None:
                 torch.manual_seed(3)
-                self.net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 7))
+                self.net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Dropout(dropout), nn.Linear(33, 7))
 
         def training_step(self, item, _index):
             x, y = item
             loss = (self.net(x) - y).pow(2).mean()
             total = loss.detach().clone()
             dist.all_reduce(total)
-            self.losses.append(total.item() / 4)
+            self.losses.append(total.item() / dist.get_world_size())
             return loss
 
         def validation_step(self, item, _index):
@@ -398,6 +397,14 @@ def lightning_trainer(p, folder):
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.net.parameters(), lr=0.01)
+
+    return Module()
+
+
+def lightning_trainer(p, folder):
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import deepspeed as strategies
 
     generator = torch.Generator().manual_seed(1)
     data = torch.utils.data.TensorDataset(
@@ -421,11 +428,11 @@ def lightning_trainer(p, folder):
             enable_model_summary=False,
         )
 
-    module, fit = Module(), trainer(2)
+    module, fit = lightning_module(), trainer(2)
     fit.fit(module, loader, loader)
     uses_mics(fit.strategy.deepspeed_engine, p)
     fit.save_checkpoint(f"{folder}/model.ckpt")
-    again, more = Module(), trainer(3)
+    again, more = lightning_module(), trainer(3)
     more.fit(again, loader, loader, ckpt_path=f"{folder}/model.ckpt")
     return {"losses": module.losses, "resumed": again.losses, "validation": [fit.callback_metrics["validation"].item()]}
 
