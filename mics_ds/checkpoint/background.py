@@ -55,8 +55,15 @@ class Background:
         self._job: Job | None = None
         self._error = ""
         self._sealing: dict[str, Seal] = {}
+        self.had_one_client_state = True
+        """Whether all ranks had the same one at the last save. The same on all ranks."""
         self._died = self._broken = False
         self._process, self._pipe = self._start()
+
+    @classmethod
+    def is_there(cls) -> bool:
+        """Whether there is one of this process group. The same on all ranks."""
+        return cls.current is not None and cls.current._world is dist.group.WORLD
 
     @classmethod
     def of_job(cls) -> Background:
@@ -65,7 +72,7 @@ class Background:
         Raises:
             MicsCheckpointError: the ranks cannot reach each other as their processes will have to.
         """
-        if cls.current is not None and cls.current._world is not dist.group.WORLD:
+        if cls.current is not None and not cls.is_there():
             cls.current.close()
         if cls.current is None:
             cls.current = cls()
@@ -100,6 +107,8 @@ class Background:
         Raises:
             OSError: that is not possible.
         """
+        if self._process.poll() is not None:
+            self._wait_for(lambda: self._died)  # whoever listens to it is about to notice
         if self._died:
             self._pipe.close()
             self._process.wait()
@@ -360,12 +369,13 @@ def _before_deletion(path: str, deletes: bool) -> None:
     """Somebody makes room for a checkpoint that is not there yet, or looks for it.
 
     Raises:
-        MicsCheckpointError: it will not be, and room is made.
+        KeptError: it will not be, and room is made.
     """
     current = Background.current
-    if current is None or not current.is_busy:
+    if current is None:
         return
-    logger.info("%s is about to be deleted or looked for; waiting for the checkpoint that is being written", path)
-    current.wait()
+    if current.is_busy:
+        logger.info("%s is about to be deleted or looked for; waiting for the checkpoint that is being written", path)
+        current.wait()
     if current.error and deletes:
-        raise MicsCheckpointError(f"{current.error} {path} was not deleted.")
+        raise deletions.KeptError(f"{current.error} {path} was not deleted.")

@@ -6,25 +6,44 @@ In the background it is not saved yet, so the old one may be the newest there is
 
 from __future__ import annotations
 
+import functools
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import MicsCheckpointError
+from ..log import logger
 from . import manifest
 
 _DELETES = "shutil.rmtree"
 _EVENTS = (_DELETES, "glob.glob")
 
 
+class KeptError(MicsCheckpointError):
+    """A folder is not deleted, and this rank, which alone deletes, goes on: all ranks are told together, by the next
+    save. ``shutil.rmtree`` logs it and returns; it reaches those only who have imported the function earlier."""
+
+
 def watch(before: Callable[[str, bool], None]) -> None:
     """Call ``before`` when a folder with checkpoints of MiCS is about to be looked through, or to be deleted while no
-    newer one is complete: with the path, and whether it is deleted.
+    newer one is complete: with the path, and whether it is deleted. What it raises, who deletes gets to see, but for
+    :class:`KeptError`.
 
     For the rest of the process: such hooks cannot be removed.
     """
+    original = shutil.rmtree
+
+    @functools.wraps(original)
+    def rmtree(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except KeptError as kept:
+            logger.warning("%s", kept)
+
+    shutil.rmtree = rmtree  # type: ignore[assignment]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and arguments and isinstance(arguments[0], (str, Path)) and _concerns(event, arguments[0]):

@@ -69,50 +69,78 @@ def raise_earlier(said: Sequence[Sequence[Any]], asked: CheckpointRequest) -> No
         raise_together(notes, "An earlier save failed in the background.", "This one was not begun; save again.")
 
 
-def stage_and_submit(one: _Save, save_latest: bool) -> None:
-    """Copy the states to host memory and have them written. Collective over the world: one all-reduce, afterwards.
+def stage_and_submit(one: _Save, asked: CheckpointRequest, save_latest: bool) -> None:
+    """Copy the states to host memory and have them written. Collective over the world: one all-reduce, after the copy.
+
+    Ranks copy before they know that all mean the same save, because that has to be asked after the copy in any case.
+    The first save asks before it too, and so does one after ranks had different client states: there is something to
+    be done together then, before or during the copy.
 
     Raises:
-        MicsCheckpointError: on every rank, if any rank could not copy.
+        MicsCheckpointError: on every rank, if any rank could not copy, or as :meth:`~.save._Save.agree` does.
     """
-    site, engine = one.site, one.engine
+    asks_first = not (Background.is_there() and Background.of_job().had_one_client_state)
+    if asks_first:
+        one.agree(asked)
     background = Background.of_job()
-    session = Staging(site)
-    staged: list[Staged] = []
-    publications: list[Publication] = []
+    copy = _Copy(one, asked, background, save_latest)
+    if not asks_first:
+        one.agree(asked, copy.errors)
+        if not one.has_one_client_state:
+            copy = _Copy(one, asked, background, save_latest)  # with what differs, now that it is known
+    if asks_first or not one.has_one_client_state:
+        notes = exchange({"errors": copy.errors}, f"staging {one.target}")
+        raise_together(notes, one.failed, NOTHING_PUBLISHED)
+    background.had_one_client_state = one.has_one_client_state
+    copy.submit()
 
-    def stage() -> None:
-        if site.publishes:
+
+class _Copy:
+    """The states of this rank in host memory, if there are no ``errors``."""
+
+    def __init__(self, one: _Save, asked: CheckpointRequest, background: Background, save_latest: bool) -> None:
+        self._one, self._background, self._save_latest = one, background, save_latest
+        self._staged: Staged | None = None
+        self._publication: Publication | None = None
+        session = Staging(one.site)
+        self.errors = session.errors
+        said_already = one.request.errors or (asked.on_error == "raise" and background.error)
+        if not said_already:
+            attempt(lambda: self._stage(session), self.errors)
+
+    def _stage(self, session: Staging) -> None:
+        one, site = self._one, self._one.site
+        if site.publishes and not one.made_staging:
             one.make_staging()
-        with session.states_of(engine.optimizer):
+        with session.states_of(one.engine.optimizer):
             _collect(one, session)
         if session.errors:
             return
         if site.publishes:
             scripts = tuple(seam.recovery_scripts()) if site.rank == 0 else ()
-            publications.append(
-                Publication(one.describe({}), one.request.folder, one.request.tag, save_latest, scripts)
-            )
-        background.revive()
-        staged.append(session.stage(background.arena, wait_for_device))
+            folder, tag = one.request.folder, one.request.tag
+            self._publication = Publication(one.describe({}), folder, tag, self._save_latest, scripts)
+        self._background.revive()
+        self._staged = session.stage(self._background.arena, wait_for_device)
 
-    attempt(stage, session.errors)
-    notes = exchange({"errors": session.errors}, f"staging {one.target}")
-    raise_together(notes, one.failed, NOTHING_PUBLISHED)
-    background.submit(
-        Job(
-            number=background.next_number(),
-            connection=background.connection,
-            target=str(one.target),
-            staged=staged[0],
-            sharers=tuple(site.sharers),
-            owner=site.writer,
-            publisher=site.publisher,
-            publishers=tuple(site.publishers),
-            peers=len(site.peers),
-            publication=publications[0] if publications else None,
+    def submit(self) -> None:
+        """Have it written."""
+        site = self._one.site
+        assert self._staged is not None, "there were no errors"
+        self._background.submit(
+            Job(
+                number=self._background.next_number(),
+                connection=self._background.connection,
+                target=str(self._one.target),
+                staged=self._staged,
+                sharers=tuple(site.sharers),
+                owner=site.writer,
+                publisher=site.publisher,
+                publishers=tuple(site.publishers),
+                peers=len(site.peers),
+                publication=self._publication,
+            )
         )
-    )
 
 
 def _collect(one: _Save, session: Staging) -> None:
@@ -127,6 +155,7 @@ def _collect(one: _Save, session: Staging) -> None:
         request.folder,
         str(one.staging.relative_to(one.folder)),
         request.client_state,
+        model_states=owner,
         optimizer_states=shares,
         exclude_frozen_parameters=one.exclude_frozen_parameters or not owner,
     )

@@ -16,8 +16,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class _Request:
 
         def describe() -> None:
             self.client_state = dict(client_state or {})
-            self.fingerprint = _fingerprint(self.client_state)
+            self.fingerprint = self.writers_fingerprint = _fingerprint(self.client_state)
 
         attempt(understand, self.errors)
         # What pickle raises depends on the object.
@@ -118,6 +118,11 @@ class _Save:
         self.engine, self.request = engine, request
         self.site = site_of(engine)
         self.exclude_frozen_parameters = exclude_frozen_parameters
+        self.made_staging = False
+        self._new_folders: list[Path] = []
+        """Made on the way to :attr:`staging`, innermost first."""
+        self.has_one_client_state = True
+        """Whether all ranks have the same one, as far as :meth:`agree` has told."""
 
     @property
     def folder(self) -> Path:
@@ -137,12 +142,57 @@ class _Save:
 
     def make_staging(self) -> None:
         """Make an empty folder to write to."""
+        self.made_staging = True
+        self._new_folders = [folder for folder in self.staging.parents if not folder.exists()]
         if self.staging.exists():
             log_rank0(
                 f"an earlier save of tag {self.request.tag} was interrupted; its remains in {self.staging} are removed"
             )
             shutil.rmtree(self.staging)
         self.staging.mkdir(parents=True)
+
+    def remove_staging(self) -> None:
+        """Remove what this rank has made for nothing."""
+        if self.made_staging:
+            manifest.discard(self.staging)
+            with suppress(OSError):  # somebody else has put something there
+                for folder in self._new_folders:
+                    folder.rmdir()
+
+    def agree(self, asked: CheckpointRequest, copying: Sequence[str] = ()) -> None:
+        """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce, if
+        all have the same client state.
+
+        Args:
+            copying: what has gone wrong on this rank in copying the states, where that is done already.
+
+        Raises:
+            MicsCheckpointError: the ranks disagree, something is wrong with the request, an earlier save failed, or
+                the states could not be copied.
+        """
+        site, request = self.site, self.request
+        note = {
+            "errors": request.errors,
+            **{name: getattr(request, name) for name in _AGREED},
+            "earlier": in_background.heard(),
+            "copying": copying,
+        }
+        doing = "preparing to save a checkpoint"
+        notes, self.has_one_client_state = exchange_and_compare(note, request.fingerprint, doing)
+        in_background.raise_earlier([item["earlier"] for item in notes], asked)
+        raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
+        for field in _AGREED:
+            said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
+            if len(said) > 1 and not (field == "folder" and site.node_local):
+                values = sorted(said.items(), key=lambda item: item[1])
+                raise MicsCheckpointError(
+                    f"All ranks must save to the same {_AGREED[field]}, but "
+                    + "; ".join(f"rank {rank} said {value!r}" for value, rank in values)
+                    + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
+                )
+        raise_together([{"errors": item["copying"]} for item in notes], self.failed, NOTHING_PUBLISHED)
+        if not self.has_one_client_state:
+            _tell_fingerprints(self)
 
     def collect(self, original: Callable[..., bool], session: Any, states: AbstractContextManager) -> None:
         """Have DeepSpeed save, through a session.
@@ -208,14 +258,14 @@ def save(
     one = _Save(engine, _Request(engine, save_dir, tag, client_state, background), exclude_frozen_parameters)
     if not in_background.may_begin(asked):
         return False
-    _agree(one, asked)
     try:
         if background:
-            in_background.stage_and_submit(one, save_latest)
+            in_background.stage_and_submit(one, asked, save_latest)
         else:
+            one.agree(asked)
             _write_and_publish(original, one)
     except BaseException:
-        _remove(one.staging, one.site)
+        one.remove_staging()
         raise
     if not background:
         _update_latest(one.site, one.folder, one.request.tag, save_latest)
@@ -271,34 +321,6 @@ def _update_latest(site: Site, folder: Path, tag: str, wanted: bool) -> None:
             log_rank0(f"{remains} is left from an interrupted save and can be deleted")
 
 
-def _agree(one: _Save, asked: CheckpointRequest) -> None:
-    """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce.
-
-    Raises:
-        MicsCheckpointError: the ranks disagree, something is wrong with the request, or an earlier save failed.
-    """
-    site, request = one.site, one.request
-    note = {
-        "errors": request.errors,
-        **{name: getattr(request, name) for name in _AGREED},
-        "earlier": in_background.heard(),
-    }
-    notes, same_client_state = exchange_and_compare(note, request.fingerprint, "preparing to save a checkpoint")
-    in_background.raise_earlier([item["earlier"] for item in notes], asked)
-    raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
-    for field in _AGREED:
-        said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
-        if len(said) > 1 and not (field == "folder" and site.node_local):
-            raise MicsCheckpointError(
-                f"All ranks must save to the same {_AGREED[field]}, but "
-                + "; ".join(f"rank {rank} said {value!r}" for value, rank in sorted(said.items(), key=lambda x: x[1]))
-                + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
-            )
-    request.writers_fingerprint = request.fingerprint
-    if not same_client_state:
-        _tell_fingerprints(one)
-
-
 _AGREED = {"tag": "tag", "folder": "folder", "background": "place, in the background (async_save) or not"}
 
 
@@ -313,11 +335,6 @@ def _tell_fingerprints(one: _Save) -> None:
     exchange({"errors": []}, "comparing client states")
     if site.writer == site.rank:
         store.delete_key(f"client/{number}/{site.rank}")
-
-
-def _remove(staging: Path, site: Site) -> None:
-    if site.publishes:
-        manifest.discard(staging)
 
 
 def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def collect_states(
     tag: str,
     client_state: Mapping[str, Any],
     *,
+    model_states: bool = True,
     optimizer_states: bool = True,
     **how: Any,
 ) -> None:
@@ -123,18 +124,23 @@ def collect_states(
 
     Args:
         session: with ``stand_in(held)`` besides, what to show DeepSpeed in place of a frozen parameter.
-        optimizer_states: whether this rank has some to hand over.
+        model_states, optimizer_states: whether this rank has some to hand over.
         how: further arguments of ``engine.save_checkpoint``.
     """
-    level = deepspeed_logger.level
-    deepspeed_logger.setLevel(max(level, logging.WARNING))  # it would announce a file each time
+    # It would announce each file. Another level would do too, but clears the caches of all loggers, which takes long.
+    deepspeed_logger.addFilter(_is_warning)
     try:
         with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine), _fragments(engine, session):
-            engine._save_checkpoint(folder, tag, client_state=client_state, **how)
+            if model_states:
+                engine._save_checkpoint(folder, tag, client_state=client_state, **how)
             if optimizer_states:
                 engine._save_zero_checkpoint(folder, tag)
     finally:
-        deepspeed_logger.setLevel(level)
+        deepspeed_logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 @contextmanager

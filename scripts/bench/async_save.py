@@ -3,12 +3,14 @@
     torchrun --nproc_per_node 4 scripts/bench/async_save.py --folder FOLDER [--gigabytes 1] [--states world]
 
 Masters and two moments of AdamW make up the states. The three take turns in the same ranks, after a step of training
-each; times are of the slowest rank, medians over rounds.
+each, in another order each time; times are from the first rank's start to the last rank's end, medians over rounds, and
+ratios are medians of the ratios of one round. With more ranks than cores, what a rank does beside copying counts more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import time
@@ -43,13 +45,15 @@ def engine_of(gigabytes: float, p: int, states: str) -> Any:
     return engine
 
 
-def slowest(work: Callable[[], Any]) -> float:
+def seconds_of_all(work: Callable[[], Any]) -> float:
+    """From the first rank's start to the last rank's end. Ranks of one machine, which share its monotonic clock: some
+    may only get a core when others are done, and do not know that they have waited."""
     dist.barrier()
-    started = time.perf_counter()
+    started = time.monotonic()
     work()
-    seconds = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.item()
+    times = torch.tensor([-started, time.monotonic()], dtype=torch.float64)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.sum().item()
 
 
 def main() -> None:
@@ -84,10 +88,11 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for round_ in range(arguments.rounds + 1):
-        for kind, work in kinds.items():
+        for kind in list(kinds)[round_ % 3 :] + list(kinds)[: round_ % 3]:
             step()
-            seconds = slowest(work)
+            seconds = seconds_of_all(kinds[kind])
             wait_for_saves()
+            os.sync()  # saves are further apart than here, and the kernel is done with the last one by then
             if round_:
                 times[kind].append(seconds)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
@@ -97,9 +102,13 @@ def main() -> None:
         )
         for kind, median in medians.items():
             spread = f"{min(times[kind]):.3f} to {max(times[kind]):.3f}"
-            print(f"  {kind:<11} {median:.3f} s ({spread})  {median / medians['memcpy']:.2f} x memcpy")
-        print(f"  background / waited for: {medians['background'] / medians['waited for']:.3f}")
+            print(f"  {kind:<11} {median:.4f} s ({spread})")
+        for kind in ("memcpy", "waited for"):
+            ratios = [ours / other for ours, other in zip(times["background"], times[kind])]
+            print(f"  background / {kind}: {statistics.median(ratios):.3f}")
         shutil.rmtree(arguments.folder)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,9 @@ def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
         if fails:
             shutil.rmtree(tmp_path / "checkpoint-2" / ".global_step2.partial")
         subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
-        if fails:
-            with pytest.raises(MicsCheckpointError, match=r"checkpoint-1 was not deleted"):
-                shutil.rmtree(tmp_path / "checkpoint-1")
-        else:
-            assert glob.glob(f"{tmp_path}/checkpoint-2/global_step*")
-            shutil.rmtree(tmp_path / "checkpoint-1")
+        assert fails or glob.glob(f"{tmp_path}/checkpoint-2/global_step*")
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        assert not Background.current.is_busy
     else:
         os.kill(writer(), signal.SIGCONT)
     if fails:
@@ -168,6 +166,35 @@ def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
     dist.barrier()
     assert (tmp_path / "checkpoint-1").exists() == fails
     assert (tmp_path / "checkpoint-2" / "global_step2").exists() != fails
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", [ASYNC, LOG], ids=["raise", "log"])
+def test_nobody_deletes_the_last_good_one_after_a_save_that_failed_at_once(tmp_path, zero):
+    """Before anybody asks. Who deletes goes on, and the folder stays."""
+    engine = saved_once(tmp_path / "checkpoint-1", zero, p=1)
+    stop_writers()
+    engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / "checkpoint-2" / ".global_step2.partial")
+    let_writers_go()
+    Background.current.wait()
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / "checkpoint-1")
+    dist.barrier()
+    assert manifest.complete_tags(tmp_path / "checkpoint-1") == ["global_step1"]
+    dist.barrier()
+    if zero == ASYNC:
+        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+            engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
+    engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp_path / "checkpoint-1")
+    wait_for_saves()
+    dist.barrier()
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert manifest.complete_tags(tmp_path / "checkpoint-3") == ["global_step2"]
 
 
 def fill_the_disk(folder, space):
@@ -221,6 +248,52 @@ def test_whatever_one_rank_raises_while_staging_is_the_error_of_all(tmp_path, st
     wait_for_saves()
     dist.barrier()
     assert (tmp_path / "latest").read_text() == "second"
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_ranks_that_mean_another_save_say_so_after_the_copy(tmp_path, culprit):
+    """Nothing of it stays on disk, and the next save is as good as any."""
+    engine = saved_once(tmp_path)
+    other = dist.get_rank() == culprit
+    cases = {
+        "tag": ({"tag": "other" if other else "second"}, "must save to the same tag"),
+        "folder": (
+            {"save_dir": str(tmp_path / "elsewhere") if other else str(tmp_path)},
+            "must save to the same folder",
+        ),
+        "place": ({"async_save": not other}, "must save to the same place, in the background"),
+        "bad tag": ({"tag": "" if other else "second"}, f"rank {culprit}: .*tag"),
+        "client state": (
+            {"client_state": {"f": lambda: 0} if other else {}},
+            f"rank {culprit}: client_state cannot be",
+        ),
+    }
+    for case, (asked, expected) in cases.items():
+        said = outcome(partial(engine.save_checkpoint, **{"save_dir": str(tmp_path), **asked}))
+        assert re.search(expected, said), f"{case}: {said}"
+        dist.barrier()
+        assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["global_step1"], case
+        dist.barrier()
+    engine.save_checkpoint(str(tmp_path))
+    wait_for_saves()
+    dist.barrier()
+    assert manifest.complete_tags(tmp_path) == ["global_step1", "global_step2"]
+
+
+@pytest.mark.ranks(4)
+def test_client_states_that_differ_at_some_saves_only(tmp_path):
+    """Ranks learn of it after they have copied, or, the next time, before."""
+    engine = saved_once(tmp_path)
+    rank = dist.get_rank()
+    for number, differs in enumerate([False, True, True, False, False, True]):
+        engine.save_checkpoint(str(tmp_path), tag=f"{number}", client_state={"rank": rank if differs else -1})
+    wait_for_saves()
+    dist.barrier()
+    for number, differs in enumerate([False, True, True, False, False, True]):
+        _, client_state = engine.load_checkpoint(str(tmp_path), tag=f"{number}")
+        assert client_state["rank"] == (rank if differs else -1)
+        assert len([*(tmp_path / f"{number}").glob("*client*")]) == (2 if differs else 0)
 
 
 @pytest.mark.slow

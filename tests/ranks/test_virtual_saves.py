@@ -29,7 +29,7 @@ def test_a_save_between_two_steps_waits_for_the_copy_alone(tmp_path, system):
     assert not seen.races + after.races, "\n".join((seen.races + after.races)[:5])
     assert not seen.disorder
     assert any("wait_for_device" in place for place in seen.waits), seen.waits
-    assert len(seen.waits) == 3, f"the copy, and what all ranks say before and after it: {seen.waits}"
+    assert len(seen.waits) == 2, f"the copy, and what all ranks say after it: {seen.waits}"
     destroy_engines()
 
 
@@ -66,12 +66,13 @@ def test_frozen_parameters_come_with_the_copy(tmp_path):
     """DeepSpeed brings them to the host one by one; the files are the same."""
     engine = build(ds_config(2, zero={"mics_checkpoint": {"async": True}}), Frozen)
     train(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="first")  # starts the processes
     engine.save_checkpoint(str(tmp_path), tag="waited", async_save=False)
     seen = watch(engine, lambda engine: engine.save_checkpoint(str(tmp_path), tag="background"))
     wait_for_saves()
     dist.barrier()
     assert not seen.races, "\n".join(seen.races[:5])
-    assert len(seen.waits) == 3, seen.waits
+    assert len(seen.waits) == 2, seen.waits
     assert records(tmp_path, "waited") == records(tmp_path, "background")
     states = torch.load(tmp_path / "background" / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)
     shard = engine.module.base.weight.ds_tensor

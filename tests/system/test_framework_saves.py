@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -37,9 +38,9 @@ def saving(section: dict[str, Any] | None, p: int = P, **extra: Any) -> dict[str
     return config
 
 
-def slow_writers(deletions: list[tuple[str, list[str]]]) -> None:
+def slow_writers(deletions: list[tuple[str, list[str]]], fails_in: int | None = None) -> None:
     """Stop each process that writes while it has begun, and note which checkpoints are complete beside one that is
-    deleted, at the moment it is."""
+    deleted, at the moment it is. The save of step ``fails_in`` comes to nothing."""
     submit, hooked = Background.submit, list[bool]()
 
     def submitting(self: Background, job: Any) -> None:
@@ -48,6 +49,8 @@ def slow_writers(deletions: list[tuple[str, list[str]]]) -> None:
         if not hooked:  # after the one of mics_ds, which waits
             sys.addaudithook(noting)
             hooked.append(True)
+        if fails_in is not None and job.target.endswith(f"/global_step{fails_in}") and dist.get_rank() == 0:
+            shutil.rmtree(manifest.staging_folder(Path(job.target)))
         submit(self, job)
 
     def noting(event: str, arguments: tuple[Any, ...]) -> None:
@@ -90,6 +93,7 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
     """Train, evaluating and saving every two steps.
 
     Args:
+        fails_in: the step whose save fails, in :func:`slow_writers`, a keyword.
         best: which evaluation is the best one, the "first" or the "last"; ``None`` to keep none.
         dies_in: the step whose save all ranks die in, while it is being written.
         dies_after: the step that all ranks die after, with the last copy in memory complete.
@@ -97,8 +101,9 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     gloo_for_accelerate()
+    fails_in = more.pop("fails_in", None)
     deletions: list[tuple[str, list[str]]] = []
-    slow_writers(deletions)
+    slow_writers(deletions, fails_in)
     given = TrainingArguments(
         output_dir=f"{folder}/out",
         deepspeed=saving(section, p),
@@ -182,6 +187,15 @@ def test_hf_rotation_and_best_model(pools, tmp_path, limit, best):
     longer = run(pools, "hf", tmp_path / "longer", section=None, limit=limit, best=best, steps=8)
     assert again["losses"] == longer["losses"]
     assert again["weights"] == longer["weights"]
+
+
+def test_hf_goes_on_when_a_save_fails_that_is_only_logged(pools, tmp_path):
+    """And keeps the checkpoint before, which it would have deleted, until there is another."""
+    section = {"async": True, "on_error": "log"}
+    found = run(pools, "hf", tmp_path, section=section, limit=1, fails_in=4)
+    assert [step for step, _ in found["losses"]] == list(range(1, STEPS + 1))
+    assert found["deletions"] == [("checkpoint-2", ["checkpoint-6"])]
+    assert found["complete"] == ["checkpoint-6"]
 
 
 def test_hf_job_killed_while_it_saves(pools, tmp_path):
