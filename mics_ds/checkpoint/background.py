@@ -57,7 +57,7 @@ class Background:
         self._sealing: dict[str, Seal] = {}
         self.had_one_client_state = True
         """Whether all ranks had the same one at the last save. The same on all ranks."""
-        self._died = self._broken = False
+        self._died = self._broken = self._leaves = False
         self._process, self._pipe = self._start()
 
     @classmethod
@@ -87,8 +87,8 @@ class Background:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether other processes can no longer reach this rank's: it has ended, or a connection has."""
-        return self._died or self._broken
+        """Whether other processes can no longer reach this rank's: it has ended or is about to, or a connection has."""
+        return self._died or self._leaves or self._broken
 
     @property
     def error(self) -> str:
@@ -107,13 +107,13 @@ class Background:
         Raises:
             OSError: that is not possible.
         """
-        if self._process.poll() is not None:
+        if self._leaves or self._process.poll() is not None:
             self._wait_for(lambda: self._died)  # whoever listens to it is about to notice
         if self._died:
             self._pipe.close()
             self._process.wait()
             self._process, self._pipe = self._start()
-            self._died, self._broken = False, True
+            self._died, self._leaves, self._broken = False, False, True
 
     def next_number(self) -> int:
         """Of a save."""
@@ -197,7 +197,9 @@ class Background:
                 return
             if isinstance(said, Progress):
                 log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
-            elif isinstance(said, Sealed):
+                continue
+            self._leaves = said.leaves  # before anybody waiting for this gives it something else to do
+            if isinstance(said, Sealed):
                 with self._changed:
                     self._sealing.pop(said.path, None)
                     self._broken |= said.broken

@@ -102,6 +102,8 @@ class Sealed(NamedTuple):
     error: str
     broken: bool = False
     """Whether a connection between the processes is."""
+    leaves: bool = False
+    """Whether this process is about to end, and another has to be started."""
 
 
 class Done(NamedTuple):
@@ -113,6 +115,8 @@ class Done(NamedTuple):
     seconds: float
     nbytes: int
     """Written by this process."""
+    leaves: bool = False
+    """As in :class:`Sealed`."""
 
 
 class Progress(NamedTuple):
@@ -175,9 +179,9 @@ class _Writer:
             if job is None or round_ is not self._round:  # who has gone on to the next one is not concerned
                 return
             if isinstance(job, Seal):
-                self._pipe.send(Sealed(job.path, words(failure)))
+                self._pipe.send(Sealed(job.path, words(failure), leaves=True))
             else:
-                self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0))
+                self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0, leaves=True))
             os._exit(0)
 
     @contextmanager

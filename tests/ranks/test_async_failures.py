@@ -89,6 +89,21 @@ def test_a_writer_that_dies_between_saves_is_replaced(tmp_path):
 
 
 @pytest.mark.ranks(4)
+def test_a_writer_that_is_about_to_end_gets_no_job(tmp_path):
+    """It has given up the last save and said so, and still takes a moment to be gone."""
+    engine = saved_once(tmp_path)
+    if dist.get_rank() == 2:
+        os.kill(writer(), signal.SIGSTOP)
+        Background.current._leaves = True
+        subprocess.Popen(f"sleep 0.5; kill -KILL {writer()}", shell=True)
+    dist.barrier()
+    engine.save_checkpoint(str(tmp_path))
+    wait_for_saves()
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "global_step2"
+
+
+@pytest.mark.ranks(4)
 def test_a_folder_that_is_taken_away(tmp_path):
     engine = saved_once(tmp_path)
     stop_writers()
