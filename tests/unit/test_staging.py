@@ -258,7 +258,7 @@ def test_a_failure_that_is_heard_of_late_ends_nobody_who_has_gone_on(monkeypatch
         process._leave_if_waiting_for_peers(before, RoundFailedError("a disk is full"))
         assert (pipe, ends) == ([], [])
         process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
-        assert (pipe, ends) == ([Sealed("copy", "a disk is full")], [0])
+        assert (pipe, ends) == ([Sealed("copy", "a disk is full", leaves=True)], [0])
     process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
     assert len(ends) == 1, "who waits for nobody finds out itself"
 
