@@ -108,6 +108,7 @@ def save_while_writers_die(folder: str, losses: list[float], kills: list[tuple[i
         if dist.get_rank() == victim:
             time.sleep(delay)
             os.kill(writer(), signal.SIGKILL)
+            Background.current._process.wait()  # else the next save may still be given to it, and be lost as well
         Background.current.wait()
         dist.barrier()
         require_good(Path(folder))
