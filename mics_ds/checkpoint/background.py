@@ -198,7 +198,7 @@ class Background:
             if isinstance(said, Progress):
                 log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
                 continue
-            self._leaves = said.leaves  # before anybody waiting for this gives it something else to do
+            self._leaves |= said.leaves  # before anybody waiting for this gives it something else to do
             if isinstance(said, Sealed):
                 with self._changed:
                     self._sealing.pop(said.path, None)

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -263,33 +264,36 @@ class Once:
 
     def __enter__(self):
         if self.here:
-            self.own = self.name in vars(self.owner)
+            self.own, self.over = self.name in vars(self.owner), False
             self.before = getattr(self.owner, self.name)
-            setattr(self.owner, self.name, lambda *a, **k: self.replacement(self.before, *a, **k))
+            setattr(self.owner, self.name, lambda *a, **k: self._replaced(*a, **k))
+
+    def _replaced(self, *args, **kwargs):
+        self._restore()
+        return self.replacement(self.before, *args, **kwargs)
 
     def __exit__(self, *_):
-        if self.here:
-            if self.own:
-                setattr(self.owner, self.name, self.before)
-            else:
-                delattr(self.owner, self.name)
+        if self.here and not self.over:
+            self._restore()
+            raise AssertionError(f"{self.name} was never called")
+
+    def _restore(self):
+        self.over = True
+        if self.own:
+            setattr(self.owner, self.name, self.before)
+        else:
+            delattr(self.owner, self.name)
 
 
 def unforeseen(_original, *_args, **_kwargs):
     raise ZeroDivisionError("unforeseen")
 
 
-def unforeseen_unless_cleaning_up(original, path, ignore_errors=False):
-    if not ignore_errors:
-        raise ZeroDivisionError("unforeseen")
-    return original(path, ignore_errors=True)
-
-
 def staging_removed(original, states, path):
     staging = Path(path).parent
-    gone = staging.parent.parent / "gone"
-    if not gone.exists():  # the folder may be back for the next file: a rank makes it for each of its own
-        staging.rename(gone)  # at once, for another rank writes into it
+    while not (staging / "zero_pp_rank_0_mp_rank_00_model_states.pt").exists():
+        time.sleep(0.01)  # else rank 0 might make the folder anew, and nothing be missing from it
+    staging.rename(staging.parent.parent / "gone")  # at once, for rank 0 writes into it
     return original(states, path)
 
 
@@ -307,7 +311,7 @@ def test_whatever_one_rank_raises_while_saving_is_the_error_of_all(tmp_path):
     cases = {
         "publishing": (0, manifest, "publish", unforeseen),
         "describing": (0, save._Save, "describe", unforeseen),
-        "preparing": (0, manifest.shutil, "rmtree", unforeseen_unless_cleaning_up),
+        "preparing": (0, manifest.shutil, "rmtree", unforeseen),
         "latest": (0, names, "write_latest", unforeseen),
         "model states, a writer": (3, engine, "module_state_dict", unforeseen),
         "model states, not a writer": (2, engine, "module_state_dict", unforeseen),
