@@ -217,7 +217,8 @@ class MicsOptimizer(MuonSeam):
 
     def backward_pass_ended(self) -> None:
         self.two_hop.finish_hop1()  # before anybody asks for the boundary
-        if self.two_hop.end_of_pass(self.at_boundary()):
+        if self.two_hop.end_of_pass(self.at_boundary()) and self.offload_optimizer:
+            self.two_hop.complete()
             self._means_are_there()
         self.order_behind_current_stream()
 
@@ -243,9 +244,10 @@ class MicsOptimizer(MuonSeam):
                 self._means_are_there()
         elif not self.two_hop.complete_alone():
             raise MicsUsageError(
-                "Before the gradient accumulation boundary, a local gradient shard under MiCS is the mean over the "
-                "partition group only, and the mean over all ranks takes a collective. Ask at the boundary, or call "
-                "safe_get_full_grad on all ranks first."
+                "Gradient shards are means over the partition group until hop 2 has run, and this rank alone cannot run "
+                "it. It runs in the backward pass that ends the accumulation (where several such passes precede one "
+                "step, in the last of them). Read gradients after that pass, or call "
+                "deepspeed.utils.safe_get_full_grad on all ranks first."
             )
         else:
             self.order_behind_current_stream()

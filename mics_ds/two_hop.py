@@ -14,9 +14,9 @@
 Hop 1, a reduce-scatter on the partition group, leaves a *partial gradient*, the mean over p ranks, in
 one flat buffer per rank. Hop 2 averages that buffer over the replication group, once per boundary. In
 the last micro-step it follows hop 1 unit by unit, beside the backward pass of earlier layers; what is
-left is started when that pass ends. It is completed before the step, or when somebody reads. Where the
-boundary is known to the step only, everything is averaged at that time. Either way that is the whole
-buffer, every element once.
+left is started when that pass ends, and the caller's stream or thread waits for it there: whoever reads
+gradients after backward() finds means. Where the boundary is known to the step only, everything is averaged
+at that time. Either way that is the whole buffer, every element once.
 
 [Note: units]
 
@@ -110,8 +110,6 @@ class TwoHop:
         """See [Note: units]. None until they are agreed on, or for good where hop 2 never starts early."""
         self._started = 0
         """How many of them hop 2 was started for."""
-        self._all_started = False
-        """Whether it was for all, at the end of a pass."""
         self._arrivals: list[list[int]] = []
         """The parameters of this pass, bucket by bucket."""
         self._order: list[list[int]] = []
@@ -200,7 +198,7 @@ class TwoHop:
             last: whether it ends the accumulation. Several passes may, before one step.
 
         Returns:
-            Whether hop 2 is complete already, as it is where gradients are copied to another device and back.
+            Whether hop 2 has run. Unless somebody asks :attr:`came_again`, it may have to be done once more.
         """
         self.finish_hop1()
         for shard in self.shards.values():
@@ -213,13 +211,13 @@ class TwoHop:
         self._last_passes += last
         self._completed = False
         self._learn_from_earlier_pass()  # where this replica had no gradient in this one
-        if was_last and self._replication is not None:
-            if not self._on_device:
-                return self.complete()
-            if self._early and self._units is None:
-                self._agree_on_units(self._replication)
-            self._start_all_units()
-        return False
+        if not was_last or self._replication is None:
+            return False
+        if self._early and self._units is None:
+            self._agree_on_units(self._replication)
+        # The caller's stream or thread waits: tensors of gradients that the user holds are means from here on.
+        self._hop2()
+        return True
 
     def complete(self) -> bool:
         """Finish both hops, for a reader. Afterwards every shard is the mean over all ranks, bitwise equal on all
@@ -233,13 +231,13 @@ class TwoHop:
         return True
 
     def complete_alone(self) -> bool:
-        """The same for one rank by itself. That can be done if hop 2 was started on all shards, at the end of a pass.
-        Returns whether gradients are means now."""
+        """Return whether gradients are means over all ranks, for one rank that reads by itself.
+
+        They are, if hop 2 ran after the last backward pass, and no replica got a gradient after its hop 2 had started.
+        """
         self.finish_hop1()
-        if self.is_partial and self._all_started:
-            self._finish_hop2()
-            if not self.came_again.item():
-                self.settle(self._look())
+        if self.is_partial and self._said is not None and not self.came_again.item():
+            self.settle(self._look())
         return not self.is_partial
 
     def complete_for_step(self, *, look: bool) -> bool:
@@ -321,8 +319,6 @@ class TwoHop:
 
     def _learn_from_earlier_pass(self) -> None:
         """If hop 2 was started after one, that was not the last after all."""
-        if self._all_started:
-            self._finish_hop2()
         if self._said is not None:
             self._look()
 
@@ -345,7 +341,6 @@ class TwoHop:
             self._contribute_nothing(shards)
             self._start_averaging(shards)
             self._started += 1
-        self._all_started = True
 
     def _start_averaging(self, shards: list[GradientShard]) -> None:
         """Start hop 2 on these shards."""
@@ -374,7 +369,7 @@ class TwoHop:
         assert self._flags is not None, "started with the last unit"
         self._flags.wait()
         self._said, self._flags = self._flags.tensor, None
-        self._started, self._all_started = 0, False
+        self._started = 0
         said = self._said if self._on_device else self._said.cpu()
         for place, shard in enumerate(self.shards.values()):
             if shard.old is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3 as stage3_module
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from ..errors import MicsUsageError
 from .engine import communication_device
 from .patch import for_a_while
 from .support import BOUNDARY_IS_A_METHOD, FINALIZES_OFFLOAD
@@ -57,7 +59,13 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     _partitioning_grads = False
     _beginnings = 0
     """How often gradients were begun anew."""
+    _deepspeed_reads = 0
+    """Depth of calls in which DeepSpeed itself works on gradients that need not be final."""
     micro_step_id: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with self._work_on_gradients():
+            super().__init__(*args, **kwargs)
 
     def defers_reduction(self) -> bool:
         """Whether gradient shards are still partial after DeepSpeed has reduced them."""
@@ -123,6 +131,10 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         shard. The host looks at it where DeepSpeed makes it wait anyway."""
         return torch.zeros(1, device=self.communication_device)
 
+    def shards_become_final(self) -> bool:
+        """Return whether :attr:`gradient_shards` is where final gradients are."""
+        return True
+
     def overflow_beyond(self) -> torch.Tensor | None:
         """(1,) bool, on the device: whether there are gradients that are not finite where DeepSpeed does not look. The
         same on all ranks that share a shard. ``None`` if it looks everywhere."""
@@ -150,7 +162,55 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     @property
     def gradient_shards(self) -> torch.Tensor:
         """1-D buffer with this rank's shard of every gradient; DeepSpeed reads views of it."""
-        return self.grad_partitions_flat_buffer
+        shards: torch.Tensor = vars(self)["grad_partitions_flat_buffer"]
+        return shards
+
+    # Scripts read these two attributes after backward(), to log or to clip gradients. DeepSpeed does too, at moments
+    # that it has chosen itself.
+
+    @property
+    def averaged_gradients(self) -> dict[int, Any]:
+        """Shards of gradients by sub-group, as :meth:`before_gradients_are_read` leaves them."""
+        return self._checked("averaged_gradients")
+
+    @averaged_gradients.setter
+    def averaged_gradients(self, value: dict[int, Any]) -> None:
+        vars(self)["averaged_gradients"] = value
+
+    @property
+    def grad_partitions_flat_buffer(self) -> torch.Tensor:
+        """Shards of all gradients, 1-D, as :meth:`before_gradients_are_read` leaves them.
+
+        Raises:
+            MicsUsageError: final gradients are somewhere else.
+        """
+        if not self._deepspeed_reads and not self.shards_become_final():
+            raise MicsUsageError(
+                'With "mics_optimizer_states": "world" optimizer.grad_partitions_flat_buffer holds sums of this partition '
+                "group, not means over all ranks. Read optimizer.averaged_gradients (this rank's slices), or call "
+                "deepspeed.utils.safe_get_full_grad on all ranks."
+            )
+        return self._checked("grad_partitions_flat_buffer")
+
+    @grad_partitions_flat_buffer.setter
+    def grad_partitions_flat_buffer(self, value: torch.Tensor) -> None:
+        vars(self)["grad_partitions_flat_buffer"] = value
+
+    def _checked(self, name: str) -> Any:
+        if not self._deepspeed_reads:
+            self.before_gradients_are_read(local=True)
+        if name not in vars(self):  # for hasattr
+            raise AttributeError(name)
+        return vars(self)[name]
+
+    @contextmanager
+    def _work_on_gradients(self) -> Iterator[None]:
+        """DeepSpeed's own code reads gradients inside, whatever state they are in."""
+        self._deepspeed_reads += 1
+        try:
+            yield
+        finally:
+            self._deepspeed_reads -= 1
 
     def gradient_ranges(self) -> dict[int, tuple[int, int]]:
         """Where in :attr:`gradient_shards` the shard of each parameter lies: ``ds_id`` to (start, end)."""
@@ -294,7 +354,8 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         return super().get_fp32_grad_partitions()
 
     def independent_gradient_partition_epilogue(self) -> None:
-        super().independent_gradient_partition_epilogue()
+        with self._work_on_gradients():
+            super().independent_gradient_partition_epilogue()
         self.backward_pass_ended()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
@@ -308,8 +369,13 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def step(self, closure: Callable | None = None) -> None:
         self.gradients_are_used()
         self._beginnings += 1
-        super().step(closure)
+        with self._work_on_gradients():
+            super().step(closure)
         self.step_ended()
+
+    def destroy(self) -> None:
+        with self._work_on_gradients():
+            super().destroy()
 
     # Replicas hold the same bits, so they see an overflow together, without a word. DeepSpeed's host waits for it, and
     # for the norms: it learns of a doubt at the same time.

@@ -78,6 +78,9 @@ class SlicingSeam(OptimizerSeam):
     def is_sliced(self) -> bool:
         return self._slices is not None
 
+    def shards_become_final(self) -> bool:
+        return self._slices is None
+
     def slices_of(self, sub_group: int) -> Slices:
         assert self._slices is not None, "only asked for where there are some"
         return self._slices[sub_group]
