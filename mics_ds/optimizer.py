@@ -244,8 +244,8 @@ class MicsOptimizer(MuonSeam):
                 self._means_are_there()
         elif not self.two_hop.complete_alone():
             raise MicsUsageError(
-                "Gradient shards are means over the partition group until hop 2 has run, and this rank alone cannot run "
-                "it. It runs in the backward pass that ends the accumulation (where several such passes precede one "
+                "Gradient shards are means over the partition group until hop 2 has run, and this rank alone cannot "
+                "run it. It runs in the backward pass that ends the accumulation (where several such passes precede a "
                 "step, in the last of them). Read gradients after that pass, or call "
                 "deepspeed.utils.safe_get_full_grad on all ranks first."
             )

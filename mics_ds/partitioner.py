@@ -80,6 +80,9 @@ class MicsPartitioner(seam.PartitionerSeam):
             if update is not None:
                 update.wait()
 
+    def is_replicated(self) -> bool:
+        return self.mics_groups.replication is not None
+
     def shard_was_written(self, param: seam.ZeroParam) -> None:
         follow = getattr(param, "mics_master_follows", None)
         if follow is not None:
@@ -115,11 +118,17 @@ class MicsGatheredParameters(seam.GatheredParameters):
         if enabled and isinstance(params, Iterable) and not isinstance(params, torch.Tensor):
             params = list(params)  # it may be a generator, and is read twice
         items = params if isinstance(params, list) else [params]
-        replicated = enabled and any(groups is not None and groups.replication for groups in map(_groups_of, items))
-        self._modifier_rank = modifier_rank if replicated else None
+        self._is_replicated = enabled and any(groups and groups.replication for groups in map(_groups_of, items))
+        self._modifier_rank = modifier_rank if self._is_replicated else None
         # After our broadcast every rank has the value, so DeepSpeed's own may start from any member.
         first_member = 0 if self._modifier_rank is not None else modifier_rank
         super().__init__(params, first_member, fwd_module, enabled)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        if self._is_replicated:
+            for param in self.params:
+                seam.unshare(param)
 
     def __exit__(self, *exc: Any) -> Any:
         if self.enabled and self._modifier_rank is not None:

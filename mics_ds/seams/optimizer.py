@@ -186,8 +186,8 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         """
         if not self._deepspeed_reads and not self.shards_become_final():
             raise MicsUsageError(
-                'With "mics_optimizer_states": "world" optimizer.grad_partitions_flat_buffer holds sums of this partition '
-                "group, not means over all ranks. Read optimizer.averaged_gradients (this rank's slices), or call "
+                'With "mics_optimizer_states": "world" optimizer.grad_partitions_flat_buffer holds means over this '
+                "partition group, not over all ranks. Read optimizer.averaged_gradients (this rank's slices), or call "
                 "deepspeed.utils.safe_get_full_grad on all ranks."
             )
         return self._checked("grad_partitions_flat_buffer")

@@ -33,6 +33,10 @@ class PartitionerSeam(pp.Init):
     def after_conversion(self, param: ZeroParam) -> None:
         """``param`` has just become a ZeRO-3 parameter, not yet partitioned."""
 
+    def is_replicated(self) -> bool:
+        """Return whether ranks of other partition groups hold the same shards."""
+        return False
+
     def start_gather(self, shard: torch.Tensor) -> Any | None:
         """Gather ``shard`` from all ranks of the partition group, or return ``None`` to let DeepSpeed do it.
 
@@ -68,9 +72,20 @@ class PartitionerSeam(pp.Init):
         if written:
             self.shard_was_written(param)
 
+    # The coordinator gathers for a module's forward or backward, through all_gather_coalesced. Every other gather comes
+    # through one of the next two: a context, a function that is applied, parameters that stay gathered, a script.
+    # Users may write into what they get and keep it, so it is never the memory of the shard. (With one rank in all,
+    # stock shares that memory, and so does this.)
+
+    def _allgather_params_sequential(self, param_list: list, *args: Any, **kwargs: Any) -> None:
+        if self.is_replicated() and self._are_whole(param_list):
+            copy_whole(param_list)
+        else:
+            super()._allgather_params_sequential(param_list, *args, **kwargs)
+
     def _allgather_params_coalesced(self, param_list: list, *args: Any, **kwargs: Any) -> None:
-        if self._are_whole(param_list):
-            _WholeHandle(param_list).wait()
+        if self.is_replicated() and self._are_whole(param_list):
+            copy_whole(param_list)
             return
         if not support.gathers_race():
             super()._allgather_params_coalesced(param_list, *args, **kwargs)
@@ -109,7 +124,7 @@ class PartitionerSeam(pp.Init):
             return None
         if self._are_whole(params):
             self.before_gather(params)
-            return _WholeHandle(params)
+            return _WholeHandle(params, shares=not self.is_replicated())
         self._ensure_availability_of_partitioned_params(params)
         by_dtype: dict[torch.dtype, list[ZeroParam]] = {}
         for param in sorted(params, key=lambda item: item.ds_id):  # one order on all ranks
@@ -165,18 +180,37 @@ class PartitionerSeam(pp.Init):
         torch.nn.Module.apply = apply  # type: ignore[method-assign,assignment]
 
 
-class _WholeHandle:
-    """What DeepSpeed waits on where a shard is the whole parameter. Nothing moves, so there is nothing to wait for;
-    DeepSpeed's own handle lets the host wait for the device each time."""
+def copy_whole(params: Iterable[ZeroParam]) -> None:
+    """Give parameters whose shard is whole a full value in memory of its own."""
+    for param in params:
+        param.data = param.ds_tensor.data.clone().view(param.ds_shape)
 
-    def __init__(self, params: list[ZeroParam]) -> None:
+
+def unshare(param: ZeroParam) -> None:
+    """Give a gathered parameter memory of its own, if it is in that of its shard."""
+    if param.ds_tensor is not None and param.data.data_ptr() == param.ds_tensor.data_ptr():
+        param.data = param.data.clone()
+
+
+class _WholeHandle:
+    """What DeepSpeed waits on where a module needs parameters whose shards are whole.
+
+    Nothing moves, so there is nothing to wait for. DeepSpeed's own handle lets the host wait for the device each time.
+    """
+
+    def __init__(self, params: list[ZeroParam], shares: bool) -> None:
         self._params = params
+        self._shares = shares
+        """Whether parameters that stay gathered share the memory of their shards too."""
         for param in params:
             param.ds_status = pp.ZeroParamStatus.INFLIGHT
 
     def wait(self, handle_dependency: bool = True) -> None:
         for param in self._params:
-            param.data = param.ds_tensor.data.view(param.ds_shape)
+            if param.ds_persist and not self._shares:  # users see it between steps
+                copy_whole([param])
+            else:
+                param.data = param.ds_tensor.data.view(param.ds_shape)
             param.ds_status = pp.ZeroParamStatus.AVAILABLE
         self._params = []
 

@@ -143,7 +143,7 @@ def test_before_the_boundary_there_is_an_error_and_then_the_mean(p, states, way)
     engine = engine_of(p, states, micro_steps=2)
     for _ in range(2):
         backward(engine)
-        with pytest.raises(MicsUsageError, match="safe_get_full_grad on all ranks|averaged_gradients"):
+        with pytest.raises(MicsUsageError, match=r"safe_get_full_grad on all ranks|averaged_gradients"):
             BY_ONE_RANK[way](engine)
         engine.step()
         backward(engine)
