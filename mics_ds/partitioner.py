@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .comm import collectives
+from .comm import agreement, collectives
 from .comm.groups import MicsGroups, RankGroup
 from .comm.lanes import Pending
 from .errors import MicsConfigError, MicsUsageError
@@ -185,32 +185,74 @@ class MicsParamManager(seam.ParamManagerSeam):
             )
         self.mics_groups = next(iter(found.values()))
 
+    # ------------------------------------------------- what a partition group does together
+
+    # Replicas may differ: they gather by themselves, and agree on hop 2 (see two_hop). If they were compared over the
+    # world, one that came to record its modules anew would wait for others that did not.
+
     def require_same_modules(self, order: list[int]) -> bool:
-        # Replicas may differ: they gather by themselves, and agree on hop 2 (see two_hop). If they were compared over
-        # the world, one that came to record its modules anew would wait for others that did not.
-        return self._require_same(order, "run the same modules in the same order, because they gather them together")
+        return self._require_same("order of modules", order, f"ran {len(order)} modules or parameters: {order[:20]}")
 
     def require_same_bucket(self, ids: list[int]) -> bool:
-        return self._require_same(
-            ids, "get the gradients of the same parameters in the same order, because they reduce them together"
-        )
+        return self._require_same("bucket", ids, f"reduces the gradients of parameters {ids[:20]}")
 
-    def _require_same(self, numbers: list[int], expectation: str) -> bool:
+    def before_unforeseen_fetch(self, module: torch.nn.Module, forward: bool) -> None:
+        ids = seam.about_to_gather(module, forward)
+        if ids:
+            self._require_same("gather", ids, f"gathers parameters of {self._name_of(module)}")
+
+    def leaves_recorded_order(self, module: torch.nn.Module) -> None:
+        # A collective would not do here: ranks that follow the recorded order are on their way to another one.
+        groups = self.mics_groups
+        if groups.replication is None or groups.partition.size == 1:
+            return
+        doing = f"runs {self._name_of(module)}, which is not next in the order of the passes before"
+        said = agreement.ask_peers({"module": seam.number_of(module)}, groups.partition.ranks, PATIENCE_S)
+        if said is None or any(item != said[0] for item in said):
+            others = (
+                f"the other ranks have not left that order within {PATIENCE_S:.0f} s"
+                if said is None
+                else "other ranks of its group run another module"
+            )
+            raise MicsUsageError(_different(groups.partition, [f"rank {dist.get_rank()} {doing}, and {others}"]))
+
+    def _name_of(self, module: torch.nn.Module) -> str:
+        names = {id(part): name for name, part in self.module.named_modules()}
+        return f"{type(module).__name__} {names.get(id(module), '')!r}"
+
+    def _require_same(self, kind: str, numbers: list[int], doing: str) -> bool:
         groups = self.mics_groups
         if groups.replication is None:
             return False
-        number = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+        if groups.partition.size == 1:
+            return True
+        number = int.from_bytes(hashlib.sha256(repr((kind, numbers)).encode()).digest()[:7], "big")
         same = torch.tensor([number, -number], device=communication_device())
         collectives.max_over_(same, groups.partition, "what a partition group does together")
         most, least = same.tolist()
         if most != -least:
+            notes = collectives.exchange_notes(doing, groups.partition, "what a partition group does together")
             raise MicsUsageError(
-                f"Ranks {list(groups.partition.ranks)}, a partition group, must {expectation}, but they do not. Make "
-                f"the data decide alike on all of them, or declare the module that chooses among its parts a leaf "
-                f"module (deepspeed.utils.set_z3_leaf_modules)."
+                _different(
+                    groups.partition, [f"rank {rank} {note}" for rank, note in zip(groups.partition.ranks, notes)]
+                )
             )
         return True
 
     def destroy(self) -> None:
         super().destroy()
         self.mics_groups.gather_lane.close()
+
+
+PATIENCE_S = 120.0
+"""How long a rank that leaves the recorded order of modules waits for its partition group to leave it too. They are as
+close to each other as their last common gather."""
+
+
+def _different(partition: RankGroup, findings: list[str]) -> str:
+    return (
+        f"Ranks {list(partition.ranks)}, a partition group, must run the same modules in the same order and get the "
+        f"gradients of the same parameters, because they gather and reduce them together, but {'; '.join(findings)}. "
+        f"Make the data decide alike on all of them (send zeros through a module that has nothing to do), or "
+        f"declare the module that chooses among its parts a leaf module (deepspeed.utils.set_z3_leaf_modules)."
+    )

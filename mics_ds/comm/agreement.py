@@ -116,7 +116,7 @@ class _Round:
     has joined of the FAN_IN**l participants from the i-th on, and ``all`` the result.
     """
 
-    def __init__(self, ranks: Ranks, least: Sequence[str] = ()) -> None:
+    def __init__(self, ranks: Ranks, least: Sequence[str] = (), patience_s: float | None = None) -> None:
         self.ranks = ranks
         self.place = ranks.index(dist.get_rank())
         self._least = least
@@ -124,8 +124,10 @@ class _Round:
         self._number = _Rounds.take(ranks)
         among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
         self._prefix = f"mics_ds/{among}/{self._number}/"
-        patience = os.environ.get(TIMEOUT_ENV)
-        self._deadline = time.monotonic() + (job_timeout_s() if patience is None else float(patience))
+        if patience_s is None:
+            patience = os.environ.get(TIMEOUT_ENV)
+            patience_s = job_timeout_s() if patience is None else float(patience)
+        self._deadline = time.monotonic() + patience_s
 
     def post(self, table: Sequence[Payload], level: int = 0) -> None:
         """Post what this rank has joined: at level 0, its own payload."""
@@ -354,6 +356,24 @@ def exchange(payload: Payload, ranks: Ranks | None = None, *, least: Sequence[st
             f"not answer: {error}. If it did before, the process that serves it (rank 0, as a rule) has died, and its "
             f"output says why. Backends without a store (MPI) cannot run MiCS."
         ) from error
+
+
+def ask_peers(payload: Payload, ranks: Ranks, patience_s: float) -> list[dict[str, Any]] | None:
+    """Exchange payloads with ranks that may not be asking.
+
+    For a rank that has come to a place where its peers may have gone another way: a collective would meet whatever
+    collective they have issued.
+
+    Returns:
+        The payloads of all ranks in their order, or ``None`` if some rank did not come in time.
+    """
+    try:
+        round_ = _Round(ranks, patience_s=patience_s)
+        said = {STATE: ON, **payload}
+        round_.post([said])
+        return round_.result(said)
+    except MicsAgreementError:
+        return None
 
 
 def require_same(

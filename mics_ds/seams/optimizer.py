@@ -175,7 +175,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
 
     @averaged_gradients.setter
     def averaged_gradients(self, value: dict[int, Any]) -> None:
-        vars(self)["averaged_gradients"] = value
+        self.__dict__["averaged_gradients"] = value
 
     @property
     def grad_partitions_flat_buffer(self) -> torch.Tensor:
@@ -194,7 +194,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
 
     @grad_partitions_flat_buffer.setter
     def grad_partitions_flat_buffer(self, value: torch.Tensor) -> None:
-        vars(self)["grad_partitions_flat_buffer"] = value
+        self.__dict__["grad_partitions_flat_buffer"] = value
 
     def _checked(self, name: str) -> Any:
         if not self._deepspeed_reads:

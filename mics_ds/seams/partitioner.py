@@ -13,6 +13,8 @@ from deepspeed.runtime.zero import partition_parameters as pp
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator_module
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+from deepspeed.utils import z3_leaf_module
 
 from . import support
 from .patch import for_a_while
@@ -241,6 +243,24 @@ class _SeamGatherHandle:
         self._complete = True
 
 
+def about_to_gather(module: torch.nn.Module, forward: bool) -> list[int]:
+    """Return the ``ds_id`` of the parameters that DeepSpeed gathers for a module, empty where it need not.
+
+    Empty for leaf modules in backward, too, where threads of autograd compete for the gather.
+    """
+    is_leaf = z3_leaf_module(module)
+    if is_leaf and not forward:
+        return []
+    params: Iterable[Any] = iter_params(module, recurse=is_leaf)
+    return sorted(param.ds_id for param in params if param.ds_status == pp.ZeroParamStatus.NOT_AVAILABLE)
+
+
+def number_of(module: torch.nn.Module) -> int:
+    """Return DeepSpeed's number of a module, the same on all ranks."""
+    number: Any = module.ds_id
+    return int(number)
+
+
 def repartition(partitioner: PartitionerSeam, param: ZeroParam) -> None:
     """Take a parameter that another ``zero.Init`` partitioned, and partition it anew. Collective.
 
@@ -256,13 +276,14 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         coordinator = self.get_param_coordinator()
-        stock = coordinator.reset_step
-
-        def reset_step() -> None:
-            self._reset_step(stock)
-
-        # As stock's: hooks that call it may be compiled.
-        coordinator.reset_step = torch.compiler.disable(reset_step)
+        # As stock's: hooks that call these may be compiled.
+        for name, ours in (
+            ("reset_step", self._reset_step),
+            ("trace_prologue", self._trace_prologue),
+            ("fetch_sub_module", self._fetch_sub_module),
+        ):
+            wrapped = functools.partial(ours, getattr(coordinator, name))
+            setattr(coordinator, name, torch.compiler.disable(wrapped))
 
     def require_same_modules(self, order: list[int]) -> bool:
         """DeepSpeed has recorded which modules run in which order, and has all ranks of the world compare that.
@@ -275,6 +296,12 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
         """
         return False
 
+    def before_unforeseen_fetch(self, module: torch.nn.Module, forward: bool) -> None:
+        """DeepSpeed is about to gather a module's parameters, without a complete record of the order to rely on."""
+
+    def leaves_recorded_order(self, module: torch.nn.Module) -> None:
+        """This rank has run the recorded modules so far, and now runs another one."""
+
     def _reset_step(self, stock: Callable[[], None]) -> None:
         stock_comparison = coordinator_module.assert_ints_same_as_other_ranks
 
@@ -284,6 +311,18 @@ class ParamManagerSeam(DeepSpeedZeRoOffload):
 
         with for_a_while(coordinator_module, "assert_ints_same_as_other_ranks", compare):
             stock()
+
+    def _trace_prologue(self, stock: Callable[[torch.nn.Module], None], module: torch.nn.Module) -> None:
+        coordinator = self.get_param_coordinator()
+        was_complete = coordinator.is_complete_trace()
+        stock(module)
+        if was_complete and not coordinator.is_complete_trace():
+            self.leaves_recorded_order(module)
+
+    def _fetch_sub_module(self, stock: Callable[..., None], module: torch.nn.Module, forward: bool) -> None:
+        if not self.get_param_coordinator().is_complete_trace():
+            self.before_unforeseen_fetch(module, forward)
+        stock(module, forward)
 
     def after_all_converted(self, make_partitioner: Callable[[], PartitionerSeam], module: torch.nn.Module) -> None:
         """Every parameter of ``module`` is partitioned, by whichever ``zero.Init`` came first."""

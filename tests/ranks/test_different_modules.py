@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from helpers import (
     batch,
     build,
     ds_config,
+    environment,
     full_params,
     same_on_all_ranks,
 )
+from local_ranks import RankError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mics_ds import partitioner
 from mics_ds.comm.collectives import HOP2
 from mics_ds.comm.meter import CommMeter
 from mics_ds.errors import MicsUsageError
@@ -144,18 +148,100 @@ def test_sanity_checks_compare_inside_a_partition_group():
     engine = build(ds_config(2, micro_steps=2, zero={"enable_sanity_checks": True, "reduce_bucket_size": 60}), Branches)
     train(engine, 2, seed=0, steps=3)
     same_on_all_ranks(full_params(engine))
-    odd = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}
-    loss = engine(*batch(0, 0, dist.get_rank()), odd)
-    with pytest.raises(MicsUsageError, match=r"\[[02], [13]\].*gradients of the same parameters.*leaf module"):
-        engine.backward(loss)
+    mine = [0, 1] if dist.get_rank() % 2 else [1, 0]
+    with pytest.raises(MicsUsageError, match=r"\[[02], [13]\].*rank [02] reduces the gradients.*leaf module"):
+        engine.optimizer.require_same_bucket(mine)
+    with pytest.raises(MicsUsageError, match=r"same modules in the same order.*ran 2 modules.*leaf module"):
+        engine.optimizer.parameter_offload.require_same_modules(mine)
+
+
+# ------------------------------------------------------------ inside a partition group
+
+
+class WithTower(nn.Module):
+    """A text model with a vision tower, which only batches with images go through. The tower is much larger, so that
+    gloo would abort the process in a gather of the one with the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.tower = nn.Sequential(nn.Linear(WIDTH, 200), nn.Tanh(), nn.Linear(200, WIDTH))
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, images: bool) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        if images:
+            x = x + self.tower(x)
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return (x - y).pow(2).mean()
+
+
+def tower_step(engine, step: int, images: bool) -> float:
+    loss = engine(*batch(step, 0, dist.get_rank()), images)
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
 
 
 @pytest.mark.ranks(4)
-def test_a_partition_group_that_does_not_run_the_same_modules_is_told():
+@pytest.mark.parametrize("ranks_per_node", [4, 1])
+def test_a_tower_that_one_rank_of_a_group_runs_in_the_first_pass(ranks_per_node):
+    """Hugging Face's multimodal models, batch by batch (DeepSpeed #7170). The other group goes on."""
+    with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
+        engine = build(ds_config(2), WithTower)
+    inputs = batch(0, 0, dist.get_rank())
+    if dist.get_rank() < 2:
+        with pytest.raises(MicsUsageError) as caught:
+            engine(*inputs, dist.get_rank() == 0)
+        said = str(caught.value)
+        assert "rank 0 gathers parameters of Linear 'tower.0'" in said
+        assert "rank 1 gathers parameters of Linear 'blocks.0'" in said
+        assert "set_z3_leaf_modules" in said
+    else:
+        engine(*inputs, False)
+
+
+@pytest.mark.ranks(4)
+def test_ranks_of_a_group_that_leave_the_recorded_order_together_train_as_in_stock():
+    results = []
+    for p in (None, 2, 1):
+        engine = build(ds_config(p), WithTower)
+        losses = [tower_step(engine, step, images=step in (0, 1, 4, 5, 8)) for step in range(9)]
+        results.append((losses, full_params(engine)))
+    for losses, params in results[1:]:
+        assert_losses_close(losses, results[0][0], 1e-6)
+        assert_close(params, results[0][1], 1e-6)
+
+
+@pytest.mark.ranks(4)
+def test_ranks_of_a_group_that_leave_the_recorded_order_for_different_modules_are_told():
     engine = build(ds_config(2), Branches)
-    mine = {0: 1.0, 1: 1.0} if dist.get_rank() % 2 else {1: 1.0, 0: 1.0}
-    with pytest.raises(MicsUsageError, match=r"same modules in the same order.*leaf module"):
-        engine.optimizer.parameter_offload.require_same_modules(list(mine))
+    rank = dist.get_rank()
+    for step in range(3):
+        loss = engine(*batch(step, 0, rank), {0: 1.0, 1: 1.0})
+        engine.backward(loss)
+        engine.step()
+    with pytest.raises(MicsUsageError, match=r"other ranks of its group run another module"):
+        engine(*batch(3, 0, rank), {2 + rank % 2: 1.0, 1: 1.0})
+
+
+def leave_the_recorded_order_alone() -> None:
+    partitioner.PATIENCE_S = 2.0
+    engine = build(ds_config(2), WithTower)
+    for step in range(3):
+        tower_step(engine, step, images=False)
+    tower_step(engine, 3, images=dist.get_rank() == 0)
+
+
+def test_a_rank_that_leaves_the_recorded_order_alone_says_so(pools):
+    """Its peer is in a gather meanwhile, which ends when the launcher ends the job."""
+    with pytest.raises(RankError) as caught:
+        pools.run(4, __name__, leave_the_recorded_order_alone.__name__, {}, timeout=60, fresh=True)
+    assert re.search(
+        r"MicsUsageError: Ranks \[0, 1\].*rank 0 runs Sequential 'tower', which is not next.*have not left that order",
+        str(caught.value),
+    )
 
 
 class SharedBetweenCheckpoints(nn.Module):
