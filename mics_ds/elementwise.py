@@ -1,79 +1,84 @@
-"""Which optimizers may be given a slice of a parameter: those that update every element by itself."""
+"""Which optimizers update each element by itself, so that it does not matter how tensors are cut."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
 
 import torch
 
 from .errors import MicsConfigError
 
 _KNOWN: frozenset[str] = frozenset(
-    f"{module}.{name}"
-    for module, names in {
+    f"{package}.{name}"
+    for package, names in {
         "torch.optim": "SGD Adam AdamW Adamax NAdam RAdam RMSprop Rprop Adagrad Adadelta ASGD",
         "deepspeed.ops": "FusedAdam DeepSpeedCPUAdam DeepSpeedCPUAdagrad DeepSpeedCPULion FusedLion",
+        "apex.optimizers": "FusedAdam FusedSGD FusedAdagrad",
+        "lion_pytorch.lion_pytorch": "Lion",
+        "transformers.optimization": "AdamW",
     }.items()
     for name in names.split()
 )
+_KNOWN_IN_JSON = ("adam", "adamw", "adagrad", "lion", "sgd")
+
+PROMISE = "mics_elementwise"
+"""Attribute by which a script vouches for an optimizer that is not in the list."""
 
 
 def why_not(optimizer: torch.optim.Optimizer) -> str | None:
-    """``None`` if each element is updated by itself; otherwise the reason to think that it is not."""
+    """Return ``None`` if each element is updated by itself, or else why that is not known.
+
+    Known are the optimizers of a list, their subclasses that do not replace ``step``, and those with
+    ``mics_elementwise = True`` on the instance or the class.
+    """
     if any(group.get("use_muon") for group in optimizer.param_groups):
         return "Muon makes each update of a whole matrix of gradients"  # in DeepSpeed's engine, before the step
-    kind = type(optimizer)
-    if f"{'.'.join(kind.__module__.split('.')[:2])}.{kind.__name__}" in _KNOWN:
+    if getattr(optimizer, PROMISE, False):
         return None
-    try:
-        depends = _depends_on_others(optimizer)
-    except Exception as error:  # whatever an unknown optimizer says to six numbers
-        return f"it could not be tried out on a small tensor ({type(error).__name__}: {error})"
-    return "it updates the halves of a small tensor otherwise than the whole" if depends else None
+    kind = type(optimizer)
+    # torch wraps the step of each class of which there is an instance; schedulers that of the instance.
+    step = inspect.unwrap(kind.step)
+    if any(
+        _name(base) in _KNOWN and inspect.unwrap(base.step) is step for base in kind.__mro__ if hasattr(base, "step")
+    ):
+        return None
+    return f"{kind.__module__}.{kind.__qualname__} is not one of those that are known to"
+
+
+def _name(kind: type) -> str:
+    return f"{'.'.join(kind.__module__.split('.')[:2])}.{kind.__name__}"
 
 
 def is_known_by_name(name: str) -> bool:
-    """Of an optimizer that DeepSpeed builds from a JSON."""
-    return name.lower() in ("adam", "adamw", "adagrad", "lion", "sgd")
+    """Return whether DeepSpeed builds an elementwise optimizer from this name in a JSON."""
+    return name.lower() in _KNOWN_IN_JSON
 
 
 def refuse_others(optimizer: torch.optim.Optimizer) -> None:
-    """
+    """Refuse to give slices of parameters to an optimizer that needs more than slices.
+
     Raises:
-        MicsConfigError: what the optimizer does to an element depends on others, or cannot be found out.
+        MicsConfigError: the optimizer is not known to be elementwise.
     """
-    why, name = why_not(optimizer), type(optimizer).__name__
+    why = why_not(optimizer)
     if why is None:
         return
     raise MicsConfigError(
         f'zero_optimization.mics_optimizer_states "world" gives each rank a slice of every parameter, so it needs an '
-        f"optimizer that updates every element by itself, like Adam or SGD. {name} is not known to: {why}. "
-        f'Use "partition", or another optimizer.'
+        f"optimizer that updates every element by itself, like Adam or SGD, but {why}. "
+        f'Use "partition", or another optimizer; or, if its step treats all elements alike and none by the others, say '
+        f"so with optimizer.{PROMISE} = True."
     )
 
 
-def _depends_on_others(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether three steps on a tensor differ from three steps on its halves, the second of which has much larger
-    gradients."""
-    device = optimizer.param_groups[0]["params"][0].device
-    values = torch.linspace(-1.0, 1.5, 6, device=device)
-    gradients = [values.roll(step) * torch.tensor([1.0] * 3 + [100.0] * 3, device=device) for step in range(1, 4)]
-    whole = _stepped(optimizer, values, gradients)
-    halves = [
-        _stepped(optimizer, values[half], [gradient[half] for gradient in gradients])
-        for half in (slice(0, 3), slice(3, 6))
-    ]
-    return not torch.allclose(whole, torch.cat(halves), rtol=1e-5, atol=1e-7)
-
-
-def _stepped(like: torch.optim.Optimizer, values: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    param = torch.nn.Parameter(values.clone())
-    # A copy by hand: pickling and copying leave out what an optimizer keeps beside its groups and states.
-    copy: Any = object.__new__(type(like))
-    copy.__dict__.update(like.__dict__)
-    copy.state = type(like.state)(dict)  # a defaultdict
-    copy.param_groups = [{**like.param_groups[0], "params": [param]}]
-    for gradient in gradients:
-        param.grad = gradient.clone()
-        type(like).step(copy)  # an instance's own, as schedulers put there, would step the original
-    return param.detach()
+def warning_about(optimizer: torch.optim.Optimizer, shards: int, ranks: int) -> str | None:
+    """Return what to tell users whose numbers will not be stock's, or ``None`` for an elementwise optimizer."""
+    why = why_not(optimizer)
+    if why is None:
+        return None
+    return (
+        f"{type(optimizer).__name__}: stage 3 hands optimizers flat shards, and {why} update each element by itself. "
+        f"What others compute depends on how tensors are cut, here into {shards} shards, in stock ZeRO-3 into {ranks}, "
+        f"so losses will differ from stock's (LAMB and Adafactor: by 2e-4 to 8e-4 in five steps). Neither is what the "
+        f"optimizer computes on whole tensors. If it is elementwise, say so with optimizer.{PROMISE} = True."
+    )

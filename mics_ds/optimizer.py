@@ -16,10 +16,11 @@ from .comm.groups import MicsGroups, RankGroup, ReduceScatterMethod
 from .comm.lanes import Stages
 from .comm.sharing import share_out_
 from .comm.slices import Slices
-from .elementwise import refuse_others
+from .elementwise import refuse_others, warning_about
 from .errors import MicsConfigError, MicsUsageError
 from .guard.watch import Guard
 from .hop2 import Sliced
+from .log import logger
 from .repeats import Lost
 from .request import Build, building
 from .seams.engine import partitioned_group
@@ -86,6 +87,7 @@ class MicsOptimizer(MuonSeam):
                 **kwargs,
             )
         self._refuse_unsupported(module)
+        self._warn_of_other_numbers()
         asked = groups.config.guard
         self.mics_guard = None if asked is None or asked.every == 0 else Guard(asked, groups)
         self.two_hop = TwoHop(
@@ -161,6 +163,14 @@ class MicsOptimizer(MuonSeam):
                 f"zero.Init used another for {strange[:3]}{' and others' if len(strange) > 3 else ''}. Give zero.Init "
                 f"the configuration and the data-parallel group that deepspeed.initialize gets."
             )
+
+    def _warn_of_other_numbers(self) -> None:
+        groups = self.mics_groups
+        if groups.replication is None or self.uses_muon():
+            return
+        warning = warning_about(self.optimizer, groups.partition.size, groups.full.size)
+        if warning is not None and groups.full.rank == 0:
+            logger.warning(warning)
 
     # ---------------------------------------------------------------------------------------- hop 1
 

@@ -5,6 +5,7 @@ Most tests are rows of tables: what to put into the configuration. ``docs/covera
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from deepspeed.utils import (
 from deepspeed.utils.tensor_fragment import safe_update_full_grad_vectorized
 from helpers import (
     DTYPES,
+    STATES,
     WIDTH,
     OddNet,
     assert_close,
@@ -46,6 +48,7 @@ from helpers import (
 from torch import nn
 
 from mics_ds.errors import MicsError
+from mics_ds.log import logger
 
 Drive = Callable[[Any], list[float]]
 
@@ -739,3 +742,22 @@ def test_a_model_that_is_already_in_16_bits():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compare(dtype="bf16", model=lambda: OddNet().to(DTYPES["bf16"]), tolerance=0.05)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(("optimizer", "warns"), [(torch.optim.Adafactor, True), (torch.optim.SGD, False)])
+def test_an_optimizer_that_depends_on_how_tensors_are_cut_is_named_once(p, optimizer, warns):
+    """By rank 0. Its losses are not stock's, whose own are not those of whole tensors either."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        engine = build(ds_config(p), optimizer=lambda items: optimizer(items, lr=0.01))
+        train(engine, 2)
+    finally:
+        logger.removeHandler(handler)
+    found = [line for line in said if "how tensors are cut" in line]
+    assert len(found) == (warns and p < 4 and dist.get_rank() == 0 and STATES == "partition")
+    assert all(optimizer.__name__ in line and f"into {p} shards" in line for line in found)

@@ -237,6 +237,10 @@ class OwnSgd(torch.optim.Optimizer):
         return gradient
 
 
+class Promised(OwnSgd):
+    mics_elementwise = True
+
+
 class Largest(OwnSgd):
     """Divides by the largest gradient of a tensor: not elementwise."""
 
@@ -255,13 +259,13 @@ def scheduled(params: list) -> torch.optim.Optimizer:
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("optimizer", [Largest, scheduled])
 def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_name(optimizer):
-    with pytest.raises(MicsConfigError, match=r"Largest is not known to: it updates the halves .* otherwise"):
+    with pytest.raises(MicsConfigError, match=r"test_world_states.Largest is not one of those .*mics_elementwise"):
         build(config(2), optimizer=optimizer)
 
 
 @pytest.mark.ranks(4)
-def test_an_unknown_optimizer_that_updates_elements_is_taken():
-    as_zero3(2, optimizer=OwnSgd)
+def test_an_unknown_optimizer_is_taken_where_the_script_vouches_for_it():
+    as_zero3(2, optimizer=Promised)
 
 
 @pytest.mark.ranks(4)
