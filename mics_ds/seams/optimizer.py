@@ -288,14 +288,41 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         def waits() -> bool:
             return any(other is param for other in self.ipg_buckets[self.get_param_comm_dtype(param)].params)
 
+        self._pass_is_open = True
         complete = getattr(param, "ds_grad_is_ready", True)  # tiled layers get it in pieces
         moment = (self._beginnings, self.micro_step_id)
         if not complete or self.gradient_comes(param.ds_id, moment, waits):
             super().reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_after_interruption()
         self._beginnings += 1
         super().zero_grad(*args, **kwargs)
+
+    # A pass that has brought gradients ends with the epilogue, unless it ends with an exception.
+
+    _pass_is_open = False
+    """Whether gradients have come since the last epilogue."""
+    _interrupted = False
+    """Whether a forward pass has begun since."""
+
+    def clear_backward_seen_flag(self) -> None:
+        self._interrupted |= self._pass_is_open
+        super().clear_backward_seen_flag()
+
+    def enter_backward(self) -> None:
+        if self._interrupted:
+            self._refuse_after_interruption()
+        super().enter_backward()
+
+    def _refuse_after_interruption(self) -> None:
+        if self._pass_is_open:
+            raise MicsUsageError(
+                "A backward pass of this engine ended with an exception, which the script has caught (as a rule, out "
+                "of memory). Some of its gradients were reduced and others were not, on each rank other ones, and "
+                "neither DeepSpeed nor MiCS can take that back. Build the engine anew, load the last checkpoint, and "
+                "use a smaller batch."
+            )
 
     def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
         if not isinstance(grad_partitions, _FullGradients):
@@ -356,6 +383,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
     def independent_gradient_partition_epilogue(self) -> None:
         with self._work_on_gradients():
             super().independent_gradient_partition_epilogue()
+        self._pass_is_open = False
         self.backward_pass_ended()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
@@ -367,6 +395,7 @@ class OptimizerSeam(DeepSpeedZeroOptimizer_Stage3):
         return super().offload_states(*args, **kwargs)
 
     def step(self, closure: Callable | None = None) -> None:
+        self._refuse_after_interruption()
         self.gradients_are_used()
         self._beginnings += 1
         with self._work_on_gradients():

@@ -47,7 +47,7 @@ from helpers import (
 )
 from torch import nn
 
-from mics_ds.errors import MicsError
+from mics_ds.errors import MicsError, MicsUsageError
 from mics_ds.log import logger
 
 Drive = Callable[[Any], list[float]]
@@ -761,3 +761,74 @@ def test_an_optimizer_that_depends_on_how_tensors_are_cut_is_named_once(p, optim
     found = [line for line in said if "how tensors are cut" in line]
     assert len(found) == (warns and p < 4 and dist.get_rank() == 0 and STATES == "partition")
     assert all(optimizer.__name__ in line and f"into {p} shards" in line for line in found)
+
+
+class Interruptible(nn.Module):
+    """Its backward pass can be told to fail between two layers."""
+
+    class Identity(torch.autograd.Function):
+        fails = False
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if Interruptible.Identity.fails:
+                raise torch.OutOfMemoryError("no memory for this batch")
+            return gradient
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.layers[0](x))
+        x = self.Identity.apply(self.layers[1](x))
+        return (self.layers[2](x) - y).pow(2).mean()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("next_call", ["the batch again", "zero_grad", "step"])
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_going_on_after_an_exception_in_backward_is_named_as_such(p, next_call, micro_steps):
+    """Stock asserts without a word, or calls a parameter one of unknown type. What was reduced cannot be taken back."""
+    engine = build(ds_config(p, micro_steps=micro_steps), Interruptible)
+    train(engine, 2)
+    Interruptible.Identity.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.backward(engine(*batch(2, 0, dist.get_rank())))
+    Interruptible.Identity.fails = False
+    with torch.no_grad():
+        engine(*batch(2, 0, dist.get_rank()))  # an evaluation, or a checkpoint, is still possible
+    calls = {
+        "the batch again": lambda: engine.backward(engine(*batch(2, 0, dist.get_rank()))),
+        "zero_grad": engine.optimizer.zero_grad,
+        "step": engine.optimizer.step,
+    }
+    with pytest.raises(MicsUsageError, match=r"ended with an exception, which the script has caught .*out of memory"):
+        calls[next_call]()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_passes_that_end_in_other_ways_are_not_taken_for_interrupted(p):
+    """Two forward passes for one backward, gradients of the input only, and a forward pass that nothing follows."""
+    results = []
+    for size in (None, p):
+        engine = build(ds_config(size), Interruptible)
+        losses = []
+        for step in range(3):
+            first, second = batch(step, 0, dist.get_rank()), batch(step, 1, dist.get_rank())
+            loss = engine(*first) + engine(*second)
+            engine.backward(loss)
+            engine.step()
+            x = first[0].requires_grad_()
+            (gradient,) = torch.autograd.grad(engine(x, first[1]), x)
+            losses += [loss.item(), gradient.abs().sum().item()]
+            engine(*second)
+        results.append((losses, full_params(engine)))
+    assert_losses_close(results[1][0], results[0][0], 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
