@@ -216,6 +216,7 @@ def _build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     with together, request.building(request.Build(asked, among)):
         if asked.is_on and kwargs.get("model") is not None:
             support.refuse_native_moe(kwargs["model"])
+            support.refuse_unpartitionable(kwargs["model"].named_parameters())
         original(self, *args, **kwargs)
     optimizer = getattr(self, "optimizer", None)
     groups, guard = getattr(optimizer, "mics_groups", None), getattr(optimizer, "mics_guard", None)

@@ -5,7 +5,8 @@ With ``overlap_comm: false`` hop 1 blocks, and hop 2 comes after the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class MicsOptimizer(MuonSeam):
                     staged=groups.scatter_hierarchy is not None,
                 )
                 reduce_bucket_size = min(reduce_bucket_size, limit)
-        with building(self.mics_build):
+        with building(self.mics_build), _naming_mixed_dtypes(module):
             super().__init__(
                 module,
                 init_optimizer,
@@ -359,3 +360,23 @@ class MicsOptimizer(MuonSeam):
             collectives.max_over_(norms, replication, "gradient norm")
             norms = torch.where(norms.isinf(), -1.0, norms)
         return norms
+
+
+@contextmanager
+def _naming_mixed_dtypes(module: torch.nn.Module) -> Iterator[None]:
+    """Stage 3 has buffers of one dtype, and an assertion without words where parameters have several."""
+    try:
+        yield
+    except AssertionError as error:
+        names: dict[torch.dtype, list[str]] = {}
+        for name, param in module.named_parameters():
+            if param.requires_grad:
+                names.setdefault(param.dtype, []).append(name)
+        if len(names) < 2:
+            raise
+        found = "; ".join(f"{dtype}: {', '.join(of[:3])}{' ...' * (len(of) > 3)}" for dtype, of in names.items())
+        raise MicsConfigError(
+            f"ZeRO stage 3, stock DeepSpeed's too, needs one dtype for all trainable parameters, but found {found}. "
+            f"Cast the module with .to(dtype), build it inside deepspeed.zero.Init, which casts it, or freeze the "
+            f"others."
+        ) from error

@@ -118,8 +118,13 @@ def build(
     inside_init: bool = False,
     optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
     mpu: Any = None,
+    cast: bool = True,
 ) -> Any:
-    """An engine on ``model()``, destroyed after the test."""
+    """An engine on ``model()``, destroyed after the test.
+
+    Args:
+        cast: whether a model that is built outside ``zero.Init`` is cast to the precision of the configuration.
+    """
     torch.manual_seed(seed)
     if inside_init:
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=mpu):
@@ -127,7 +132,8 @@ def build(
     else:
         module = model()
         dtype = "bf16" if "bf16" in config else "fp16" if "fp16" in config else "fp32"
-        module.to(DTYPES[dtype])
+        if cast:
+            module.to(DTYPES[dtype])
     params = [param for param in module.parameters() if param.requires_grad]
     make = optimizer or (lambda items: torch.optim.SGD(items, lr=0.05, momentum=0.9))
     engine, *_ = deepspeed.initialize(

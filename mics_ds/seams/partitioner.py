@@ -59,6 +59,7 @@ class PartitionerSeam(pp.Init):
         raise NotImplementedError
 
     def _zero_init_param(self, param: ZeroParam) -> None:
+        support.refuse_unpartitionable([("", param)])
         self.before_first_partition(param)
         super()._zero_init_param(param)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import deepspeed
@@ -267,6 +267,28 @@ def refuse_native_moe(module: torch.nn.Module) -> None:
             f"deepspeed.moe.layer.MoE. Remove the mics_ keys and use stage 1 or 2, or write experts as ordinary "
             f"modules and declare the module that chooses among them a leaf module "
             f"(deepspeed.utils.set_z3_leaf_modules)."
+        )
+
+
+def refuse_unpartitionable(params: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse what stage 3 cannot partition, where DeepSpeed would fail later and without a name.
+
+    Args:
+        params: names, empty where nobody knows them, and parameters.
+
+    Raises:
+        MicsConfigError: some have no element or no dimension.
+    """
+    strange = [
+        f"{name or 'a parameter'} of shape {tuple(param.shape)}"
+        for name, param in params
+        if not pp.is_zero_param(param) and (param.dim() == 0 or param.numel() == 0)
+    ]
+    if strange:
+        raise MicsConfigError(
+            f"ZeRO stage 3, stock DeepSpeed's too, needs parameters with at least one dimension and one element, but "
+            f"found {', '.join(strange)}. Give a scalar the shape (1,); leave empty parameters out, or register them "
+            f"as buffers."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from helpers import OddNet, build, ds_config, environment, train
@@ -194,3 +195,33 @@ def test_the_callers_configuration_is_never_changed(tmp_path):
 
 def test_all_errors_share_a_base_class():
     assert issubclass(MicsConfigError, (MicsError, ValueError))
+
+
+class WithParameter(OddNet):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.strange = torch.nn.Parameter(value)
+
+
+STRANGE = {
+    "no element": (torch.zeros(0, 3), r"strange of shape \(0, 3\)|a parameter of shape \(0, 3\)"),
+    "no dimension": (torch.tensor(0.5), r"(strange|a parameter) of shape \(\).*shape \(1,\)"),
+    "another dtype": (
+        torch.ones(3, dtype=torch.bfloat16),
+        r"one dtype.*float32: gain, .*bfloat16: strange",
+    ),
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("inside_init", [False, True])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_parameters_that_stage_3_cannot_partition_are_named_at_construction(p, inside_init, kind):
+    value, words = STRANGE[kind]
+    if kind == "another dtype" and inside_init:
+        build(ds_config(p), lambda: WithParameter(value), inside_init=True)  # which casts
+        return
+    with pytest.raises(MicsConfigError, match=words):
+        build(ds_config(p), lambda: WithParameter(value), inside_init=inside_init, cast=False)
+    healthy()
