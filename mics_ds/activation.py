@@ -173,9 +173,13 @@ def _reading(original: Any) -> Any:
 
     def load_ds_config(config: Any) -> Any:
         from .comm import agreement
+        from .seams.ds_config import naming_missing_file
 
-        with agreement.failing_together():
-            return original(config)
+        with agreement.failing_together(), naming_missing_file(config):
+            parsed = original(config)
+            if not isinstance(parsed, Mapping):  # some paths are base64 of "null"
+                raise ValueError(f"a configuration is a section of keys, got {parsed!r}")
+            return parsed
 
     return load_ds_config
 
@@ -189,7 +193,7 @@ def _parse_config(original: Any, self: Any, config: Any, mpu: Any = None, *args:
     outer = request.current_build()
     among = engine.participants(mpu)
     self.mics_request = asked = request.read_request(config, among) if outer is None else outer.request
-    with agreement.failing_together(among):
+    with agreement.failing_together(among), ds_config.naming_missing_file(config):
         original(self, config if asked.rest is None else asked.rest, mpu, *args, **kwargs)
         if asked.is_on and asked.mics is not None:
             support.check_deepspeed()

@@ -197,9 +197,12 @@ class MicsParamManager(seam.ParamManagerSeam):
         return self._require_same("bucket", ids, f"reduces the gradients of parameters {ids[:20]}")
 
     def before_unforeseen_fetch(self, module: torch.nn.Module, forward: bool) -> None:
-        ids = seam.about_to_gather(module, forward)
-        if ids:
-            self._require_same("gather", ids, f"gathers parameters of {self._name_of(module)}")
+        count = seam.gathers_for(module, forward)
+        if count:
+            # Numbers of parameters count all models of the process, of which each rank may have others.
+            self._require_same(
+                "gather", [seam.number_of(module), count], f"gathers parameters of {self._name_of(module)}"
+            )
 
     def leaves_recorded_order(self, module: torch.nn.Module) -> None:
         # A collective would not do here: ranks that follow the recorded order are on their way to another one.
@@ -207,10 +210,11 @@ class MicsParamManager(seam.ParamManagerSeam):
         if groups.replication is None or groups.partition.size == 1:
             return
         doing = f"runs {self._name_of(module)}, which is not next in the order of the passes before"
-        said = agreement.ask_peers({"module": seam.number_of(module)}, groups.partition.ranks, PATIENCE_S)
+        patience = min(PATIENCE_S, agreement.patience_in_s())
+        said = agreement.ask_peers({"module": seam.number_of(module)}, groups.partition.ranks, patience)
         if said is None or any(item != said[0] for item in said):
             others = (
-                f"the other ranks have not left that order within {PATIENCE_S:.0f} s"
+                f"the other ranks have not left that order within {patience:.0f} s"
                 if said is None
                 else "other ranks of its group run another module"
             )

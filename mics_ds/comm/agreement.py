@@ -101,6 +101,12 @@ def job_timeout_s() -> float:
     return min((timeout.total_seconds() for timeout in timeouts if timeout is not None), default=default)
 
 
+def patience_in_s() -> float:
+    """Return how long ranks wait for each other's reports: as long as the job's collectives, or as the user says."""
+    said = os.environ.get(TIMEOUT_ENV)
+    return job_timeout_s() if said is None else float(said)
+
+
 def world_ranks() -> Ranks:
     return tuple(range(dist.get_world_size())) if dist.is_initialized() else (0,)
 
@@ -124,10 +130,7 @@ class _Round:
         self._number = _Rounds.take(ranks)
         among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
         self._prefix = f"mics_ds/{among}/{self._number}/"
-        if patience_s is None:
-            patience = os.environ.get(TIMEOUT_ENV)
-            patience_s = job_timeout_s() if patience is None else float(patience)
-        self._deadline = time.monotonic() + patience_s
+        self._deadline = time.monotonic() + (patience_in_s() if patience_s is None else patience_s)
 
     def post(self, table: Sequence[Payload], level: int = 0) -> None:
         """Post what this rank has joined: at level 0, its own payload."""

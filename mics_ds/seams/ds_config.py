@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,30 @@ def is_readable(source: Any) -> bool:
     if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike)):
         return True
     try:
-        text = _text_of(source)
-        parse_ds_json(text)
+        return isinstance(parse_ds_json(_text_of(source)), Mapping)
     except (OSError, ValueError):
         return False
-    return True
+
+
+@contextmanager
+def naming_missing_file(source: Any) -> Iterator[None]:
+    """Name a configuration file that does not exist.
+
+    DeepSpeed takes its path for base64, and fails in one way or another depending on the letters of the path.
+
+    Raises:
+        MicsConfigError: there is no such file, and something was raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(source, (str, os.PathLike)) or os.path.exists(source) or is_readable(source):
+            raise
+        raise MicsConfigError(
+            f"Expected the DeepSpeed configuration in a JSON file, a dictionary or base64, but there is no file "
+            f"{os.fspath(source)!r} on {socket.gethostname()} (in {os.getcwd()}). Check the path, and that every node "
+            f"has the file."
+        ) from error
 
 
 def _text_of(source: str | os.PathLike[str]) -> str:

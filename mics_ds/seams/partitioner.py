@@ -244,20 +244,20 @@ class _SeamGatherHandle:
         self._complete = True
 
 
-def about_to_gather(module: torch.nn.Module, forward: bool) -> list[int]:
-    """Return the ``ds_id`` of the parameters that DeepSpeed gathers for a module, empty where it need not.
+def gathers_for(module: torch.nn.Module, forward: bool) -> int:
+    """Return how many parameters DeepSpeed gathers for a module.
 
-    Empty for leaf modules in backward, too, where threads of autograd compete for the gather.
+    0 for leaf modules in backward, where threads of autograd compete for the gather.
     """
     is_leaf = z3_leaf_module(module)
     if is_leaf and not forward:
-        return []
+        return 0
     params: Iterable[Any] = iter_params(module, recurse=is_leaf)
-    return sorted(param.ds_id for param in params if param.ds_status == pp.ZeroParamStatus.NOT_AVAILABLE)
+    return sum(param.ds_status == pp.ZeroParamStatus.NOT_AVAILABLE for param in params)
 
 
 def number_of(module: torch.nn.Module) -> int:
-    """Return DeepSpeed's number of a module, the same on all ranks."""
+    """Return DeepSpeed's number of a module among those of its engine, the same on all ranks."""
     number: Any = module.ds_id
     return int(number)
 
