@@ -55,8 +55,8 @@ class Background:
         self._job: Job | None = None
         self._error = ""
         self._sealing: dict[str, Seal] = {}
-        self.had_one_client_state = True
-        """Whether all ranks had the same one at the last save. The same on all ranks."""
+        self.own_states_agreed = True
+        """Whether all ranks had the same state of their own at the last save. The same on all ranks."""
         self._died = self._broken = self._leaves = False
         self._process, self._pipe = self._start()
 

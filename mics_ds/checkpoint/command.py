@@ -25,9 +25,11 @@ from ..errors import MicsCheckpointError
 from ..seams.checkpoint import load_states
 from . import manifest, names, origin
 from . import reshape as cutting
-from .manifest import FileRecord, Manifest
+from .manifest import CLIENT_STATE, FileRecord, Manifest
+from .rank_state import RankState, restore_from
 
 _OPTIMIZER_FILE = re.compile(r"(?P<prefix>(?:bf16_)?)zero_pp_rank_0_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+_FIRST_MODEL_FILE = re.compile(r"zero_pp_rank_0_mp_rank_\d+_model_states\.pt$")
 _COPIED = ("zero_to_fp32.py", "zero_to_torch.py")
 DEFAULT_SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's
 
@@ -65,15 +67,16 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
         steps = 0
         with tqdm(total=shards * len(parts), unit="shard", desc=f"{old_shards} -> {shards}") as bar:
             for part in parts:
-                job = _Part(source, part["prefix"], part["mp"], old_shards, shards, sub_group_size)
+                ranks = _ranks(old_manifest, part["mp"], old_shards)
+                job = _Part(source, part["prefix"], part["mp"], old_shards, shards, sub_group_size, ranks, old_manifest)
                 steps = job.global_steps
                 for shard in range(shards):
                     for name, states in job.files(shard):
                         torch.save(states, staging / name)
-                        files[name] = manifest.seal(staging / name, 0)
+                        files[name] = manifest.seal(staging / name, ranks[shard % len(ranks)])
                         del states
                     bar.update()
-        described = _describe(source.name, shards, len(parts), steps, old_manifest, files)
+        described = _describe(source.name, old_shards, shards, len(parts), steps, old_manifest, files)
         manifest.publish(staging, target, described)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -119,16 +122,35 @@ def _check(source: Path) -> tuple[int, Manifest | None]:
     return shards, old
 
 
+def _ranks(old: Manifest | None, mp_rank: str, shards: int) -> list[int]:
+    """Global ranks of the data-parallel group that saved, in order, as far as the writers of its files tell."""
+    if old is None:
+        return list(range(shards))
+    first = [old.files[name].writer for name in sorted(old.files) if _FIRST_MODEL_FILE.match(name)] or [0]
+    stride = old.model_parallel if len(first) > 1 and first[1] - first[0] == 1 else 1
+    return [first[int(mp_rank)] + stride * index for index in range(old.ranks)]
+
+
 class _Part:
     """The shards of one model-parallel rank."""
 
     def __init__(
-        self, source: Path, prefix: str, mp_rank: str, old_shards: int, shards: int, sub_group_size: int | None
+        self,
+        source: Path,
+        prefix: str,
+        mp_rank: str,
+        old_shards: int,
+        shards: int,
+        sub_group_size: int | None,
+        ranks: Sequence[int],
+        old: Manifest | None,
     ) -> None:
-        self._source, self._prefix, self._mp = source, prefix, mp_rank
+        self._source, self._prefix, self._mp, self._ranks, self._manifest = source, prefix, mp_rank, ranks, old
         first = self._model_states(0)
         self.global_steps: int = first["global_steps"]
         shapes = first[cutting.PARAM_SHAPES]
+        named = [*shapes, first.get(cutting.FROZEN_SHAPES) or {}, first.get(cutting.TIED_NAMES) or {}]
+        self._parameters = frozenset(name for group in named for name in group)
         if sub_group_size is None:
             zero = first["ds_config"].get("zero_optimization", {}) if isinstance(first["ds_config"], dict) else {}
             sub_group_size = int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE))
@@ -149,9 +171,10 @@ class _Part:
         return load_states(self._source / self._optimizer_name(shard), mmap=True)
 
     def files(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Both files of one new shard, one after the other."""
-        size = self._new.shards
-        states = self._model_states(shard % self._old.shards)
+        """The files of one new shard, one after the other; last, what its ranks had of their own."""
+        size, ranks = self._new.shards, len(self._ranks)
+        states = self._states_of(shard)
+        own = self._own(states) if ranks % size == 0 else None
         states[cutting.DP_WORLD_SIZE] = size
         states[cutting.PARAM_SHAPES] = list(self._new.groups)
         if states.get(cutting.FROZEN_SHARDS):
@@ -165,20 +188,50 @@ class _Part:
             lambda old: self._optimizer_states(old)[cutting.BASE_STATE], self._old, self._new, shard, self._owners
         )
         yield self._optimizer_name(shard), origin.marked(whole)
+        del whole
+        for index in range(shard + size, ranks, size):
+            differs = None if own is None else self._own(self._states_of(index)).beside(own.fingerprint)
+            if differs is not None:
+                yield CLIENT_STATE.format(rank=self._ranks[index]), differs
+
+    def _states_of(self, index: int) -> dict[str, Any]:
+        """Model states as one rank of the old job had them, its shards of frozen parameters apart."""
+        states = self._model_states(index % self._old.shards)
+        own = self._source / CLIENT_STATE.format(rank=self._ranks[index % len(self._ranks)])
+        old = self._manifest
+        if own.exists() and (old is None or old.node_local or own.name in old.files):
+            restore_from(states, own)
+        return states
+
+    def _own(self, states: dict[str, Any]) -> RankState:
+        return RankState.within(states, self._parameters)
+
+
+def _kept_ranks(ranks: int, shards: int) -> int:
+    """Ranks whose own state is in the new checkpoint: those of the old job, if they can have that many shards."""
+    return ranks if ranks % shards == 0 else shards
 
 
 def _describe(
-    tag: str, shards: int, model_parallel: int, steps: int, old: Manifest | None, files: dict[str, FileRecord]
+    tag: str,
+    old_shards: int,
+    shards: int,
+    model_parallel: int,
+    steps: int,
+    old: Manifest | None,
+    files: dict[str, FileRecord],
 ) -> Manifest:
     versions = {"mics_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     if old is None:
-        return Manifest(tag, shards, 1, shards, (shards,), model_parallel, steps, False, versions, files)
+        ranks = _kept_ranks(old_shards, shards)
+        return Manifest(tag, shards, ranks // shards, ranks, (ranks,), model_parallel, steps, False, versions, files)
+    ranks = _kept_ranks(old.ranks, shards)
     return dataclasses.replace(
         old,
         shards=shards,
-        replicas=1,
-        ranks=shards,
-        ranks_per_node=(shards,),
+        replicas=ranks // shards,
+        ranks=ranks,
+        ranks_per_node=old.ranks_per_node if ranks == old.ranks else (ranks,),
         node_local=False,
         versions={**old.versions, **versions},
         files=files,

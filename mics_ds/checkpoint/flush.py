@@ -23,7 +23,7 @@ from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
 from ..seams import checkpoint as seam
 from . import manifest, memory, names
-from .manifest import Manifest
+from .manifest import CLIENT_STATE, Manifest
 from .memory import Copy
 from .together import attempt, exchange, greatest, raise_together
 from .transfers import is_good, transfer
@@ -165,7 +165,7 @@ def write(source: Source, folder_of: Callable[[int], Path], step_in: Callable[[F
             note["ranks"] = max(note["ranks"], source.shards * replicas)
 
     def write_shard(shard: memory.Assembly) -> None:
-        written = shard.write(staging)
+        written = [*shard.write(staging), *_write_rank_states(shard, staging)]
         note["files"] |= manifest.noted({path.name: manifest.seal(path, dist.get_rank()) for path in written})
 
     attempt(write_own, note["errors"])
@@ -187,6 +187,16 @@ def write(source: Source, folder_of: Callable[[int], Path], step_in: Callable[[F
     raise_together(exchange(note, f"publishing {folder}"), _FAILED, memory.REMEDY)
     log_rank0(f"{folder} was made from memory, at step {source.step}")
     return folder
+
+
+def _write_rank_states(shard: memory.Assembly, staging: Path) -> Iterator[Path]:
+    """Write what each rank had of its own, where ranks differed."""
+    for rank, part in shard.own.items():
+        states = torch.load(io.BytesIO(part), weights_only=False).get("states")
+        if states is not None:
+            path = staging / CLIENT_STATE.format(rank=rank)
+            torch.save(states, path)
+            yield path
 
 
 def _shards(source: Source, errors: list[str]) -> Iterator[memory.Assembly]:

@@ -73,25 +73,25 @@ def stage_and_submit(one: _Save, asked: CheckpointRequest, save_latest: bool) ->
     """Copy the states to host memory and have them written. Collective over the world: one all-reduce, after the copy.
 
     Ranks copy before they know that all mean the same save, because that has to be asked after the copy in any case.
-    The first save asks before it too, and so does one after ranks had different client states: there is something to
-    be done together then, before or during the copy.
+    The first save asks before it too, and so does one after ranks had different states of their own: there is something
+    to be done together then, before or during the copy.
 
     Raises:
         MicsCheckpointError: on every rank, if any rank could not copy, or as :meth:`~.save._Save.agree` does.
     """
-    asks_first = not (Background.is_there() and Background.of_job().had_one_client_state)
+    asks_first = not (Background.is_there() and Background.of_job().own_states_agreed)
     if asks_first:
         one.agree(asked)
     background = Background.of_job()
     copy = _Copy(one, asked, background, save_latest)
     if not asks_first:
         one.agree(asked, copy.errors)
-        if not one.has_one_client_state:
+        if not one.own_states_agree:
             copy = _Copy(one, asked, background, save_latest)  # with what differs, now that it is known
-    if asks_first or not one.has_one_client_state:
+    if asks_first or not one.own_states_agree:
         notes = exchange({"errors": copy.errors}, f"staging {one.target}")
         raise_together(notes, one.failed, NOTHING_PUBLISHED)
-    background.had_one_client_state = one.has_one_client_state
+    background.own_states_agreed = one.own_states_agree
     copy.submit()
 
 
@@ -159,7 +159,7 @@ def _collect(one: _Save, session: Staging) -> None:
         optimizer_states=shares,
         exclude_frozen_parameters=one.exclude_frozen_parameters or not owner,
     )
-    session.make(lambda: one.save_own_client_state(session))
+    session.make(lambda: one.save_own_state(session))
 
 
 def wait_for_saves() -> None:

@@ -17,7 +17,7 @@ from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
 from ..seams.engine import is_fresh
-from . import manifest, names, origin, reshape, restart
+from . import manifest, names, origin, rank_state, reshape, restart
 from .background import Background
 from .manifest import CLIENT_STATE, Manifest
 from .snapshot import MemoryTier
@@ -32,6 +32,7 @@ class _Saved:
 
     def __init__(self, engine: Any, target: Path, shard: int) -> None:
         self._engine, self._folder = engine, target
+        self._groups = engine.optimizer.mics_groups
         self.manifest: Manifest | None = None
         self.reshapes = False
         self.layout: reshape.ShardLayout | None = None
@@ -41,6 +42,20 @@ class _Saved:
         except FileNotFoundError:
             self.shards = manifest.count_shards(target)
             origin.refuse_lost_manifest(target, shard % max(self.shards, 1))
+
+    @property
+    def model_states_shard(self) -> int:
+        """The shard whose file of model states has what belongs to this rank beside it: the one that this rank had, if
+        as many ranks have saved."""
+        return self._groups.full.rank % self.shards
+
+    @property
+    def own_state(self) -> Path | None:
+        """The file with what this rank had of its own."""
+        path = self._folder / CLIENT_STATE.format(rank=dist.get_rank())
+        if self.manifest is None or path.name not in self.manifest.files:
+            return None
+        return path if self.manifest.ranks == self._groups.layout.world_size else None
 
     def model_states(self, shard: int) -> Path:
         return self._folder / seam.model_states_name(self._engine, shard)
@@ -52,10 +67,10 @@ class _Saved:
 class _Loading:
     """Between DeepSpeed and the files while loading: makes old shards look like this job's."""
 
-    def __init__(self, engine: Any, saved: _Saved) -> None:
-        self._engine, self._saved = engine, saved
+    def __init__(self, engine: Any, saved: _Saved, own: Path | Mapping[str, Any] | None) -> None:
+        self._engine, self._saved, self._own = engine, saved, own
         self._shard = engine.optimizer.mics_groups.partition.rank
-        self.model_states_shard = self._shard % saved.shards
+        self.model_states_shard = saved.model_states_shard
 
     def make(self, make: Callable[[], Any]) -> None:
         make()
@@ -73,6 +88,10 @@ class _Loading:
 
     def _model_states(self, path: str) -> dict[str, Any]:
         states = seam.load_states(path)
+        if isinstance(self._own, Path):
+            rank_state.restore_from(states, self._own)
+        elif self._own is not None:
+            rank_state.restore(states, self._own)
         # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
         states[reshape.DP_WORLD_SIZE] = self._engine.seq_dp_world_size
         frozen = states.get(reshape.FROZEN_SHARDS)
@@ -158,7 +177,8 @@ def _resume(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load the checkpoint that memory had, and what else was in it."""
     # Its content was compared with a checksum on its way here.
-    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how, contents=False)
+    own = (found.own or {}).get("states")
+    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how, own, contents=False)
     restart.resume_random_numbers(found)
     if found.own is not None:
         client_state = {**(client_state or {}), **found.own["client_state"]}
@@ -174,28 +194,25 @@ def _load(
     load_dir: str | os.PathLike,
     tag: str,
     how: Mapping[str, Any],
+    own: Mapping[str, Any] | None = None,
     *,
     contents: bool = True,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load a checkpoint that is there. Collective over the world.
 
     Args:
+        own: what this rank had of its own, if that is not in a file of the checkpoint.
         contents: compare files with their checksums first.
     """
     target = Path(load_dir) / tag
     saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"], contents)
     _report(site, target, saved)
-    session = _Loading(engine, saved)
+    session = _Loading(engine, saved, saved.own_state or own)
     with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
         path, client_state = original(engine, load_dir, tag=tag, **how)
     if engine.optimizer.mics_guard is not None:
         engine.optimizer.mics_guard.loaded(engine, target)
-    note: dict[str, Any] = {"errors": []}
-    own: list[Any] = []
-    attempt(lambda: own.append(_own_client_state(target, saved, site, client_state)), note["errors"])
-    notes = exchange(note, f"reading client states from {target}")
-    raise_together(notes, f"Client states of {target} could not be read.", "All other states were loaded.")
-    return path, own[0]
+    return path, client_state
 
 
 def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool, contents: bool) -> _Saved:
@@ -307,6 +324,7 @@ def _objections(
         needed += [seam.optimizer_states_name(engine, shard) for shard in shards]
     else:  # DeepSpeed takes the weights from all fp32 shards then
         needed += [seam.optimizer_states_name(engine, shard) for shard in range(saved.shards)]
+    needed += [] if saved.own_state is None else [saved.own_state.name]
     records = {} if saved.manifest is None else saved.manifest.files
     # Sizes of what this rank will read; contents are shared out, so that every file is read once for it.
     content = needed if site.node_local else sorted(records)[site.rank :: len(site.peers)]
@@ -323,7 +341,7 @@ def _objections(
             found.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
         return found
     if with_optimizer:
-        states = seam.load_states(saved.model_states(site.shard % saved.shards), mmap=True)
+        states = seam.load_states(saved.model_states(saved.model_states_shard), mmap=True)
         saved.layout = reshape.ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
         mine = reshape.ShardLayout(p, seam.param_shapes(engine))
         strange = mine.differences(saved.layout)
@@ -351,17 +369,3 @@ def _unrecorded(target: Path, saved: _Saved, wanted: list[str]) -> list[str]:
         return []
     lost = [name for name in wanted if name not in saved.manifest.files and (target / name).exists()]
     return [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
-
-
-def _own_client_state(
-    target: Path, saved: _Saved, site: Site, client_state: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Replace the client state of the shard's writer by this rank's, where they differed."""
-    name = CLIENT_STATE.format(rank=site.rank)
-    if client_state is None or saved.manifest is None or name not in saved.manifest.files:
-        return client_state
-    if saved.manifest.ranks != site.groups.layout.world_size:
-        return client_state
-    own = seam.load_states(target / name)
-    rest = {key: value for key, value in client_state.items() if key not in own["instead_of"]}
-    return {**rest, **own["client_state"]}

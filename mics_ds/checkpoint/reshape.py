@@ -25,7 +25,7 @@ from ..errors import MicsCheckpointError
 # Keys of DeepSpeed's stage 3 files.
 BASE_STATE, FP32_GROUPS, SHARD_COUNT = "optimizer_state_dict", "fp32_flat_groups", "partition_count"
 PARAM_SHAPES, FROZEN_SHAPES, FROZEN_SHARDS = "param_shapes", "frozen_param_shapes", "frozen_param_fragments"
-DP_WORLD_SIZE = "dp_world_size"
+MODULE, DP_WORLD_SIZE, TIED_NAMES = "module", "dp_world_size", "shared_params"
 
 Shapes = Sequence[Mapping[str, Sequence[int]]]
 """Per sub-group, the shape of each parameter by name, in the order of the flat buffer."""

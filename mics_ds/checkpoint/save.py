@@ -10,11 +10,8 @@ Shard i is written by replica i mod r, so that r replicas share the writing. On 
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -32,6 +29,7 @@ from ..seams.engine import steps_taken
 from . import in_background, manifest, names, origin, slices
 from .board import NOTHING_PUBLISHED, Round
 from .manifest import CLIENT_STATE, FileRecord, Manifest
+from .rank_state import Fingerprint, RankState
 from .together import (
     Site,
     attempt,
@@ -51,8 +49,9 @@ class _Request:
         self.tag = self.folder = ""
         self.background = background
         self.client_state: dict[str, Any] = {}
-        self.fingerprint: dict[str, Any] = {}
-        self.writers_fingerprint: dict[str, Any] = {}
+        self.own = RankState({}, {})
+        self.writers_fingerprint: Fingerprint = {}
+        """Of the rank that writes the model states of this rank's shard."""
         self.errors: list[str] = []
 
         def understand() -> None:
@@ -67,13 +66,18 @@ class _Request:
                     '{"checkpoint_serialization": true}, its default, or save without async'
                 )
 
-        def describe() -> None:
+        def take(client_state: Any) -> None:
             self.client_state = dict(client_state or {})
-            self.fingerprint = self.writers_fingerprint = _fingerprint(self.client_state)
+
+        def look_at_own_state() -> None:
+            self.own = RankState.of(engine, self.client_state)
+            self.writers_fingerprint = self.own.fingerprint
 
         attempt(understand, self.errors)
-        # What pickle raises depends on the object.
-        attempt(describe, self.errors, lambda error: f"client_state cannot be pickled, {words(error)}")
+        attempt(
+            lambda: take(client_state), self.errors, lambda error: f"client_state cannot be pickled, {words(error)}"
+        )
+        attempt(look_at_own_state, self.errors)
 
 
 class _Saving:
@@ -121,8 +125,8 @@ class _Save:
         self.made_staging = False
         self._new_folders: list[Path] = []
         """Made on the way to :attr:`staging`, innermost first."""
-        self.has_one_client_state = True
-        """Whether all ranks have the same one, as far as :meth:`agree` has told."""
+        self.own_states_agree = True
+        """Whether all ranks have the same :attr:`_Request.own`, as far as :meth:`agree` has told."""
 
     @property
     def folder(self) -> Path:
@@ -161,7 +165,7 @@ class _Save:
 
     def agree(self, asked: CheckpointRequest, copying: Sequence[str] = ()) -> None:
         """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce, if
-        all have the same client state.
+        all have the same state of their own.
 
         Args:
             copying: what has gone wrong on this rank in copying the states, where that is done already.
@@ -178,7 +182,7 @@ class _Save:
             "copying": copying,
         }
         doing = "preparing to save a checkpoint"
-        notes, self.has_one_client_state = exchange_and_compare(note, request.fingerprint, doing)
+        notes, self.own_states_agree = exchange_and_compare(note, request.own.fingerprint, doing)
         in_background.raise_earlier([item["earlier"] for item in notes], asked)
         raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
         for field in _AGREED:
@@ -191,7 +195,7 @@ class _Save:
                     + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
                 )
         raise_together([{"errors": item["copying"]} for item in notes], self.failed, NOTHING_PUBLISHED)
-        if not self.has_one_client_state:
+        if not self.own_states_agree:
             _tell_fingerprints(self)
 
     def collect(self, original: Callable[..., bool], session: Any, states: AbstractContextManager) -> None:
@@ -213,17 +217,13 @@ class _Save:
                 )
         except RuntimeError as error:  # of a collective, when another rank has died
             raise MicsCheckpointError(f"{self.failed} {words(error)}. {NOTHING_PUBLISHED}") from error
-        session.make(lambda: self.save_own_client_state(session))
+        session.make(lambda: self.save_own_state(session))
 
-    def save_own_client_state(self, session: Any) -> None:
-        """ZeRO-3 gives every rank its own client state back. Replicas share their files, so whoever has another client
-        state than the writer of its shard keeps it in a small file of its own."""
-        writers = self.request.writers_fingerprint
-        if writers == self.request.fingerprint:
-            return
-        path = self.staging / CLIENT_STATE.format(rank=self.site.rank)
-        state = {"client_state": self.request.client_state, "instead_of": writers["keys"]}
-        session.write(state, str(path), torch.save)
+    def save_own_state(self, session: Any) -> None:
+        """Write what differs between this rank and the writer of its shard's model states to a small file."""
+        content = self.request.own.beside(self.request.writers_fingerprint)
+        if content is not None:
+            session.write(content, str(self.staging / CLIENT_STATE.format(rank=self.site.rank)), torch.save)
 
     def describe(self, files: Mapping[str, FileRecord]) -> Manifest:
         return self.site.describe(self.request.tag, self.engine.global_steps, files)
@@ -325,20 +325,13 @@ _AGREED = {"tag": "tag", "folder": "folder", "background": "place, in the backgr
 
 
 def _tell_fingerprints(one: _Save) -> None:
-    """Let ranks know the client state of the writer of their shard. Not all have the same."""
+    """Let ranks know the state of the writer of their shard. Not all have the same."""
     request, site = one.request, one.site
     store, number = shared_store(), _Numbers.next()
     if site.writer == site.rank:
-        store.set(f"client/{number}/{site.rank}", json.dumps(request.fingerprint))
-    exchange({"errors": []}, "comparing client states")
-    request.writers_fingerprint = json.loads(store.get(f"client/{number}/{site.writer}"))
-    exchange({"errors": []}, "comparing client states")
+        store.set(f"own/{number}/{site.rank}", json.dumps(request.own.fingerprint))
+    exchange({"errors": []}, "comparing states of ranks")
+    request.writers_fingerprint = json.loads(store.get(f"own/{number}/{site.writer}"))
+    exchange({"errors": []}, "comparing states of ranks")
     if site.writer == site.rank:
-        store.delete_key(f"client/{number}/{site.rank}")
-
-
-def _fingerprint(client_state: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells whether two ranks have the same client state."""
-    buffer = io.BytesIO()
-    pickle.dump(client_state, buffer)
-    return {"digest": hashlib.sha256(buffer.getbuffer()).hexdigest(), "keys": sorted(map(str, client_state))}
+        store.delete_key(f"own/{number}/{site.rank}")

@@ -38,8 +38,9 @@ from .holdings import Holdings, holdings_of
 from .joints import Staged, StagedFile
 from .memory import Description
 from .neighbours import Mirror
+from .rank_state import RankState
 from .staging import Staging
-from .together import Site, greatest
+from .together import Site, greatest, number_of
 from .writer import Seal
 
 ClientState = Callable[[], Mapping[str, Any]]
@@ -55,6 +56,20 @@ class Caller(NamedTuple):
     """What it needs beside the engine's states, on this rank."""
     takes_memory_for: Callable[[str], bool]
     """Whether ``load_checkpoint`` of this folder may go on from memory."""
+
+
+class _Own(NamedTuple):
+    """What belongs to one rank alone."""
+
+    alone: dict[str, Any]
+    states: RankState
+    pickled: bytes
+    """Of ``alone``."""
+
+    def with_states(self) -> _Own:
+        """With its model states beside the shard too, where those of the ranks differ."""
+        whole = {**self.alone, "states": self.states.beside({})}
+        return _Own(whole, self.states, _pickled(whole))
 
 
 class _Current:
@@ -129,13 +144,20 @@ class MemoryTier:
         """
         self.is_due = False
         background = Background.of_job()
-        own, states = list[bytes](), dict[str, Any]()
-        self._or_warn(lambda: own.append(_pickled(self._own(states))))
+        own, states = list[_Own](), dict[str, Any]()
+        self._or_warn(lambda: own.append(self._own(engine, states)))
         holdings, newest = self._holdings(engine), list[int]()
         self._or_warn(lambda: newest.append(self._newest(engine, holdings)))
         unable = not own or not newest
-        hindered, negated, cut_off = greatest(
-            [int(unable or background.is_sealing), -min(newest, default=memory.NEVER), int(background.is_cut_off)]
+        digest = number_of(own[0].states.fingerprint) if own else 0
+        hindered, negated, cut_off, high, negated_low = greatest(
+            [
+                int(unable or background.is_sealing),
+                -min(newest, default=memory.NEVER),
+                int(background.is_cut_off),
+                digest,
+                -digest,
+            ]
         )
         if cut_off:
             background.connect_anew()
@@ -143,7 +165,9 @@ class MemoryTier:
             log_rank0(f"no copy of step {steps_taken(engine)}: the last ones are not summed up yet, or a rank cannot")
             return
         kept, number = -negated, background.next_copy()
-        parts = self._own_parts(own[0], holdings)
+        if high != -negated_low:  # ranks differ in what is beside their shards
+            self._or_warn(lambda: own.append(own[0].with_states()))
+        parts = self._own_parts(own[-1].pickled, holdings)
         taken: list[tuple[Path, Description]] = []
         if holdings.own:
             if kept >= 0:
@@ -194,11 +218,12 @@ class MemoryTier:
         found = {path: memory.read(path) for path in places}
         return {path: -1 if description is None else description.step for path, description in found.items()}
 
-    def _own(self, client_state: dict[str, Any]) -> dict[str, Any]:
+    def _own(self, engine: Any, client_state: dict[str, Any]) -> _Own:
         """What belongs to this rank alone. Its client state, which is in the shard's files as well, is filled in."""
         client_state.update({} if self.client_state is None else self.client_state())
         files = {} if self.caller is None else self.caller.files()
-        return {"client_state": client_state, "random": random_states(), "files": files}
+        alone = {"client_state": client_state, "random": random_states(), "files": files}
+        return _Own(alone, RankState.of(engine, client_state), _pickled(alone))
 
     def _next_place(self, name: str, kept: int) -> Path:
         """Where the next copy of that name goes: over the older one, but never over the step that is kept."""

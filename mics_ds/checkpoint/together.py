@@ -54,7 +54,7 @@ def exchange_and_compare(note: dict[str, Any], value: Any, doing: str) -> tuple[
         return [note], True
     notes: list[Any] = [None] * world
     try:
-        numbers = [_number_of(note), _number_of(value)]
+        numbers = [number_of(note), number_of(value)]
         most = greatest([*numbers, *(-number for number in numbers)])
         same_note, same_value = (high == -negated_low for high, negated_low in zip(most, most[2:]))
         if same_note:
@@ -68,8 +68,8 @@ def exchange_and_compare(note: dict[str, Any], value: Any, doing: str) -> tuple[
     return notes, same_value
 
 
-def _number_of(value: Any) -> int:
-    """56 bits, and room for a sign."""
+def number_of(value: Any) -> int:
+    """A digest of something that JSON can hold: 56 bits, and room for a sign."""
     body = json.dumps(value, sort_keys=True).encode()
     return int.from_bytes(hashlib.sha256(body).digest()[:7], "little")
 

@@ -139,6 +139,43 @@ def collect_states(
         deepspeed_logger.removeFilter(_is_warning)
 
 
+class _Caught:
+    """A session that keeps what DeepSpeed would write."""
+
+    copies_scripts = False
+    model_states_shard = 0
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+    def make(self, make: Callable[[], Any]) -> None:
+        make()
+
+    def write(self, states: dict[str, Any], _path: str, _write: Callable[[Any, str], Any]) -> None:
+        self.states = states
+
+
+def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``engine.save_checkpoint`` would write into this rank's file of model states, but for frozen parameters.
+    Live. No collective.
+
+    Raises:
+        Exception: of whatever kind: DeepSpeed or a module could not say.
+    """
+    caught, before = _Caught(), (engine.save_non_zero_checkpoint, engine.save_zero_checkpoint)
+    set_writer(engine, True, False)
+    try:
+        collect_states(engine, caught, "", "", client_state, optimizer_states=False, exclude_frozen_parameters=True)
+    finally:
+        set_writer(engine, *before)
+    return caught.states
+
+
+def parameter_names(engine: DeepSpeedEngine) -> frozenset[str]:
+    """All names of parameters in the module's state dictionary, those of tied ones too."""
+    return frozenset(name for name, _ in engine.module.named_parameters(remove_duplicate=False))
+
+
 def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
 
@@ -242,6 +279,16 @@ def weights_from(tag: str) -> Iterator[None]:
         _weights_tag.reset(token)
 
 
+def _tied_names(engine: DeepSpeedEngine, shard: int) -> dict[str, str]:
+    """Further names of parameters that have several, for the file of the first shard, where ``zero_to_fp32`` looks.
+
+    DeepSpeed tells on global rank 0 only, which may not be the rank that writes it.
+    """
+    first: dict[int, str] = {}
+    names = ((name, param.ds_id) for name, param in engine.module.named_parameters(remove_duplicate=False))
+    return {name: first[key] for name, key in names if first.setdefault(key, name) != name} if shard == 0 else {}
+
+
 def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
     session = getattr(engine.checkpoint_engine, "session", None)
@@ -298,11 +345,16 @@ def install(
             return original(self, folder, tag)
         return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
 
+    def _get_shared_params(original: Any, self: Any) -> dict[str, str]:
+        session = getattr(self.checkpoint_engine, "session", None)
+        return original(self) if session is None else _tied_names(self, session.model_states_shard)
+
     consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
     patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
+    patches.wrap_method(DeepSpeedEngine, "_get_shared_params", _get_shared_params)
     for name in ("_save_checkpoint", "_save_zero_checkpoint"):
         patches.wrap_method(DeepSpeedEngine, name, _in_session)
     patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)

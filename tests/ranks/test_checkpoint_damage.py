@@ -17,7 +17,7 @@ from helpers import build, ds_config, environment, train
 from test_checkpoints import adamw, digest, engine_of, reshape
 from test_names import Work, mutate
 
-from mics_ds.checkpoint import load, manifest, names, save
+from mics_ds.checkpoint import load, manifest, names, rank_state, save
 from mics_ds.errors import MicsCheckpointError
 
 
@@ -387,7 +387,7 @@ def test_whatever_one_rank_raises_while_loading_is_the_error_of_all(tmp_path):
         "checking": (3, manifest, "damages", unforeseen),
         "model states": (2, load._Loading, "_model_states", unforeseen),
         "optimizer states": (1, load._Loading, "_optimizer_states", unforeseen),
-        "client states": (3, load, "_own_client_state", unforeseen),
+        "own state": (2, rank_state, "restore_from", unforeseen),
     }
     wrong = {}
     for case, (culprit, owner, name, replacement) in cases.items():
