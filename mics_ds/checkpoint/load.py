@@ -17,9 +17,10 @@ from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..seams import checkpoint as seam
 from ..seams.engine import is_fresh
-from . import manifest, names, origin, rank_state, reshape, restart
+from . import manifest, mismatch, names, origin, rank_state, reshape, restart
 from .background import Background
 from .manifest import CLIENT_STATE, Manifest
+from .mismatch import Parameters
 from .snapshot import MemoryTier
 from .together import Site, attempt, exchange, raise_together, site_of
 
@@ -67,8 +68,8 @@ class _Saved:
 class _Loading:
     """Between DeepSpeed and the files while loading: makes old shards look like this job's."""
 
-    def __init__(self, engine: Any, saved: _Saved, own: Path | Mapping[str, Any] | None) -> None:
-        self._engine, self._saved, self._own = engine, saved, own
+    def __init__(self, engine: Any, saved: _Saved, own: Path | Mapping[str, Any] | None, with_optimizer: bool) -> None:
+        self._engine, self._saved, self._own, self._with_optimizer = engine, saved, own, with_optimizer
         self._shard = engine.optimizer.mics_groups.partition.rank
         self.model_states_shard = saved.model_states_shard
 
@@ -94,6 +95,8 @@ class _Loading:
             rank_state.restore(states, self._own)
         # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
         states[reshape.DP_WORLD_SIZE] = self._engine.seq_dp_world_size
+        if not self._with_optimizer:  # all weights come consolidated, and other ones may be frozen now
+            states[reshape.FROZEN_SHARDS] = None
         frozen = states.get(reshape.FROZEN_SHARDS)
         if frozen and self._saved.shards != self._size:
             states[reshape.FROZEN_SHARDS] = reshape.reshape_frozen(
@@ -207,7 +210,7 @@ def _load(
     target = Path(load_dir) / tag
     saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"], contents)
     _report(site, target, saved)
-    session = _Loading(engine, saved, saved.own_state or own)
+    session = _Loading(engine, saved, saved.own_state or own, how["load_optimizer_states"])
     with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
         path, client_state = original(engine, load_dir, tag=tag, **how)
     if engine.optimizer.mics_guard is not None:
@@ -313,7 +316,7 @@ def _objections(
     """Why this checkpoint cannot be loaded, as far as this rank can see. Empty if it can."""
     p = site.groups.partition.size
     if saved.shards == 0:
-        return [f"{target} has no *_model_states.pt of ZeRO stage 3"]
+        return [mismatch.what_else_it_is(target)]
     if saved.manifest is not None and saved.manifest.model_parallel != dist.get_world_size() // len(
         site.groups.layout.ranks
     ):
@@ -344,9 +347,10 @@ def _objections(
         states = seam.load_states(saved.model_states(saved.model_states_shard), mmap=True)
         saved.layout = reshape.ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
         mine = reshape.ShardLayout(p, seam.param_shapes(engine))
-        strange = mine.differences(saved.layout)
+        there = Parameters(saved.layout.shapes, states.get(reshape.FROZEN_SHAPES))
+        strange = mismatch.why_not_these(Parameters(mine.shapes, seam.frozen_shapes(engine)), there)
         if strange:
-            return [f"it is of another model: {'; '.join(strange[:3])}{' and more' if len(strange) > 3 else ''}"]
+            return strange
         saved.reshapes = not mine.same_as(saved.layout)
     else:
         saved.reshapes = saved.shards != p

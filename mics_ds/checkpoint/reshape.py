@@ -69,18 +69,6 @@ class ShardLayout:
         """Elements of one shard of a sub-group."""
         return sum(self.width(math.prod(shape)) for shape in self.groups[group].values())
 
-    def differences(self, other: ShardLayout) -> list[str]:
-        """Parameters that are missing, unexpected or of another shape in ``other``, in words."""
-        mine, theirs = self.shapes, other.shapes
-        words = [f"{name} is missing" for name in mine if name not in theirs]
-        words += [f"{name} is unexpected" for name in theirs if name not in mine]
-        words += [
-            f"{name} has shape {theirs[name]}, not {shape}"
-            for name, shape in mine.items()
-            if name in theirs and theirs[name] != shape
-        ]
-        return words
-
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(shape) for group in self.groups for name, shape in group.items()}

@@ -98,6 +98,11 @@ def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
     return engine._get_zero_param_shapes()
 
 
+def frozen_shapes(engine: DeepSpeedEngine) -> Mapping[str, torch.Size]:
+    """Names and shapes of all other parameters."""
+    return engine._get_zero_frozen_param_attributes(engine._get_param_shape_func)
+
+
 def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
     """The parameter group of each sub-group."""
     owners = engine.optimizer.sub_group_to_group_id
