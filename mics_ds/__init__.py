@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from . import activation
+from .plugin import install
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ AUTOLOAD_ENV = "MICS_DS_AUTOLOAD"
 
 def activate() -> None:
     """Hook into DeepSpeed. Importing the package has done so already, unless ``MICS_DS_AUTOLOAD=0`` is set."""
-    activation.arm()
+    install.arm()
 
 
 def autoload() -> None:

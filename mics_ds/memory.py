@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .checkpoint import memory
-from .text import columns
+from .formatting import columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

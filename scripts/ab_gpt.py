@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from mics_ds.config import parse_ds_json
-from mics_ds.text import columns
+from mics_ds.formatting import columns
 
 HERE = Path(__file__).resolve().parent
-SHOWN = ("step ", "GPT ", "final ", "  partition", "  replication", "  placement", "  parameter")
+SHOWN = ("step ", "GPT ", "final ", "  partition", "  replication", "  nodes", "  parameter")
 
 
 def run(config: Path, ranks: int, port: int, more: list[str], disable: bool) -> dict:

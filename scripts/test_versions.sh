@@ -4,7 +4,7 @@
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test,plot
 versions=("$@")
-[ ${#versions[@]} -gt 0 ] || versions=(0.18.9 0.19.6 0.19.7 0.19.8)
+[ ${#versions[@]} -gt 0 ] || versions=(0.19.6 0.19.7 0.19.8)
 suites=(parity replicas hops checkpoints)
 declare -A chosen=(
     [parity]="(equal_zero3 and fp32) or odd or offload or hierarchical_gather"

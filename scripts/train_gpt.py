@@ -128,8 +128,8 @@ def parse_arguments() -> argparse.Namespace:
 def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tensor]) -> dict[str, float]:
     """Train one more step and count what this rank's collectives have to send, in bytes by kind."""
     try:
+        from mics_ds.check.meter import CommMeter
         from mics_ds.comm.collectives import HOP2_SCATTER, UPDATES
-        from mics_ds.comm.meter import CommMeter
     except ImportError:  # stock DeepSpeed without the plugin
         return {}
     with CommMeter() as meter:

@@ -69,9 +69,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 # What other tests of the default run show as well, at other sizes or with fewer ranks. In one place, to see what the
 # default run is made of; everything in it is in scripts/test_slow.sh.
 REPEATS = re.compile(
-    r"test_virtual_races.py::test_no_race\w+\[(persistent parameters|bf16, all-to-all|fp16, no overlap)\]"
-    r"|test_virtual_races.py::test_the_same_of_world_sharded_states\[(fp16|sub-groups)\]"
-    r"|test_world_states.py::test_twenty_steps_as_zero3\[(1-1|1-2|1-4|3-4)\]"
+    r"test_world_states.py::test_twenty_steps_as_zero3\[(1-1|1-2|1-4|3-4)\]"
     r"|test_world_states.py::test_(fifty|what_the_util|a_rank_keeps)\w+\[(.*-)?1(-.*)?\]"
     r"|test_world_states.py::test_(weights_changed|one_reduce_scatter)\w+\[(.*-)?1(-.*)?\]"
     r"|test_world_states.py::test_(settings_of_zero\[.*-1\]|sixteen_bit\[None|offloaded_gradients\w+\[1-3\])"

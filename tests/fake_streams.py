@@ -5,6 +5,8 @@ Every entry of a stream is a name. A stream *has seen* what was put on it before
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,18 +41,26 @@ class FakeEvent:
 
 
 class FakeStreams:
-    """What :class:`mics_ds.comm.lanes.Streams` asks of an accelerator."""
+    """What :class:`mics_ds.comm.async_exec.Streams` asks of an accelerator."""
 
     def __init__(self) -> None:
         self.made: list[FakeStream] = []
         self._current = [FakeStream("default")]
+        self._events: weakref.WeakSet[FakeEvent] = weakref.WeakSet()
 
     def Stream(self) -> Any:  # noqa: N802
         self.made.append(FakeStream(f"own {len(self.made)}"))
         return self.made[-1]
 
     def Event(self) -> Any:  # noqa: N802
-        return FakeEvent()
+        event = FakeEvent()
+        self._events.add(event)
+        return event
+
+    def live_events(self) -> int:
+        """Return how many events something still refers to."""
+        gc.collect()
+        return len(self._events)
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:

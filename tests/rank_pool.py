@@ -80,7 +80,7 @@ def _serve(world_size: int, virtual: bool, rank: int, folder: Path, pipe: Connec
     import torch
     import torch.distributed as dist
 
-    from mics_ds.seams.partitioner import make_stock_gathers_wait
+    from mics_ds.check.oracle import make_stock_gathers_wait
 
     torch.set_num_threads(1)
     if virtual:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DISABLE_ENV
-from ..text import columns
+from ..formatting import columns
 from .recorder import REPORT_ENV
 
 NAMES = ("stock ZeRO-3", "MiCS")

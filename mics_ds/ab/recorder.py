@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..seams.engine import after_each_step
-from ..seams.patch import Patches
+from ..deepspeed_compat.patching import Patches
 
 REPORT_ENV = "MICS_DS_REPORT"
 COUNTERS = Path("/proc/net/dev")
@@ -79,6 +78,13 @@ def record_engine(patches: Patches, engine_class: type) -> None:
         recorder(self).saw_loss(loss.detach())
         return original(self, loss, *args, **kwargs)
 
+    def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.global_steps
+        result = original(self, *args, **kwargs)
+        if self.global_steps > before:
+            recorder(self).finished_step()
+        return result
+
     patches.set(engine_class, "_mics_recorder", None)
     patches.wrap_method(engine_class, "backward", backward)
-    after_each_step(patches, engine_class, lambda engine: recorder(engine).finished_step())
+    patches.wrap_method(engine_class, "step", step)

@@ -129,7 +129,7 @@ def _flat_and_staged(here: Surroundings) -> Iterator[Check]:
 def _staged(here: Surroundings) -> tuple[int | None, str]:
     """Ranks per simulated node for p = n in two stages, ``None`` where the real nodes will do; or why it cannot be."""
     n = here.size
-    if MicsLayout(tuple(range(n)), here.nodes, n).why_not_hierarchical() is None:
+    if MicsLayout(tuple(range(n)), here.nodes, n).why_not_hierarchical is None:
         return None, ""
     found = [k for k in range(2, n // 2 + 1) if n % k == 0]
     return (found[-1], "") if found else (None, f"{n} ranks are no nodes x ranks with two of each")

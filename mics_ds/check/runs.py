@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from ..comm.placement import SIMULATE_ENV
-from ..optimizer import MicsOptimizer
+from ..deepspeed_compat.optimizer import MicsOptimizer
 from .model import DTYPES, OddNet, batch
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from .. import __version__, activate
 from ..comm import placement
 from ..comm.layout import MicsLayout
 from ..config import DISABLE_ENV
+from ..deepspeed_compat import engine, probe
 from ..errors import MicsError
 from ..log import logger
-from ..seams import engine, partitioner, support
 from . import report
 from .checks import Check, Surroundings, all_checks, default_sizes, supported_dtypes
+from .oracle import make_stock_gathers_wait
 from .ranks import MEASURES, LostError, RollCall, Said, Worker, own_connection
 from .report import NOT_RUN, SKIPPED, Result
 from .runs import Measure, Place
@@ -89,13 +91,13 @@ class Session:
     # ------------------------------------------------------------------------------------- the start
 
     def _prepare_environment(self) -> None:
-        self._untested = support.untested_version()
-        os.environ[support.ALLOW_UNTESTED_ENV] = "1"
+        self._untested = probe.untested_version()
+        os.environ[probe.ALLOW_UNTESTED_ENV] = "1"
         if os.environ.pop(DISABLE_ENV, None):
             self._said.append(f"{DISABLE_ENV} was set; these checks ignore it")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits whatever runs on other streams
         activate()
-        partitioner.make_stock_gathers_wait()
+        make_stock_gathers_wait()
         if not self._given.verbose:
             logger.setLevel(logging.WARNING)
             # Both warn about what these checks do on purpose, in every engine.
@@ -132,7 +134,7 @@ class Session:
         limit = self._given.timeout
         problem = ""
         try:
-            claim = placement.claim(self._place.rank).as_json()
+            claim = asdict(placement.claim(self._place.rank))
         except MicsError as error:
             claim, problem = {}, str(error)
         given: Path | None = self._given.json
@@ -168,7 +170,7 @@ class Session:
             text = "; ".join(f"{', '.join(item['versions'])} on rank {rank}" for rank, item in known.items())
             return {"problem": f"All ranks must have the same versions of mics_ds, DeepSpeed and torch: {text[:2000]}"}
         try:
-            nodes = placement.resolve([placement.Claim.from_json(item["claim"]) for item in known.values()])
+            nodes = placement.resolve([placement.Claim(**item["claim"]) for item in known.values()])
         except MicsError as error:
             return {"problem": str(error)}
         common = [name for name in known[0]["dtypes"] if all(name in item["dtypes"] for item in known.values())]
@@ -300,13 +302,13 @@ class Session:
         )
         for p in sizes:
             layout = MicsLayout(tuple(range(n)), here.nodes, p)
-            reason = layout.why_not_hierarchical()
+            reason = layout.why_not_hierarchical
             way = "in two stages" if reason is None else f"flat ({reason})"
             self._say(f"  p={p:<4} {layout.replication_size} replicas x {p} shards, gathers {way}")
         if self._untested is not None:
             self._said.append(
                 f"DeepSpeed {self._untested} is not among the tested versions; for this run, "
-                f"{support.ALLOW_UNTESTED_ENV}=1 is set"
+                f"{probe.ALLOW_UNTESTED_ENV}=1 is set"
             )
         if n == 1:
             self._said.append(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..comm.collectives import GATHER_INTER, HOP1_INTER, HOP2
-from ..comm.meter import Collective, CommMeter
+from .meter import Collective, CommMeter
 from .model import Chain, batch
 from .runs import Measure, Place, Setup, engine_of
 

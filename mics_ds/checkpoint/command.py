@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
-from ..seams.checkpoint import load_states
 from . import manifest, names, origin
 from . import reshape as cutting
 from .manifest import CLIENT_STATE, FileRecord, Manifest

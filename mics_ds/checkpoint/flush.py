@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..config import CheckpointRequest
+from ..deepspeed_compat import checkpoint as seam
 from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
-from ..seams import checkpoint as seam
 from . import manifest, memory, names
 from .manifest import CLIENT_STATE, Manifest
 from .memory import Copy

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..comm.groups import MicsGroups
-from ..seams import checkpoint as seam
+from ..deepspeed_compat import checkpoint as seam
 from . import memory
 from .neighbours import receivers
 from .together import Site
@@ -39,7 +39,7 @@ def holdings_of(engine: Any, groups: MicsGroups, site: Site) -> Holdings:
         site: with a folder of each node.
     """
     model_parallel, layout = seam.model_parallel_rank(engine), groups.layout
-    if not engine.optimizer.is_sliced:
+    if engine.optimizer.world_states is None:
         names = {
             memory.shard_name(model_parallel, shard)
             for shard, ranks in enumerate(layout.replication_groups)

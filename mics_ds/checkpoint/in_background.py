@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CheckpointRequest
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import wait_for_device
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
-from ..seams import checkpoint as seam
-from ..seams.engine import wait_for_device
 from .background import Background
 from .board import NOTHING_PUBLISHED
 from .joints import Staged
@@ -147,7 +147,7 @@ def _collect(one: _Save, session: Staging) -> None:
     """Have DeepSpeed say what it would write."""
     site, engine, request = one.site, one.engine, one.request
     owner = site.writer == site.rank
-    shares = owner or (len(site.sharers) > 1 and not engine.optimizer.is_sliced)
+    shares = owner or (len(site.sharers) > 1 and engine.optimizer.world_states is None)
     seam.set_writer(engine, owner, shares)
     seam.collect_states(
         engine,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..comm.slices import Slices
+from ..comm.packing import ChunkLayout
 from .arena import ALIGNMENT, aligned
 
 SHARED_FROM = 64 << 10
@@ -61,7 +61,8 @@ class Joint(NamedTuple):
                     whole[start:stop].copy_(part)
             return
         rows = torch.stack([part.view(self._dtype) for part in pieces])
-        Slices(self.shards, len(pieces), 0).put(rows, whole.view(self._dtype))
+        shards = whole.view(self._dtype).split(list(self.shards))
+        ChunkLayout.in_rank_order(self.shards, len(pieces)).copy_out(rows, shards)
 
     def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
         """Put the slices of one replica where they belong.
@@ -70,8 +71,8 @@ class Joint(NamedTuple):
             piece: (sizes[replica],) uint8.
             whole: (nbytes,) uint8, written.
         """
-        cut = Slices(self.shards, len(self.sizes), replica)
-        cut.give(piece.view(self._dtype), whole.view(self._dtype))
+        cut = ChunkLayout.in_rank_order(self.shards, len(self.sizes))
+        cut.give(piece.view(self._dtype), whole.view(self._dtype), replica)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import is_fresh
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
-from ..seams import checkpoint as seam
-from ..seams.engine import is_fresh
 from . import manifest, mismatch, names, origin, rank_state, reshape, restart
 from .background import Background
 from .manifest import CLIENT_STATE, Manifest

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
-from ..seams.checkpoint import load_states
 from . import manifest
 
 MARK = "mics_ds"

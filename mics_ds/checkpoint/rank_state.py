@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import device_streams, wait_for_device
 from ..errors import MicsCheckpointError, words
-from ..seams import checkpoint as seam
-from ..seams.engine import device_streams, wait_for_device
 from .recording import record
 from .reshape import FROZEN_SHAPES, FROZEN_SHARDS, MODULE, PARAM_SHAPES, TIED_NAMES
 

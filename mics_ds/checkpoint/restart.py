@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
-from ..seams import checkpoint as seam
-from ..seams.engine import communication_device
 from . import manifest, memory, names
 from .memory import Copy
 from .snapshot import MemoryTier, set_random_states

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from ..config import CheckpointRequest
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import steps_taken
 from ..errors import MicsCheckpointError, words
 from ..log import log_rank0
-from ..seams import checkpoint as seam
-from ..seams.engine import steps_taken
 from . import in_background, manifest, names, origin, slices
 from .board import NOTHING_PUBLISHED, Round
 from .manifest import CLIENT_STATE, FileRecord, Manifest

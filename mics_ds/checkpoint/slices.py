@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..comm import collectives
+from ..deepspeed_compat.engine import communication_device
 from .together import Site, attempt
 
 PIECE_BYTES = 64 << 20
@@ -27,20 +28,20 @@ def gathered(optimizer: Any, site: Site, errors: list[str]) -> Iterator[None]:
     Raises:
         MicsCommError: another rank has died.
     """
-    if not optimizer.is_sliced:
+    if optimizer.world_states is None:
         yield
         return
-    optimizer.shards_are_read()
+    optimizer.world_states.finish_updates()
     wholes: list[torch.Tensor] = []
-    for sub_group, held in optimizer.elementwise_states():
+    for sub_group, held in optimizer.world_states.checkpoints.elementwise_states():
         for writer in site.writers:
             _gather(optimizer, site, sub_group, held, writer, wholes, errors)
     if site.rank in site.writers and not errors:
-        optimizer.gathered_states = optimizer.state_dict_with(wholes)
+        optimizer.world_states.checkpoints.gathered_states = optimizer.world_states.checkpoints.state_dict_with(wholes)
     try:
         yield
     finally:
-        optimizer.gathered_states = None
+        optimizer.world_states.checkpoints.gathered_states = None
 
 
 def _gather(
@@ -52,21 +53,21 @@ def _gather(
     wholes: list[torch.Tensor],
     errors: list[str],
 ) -> None:
-    group, cut = site.groups.update, optimizer.slices_of(sub_group)
+    group, cut = site.groups.replication, optimizer.world_states.cuts[sub_group]
     assert group is not None, "there are slices"
     rows: list[torch.Tensor] = []
     if writer == site.rank:
-        attempt(lambda: rows.append(torch.empty(cut.replicas, cut.numel, dtype=held.dtype)), errors)
+        attempt(lambda: rows.append(torch.empty(cut.size, cut.width, dtype=held.dtype)), errors)
     place, count = group.ranks.index(writer), -(-held.nbytes // PIECE_BYTES)
     for first, part in collectives.gather_to(
-        held.detach(), place, group, "slices of optimizer states", optimizer.communication_device, count
+        held.detach(), place, group, "slices of optimizer states", communication_device(), count
     ):
         if rows:  # if there is no memory for them, the others must not wait for this rank
             rows[0][:, first : first + part.shape[1]].copy_(part)
 
     def put() -> None:
-        whole = torch.empty(cut.shard_starts[-1], dtype=held.dtype)
-        cut.put(rows[0], whole)
+        whole = torch.empty(cut.flat_starts[-1], dtype=held.dtype)
+        cut.copy_out([rows[0]], whole.split(list(cut.numels)))
         wholes.append(whole)
 
     if rows:

@@ -27,10 +27,10 @@ from deepspeed.accelerator import get_accelerator
 
 from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import device_streams, steps_taken, wait_for_device
 from ..errors import MicsCheckpointError, MicsConfigError, words
 from ..log import log_rank0, logger
-from ..seams import checkpoint as seam
-from ..seams.engine import device_streams, steps_taken, wait_for_device
 from . import memory
 from .arena import Arena
 from .background import Background, at_end

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..deepspeed_compat.engine import device_streams
 from ..errors import words
-from ..seams.engine import device_streams
 from . import origin
 from .arena import Arena
 from .joints import SHARED_FROM, Joint, Room, Staged, StagedFile, shares
@@ -65,23 +65,25 @@ class Staging:
     @contextmanager
     def states_of(self, optimizer: Any) -> Iterator[None]:
         """Let ``optimizer.state_dict()`` be that of whole shards, where slices are still to be joined to them."""
-        if not optimizer.is_sliced:
+        if optimizer.world_states is None:
             yield
             return
-        optimizer.shards_are_read()
-        for sub_group, held in optimizer.elementwise_states():
-            cut = optimizer.slices_of(sub_group)
+        optimizer.world_states.finish_updates()
+        for sub_group, held in optimizer.world_states.checkpoints.elementwise_states():
+            cut = optimizer.world_states.cuts[sub_group]
             # Never touched, so the system never gives memory for it.
-            whole = torch.empty(cut.shard_starts[-1] if self._owner else 0, dtype=held.dtype, device="cpu")
-            sizes = (held.nbytes,) * (cut.replicas if self._alone else self._replicas)
-            joint = Joint(cut.shard_starts[-1] * held.itemsize, -1, -1, sizes, cut.shards, held.itemsize)
+            whole = torch.empty(cut.flat_starts[-1] if self._owner else 0, dtype=held.dtype, device="cpu")
+            sizes = (held.nbytes,) * (cut.size if self._alone else self._replicas)
+            joint = Joint(cut.flat_starts[-1] * held.itemsize, -1, -1, sizes, cut.numels, held.itemsize)
             self._wholes.append((whole, joint, held.detach()))
         if self._owner:
-            optimizer.gathered_states = optimizer.state_dict_with([whole for whole, _, _ in self._wholes])
+            optimizer.world_states.checkpoints.gathered_states = optimizer.world_states.checkpoints.state_dict_with(
+                [whole for whole, _, _ in self._wholes]
+            )
         try:
             yield
         finally:
-            optimizer.gathered_states = None
+            optimizer.world_states.checkpoints.gathered_states = None
 
     def stage(self, arena: Arena, finish: Callable[[], object]) -> Staged:
         """Copy everything into shared memory.

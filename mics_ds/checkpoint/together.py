@@ -20,9 +20,9 @@ from torch.distributed import distributed_c10d as c10d
 
 from .. import __version__
 from ..comm.groups import MicsGroups
+from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsCheckpointError, words
 from ..log import logger
-from ..seams.engine import communication_device
 from .manifest import FileRecord, Manifest
 
 _EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsCheckpointError, words
 from ..log import logger
-from ..seams.engine import communication_device
 from . import memory
 from .arena import Arena
 from .memory import Copy, Description

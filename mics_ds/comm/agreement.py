@@ -1,19 +1,21 @@
-"""Do all ranks mean the same thing? Asked through the rendezvous store, before any collective.
+"""Do all ranks mean the same? Asked through the rendezvous store, before any collective.
 
-A collective cannot ask this question: if one rank runs MiCS and another does not, they would issue
-different collectives on the same group and wait for each other forever. The store that brought the
-process group up has no such problem.
+A collective cannot ask this question. If one rank runs MiCS and another does not, they issue different collectives on
+the same group and wait for each other forever. The store that brought the process group up has no such problem.
 
-In each *round* every participant posts a small JSON payload. Some ranks join the payloads of 31 others
-into a table, fewer join those tables, and the first participant posts the whole, which everybody
-reads. A table keeps each column as runs of equal values and is compressed, so at 10,240 ranks nobody
-reads more than a few kB, where one list of all payloads would be 1.2 MB for each of them.
+In each *round* every rank makes a statement, a small JSON object:
 
-Ranks that do not run MiCS (no key, key switched off by the environment, a configuration error) post
-too, so that the others learn of it at once and not by a timeout. Rounds are numbered for each set of
-participants, so they must be taken at the same places on every rank of that set: wherever DeepSpeed
-builds a partitioner or an engine over it (:mod:`mics_ds.activation`), and where MiCS builds its
-groups. What a subset of the ranks does among itself does not disturb the rounds of the others.
+    | key     | who writes it             | what                                                |
+    |---------|---------------------------|-----------------------------------------------------|
+    | here/i  | the i-th rank             | it has come; the digest of its statement            |
+    | stated  | the first rank to come    | its statement, which all others compare with theirs |
+    | same    | each rank that agrees     | a counter; the rank that completes it writes "ok"   |
+    | off     | a rank that runs no MiCS  | its number; it does not wait                        |
+    | verdict | one rank, the first wins  | "ok", or the error that all ranks raise             |
+
+A rank reads its peers' statement and the verdict, a few hundred bytes in any job. Rounds are numbered for each set of
+ranks, so ranks of a set must take them at the same places: wherever DeepSpeed builds a partitioner or an engine, and
+where MiCS builds its groups.
 """
 
 from __future__ import annotations
@@ -22,78 +24,47 @@ import hashlib
 import json
 import os
 import time
-import zlib
-from base64 import b85decode, b85encode
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from ..errors import MicsAgreementError, MicsError
+from ..formatting import abbreviate
 from ..log import logger
-from ..text import abbreviate
+from .job import current_job
 from .layout import Ranks
 
 TIMEOUT_ENV = "MICS_DS_AGREEMENT_TIMEOUT"
 _REMIND_AFTER_S = 30.0
-FAN_IN = 32
-"""Tables that one rank joins into one."""
+_GRACE_S = 30.0
+"""How much longer ranks wait while one of them looks who is missing."""
+_LATECOMERS_S = 5.0
+"""How long a difference waits for ranks that have yet to come, to name more of them."""
+_AGREED = "ok"
+_CHUNK = 64
+"""Keys that are looked for in one request."""
 
-STATE, CONFIG = "state", "config"
-ON, DISABLED, OFF, ERROR = "on", "disabled", "off", "error"
-_UNHEARD = "unheard"
-"""State of a rank that had not been heard when another ended the round with an error."""
-_KEPT_ROUNDS = 16
-
-Payload = Mapping[str, Any]
-
-
-class _Rounds:
-    """Counts rounds of the current world, by participants. A new world (after destroy and init) starts again at 0."""
-
-    world: dist.ProcessGroup | None = None
-    numbers: ClassVar[dict[Ranks, int]] = {}
-    posted: ClassVar[dict[Ranks, dict[int, list[str]]]] = {}
-    """Keys of this rank that are still in the store, by round."""
-
-    @classmethod
-    def take(cls, ranks: Ranks) -> int:
-        if cls.world is not dist.group.WORLD:
-            cls.world, cls.numbers, cls.posted = dist.group.WORLD, {}, {}
-        cls.numbers[ranks] = cls.numbers.get(ranks, 0) + 1
-        return cls.numbers[ranks]
-
-    @classmethod
-    def remember(cls, ranks: Ranks, number: int, key: str) -> None:
-        cls.posted.setdefault(ranks, {}).setdefault(number, []).append(key)
-
-    @classmethod
-    def forget(cls, ranks: Ranks, store: dist.Store, before: int) -> None:
-        """Delete what this rank has posted in rounds before this one."""
-        rounds = cls.posted.get(ranks, {})
-        for number in [number for number in rounds if number < before]:
-            for key in rounds.pop(number):
-                store.delete_key(key)
+Statement = Mapping[str, Any]
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """How long a collective of ``group`` may take on ``device``, or ``None`` where its backend does not say."""
+    """Return how long a collective of ``group`` may take on ``device``, ``None`` where its backend does not say."""
     backend: Any = group._get_backend(device)
     while hasattr(backend, "wrapped_pg"):  # TORCH_DISTRIBUTED_DEBUG=DETAIL
         backend = backend.wrapped_pg
     try:
         return getattr(backend.options, "_timeout", None)
-    except (AttributeError, RuntimeError):  # a backend that somebody added to torch need not have options
+    except (AttributeError, RuntimeError):  # a backend from outside torch need not have options
         return None
 
 
 def job_timeout_s() -> float:
-    """How long the job lets a collective wait, in seconds: ranks may reach DeepSpeed as far apart as that."""
+    """Return how long the job lets a collective wait, in seconds: ranks may reach DeepSpeed as far apart as that."""
     world = dist.group.WORLD
     assert world is not None, "only asked for in an initialised process group"
     timeouts = [timeout_of(world, device) for device in world._device_types]
@@ -101,8 +72,8 @@ def job_timeout_s() -> float:
     return min((timeout.total_seconds() for timeout in timeouts if timeout is not None), default=default)
 
 
-def patience_in_s() -> float:
-    """Return how long ranks wait for each other's reports: as long as the job's collectives, or as the user says."""
+def patience_s() -> float:
+    """Return how long ranks wait for each other's statements: as long as collectives, or as the environment says."""
     said = os.environ.get(TIMEOUT_ENV)
     return job_timeout_s() if said is None else float(said)
 
@@ -111,246 +82,175 @@ def world_ranks() -> Ranks:
     return tuple(range(dist.get_world_size())) if dist.is_initialized() else (0,)
 
 
-class _RoundEndedError(Exception):
-    """The round's result is there, while this rank was still waiting for a part of it."""
+def digest(value: Any) -> str:
+    """Return sixteen hexadecimal digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _TimeIsUpError(Exception):
+    """No verdict came in time."""
 
 
 class _Round:
-    """One round among ``ranks``, from the calling rank's point of view.
+    """One round among ``ranks``, from the calling rank's point of view."""
 
-    Keys in the store, under the round's prefix: ``0/i`` is what the i-th participant says, ``l/i`` the table that it
-    has joined of the FAN_IN**l participants from the i-th on, and ``all`` the result.
-    """
-
-    def __init__(self, ranks: Ranks, least: Sequence[str] = (), patience_s: float | None = None) -> None:
-        self.ranks = ranks
-        self.place = ranks.index(dist.get_rank())
-        self._least = least
+    def __init__(self, ranks: Ranks) -> None:
+        job = current_job()
+        job.rounds[ranks] += 1
+        self._ranks = ranks
+        self._place = ranks.index(dist.get_rank())
         self._store = c10d._get_default_store()
-        self._number = _Rounds.take(ranks)
-        among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
-        self._prefix = f"mics_ds/{among}/{self._number}/"
-        self._deadline = time.monotonic() + (patience_in_s() if patience_s is None else patience_s)
+        self._number = job.rounds[ranks]
+        self._among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
 
-    def post(self, table: Sequence[Payload], level: int = 0) -> None:
-        """Post what this rank has joined: at level 0, its own payload."""
-        key = f"{self._prefix}{level}/{self.place}"
-        _Rounds.remember(self.ranks, self._number, key)
-        self._store.set(key, pack_table(table))  # type: ignore[arg-type]  # takes bytes, whatever its stub says
+    def _key(self, name: str, number: int | None = None) -> str:
+        return f"mics_ds/{self._among}/{self._number if number is None else number}/{name}"
 
-    def leave(self, payload: Payload) -> None:
-        """Post without waiting for anybody. An error ends the round, also for those who have not come yet."""
-        if payload[STATE] == ERROR:
-            rows: list[Payload] = [{STATE: _UNHEARD}] * len(self.ranks)
-            rows[self.place] = payload
-            self._publish(rows)
-        self.post([payload])
-        # Who does not wait never learns how far the others are, but nobody is that many rounds behind.
-        _Rounds.forget(self.ranks, self._store, self._number - _KEPT_ROUNDS)
+    def end(self, verdict: str) -> None:
+        """End the round for all ranks, those that have not come yet among them. The first verdict holds."""
+        self._store.compare_set(self._key("verdict"), "", verdict)
 
-    def result(self, payload: Payload) -> list[dict[str, Any]]:
-        """Join tables where that is this rank's part, and return the whole."""
-        try:
-            table = self._join([dict(payload)])
-        except _RoundEndedError:
-            return self._read("all")
-        if not any(row[STATE] == _UNHEARD for row in table):
-            # Everybody has posted in this round, and so has read the ones before.
-            _Rounds.forget(self.ranks, self._store, self._number)
-        return table
+    def leave(self) -> None:
+        """Report that this rank runs no MiCS, without waiting for anybody."""
+        self._store.set(self._key("off"), str(dist.get_rank()))
+        if self._store.check([self._key("stated")]):
+            self.end(_without_mics(dist.get_rank()))
+        self._clean_up(self._number - 16)  # who does not wait is at most a few rounds ahead of the others
 
-    def _join(self, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        n, span, level = len(self.ranks), 1, 0
-        while span < n and self.place % (span * FAN_IN) == 0:
-            for child in range(self.place + span, min(self.place + span * FAN_IN, n), span):
-                own = self._require_willing(child)
-                table += own if level == 0 else self._await(f"{level}/{child}", range(child, min(child + span, n)))
-            self._take_least(table)
-            span, level = span * FAN_IN, level + 1
-            self.post(table, level)
-        if self.place == 0:
-            return self._publish(table)
-        self._require_willing(self.place - self.place % (span * FAN_IN))
-        return self._await("all", range(n))
-
-    def _take_least(self, table: list[dict[str, Any]]) -> None:
-        for name in self._least:
-            least = min((row[name] for row in table if name in row), default=None)
-            for row in table:
-                if name in row:
-                    row[name] = least
-
-    def _require_willing(self, place: int) -> list[dict[str, Any]]:
-        """What this rank has said. If it will not join tables, for it does not run MiCS, end the round."""
-        said = self._await(f"0/{place}", [place])
-        state = said[0][STATE]
-        if state == OFF:
-            self._publish([self._await(f"0/{other}", [other])[0] for other in range(len(self.ranks))])
-        if state in (OFF, ERROR):
-            raise _RoundEndedError
-        return said
-
-    def _publish(self, table: Sequence[Payload]) -> list[dict[str, Any]]:
-        """Post the result and return it. Of several, the first is for all, so that all raise the same error."""
-        key = f"{self._prefix}all"
-        _Rounds.remember(self.ranks, self._number, key)
-        # The store compares and sets text.
-        return unpack_table(b85decode(self._store.compare_set(key, "", b85encode(pack_table(table)).decode())))
-
-    def _await(self, what: str, awaited: Sequence[int]) -> list[dict[str, Any]]:
-        """Wait for a table by polling: a blocking ``store.wait`` would not let Ctrl-C through.
+    def state(self, statement: Statement, what: str, patience: float) -> None:
+        """Compare a statement with those of all others.
 
         Raises:
-            _RoundEndedError: the result of the round came first.
-            MicsAgreementError: the job's patience is over.
+            MicsAgreementError: another rank states something else, runs no MiCS, or has failed.
+            _TimeIsUpError: there is no verdict after ``patience`` seconds.
         """
+        mine = json.dumps(statement, sort_keys=True)
+        self._store.set(self._key(f"here/{self._place}"), digest(statement))
+        first = self._store.compare_set(self._key("stated"), "", mine).decode()
+        if self._store.check([self._key("off")]):
+            self.end(_without_mics(int(self._store.get(self._key("off")))))
+        elif first != mine:
+            self.end(self._difference(json.loads(first), statement, what))
+        elif self._store.add(self._key("same"), 1) == len(self._ranks):
+            self.end(_AGREED)
+        verdict = self._await_verdict(patience)
+        if verdict != _AGREED:  # ranks that find out who differs still look for this one
+            raise MicsAgreementError(verdict)
+        self._store.delete_key(self._key(f"here/{self._place}"))
+        self._clean_up(self._number - 1)  # all ranks are in this round, so they have read the last one's verdict
+
+    def _clean_up(self, number: int) -> None:
+        if self._place == 0 and number > 0:
+            for name in ("stated", "same", "off", "verdict"):
+                self._store.delete_key(self._key(name, number))
+
+    def _await_verdict(self, patience: float) -> str:
+        """Poll for the verdict: a blocking ``store.wait`` would not let Ctrl-C through."""
         started, pause, reminded = time.monotonic(), 0.001, False
-        longest_pause = 0.2 + 5e-5 * len(self.ranks)  # one process answers all of them
-        while not self._store.check([self._prefix + what]):
-            if what != "all" and self._store.check([f"{self._prefix}all"]):
-                raise _RoundEndedError
-            now = time.monotonic()
-            if now > self._deadline:
-                raise MicsAgreementError(
-                    f"Expected every rank to report its MiCS configuration, but {self._who_is_missing(awaited)} in "
-                    f"{now - started:.0f} s. Either they died (look at their output), or they do not build the same "
-                    f"model with mics_ds installed and imported; {TIMEOUT_ENV} (seconds) sets how long to wait, by "
-                    f"default the timeout of the job's process group."
-                )
-            if now - started > _REMIND_AFTER_S and not reminded:
+        longest_pause = 0.2 + 5e-5 * len(self._ranks)  # one process answers all of them
+        while not self._store.check([self._key("verdict")]):
+            waited = time.monotonic() - started
+            if waited > patience:
+                raise _TimeIsUpError
+            if waited > _REMIND_AFTER_S and not reminded:
                 reminded = True
                 logger.warning(
                     "rank %d still waits for other ranks to report their MiCS configuration", dist.get_rank()
                 )
             time.sleep(pause)
             pause = min(pause * 1.5, longest_pause)
-        return self._read(what)
+        return self._store.get(self._key("verdict")).decode()
 
-    def _who_is_missing(self, awaited: Sequence[int]) -> str:
-        silent = self._lacking(0, awaited)
-        if silent:
-            return f"nothing came from ranks {abbreviate(silent)}"
-        # All have reported, so one of those that join reports has stopped since. A table lacks where one below does.
-        span, level = FAN_IN, 1
-        while span < len(self.ranks) * FAN_IN:
-            stopped = self._lacking(level, range(0, len(self.ranks), span))
-            if stopped:
-                break
-            span, level = span * FAN_IN, level + 1
-        return f"ranks {abbreviate(stopped)}, which pass the reports of others on, sent nothing more"
+    def name_missing(self, patience: float) -> str:
+        """Find out which ranks have not come, and tell all the others.
 
-    def _lacking(self, level: int, places: Sequence[int]) -> list[int]:
-        """Global ranks of ``places`` that have not posted their table of this level. Few, or it takes long."""
-        if not places or self._store.check([f"{self._prefix}{level}/{place}" for place in places]):
-            return []
-        if len(places) == 1:
-            return [self.ranks[places[0]]]
-        middle = len(places) // 2
-        return self._lacking(level, places[:middle]) + self._lacking(level, places[middle:])
+        Returns:
+            The verdict.
+        """
+        if self._store.add(self._key("late"), 1) == 1:  # one rank asks for all, or the store drowns in questions
+            missing = []
+            for start in range(0, len(self._ranks), _CHUNK):
+                places = range(start, min(start + _CHUNK, len(self._ranks)))
+                if not self._store.check([self._key(f"here/{place}") for place in places]):
+                    missing += [place for place in places if not self._store.check([self._key(f"here/{place}")])]
+            self.end(
+                f"Expected every rank to report its MiCS configuration, but nothing came from ranks "
+                f"{abbreviate([self._ranks[place] for place in missing])} in {patience:.0f} s. Either they died (look "
+                f"at their output), or they do not build the same model with mics_ds installed and imported; "
+                f"{TIMEOUT_ENV} (seconds) sets how long to wait, by default the timeout of the job's process group."
+            )
+        try:
+            return self._await_verdict(_GRACE_S)
+        except _TimeIsUpError:
+            return "Expected a verdict on the MiCS configuration, but the rank that looks who is missing has stopped."
 
-    def _read(self, what: str) -> list[dict[str, Any]]:
-        packed = self._store.get(self._prefix + what)
-        return unpack_table(b85decode(packed) if what == "all" else packed)
-
-
-def digest(value: Any) -> str:
-    """Sixteen hexadecimal digits for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-_USUAL = (
-    b'"memory":[[1,"host":[[1,"model":[["source":[[1,"hostname"]],"node":[[1,"local_rank":[[1,null]],"first":[[1,0]],'
-    b'"stride":[[1,0]],"size":[[1,{"state":[[1,"off"]],"config":[[1,"message":[[1,{"state":[[1,"on"]],"config":[[1,'
-    b'{"mics_shard_size":8,"mics_hierarchical_params_gather":"auto","mics_hierarchical_grad_scatter":"auto",'
-    b'"mics_reduce_scatter":"auto","mics_reshape_checkpoint":false}]],"size":[[1'
-)
-"""What tables are made of. Without it, compression gains nothing on the many that have one row."""
-
-
-def pack_table(rows: Sequence[Payload]) -> bytes:
-    """Rows as columns of runs, ``[count, value]`` or ``[count]`` where rows lack the column; compressed JSON."""
-    columns = {
-        name: [
-            [sum(1 for _ in run), *json.loads(said)]
-            for said, run in groupby(json.dumps([row[name]] if name in row else []) for row in rows)
-        ]
-        for name in dict.fromkeys(name for row in rows for name in row)
-    }
-    packer = zlib.compressobj(9, zdict=_USUAL)
-    return packer.compress(json.dumps(columns, separators=(",", ":")).encode()) + packer.flush()
+    def _difference(self, theirs: Statement, mine: Statement, what: str) -> str:
+        fields = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        keys = {rank: self._key(f"here/{place}") for place, rank in enumerate(self._ranks[:_CHUNK])}
+        with suppress(RuntimeError):  # some may never come
+            self._store.wait(list(keys.values()), timedelta(seconds=_LATECOMERS_S))
+        came = {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+        came[dist.get_rank()] = digest(mine)
+        told = []
+        for said in (theirs, mine):
+            ranks = sorted(rank for rank, own in came.items() if own == digest(said))
+            where = f"ranks {abbreviate(ranks)}" if ranks else "others"
+            told.append(f"{json.dumps({name: said.get(name) for name in fields})} on {where}")
+        return (
+            f"All ranks must agree on {what}, but it is {'; '.join(told)}. Give every node the same ds_config JSON and "
+            f"the same MICS_DS_* environment variables (the deepspeed launcher forwards those to other nodes only from "
+            f"a .deepspeed_env file)."
+        )
 
 
-def unpack_table(packed: bytes) -> list[dict[str, Any]]:
-    columns = json.loads(zlib.decompressobj(zdict=_USUAL).decompress(packed))
-    rows: list[dict[str, Any]] = [{} for _ in range(max(sum(run[0] for run in runs) for runs in columns.values()))]
-    for name, runs in columns.items():
-        place = 0
-        for count, *value in runs:
-            if value:
-                for row in rows[place : place + count]:
-                    row[name] = value[0]
-            place += count
-    return rows
+def _without_mics(rank: int) -> str:
+    return (
+        f"All ranks must run MiCS or none, but rank {rank} runs without it: its configuration has no mics_ key, or "
+        f"mics_ds is not imported there. Give every node the same ds_config JSON and environment."
+    )
 
 
-def alone(ranks: Ranks | None = None) -> bool:
-    """Whether there is nobody to agree with."""
+def is_alone(ranks: Ranks | None = None) -> bool:
+    """Return whether there is no other rank to agree with."""
     return not dist.is_initialized() or len(ranks or world_ranks()) == 1
 
 
-def post(payload: Payload, ranks: Ranks | None = None) -> None:
-    """Take part in a round without waiting for its result. For ranks that will not run MiCS.
+def report_off(ranks: Ranks | None = None) -> None:
+    """Take part in a round as a rank that does not run MiCS, without waiting for the result.
 
     Args:
         ranks: global ranks of the participants, in an order that all of them share; by default the world.
     """
-    if alone(ranks):
+    if is_alone(ranks):
         return
     try:
-        _Round(ranks or world_ranks()).leave(payload)
+        _Round(ranks or world_ranks()).leave()
     except RuntimeError as error:
-        # MPI and the "fake" backend have no store. Whoever runs MiCS says so; stock ZeRO-3 has no use for one.
+        # MPI and the "fake" backend have no store. Ranks that run MiCS say so; stock ZeRO-3 has no use for one.
         logger.debug("rank %d could not report that it does not run MiCS: %s", dist.get_rank(), error)
 
 
-def post_error(error: BaseException, ranks: Ranks | None = None) -> None:
-    """Tell the other ranks why this one will not go on. It still has to raise ``error`` itself.
-
-    An error is told once, however many places it passes on its way; a :class:`MicsAgreementError` all ranks have.
-    """
-    if not (isinstance(error, MicsAgreementError) or getattr(error, "mics_told", False)):
-        error.mics_told = True  # type: ignore[attr-defined]
-        words = str(error) if isinstance(error, MicsError) else f"{type(error).__name__}: {error}"
-        post({STATE: ERROR, "message": words}, ranks)
-
-
-@contextmanager
-def failing_together(ranks: Ranks | None = None) -> Iterator[None]:
-    """Whatever is raised in this context, tell the participants of the next round, who would wait for this rank."""
-    try:
-        yield
-    except Exception as error:
-        post_error(error, ranks)
-        raise
-
-
-def exchange(payload: Payload, ranks: Ranks | None = None, *, least: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Post this rank's payload and return those of all participants, in their order. Blocks until all have posted.
+def require_same(statement: Statement, what: str, ranks: Ranks | None = None) -> None:
+    """Check that all ranks make the same statement. Blocks until all have made theirs.
 
     Args:
-        least: fields of which only the least value counts. It is what they hold in the result, in some of the rows at
-            least: numbers that differ on every rank would make it long.
+        statement: fields that JSON can hold.
+        what: describes the statement in an error.
+        ranks: as for :func:`report_off`.
 
     Raises:
-        MicsAgreementError: a rank did not report in the time that the job lets collectives wait, or within
-            ``MICS_DS_AGREEMENT_TIMEOUT`` seconds. Raised on every rank that waits.
+        MicsAgreementError: the ranks disagree, or one runs no MiCS, has failed, or did not come in the time that the
+            job lets collectives wait, or within ``MICS_DS_AGREEMENT_TIMEOUT`` seconds. The same on every rank.
     """
-    if alone(ranks):
-        return [dict(payload)]
+    if is_alone(ranks):
+        return
+    patience = patience_s()
     try:
-        round_ = _Round(ranks or world_ranks(), least)
-        round_.post([payload])
-        return round_.result(payload)
+        round_ = _Round(ranks or world_ranks())
+        try:
+            round_.state(statement, what, patience)
+        except _TimeIsUpError:
+            raise MicsAgreementError(round_.name_missing(patience)) from None
     except MicsAgreementError:
         raise
     except RuntimeError as error:
@@ -361,52 +261,37 @@ def exchange(payload: Payload, ranks: Ranks | None = None, *, least: Sequence[st
         ) from error
 
 
-def ask_peers(payload: Payload, ranks: Ranks, patience_s: float) -> list[dict[str, Any]] | None:
-    """Exchange payloads with ranks that may not be asking.
+def peers_agree(statement: Statement, what: str, ranks: Ranks, patience: float) -> bool | None:
+    """Compare a statement with peers that may not be asking.
 
     For a rank that has come to a place where its peers may have gone another way: a collective would meet whatever
     collective they have issued.
 
     Returns:
-        The payloads of all ranks in their order, or ``None`` if some rank did not come in time.
+        Whether all ranks state the same, or ``None`` if some rank did not come within ``patience`` seconds.
     """
     try:
-        round_ = _Round(ranks, patience_s=patience_s)
-        said = {STATE: ON, **payload}
-        round_.post([said])
-        return round_.result(said)
+        _Round(ranks).state(statement, what, patience)
     except MicsAgreementError:
+        return False
+    except _TimeIsUpError:
         return None
+    return True
 
 
-def require_same(
-    payloads: list[dict[str, Any]], fields: Mapping[str, str] | None = None, ranks: Ranks | None = None
-) -> None:
-    """Check that all ranks are in the same state, with the same configuration and the same named fields.
+@contextmanager
+def failing_together(ranks: Ranks | None = None) -> Iterator[None]:
+    """Report exceptions to the participants of the next round, who would wait for this rank. They are raised here too.
 
-    Args:
-        payloads: one per rank, as returned by :func:`exchange`.
-        fields: further field names, with the words that describe them in an error.
-        ranks: whose payloads they are, as given to :func:`exchange`.
-
-    Raises:
-        MicsAgreementError: some rank failed, runs without MiCS, or differs in a field. The message is
-            the same on every rank.
+    An exception is reported once, however many of these contexts it leaves. All ranks have a MicsAgreementError.
     """
-    by_rank = dict(zip(ranks or range(len(payloads)), payloads))
-    failed = {rank: item["message"] for rank, item in by_rank.items() if item[STATE] == ERROR}
-    if failed:
-        rank, message = next(iter(failed.items()))
-        others = f" (and on ranks {list(failed)[1:]})" if len(failed) > 1 else ""
-        raise MicsAgreementError(f"The MiCS configuration was refused on rank {rank}{others}: {message}")
-    for field, words in {STATE: "whether MiCS is on", CONFIG: "the MiCS configuration", **(fields or {})}.items():
-        values: dict[str, list[int]] = {}
-        for rank, item in by_rank.items():
-            values.setdefault(json.dumps(item.get(field)), []).append(rank)
-        if len(values) > 1:
-            said = "; ".join(f"{value} on ranks {abbreviate(ranks)}" for value, ranks in values.items())
-            raise MicsAgreementError(
-                f"All ranks must agree on {words}, but it is {said}. Give every node the same ds_config JSON and the "
-                f"same MICS_DS_* environment variables (the deepspeed launcher forwards those to other nodes only "
-                f"from a .deepspeed_env file)."
-            )
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, MicsAgreementError) or getattr(error, "mics_reported", False) or is_alone(ranks)):
+            error.mics_reported = True  # type: ignore[attr-defined]
+            words = str(error) if isinstance(error, MicsError) else f"{type(error).__name__}: {error}"
+            verdict = f"The MiCS configuration was refused on rank {dist.get_rank()}: {words}"
+            with suppress(RuntimeError):  # without a store nobody can be told
+                _Round(ranks or world_ranks()).end(verdict)
+        raise

@@ -10,81 +10,55 @@
 |   as a reduce-scatter     | replication          | with world-sharded states         | (r-1)/r · M/p              |
 | all-gather of updates     | replication          | after the step, with those        | (r-1)/r · M/p              |
 
-They are meant to run on a :class:`mics_ds.comm.lanes.Lane`, which says where each of their stages waits. Where a
-collective has two stages, buffers are cut into pieces so that the stages of different pieces run beside each other.
+Functions with a :class:`mics_ds.comm.async_exec.Stages` argument run in an executor, which says where stages wait.
 """
 
 from __future__ import annotations
 
-import time
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
 from ..errors import MicsCommError
-from .groups import NodeGroups, RankGroup, ReduceScatterMethod
-from .lanes import INLINE, Stages
-from .meter import labelled
-from .packing import GatheredShards, cut
+from .async_exec import INLINE, Handle, Stages
+from .rank_group import NodeGroups, RankGroup, ReduceScatterMethod
 
 _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
-# Stages, as traces, meters and errors name them.
+# Names of collectives in traces, meters and errors.
 HOP1 = "gradient reduce-scatter (hop 1)"
 HOP1_INTER = "inter-node gradient reduce-scatter (hop 1)"
 HOP2 = "gradient all-reduce (hop 2)"
 HOP2_SCATTER = "gradient reduce-scatter (hop 2)"
 UPDATES = "all-gather of updated weights"
+GATHER = "all-gather of parameters"
 GATHER_INTER = "inter-node all-gather"
 GATHER_INTRA = "intra-node all-gather"
 
-# Pieces of a collective. In two stages, more pieces hide more of the shorter stage, but each costs a round
-# trip on the slow link, which dominates below a quarter of a megabyte. In one stage they only save memory,
-# as the buffer that an all-to-all receives into is as large as a piece: not worth it for small buckets.
-PIECES = 4
-LEAST_STAGED_PIECE_BYTES = 1 << 18
-LEAST_FLAT_PIECE_BYTES = 1 << 22
-
-
-class StageTime(NamedTuple):
-    """One finished stage, for whoever keeps logs of communication."""
-
-    label: str
-    operator: str
-    """torch's name of the collective."""
-    payload: int
-    """Bytes, as in :class:`mics_ds.comm.meter.Collective`."""
-    seconds: float
-    """From issue to arrival. Work on the host; on a device with streams, only until it was enqueued."""
-
-
-observers: list[Callable[[StageTime], None]] = []
-"""Called when a stage is finished, on the thread it ran on."""
-
-
-class _Watch:
-    """Times one stage, from its first collective to its last wait."""
-
-    def __init__(self, label: str, operator: str, payload: int) -> None:
-        self._stage = (label, operator, payload)
-        self._start = time.perf_counter()
-
-    def stop(self) -> None:
-        for observer in observers:
-            observer(StageTime(*self._stage, time.perf_counter() - self._start))
+Observer = Callable[[str, str, int, Callable[[], dist.Work | None]], dist.Work | None]
+observer: Observer | None = None
+"""Issues a collective in our place, while set: called with its name, torch's name of it, the bytes of its full buffer
+and the function that issues it. For logs of communication, which may wait for it there."""
 
 
 @contextmanager
-def _named(what: str, group: RankGroup) -> Iterator[None]:
-    """Mark the stage in traces, and name it and its ranks if it fails."""
+def naming(what: str, group: RankGroup) -> Iterator[None]:
+    """Name a collective and its ranks in traces, and in the error if it fails.
+
+    Raises:
+        MicsCommError: in place of a RuntimeError of torch. An error for lack of memory is let through: programs that
+            look for a batch size go by its type.
+    """
     try:
-        with record_function(f"mics {what}"), labelled(what):
+        with record_function(f"mics {what}"):
             yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise MicsCommError(
             f"MiCS {what} over ranks {list(group.ranks)} failed on rank {group.ranks[group.rank]}. Another rank of "
@@ -92,12 +66,237 @@ def _named(what: str, group: RankGroup) -> Iterator[None]:
         ) from error
 
 
+class Collective:
+    """A collective under way.
+
+    Args:
+        what: its name in traces and errors.
+        operator: torch's name of it.
+        full: its full buffer.
+        issue: issues it, with ``async_op=True``.
+    """
+
+    def __init__(
+        self, what: str, operator: str, full: torch.Tensor, group: RankGroup, issue: Callable[[], dist.Work | None]
+    ) -> None:
+        self._what, self._group, self._full = what, group, full
+        with naming(what, group):
+            self._work = issue() if observer is None else observer(what, operator, full.nbytes, issue)
+
+    def wait(self) -> torch.Tensor:
+        """Let the current stream, or on a CPU the thread, wait for the collective. Returns its full buffer.
+
+        Raises:
+            MicsCommError: the collective failed.
+        """
+        assert self._work is not None, "issued with async_op=True, by a member of the group"
+        with naming(self._what, self._group):
+            self._work.wait()
+        return self._full
+
+
 # --------------------------------------------------------------------------------------------------
-# Whole data-parallel group and replication group
+# Small agreements
 
 
-class ReplicaAverage:
-    """Hop 2, under way: the mean of a tensor over the replication group, in place.
+def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
+    """Take the elementwise maximum over a group, in place. ``what`` names the quantity in an error."""
+    start_max_over_(tensor, group, what).wait()
+
+
+def start_max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
+    """Start :func:`max_over_`. The tensor must be left alone until the handle was waited for."""
+    return Collective(
+        f"agreement on the {what}",
+        "all_reduce",
+        tensor,
+        group,
+        lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group, async_op=True),
+    )
+
+
+def sum_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
+    """Take the elementwise sum over a group, in place. ``what`` names the quantity in an error."""
+    with naming(f"agreement on the {what}", group):
+        dist.all_reduce(tensor, group=group.group)
+
+
+def all_equal(value: object, group: RankGroup, device: torch.device, what: str) -> bool:
+    """Return whether all ranks of the group have the same value, judged by its ``repr``. The host waits.
+
+    Args:
+        device: where collectives of ``group`` work.
+    """
+    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
+    both = torch.tensor([number, -number], device=device)
+    max_over_(both, group, what)
+    most, negated_least = both.tolist()
+    return most == -negated_least
+
+
+def exchange(note: Any, group: RankGroup, what: str) -> list[Any]:
+    """Return the notes of all ranks of the group, in its order: any objects that can be pickled. The host waits."""
+    notes: list[Any] = [None] * group.size
+    with naming(what, group):
+        dist.all_gather_object(notes, note, group=group.group)
+    return notes
+
+
+def broadcast_(
+    tensors: Sequence[torch.Tensor], source: int, group: RankGroup, what: str = "parameter broadcast"
+) -> None:
+    """Overwrite each tensor with that of ``source``, a rank *in* ``group``. Issued together, then awaited."""
+    with naming(what, group):
+        works = [
+            dist.broadcast(tensor, src=group.ranks[source], group=group.group, async_op=True) for tensor in tensors
+        ]
+        for work in works:
+            work.wait()
+
+
+def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Tensor:
+    """Return (g, ...): the small tensors of all ranks of the group, in its order."""
+    rows = row.new_empty(group.size, *row.shape)
+    with naming(what, group):
+        dist.all_gather_into_tensor(rows.view(-1), row.reshape(-1), group=group.group)
+    return rows
+
+
+def gather_to(
+    row: torch.Tensor, place: int, group: RankGroup, what: str, device: torch.device, pieces: int = 1
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Gather the rows of all ranks on one of them, piece by piece.
+
+    Args:
+        row: 1-D, of equal length on all ranks, on any device.
+        place: the rank *in* ``group`` that wants them.
+        device: where collectives of ``group`` work.
+
+    Yields:
+        On that rank, (first column, (g, width)) in ascending order, each valid until the next is asked for. Elsewhere
+        nothing; but the iterator has to be used up there too.
+    """
+    first = 0
+    for part in row.tensor_split(max(1, min(pieces, row.numel()))):
+        rows = row.new_empty(group.size, part.numel(), device=device) if group.rank == place else None
+        with naming(what, group):
+            dist.gather(
+                part.to(device).contiguous(),
+                None if rows is None else list(rows.unbind()),
+                dst=group.ranks[place],
+                group=group.group,
+            )
+        if rows is not None:
+            yield first, rows
+        first += part.numel()
+
+
+def share_out_(shares: Sequence[Sequence[torch.Tensor]], group: RankGroup, device: torch.device, what: str) -> None:
+    """Overwrite every tensor with what its owner has in it: the same bits, on all ranks of the group.
+
+    One all-gather, of the largest share for each.
+
+    Args:
+        shares: one for each rank *in* ``group``: contiguous tensors that it owns, on any device. Of the same shapes
+            and dtypes on all ranks.
+        device: where collectives of ``group`` work.
+        what: names the quantity in an error.
+    """
+    in_bytes = [[tensor.view(-1).view(torch.uint8) for tensor in share] for share in shares]
+    lengths = [[tensor.numel() for tensor in share] for share in in_bytes]
+    widest = max(sum(share) for share in lengths)
+    if widest == 0:
+        return
+    row = torch.zeros(widest, dtype=torch.uint8, device=device)
+    own = sum(lengths[group.rank])
+    if own:
+        row[:own].copy_(torch.cat(in_bytes[group.rank]))
+    for rank, (gathered, share, sizes) in enumerate(zip(all_gather_rows(row, group, what), in_bytes, lengths)):
+        if rank != group.rank:
+            for tensor, piece in zip(share, gathered.split([*sizes, widest - sum(sizes)])):
+                tensor.copy_(piece)
+
+
+# --------------------------------------------------------------------------------------------------
+# All-gather
+
+
+def start_all_gather(rows: torch.Tensor, row: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
+    """Start to gather each rank's ``row``, (width,), into ``rows``, contiguous, of g · width elements."""
+    return Collective(
+        what,
+        "all_gather_into_tensor",
+        rows,
+        group,
+        lambda: dist.all_gather_into_tensor(rows.view(-1), row, group=group.group, async_op=True),
+    )
+
+
+def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, stages: Stages = INLINE) -> torch.Tensor:
+    """All-gather in two stages, between nodes and then inside each node.
+
+    The first stage runs k times side by side, each among the N ranks with the same local place, and
+    moves (p-k)/p · M over a node's link instead of (p-1)/p · M; the second stays inside the node.
+    Going inside first would move k times more between nodes. While one gather crosses between the nodes,
+    the gather before it is spread inside them.
+
+    Args:
+        shard: (width,), this rank's chunk, the same length and dtype on all ranks of the partition group.
+        groups: this rank's inter- and intra-node groups.
+        stages: where they run. A reader on another stream has to wait for both.
+
+    Returns:
+        (p, width), rows in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`.
+    """
+    inter, intra = groups.inter, groups.intra
+    buffer = shard.new_empty(len(groups.chunk_of_slot), shard.numel())
+    own = buffer[intra.rank * inter.size : (intra.rank + 1) * inter.size].view(-1)
+    between = start_all_gather(own, shard, inter, GATHER_INTER)
+    with stages.wait_stage():
+        between.wait()
+        start_all_gather(buffer, own, intra, GATHER_INTRA).wait()
+        stages.record_stream(shard, buffer)
+    return buffer
+
+
+def all_gather_whole_hierarchical(shard: torch.Tensor, groups: NodeGroups, stages: Stages = INLINE) -> torch.Tensor:
+    """All-gather one tensor in two stages, straight to where it belongs.
+
+    As :func:`all_gather_hierarchical`, but with one collective inside the node for each of the N nodes, whose chunks
+    follow each other in rank order. That saves a copy out of slots, and its memory.
+
+    Args:
+        groups: with nodes that follow each other.
+
+    Returns:
+        (p, width), rows in *rank* order.
+    """
+    inter, intra, width = groups.inter, groups.intra, shard.numel()
+    full = shard.new_empty(inter.size * intra.size, width)
+    column = shard.new_empty(inter.size, width)
+    between = start_all_gather(column, shard, inter, GATHER_INTER)
+    by_node = full.view(inter.size, intra.size * width)
+    # The own node's chunks need nothing from other nodes.
+    inside = [start_all_gather(by_node[inter.rank], shard, intra, GATHER_INTRA)]
+    with stages.wait_stage():
+        between.wait()
+        inside += [
+            start_all_gather(by_node[node], column[node], intra, GATHER_INTRA)
+            for node in range(inter.size)
+            if node != inter.rank
+        ]
+        for handle in inside:
+            handle.wait()
+        stages.record_stream(shard, column, full)
+    return full
+
+
+# --------------------------------------------------------------------------------------------------
+# Reductions
+
+
+def start_average_(tensor: torch.Tensor, group: RankGroup, what: str = HOP2) -> Handle[torch.Tensor]:
+    """Start to take the mean of a tensor over a group, in place, as hop 2 does over the replication group.
 
     The partial gradients of hop 1 are means over p ranks, so the mean over r of them is the mean over
     n = p·r. A mean may be repeated: averaging what is already equal on all replicas changes nothing,
@@ -108,378 +307,103 @@ class ReplicaAverage:
 
     Args:
         tensor: any shape and floating dtype; equal shape on all ranks of the group. Must be left alone
-            until :meth:`wait` has returned.
+            until the handle was waited for.
     """
-
-    def __init__(self, tensor: torch.Tensor, replication: RankGroup) -> None:
-        self._replication = replication
-        with _named(HOP2, replication):
-            tensor.div_(replication.size)
-            self._watch = _Watch(HOP2, "all_reduce", tensor.nbytes)
-            self._work: dist.Work | None = dist.all_reduce(tensor, group=replication.group, async_op=True)
-
-    def wait(self) -> None:
-        """Return once the mean is there. May be called again.
-
-        Raises:
-            MicsCommError: the collective failed.
-        """
-        if self._work is None:
-            return
-        with _named(HOP2, self._replication):
-            self._work.wait()
-        self._watch.stop()
-        self._work = None
-
-
-def average_over_replicas_(tensor: torch.Tensor, replication: RankGroup) -> None:
-    """Hop 2, blocking. See :class:`ReplicaAverage`."""
-    ReplicaAverage(tensor, replication).wait()
-
-
-class ReplicaScatter:
-    """Hop 2 where each replica needs only its slice of the mean, under way.
-
-    Partial gradients are left as they are, so that doing it again gives the same.
-
-    Args:
-        pieces: (r, width) each, row k for replica k: what :meth:`mics_ds.comm.slices.Slices.rows` returns. Emptied.
-        output: (sum of widths,), for the mean over the replicas of the row that is for this one. Must be left alone
-            until :meth:`wait` has returned.
-        method: of the reduce-scatter. An all-to-all adds 16-bit values up in fp32.
-        used: told of tensors that :meth:`wait` works on, on its caller's stream.
-    """
-
-    def __init__(
-        self,
-        pieces: list[torch.Tensor],
-        output: torch.Tensor,
-        replication: RankGroup,
-        method: ReduceScatterMethod,
-        used: Callable[..., None],
-    ) -> None:
-        stages = _Telling(used)
-        self._complete: list[Callable[[], object]] = [
-            _start_reducing(HOP2_SCATTER, piece, replication, method, part, stages)
-            for piece, part in _consume(pieces, output)
-        ]
-
-    def wait(self) -> None:
-        """Let the caller's stream or thread wait until the mean is there. May be called again.
-
-        Raises:
-            MicsCommError: the collective failed.
-        """
-        while self._complete:
-            self._complete.pop(0)()
-
-
-class _Telling(Stages):
-    """Inline, for work that is completed on whichever stream waits for it."""
-
-    def __init__(self, used: Callable[..., None]) -> None:
-        self._used = used
-
-    def used(self, *tensors: torch.Tensor) -> None:
-        self._used(*tensors)
-
-
-class Maximum:
-    """The elementwise maximum of a small tensor over a group, under way.
-
-    Args:
-        tensor: overwritten. Must be left alone until :meth:`wait` has returned.
-        what: names the quantity in an error.
-    """
-
-    def __init__(self, tensor: torch.Tensor, group: RankGroup, what: str) -> None:
-        self.tensor = tensor
-        self._group = group
-        self._what = f"agreement on the {what}"
-        with _named(self._what, group):
-            self._work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group, async_op=True)
-
-    def wait(self) -> None:
-        with _named(self._what, self._group):
-            self._work.wait()
-
-
-def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
-    """Elementwise maximum over a group, in place. ``what`` names the quantity in an error."""
-    Maximum(tensor, group, what).wait()
-
-
-def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Tensor:
-    """(g, ...): the small tensors of all ranks of the group, in its order."""
-    rows = row.new_empty(group.size, *row.shape)
-    with _named(what, group):
-        dist.all_gather_into_tensor(rows.view(-1), row.reshape(-1), group=group.group)
-    return rows
-
-
-def sum_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
-    """Elementwise sum over a group, in place. ``what`` names the quantity in an error."""
-    with _named(f"agreement on the {what}", group):
-        dist.all_reduce(tensor, group=group.group)
-
-
-def gather_to(
-    row: torch.Tensor, place: int, group: RankGroup, what: str, device: torch.device, pieces: int = 1
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows of all ranks on one of them, piece by piece.
-
-    Args:
-        row: 1-D, of equal length on all ranks, wherever it is.
-        place: the rank *in* ``group`` that wants them.
-        device: where collectives of ``group`` work.
-
-    Yields:
-        There: (first column, (g, width)), in ascending order, each valid until the next is asked for. Elsewhere
-        nothing; but the iterator has to be used up there too.
-    """
-    for first, last in pairwise(cut(row.numel(), pieces)):
-        rows = row.new_empty(group.size, last - first, device=device) if group.rank == place else None
-        with _named(what, group):
-            dist.gather(
-                row[first:last].to(device).contiguous(),
-                None if rows is None else list(rows.unbind()),
-                dst=group.ranks[place],
-                group=group.group,
-            )
-        if rows is not None:
-            yield first, rows
-
-
-def exchange_notes(note: Any, group: RankGroup, what: str) -> list[Any]:
-    """What each rank of the group has to say, any object that can be pickled. For rare events: the host waits."""
-    notes: list[Any] = [None] * group.size
-    with _named(what, group):
-        dist.all_gather_object(notes, note, group=group.group)
-    return notes
-
-
-def broadcast_(
-    tensors: Sequence[torch.Tensor], source: int, group: RankGroup, what: str = "parameter broadcast"
-) -> None:
-    """Overwrite each tensor with that of ``source``, a rank *in* ``group``. Issued together, then awaited."""
-    with _named(what, group):
-        works = [
-            dist.broadcast(tensor, src=group.ranks[source], group=group.group, async_op=True) for tensor in tensors
-        ]
-        for work in works:
-            work.wait()
-
-
-def start_gather_of_updates(rows: torch.Tensor, row: torch.Tensor, replication: RankGroup) -> Callable[[], None]:
-    """Start to gather the updated slices of all replicas: ``rows``, (r · width,), from each rank's ``row``, (width,).
-
-    Returns:
-        Waits for it. Raises MicsCommError if it failed.
-    """
-    watch = _Watch(UPDATES, "all_gather_into_tensor", rows.nbytes)
-    with _named(UPDATES, replication):
-        work = dist.all_gather_into_tensor(rows, row, group=replication.group, async_op=True)
-
-    def wait() -> None:
-        with _named(UPDATES, replication):
-            work.wait()
-        watch.stop()
-
-    return wait
-
-
-# --------------------------------------------------------------------------------------------------
-# All-gather in two stages
-
-
-def all_gather_hierarchical(
-    shard: torch.Tensor, groups: NodeGroups, pieces: int | None = None, stages: Stages = INLINE
-) -> GatheredShards:
-    """All-gather in two stages, between nodes and then inside each node.
-
-    The first stage runs k times side by side, each among the N ranks with the same local place, and
-    moves (p-k)/p · M over a node's link instead of (p-1)/p · M; the second stays inside the node.
-    Going inside first would move k times more between nodes. While piece c crosses between the nodes,
-    piece c-1 is spread inside them.
-
-    Args:
-        shard: 1-D, this rank's chunk, the same length and dtype on all ranks of the partition group.
-        groups: this rank's inter- and intra-node groups.
-        pieces: how many to cut the shard into; by default as many as are worth it.
-        stages: where they run. Whoever uses the result on another stream has to wait for both.
-    """
-    inter, intra, slots = groups.inter, groups.intra, len(groups.chunk_of_slot)
-    starts = cut(shard.numel(), pieces or pieces_worth(shard.nbytes * slots, staged=True))
-    buffers = [shard.new_empty(slots, last - first) for first, last in pairwise(starts)]
-    own = slice(intra.rank * inter.size, (intra.rank + 1) * inter.size)
-    outer = _Watch(GATHER_INTER, "all_gather_into_tensor", shard.nbytes * inter.size)
-    inner = _Watch(GATHER_INTRA, "all_gather_into_tensor", shard.nbytes * slots)
-    with _named(GATHER_INTER, inter):
-        firsts = [
-            dist.all_gather_into_tensor(buffer[own].view(-1), shard[first:last], group=inter.group, async_op=True)
-            for buffer, first, last in zip(buffers, starts, starts[1:])
-        ]
-    with stages.second():
-        seconds = []
-        for work, buffer in zip(firsts, buffers):
-            with _named(GATHER_INTER, inter):
-                work.wait()
-            with _named(GATHER_INTRA, intra):
-                seconds.append(
-                    dist.all_gather_into_tensor(buffer.view(-1), buffer[own].view(-1), group=intra.group, async_op=True)
-                )
-        outer.stop()
-        with _named(GATHER_INTRA, intra):
-            for work in seconds:
-                work.wait()
-        inner.stop()
-        gathered = GatheredShards(buffers, starts, groups.chunk_of_slot)
-        stages.used(shard, *buffers)
-    return gathered
-
-
-def pieces_worth(payload_bytes: int, *, staged: bool) -> int:
-    """How many pieces to cut a buffer of this size into, for a collective in two stages or in one."""
-    return max(1, min(PIECES, payload_bytes // (LEAST_STAGED_PIECE_BYTES if staged else LEAST_FLAT_PIECE_BYTES)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Reduce-scatter
+    tensor.div_(group.size)
+    return Collective(
+        what, "all_reduce", tensor, group, lambda: dist.all_reduce(tensor, group=group.group, async_op=True)
+    )
 
 
 def reduce_scatter_mean(
-    pieces: list[torch.Tensor], group: RankGroup, method: ReduceScatterMethod, stages: Stages = INLINE
-) -> torch.Tensor:
-    """Hop 1: the mean over the group of the block that is for this rank.
+    rows: torch.Tensor,
+    output: torch.Tensor,
+    group: RankGroup,
+    method: ReduceScatterMethod,
+    stages: Stages = INLINE,
+    what: str = HOP1,
+) -> None:
+    """Take the mean over the group of the row that is for this rank.
 
-    ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and for one
-    piece gives its bits. ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves
-    twice that (measured in NIC bytes), and adds up in rank order; 16-bit values are added up in fp32.
+    ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and gives its bits.
+    ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves twice that (measured in NIC bytes),
+    and adds up in rank order; 16-bit values are added up in fp32.
 
     Args:
-        pieces: (g, width) each, row i for rank i of the group. Emptied, so that each is freed when done.
-        stages: collectives are issued in the first, and waited for in the second.
+        rows: (g, width), row i for rank i of the group. Overwritten.
+        output: (width,), of the same dtype. There at the end of the wait stage.
+        stages: the collective is issued in the issue stage, and waited for in the other.
+    """
+    complete = _start_reducing(what, rows, group, method, output, stages)
+    with stages.wait_stage():
+        complete()
+
+
+def reduce_scatter_mean_hierarchical(
+    rows: torch.Tensor,
+    output: torch.Tensor,
+    groups: NodeGroups,
+    method: ReduceScatterMethod,
+    stages: Stages = INLINE,
+) -> None:
+    """Run hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
+
+    Inside a node the k ranks reduce all they have for local place l into the rank with that place, so
+    that only 1/k of the buffer goes on to the network, (p-k)/p · M per node and not (p-1)/p · M. While
+    one bucket crosses between the nodes, the next one is reduced inside them. Each stage takes a mean, so
+    that 16-bit sums do not overflow in between.
+
+    Args:
+        rows: (p, width), in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`. Overwritten.
+        output: as for :func:`reduce_scatter_mean`.
+        stages: the collective inside the node is issued in the issue stage, the one between nodes in the wait stage.
+    """
+    inter, intra = groups.inter, groups.intra
+    by_place = rows.view(intra.size, -1)  # row l is for local place l, and holds the rows for its N ranks
+    inner = stages.scratch(by_place.shape[1], by_place)
+    complete = _start_reducing(HOP1, by_place, intra, method, inner, stages)
+    with stages.wait_stage():
+        complete()
+        _start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output, stages)()
+
+
+def _start_reducing(
+    what: str,
+    rows: torch.Tensor,
+    group: RankGroup,
+    method: ReduceScatterMethod,
+    output: torch.Tensor,
+    stages: Stages,
+) -> Callable[[], None]:
+    """Start reducing (g, width) rows on the current stream.
 
     Returns:
-        (sum of widths,), in the dtype of the pieces. For the second stage.
+        Waits and fills ``output``, (width,).
     """
-    reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
-    with _Following(stages) as following:
-        for piece, output in _consume(pieces, reduced):
-            following.then(_start_reducing(HOP1, piece, group, method, output, stages))
-    stages.used(reduced)
-    return reduced
+    received = rows if method == "native" else stages.scratch(rows.numel(), rows).view_as(rows)
+    if method == "native":
+        rows.div_(group.size)
+
+    def issue() -> dist.Work | None:
+        if method == "native":
+            return dist.reduce_scatter_tensor(output, rows.view(-1), group=group.group, async_op=True)
+        return dist.all_to_all_single(received, rows, group=group.group, async_op=True)
+
+    collective = Collective(what, _OPERATOR[method], rows, group, issue)
+
+    def complete() -> None:
+        collective.wait()
+        if method == "all_to_all":
+            _mean_of_rows(received, output)
+
+    return complete
 
 
 def _mean_of_rows(rows: torch.Tensor, output: torch.Tensor) -> None:
-    """Mean over the first dimension, added up in order, in fp32 if the dtype is narrower. May overwrite ``rows``."""
+    """Take the mean over the first dimension, added up in order, in fp32 if the dtype is narrower. May overwrite
+    ``rows``."""
     first, *others = rows.unbind()
     total = first.float() if rows.element_size() < 4 else first
     for row in others:
         total.add_(row)
     torch.div(total, len(rows), out=output)
-
-
-def reduce_scatter_mean_hierarchical(
-    pieces: list[torch.Tensor], groups: NodeGroups, method: ReduceScatterMethod, stages: Stages = INLINE
-) -> torch.Tensor:
-    """Hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
-
-    Inside a node the k ranks reduce all they have for local place l into the rank with that place, so
-    that only 1/k of the buffer goes on to the network, (p-k)/p · M per node and not (p-1)/p · M. While
-    piece c crosses between the nodes, piece c+1 is reduced inside them. Each stage takes a mean, so
-    that 16-bit sums do not overflow in between.
-
-    Args:
-        pieces: (p, width) each, rows in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`. Emptied.
-        stages: the one inside nodes is issued in the first, the one between them in the second.
-
-    Returns:
-        (sum of widths,), in the dtype of the pieces. For the second stage.
-    """
-    inter, intra = groups.inter, groups.intra
-    reduced = pieces[0].new_empty(sum(piece.shape[1] for piece in pieces))
-    with _Following(stages) as following:
-        for piece, output in _consume(pieces, reduced):
-            # (k, N · width): row l is for local place l, and holds the blocks for its N ranks
-            rows = piece.view(intra.size, -1)
-            inner = piece.new_empty(rows.shape[1])
-            inside_done = _start_reducing(HOP1, rows, intra, method, inner, stages)
-            del piece, rows
-            with stages.second():
-                inside_done()
-                following.then(_start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output, INLINE))
-                stages.used(inner)
-    stages.used(reduced)
-    return reduced
-
-
-def _consume(pieces: list[torch.Tensor], reduced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Take pieces off the list one by one, each with the part of ``reduced`` that it is reduced into."""
-    end = 0
-    while pieces:
-        piece = pieces.pop(0)
-        start, end = end, end + piece.shape[1]
-        yield piece, reduced[start:end]
-        del piece
-
-
-class _Following:
-    """Completes what was started, in the second stage and one step behind: two are under way, and no more are held."""
-
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
-        self._complete: Callable[[], object] | None = None
-
-    def then(self, complete: Callable[[], object] | None) -> None:
-        previous, self._complete = self._complete, complete
-        if previous is not None:
-            with self._stages.second():
-                previous()
-
-    def __enter__(self) -> _Following:
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is None:
-            self.then(None)
-
-
-def _start_reducing(
-    label: str,
-    blocks: torch.Tensor,
-    group: RankGroup,
-    method: ReduceScatterMethod,
-    output: torch.Tensor,
-    stages: Stages,
-) -> Callable[[], object]:
-    """Start reducing (g, width) blocks in the first stage. The returned function is for the second: it waits and fills
-    ``output``, (width,)."""
-    if group.size == 1:
-
-        def take() -> None:
-            stages.wait_for_first()
-            output.copy_(blocks[0])
-            stages.used(blocks)
-
-        return take
-    watch = _Watch(label, _OPERATOR[method], blocks.nbytes)
-    with _named(label, group):
-        if method == "native":
-            blocks.div_(group.size)
-            work = dist.reduce_scatter_tensor(output, blocks.view(-1), group=group.group, async_op=True)
-            received = None
-        else:
-            received = torch.empty_like(blocks)
-            work = dist.all_to_all_single(received, blocks, group=group.group, async_op=True)
-
-    def complete() -> None:
-        with _named(label, group):
-            work.wait()
-        watch.stop()
-        stages.used(blocks)
-        if received is not None:
-            _mean_of_rows(received, output)
-            stages.used(received)
-
-    return complete

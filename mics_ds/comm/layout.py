@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import MicsConfigError
+from ..formatting import abbreviate
 
 Ranks = tuple[int, ...]
+"""Global ranks, in an order that all ranks share."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,13 @@ class MicsLayout:
         """How many ranks of ``group`` run on each node, in order of first appearance."""
         return dict(Counter(self._node_of[rank] for rank in group))
 
+    @cached_property
     def why_not_hierarchical(self) -> str | None:
         """``None`` if every partition group is an N × k grid with N, k > 1, else the reason in words.
 
         One answer for the whole job: ranks that took different paths would issue collectives that
         their peers never join.
         """
-        return self._why_not_hierarchical
-
-    @cached_property
-    def _why_not_hierarchical(self) -> str | None:
         for index, group in enumerate(self.partition_groups):
             counts = self.node_counts(group)
             if len(counts) == 1:
@@ -128,8 +127,8 @@ class MicsLayout:
         return None
 
     def node_grid(self, group: Ranks) -> NodeGrid:
-        """Arrange one partition group as nodes × local places. Requires :meth:`why_not_hierarchical` to be ``None``."""
-        assert self.why_not_hierarchical() is None, "caller must check that the group is a grid"
+        """Arrange one partition group as nodes × local places. Requires :attr:`why_not_hierarchical` to be ``None``."""
+        assert self.why_not_hierarchical is None, "caller must check that the group is a grid"
         by_node: dict[int, list[int]] = {}
         for rank in group:
             by_node.setdefault(self._node_of[rank], []).append(rank)
@@ -141,35 +140,28 @@ class MicsLayout:
         return NodeGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
 
     def describe(self, gather_in_stages: bool, scatter_in_stages: bool, reduce_scatter: str) -> str:
-        """One readable block for the log."""
+        """Return one readable block for the log."""
         n, p, r = self.world_size, self.partition_size, self.replication_size
-        distinct = list(dict.fromkeys(self.nodes))
-        lines = [
-            f"MiCS: {n} data-parallel ranks on {len(distinct)} node{'s' * (len(distinct) > 1)} = "
-            f"{r} replica{'s' * (r > 1)} x {p} shard{'s' * (p > 1)}"
-        ]
-        lines.append(f"  partition groups   {_abbreviate(self.partition_groups)}")
-        lines.append(f"  replication groups {_abbreviate(self.replication_groups)}")
-        placement = "; ".join(
-            f"node {node}: {_ranks(tuple(rank for rank in self.ranks if self._node_of[rank] == node))}"
-            for node in distinct[:8]
+        on_node: dict[int, list[int]] = {}
+        for rank, node in zip(self.ranks, self.nodes):
+            on_node.setdefault(node, []).append(rank)
+        flat = f"flat ({self.why_not_hierarchical or 'as configured'})"
+        return (
+            f"MiCS: {n} data-parallel ranks on {len(on_node)} node{'s' * (len(on_node) > 1)} = "
+            f"{r} replica{'s' * (r > 1)} x {p} shard{'s' * (p > 1)}\n"
+            f"  partition groups   {_some(self.partition_groups)}\n"
+            f"  replication groups {_some(self.replication_groups)}\n"
+            f"  nodes              {_some(list(on_node.values()))}\n"
+            f"  parameter gather   {'hierarchical' if gather_in_stages else flat}\n"
+            f"  gradient scatter   {'hierarchical' if scatter_in_stages else flat}, by {reduce_scatter}"
         )
-        lines.append(f"  placement          {placement}{' ...' if len(distinct) > 8 else ''}")
-        reason = self.why_not_hierarchical()
-        flat = f"flat ({reason})" if reason else "flat (as configured)"
-        lines.append(f"  parameter gather   {'hierarchical' if gather_in_stages else flat}")
-        lines.append(f"  gradient scatter   {'hierarchical' if scatter_in_stages else flat}, by {reduce_scatter}")
-        return "\n".join(lines)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    """``0-3`` for a consecutive run, ``0,2,4`` otherwise."""
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
-        return f"{ranks[0]}-{ranks[-1]}"
-    shown = ",".join(str(rank) for rank in ranks[:8])
-    return shown + (",..." if len(ranks) > 8 else "")
-
-
-def _abbreviate(groups: Sequence[Ranks], limit: int = 8) -> str:
-    shown = " ".join(f"[{_ranks(group)}]" for group in groups[:limit])
-    return shown + (f" ... ({len(groups)} in all)" if len(groups) > limit else "")
+def _some(groups: Sequence[Sequence[int]], limit: int = 8) -> str:
+    shown = [
+        f"[{ranks[0]}-{ranks[-1]}]"
+        if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1))
+        else abbreviate(ranks)
+        for ranks in groups[:limit]
+    ]
+    return " ".join(shown) + (f" ... ({len(groups)} in all)" if len(groups) > limit else "")

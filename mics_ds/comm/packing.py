@@ -1,207 +1,230 @@
-"""How full tensors lie in the buffers of collectives, and the copies there and back.
+"""How tensors are cut into chunks, one for each rank of a group, and how chunks lie in the buffers of collectives.
 
-A tensor is cut into p chunks of ``ceil(numel / p)``, the last one padded, as ZeRO-3 shards a parameter. A buffer is
-(p, width): row d has the chunks of one partition rank, column by column those of one tensor after the other. In one
-stage row d is for rank d. In two stages rows are *slots*, see :class:`mics_ds.comm.layout.NodeGrid`: rank a·k + b, on
-node a of N, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order again.
+A tensor is cut into g chunks of ``ceil(numel / g)`` elements, the last ones padded with zeros, as ZeRO-3 shards a
+parameter. A buffer is (g, width): one row for each rank, with its chunk of one tensor after the other.
 
-So all whole chunks of a tensor are one strided copy (two, where they end inside a node), and one more takes the rest.
-How many there are does not depend on p.
+    tensors    | a a a a a a | b b b b b |        row of rank 0   | a a a | b b b |
+                                                  row of rank 1   | a a a | b b 0 |
+
+The same cut serves three groups: gradients and parameters in the partition group, and once more the shards of one rank
+in its replication group, whose chunks are called *slices* (1/r of 1/p is 1/n).
+
+In one stage, row d is for rank d. In two stages rows are *slots*, see :class:`mics_ds.comm.layout.NodeGrid`: rank
+a·k + b, on node a of N, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order
+again. So all whole chunks of a tensor are one strided copy (two, where they end inside a node), and one more takes the
+rest. How many copies there are does not depend on g.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import accumulate, pairwise
+from functools import cache, cached_property
+from itertools import accumulate
 
 import torch
 
 
-def cut(numel: int, pieces: int) -> list[int]:
-    """Bounds of ``pieces`` nearly equal parts of ``range(numel)``, none of them empty unless ``numel`` is 0."""
-    pieces = max(1, min(pieces, numel))
-    return [numel * index // pieces for index in range(pieces + 1)]
-
-
-# Buckets. Both hops of one run beside the computation of the next, so the last one's are what a step waits for: no more
-# than an eighth of the gradients. But each bucket costs work of the host, and collectives that are worth issuing.
-LEAST_BUCKETS = 8
-LEAST_BUCKET_BYTES = 2 << 20
-LEAST_STAGED_BUCKET_BYTES = 4 << 20
-LEAST_BUCKET_BYTES_ON_STREAMS = 32 << 20
-
-# Gathered shards of updated weights (:mod:`mics_ds.updates`): modules wait for their own bucket only, two are held at a
-# time.
-UPDATE_BUCKET_BYTES = 32 << 20
-
-
-def bucket_limit(numel: int, itemsize: int, *, streams: bool, staged: bool) -> int:
-    """Elements of the largest bucket that is of use, for so many elements of gradients in all.
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The chunks of tensors that follow each other.
 
     Args:
-        streams: whether collectives run on an accelerator, where many small ones cost more than they hide.
-        staged: whether hop 1 is in two stages, which cut each bucket into pieces once more.
-    """
-    least = LEAST_STAGED_BUCKET_BYTES if staged else LEAST_BUCKET_BYTES
-    if streams:
-        least = LEAST_BUCKET_BYTES_ON_STREAMS
-    return max(least // itemsize, -(-numel // LEAST_BUCKETS))
-
-
-@dataclass(frozen=True)
-class BucketLayout:
-    """How the gradients of one bucket lie in the buffer that is scattered.
-
-    Block d of the buffer holds chunk ``order[d]`` of every gradient.
-
-        block 0 = chunk order[0] of g0 | of g1 | ...     block 1 = chunk order[1] of g0 | of g1 | ...
+        numels: elements of each tensor.
+        order: rank that each row of a buffer is for: 0 … g-1, or slot by slot for two stages.
     """
 
     numels: tuple[int, ...]
     order: tuple[int, ...]
-    """Partition rank that each block is for: 0 … p-1, or slot by slot for two stages."""
+
+    @classmethod
+    def in_rank_order(cls, numels: Sequence[int], size: int) -> ChunkLayout:
+        return cls(tuple(numels), tuple(range(size)))
 
     @property
-    def widths(self) -> list[int]:
-        """Length of one chunk of each gradient, padding included."""
-        return [-(-numel // len(self.order)) for numel in self.numels]
+    def size(self) -> int:
+        """Chunks that each tensor is cut into: g."""
+        return len(self.order)
 
-    def pack(self, gradients: Sequence[torch.Tensor], pieces: int = 1) -> list[torch.Tensor]:
-        """Copy the gradients into new buffers, together (p, sum of widths), cut by columns; padding is zero."""
-        per_node = _ranks_per_node(self.order)
-        if per_node is None:
-            sorted_by_rank = replace(self, order=tuple(range(len(self.order)))).pack(gradients, pieces)
-            return [torch.stack([buffer[rank] for rank in self.order]) for buffer in sorted_by_rank]
-        copies = _Copies(len(self.order), per_node)
-        widths, flats = self.widths, [gradient.contiguous() for gradient in gradients]
-        bounds = list(pairwise(cut(sum(widths), pieces)))
-        buffers = [flats[0].new_empty(len(self.order), last - first) for first, last in bounds]
-        for buffer, (first, last) in zip(buffers, bounds):
-            for flat, width, offset in zip(flats, widths, accumulate([0, *widths])):
-                low, high = max(first, offset), min(last, offset + width)
-                if low < high:
-                    copies.add(flat, width, low - offset, high - offset, buffer, low - first)
-                    copies.pad(flat, width, low - offset, high - offset, buffer, low - first)
-        copies.into_buffers()
-        return buffers
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Elements of one chunk of each tensor, padding included."""
+        return tuple(-(-numel // self.size) for numel in self.numels)
 
-    def unpack(self, shard: torch.Tensor, rank: int) -> list[torch.Tensor]:
-        """Views of a reduced block: this rank's chunk of each gradient, without padding, possibly empty."""
-        widths = self.widths
-        return [
-            shard[offset : offset + max(0, min(width, numel - rank * width))]
-            for numel, width, offset in zip(self.numels, widths, accumulate([0, *widths]))
-        ]
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where the chunks of each tensor begin in a row, and last where they end."""
+        return tuple(accumulate([0, *self.widths]))
 
+    @cached_property
+    def flat_starts(self) -> tuple[int, ...]:
+        """Where each tensor begins if all lie in one flat tensor, and last where they end."""
+        return tuple(accumulate([0, *self.numels]))
 
-class GatheredShards:
-    """A gathered buffer, cut into pieces: piece c holds the elements [starts[c], starts[c+1]) of all p shards.
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.starts[-1]
 
-    Args:
-        pieces: (p, width of the piece) each.
-        order: partition rank whose shard is in each row.
-    """
+    def real(self, index: int, rank: int) -> tuple[int, int]:
+        """Return which elements [start, end) of a tensor are in a rank's chunk, without padding; possibly none."""
+        start = min(rank * self.widths[index], self.numels[index])
+        return start, min(start + self.widths[index], self.numels[index])
 
-    def __init__(self, pieces: list[torch.Tensor], starts: list[int], order: tuple[int, ...]) -> None:
-        per_node = _ranks_per_node(order)
-        if per_node is None:
-            per_node = len(order)
-            slot_of = {rank: slot for slot, rank in enumerate(order)}
-            pieces = [torch.stack([piece[slot_of[rank]] for rank in range(len(order))]) for piece in pieces]
-        self.pieces = pieces
-        self._starts = starts
-        self._per_node = per_node
-        self._partition_size = len(order)
+    # ---------------------------------------------------------------------------------------- whole buffers
 
-    def copy_out(self, full: torch.Tensor, start: int, width: int) -> None:
-        """Fill a full parameter from the elements [start, start + width) of all shards.
+    def pack(self, tensors: Sequence[torch.Tensor], memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy tensors into a buffer, (g, width). Padding is zero.
 
         Args:
-            full: contiguous, with at most p · width elements, of any dtype.
+            memory: (g · width,), for the buffer; by default new.
         """
-        copies = _Copies(self._partition_size, self._per_node)
-        for piece, (first, last) in zip(self.pieces, pairwise(self._starts)):
-            low, high = max(start, first), min(start + width, last)
-            if low < high:
-                copies.add(full, width, low - start, high - start, piece, low - first)
-        copies.out_of_buffers()
+        flats = [tensor.contiguous() for tensor in tensors]
+        buffer = flats[0].new_empty(self.size * self.width) if memory is None else memory
+        buffer = buffer.view(self.size, self.width)
+        if self._per_node is None:
+            by_rank = replace(self, order=tuple(range(self.size))).pack(flats)
+            return torch.index_select(by_rank, 0, torch.tensor(self.order, device=by_rank.device), out=buffer)
+        outside, inside, padding = [], [], []
+        for index, flat in enumerate(flats):
+            pairs = self._pairs_of_all(index, flat, buffer)
+            outside += [pair[0] for pair in pairs]
+            inside += [pair[1] for pair in pairs]
+            padding += self._padding(index, buffer)
+        torch._foreach_copy_(inside, outside)
+        if padding:
+            torch._foreach_zero_(padding)
+        return buffer
+
+    def copy_out(
+        self, buffer: torch.Tensor, outputs: Sequence[torch.Tensor], indices: Sequence[int] | None = None
+    ) -> None:
+        """Fill tensors from the chunks of all ranks.
+
+        Args:
+            buffer: (g, columns), of the tensors that are asked for alone, contiguous.
+            outputs: contiguous, with ``numels`` elements each, of any dtype.
+            indices: of the tensors, ascending; by default all.
+        """
+        if self._per_node is None:
+            by_rank = replace(self, order=tuple(range(self.size)))
+            by_rank.copy_out(buffer[[self.order.index(rank) for rank in range(self.size)]], outputs, indices)
+            return
+        asked = range(len(self.numels)) if indices is None else indices
+        pairs, column = [], 0
+        for index, output in zip(asked, outputs):
+            pairs += self._pairs_of_all(index, output, buffer, column)
+            column += self.widths[index]
+        if pairs:
+            torch._foreach_copy_([outside for outside, _ in pairs], [inside for _, inside in pairs])
+
+    def unpack(self, row: torch.Tensor, rank: int) -> list[torch.Tensor]:
+        """Return views of a rank's row: its chunk of each tensor, without padding, possibly empty."""
+        found = []
+        for index, offset in enumerate(self.starts[:-1]):
+            start, end = self.real(index, rank)
+            found.append(row[offset : offset + end - start])
+        return found
+
+    # ---------------------------------------------------------------------------------------- one rank's row
+
+    def take(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return a rank's row as a copy, (width,), with zeros for padding, of tensors that lie in one flat tensor."""
+        row = flat.new_zeros(self.width)
+        inside, outside = self._pairs(flat, row, rank)
+        if inside:
+            torch._foreach_copy_(inside, outside)
+        return row
+
+    def give(self, row: torch.Tensor, flat: torch.Tensor, rank: int) -> None:
+        """Put a rank's row back to where :meth:`take` found it. Both have one dtype and device."""
+        inside, outside = self._pairs(flat, row, rank)
+        if inside:
+            torch._foreach_copy_(outside, inside)
+
+    def columns(self, row: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """Return the part of a row that is of some tensors alone: a view if they follow each other, else a copy."""
+        if not indices:
+            return row[:0]
+        if indices[-1] - indices[0] + 1 == len(indices):
+            return row[self.starts[indices[0]] : self.starts[indices[-1] + 1]]
+        return torch.cat([row[self.starts[index] : self.starts[index + 1]] for index in indices])
+
+    def _pairs(self, flat: torch.Tensor, row: torch.Tensor, rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views of a row, and of the same elements in the flat tensor."""
+        inside, outside = [], []
+        for index, (origin, place) in enumerate(zip(self.flat_starts, self.starts[:-1])):
+            start, end = self.real(index, rank)
+            if start < end:
+                inside.append(row[place : place + end - start])
+                outside.append(flat[origin + start : origin + end])
+        return inside, outside
+
+    # ---------------------------------------------------------------------------------------- views
+    # Made by their strides, in one operation each: on a host that feeds an accelerator, operations count.
+
+    @property
+    def _per_node(self) -> int | None:
+        return _ranks_per_node(self.order)
+
+    def _pairs_of_all(
+        self, index: int, flat: torch.Tensor, buffer: torch.Tensor, column: int | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return views of a contiguous tensor, and of the same elements in the buffer: at most three of each.
+
+        Args:
+            column: where its chunks begin in the buffer, by default as in :attr:`starts`.
+        """
+        width, column = self.widths[index], self.starts[index] if column is None else column
+        whole, rest = divmod(self.numels[index], width) if width else (0, 0)
+        pairs = []
+        for rank, shape in self._spans(0, whole):
+            strides = (shape[-1] * width, width)[-len(shape) :]
+            outside = _at(flat, rank * width, (*shape, width), (*strides, 1))
+            pairs.append((outside, self._rows(buffer, column, rank, shape, width)))
+        if rest:
+            pairs.append((_at(flat, whole * width, (rest,), (1,)), self._rows(buffer, column, whole, (), rest)))
+        return pairs
+
+    def _padding(self, index: int, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of what belongs to no element of a tensor: at most three."""
+        width, column = self.widths[index], self.starts[index]
+        rank, rest = divmod(self.numels[index], width) if width else (self.size, 0)
+        found = []
+        if rest:
+            found.append(self._rows(buffer, column + rest, rank, (), width - rest))
+            rank += 1
+        return found + [self._rows(buffer, column, *span, width) for span in self._spans(rank, self.size)]
+
+    def _spans(self, rank: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Divide ranks into whole nodes and parts of nodes: first rank of each, and (nodes, places) or (places,)."""
+        k = self._per_node or 1
+        while rank < end:
+            nodes = 0 if rank % k else (end - rank) // k
+            shape = (nodes, k) if nodes else (min(end, rank - rank % k + k) - rank,)
+            yield rank, shape
+            rank += math.prod(shape)
+
+    def _rows(self, buffer: torch.Tensor, column: int, rank: int, shape: tuple[int, ...], count: int) -> torch.Tensor:
+        """Return (columns), (places, columns) or (nodes, places, columns) of a buffer, from ``rank`` on."""
+        k, row = self._per_node or 1, buffer.shape[1]
+        node, place = divmod(rank, k)
+        nodes = self.size // k
+        strides = (row, nodes * row, 1)[2 - len(shape) :]
+        return _at(buffer, (place * nodes + node) * row + column, (*shape, count), strides)
 
 
 @cache
 def _ranks_per_node(order: tuple[int, ...]) -> int | None:
-    """k, if rows are the slots of N nodes of k ranks that follow each other (N = 1 for rows in rank order), else None:
-    ranks may be spread over nodes in some other way."""
-    p = len(order)
-    k = order[1] if p > 1 and order[1] > 1 else p
-    return k if p % k == 0 and order == tuple(rank for place in range(k) for rank in range(place, p, k)) else None
+    """Return k, if rows are the slots of N nodes of k ranks that follow each other (N = 1 for rows in rank order).
 
-
-class _Copies:
-    """Copies between tensors and buffers, collected to be made in one call.
-
-    Views are made by their strides, in one operation each: on a host that feeds an accelerator, operations count.
-
-    Args:
-        per_node: k.
+    ``None`` if ranks are spread over nodes in some other way.
     """
-
-    def __init__(self, p: int, per_node: int) -> None:
-        self._k = per_node
-        self._nodes = p // per_node
-        self._outside: list[torch.Tensor] = []
-        self._inside: list[torch.Tensor] = []
-        self._padding: list[torch.Tensor] = []
-
-    def into_buffers(self) -> None:
-        if self._inside:
-            torch._foreach_copy_(self._inside, self._outside)
-        if self._padding:
-            torch._foreach_zero_(self._padding)
-
-    def out_of_buffers(self) -> None:
-        if self._outside:
-            torch._foreach_copy_(self._outside, self._inside)
-
-    def add(self, full: torch.Tensor, width: int, low: int, high: int, buffer: torch.Tensor, column: int) -> None:
-        """Elements [low, high) of each chunk of ``width`` of a contiguous tensor, and the buffer's columns from
-        ``column`` on: at most three copies."""
-        k, count = self._k, high - low
-        whole, rest = divmod(full.numel(), width)  # chunks without padding, and length of the next
-        node, place = divmod(whole, k)
-        if node:
-            self._outside.append(_at(full, low, (node, k, count), (k * width, width, 1)))
-            self._inside.append(self._rows(buffer, column, 0, (node, k, count)))
-        if place:
-            self._outside.append(_at(full, node * k * width + low, (place, count), (width, 1)))
-            self._inside.append(self._rows(buffer, column, node * k, (place, count)))
-        if rest > low:
-            filled = min(count, rest - low)
-            self._outside.append(_at(full, whole * width + low, (filled,), (1,)))
-            self._inside.append(self._rows(buffer, column, whole, (filled,)))
-
-    def pad(self, full: torch.Tensor, width: int, low: int, high: int, buffer: torch.Tensor, column: int) -> None:
-        """What :meth:`add` leaves out is to be zero: at most three stretches."""
-        rank, rest = divmod(full.numel(), width)
-        count, filled = high - low, max(0, rest - low)
-        if filled:
-            if filled < count:
-                self._padding.append(self._rows(buffer, column + filled, rank, (count - filled,)))
-            rank += 1
-        node, place = divmod(rank, self._k)
-        if place:
-            self._padding.append(self._rows(buffer, column, rank, (self._k - place, count)))
-            node += 1
-        if node < self._nodes:
-            self._padding.append(self._rows(buffer, column, node * self._k, (self._nodes - node, self._k, count)))
-
-    def _rows(self, buffer: torch.Tensor, column: int, rank: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """(columns), (places, columns) or (nodes, places, columns) of a buffer, from ``rank`` on."""
-        row = buffer.shape[1]
-        node, place = divmod(rank, self._k)
-        strides = (row, self._nodes * row, 1)[-len(shape) :]
-        return _at(buffer, (place * self._nodes + node) * row + column, shape, strides)
+    size = len(order)
+    k = order[1] if size > 1 and order[1] > 1 else size
+    in_slots = tuple(rank for place in range(k) for rank in range(place, size, k))
+    return k if size % k == 0 and order == in_slots else None
 
 
 def _at(tensor: torch.Tensor, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:

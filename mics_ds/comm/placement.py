@@ -11,10 +11,9 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import MicsAgreementError, MicsConfigError
-from ..text import abbreviate
+from ..formatting import abbreviate
 
 SIMULATE_ENV = "MICS_DS_RANKS_PER_NODE"
 
@@ -32,15 +31,6 @@ class Claim:
     node: str
     local_rank: int | None
     """Place among the ranks of this node, if the launcher gave one."""
-
-    def as_json(self) -> dict[str, str | int | None]:
-        """Fields of their own, for in a table of all ranks each then compresses well."""
-        return {"source": self.source, "node": self.node, "local_rank": self.local_rank}
-
-    @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Claim:
-        """From a dictionary that has the fields of :meth:`as_json` among others."""
-        return cls(said["source"], said["node"], said["local_rank"])
 
 
 def claim(rank: int, env: Mapping[str, str] | None = None) -> Claim:

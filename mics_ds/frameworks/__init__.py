@@ -1,51 +1,26 @@
 """Frameworks that keep states of their own beside an engine's, and what MiCS does for each of them.
 
 A framework is noticed when it is imported. The module for it here is imported when it trains with a ``mics_checkpoint``
-section in its DeepSpeed JSON; without one it does what it always does. Only the standard library is imported by this
-file, see :mod:`mics_ds.activation`.
+section in its DeepSpeed JSON; without one it does what it always does.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import Any
+
+from ..plugin.import_hook import after_import
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+    from typing import Any
 
 
 def arm() -> None:
     """Hook into the frameworks that are imported, now or later. Calling it again does nothing."""
     for name, hook in _HOOKS.items():
-        module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            hook(module)
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; hooks into a framework's module when that is there."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        hook = _HOOKS.get(fullname)
-        if hook is None:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            hook(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        after_import(name, hook)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -64,8 +39,8 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def _is_asked_for(ds_config: Any) -> bool:
     """Whether a parsed configuration says something of checkpoints to MiCS."""
-    zero = ds_config.get("zero_optimization") if isinstance(ds_config, Mapping) else None
-    return isinstance(zero, Mapping) and "mics_checkpoint" in zero
+    zero: Any = ds_config.get("zero_optimization") if hasattr(ds_config, "get") else None
+    return hasattr(zero, "keys") and "mics_checkpoint" in zero
 
 
 def _hook_hf_trainer(module: ModuleType) -> None:

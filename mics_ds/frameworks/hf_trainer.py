@@ -26,11 +26,11 @@ from ..checkpoint import flush
 from ..checkpoint.snapshot import Caller, called_by
 from ..checkpoint.together import attempt, exchange, raise_together
 from ..config import CheckpointRequest
+from ..deepspeed_compat.engine import ensure_distributed
+from ..deepspeed_compat.patching import temporarily
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
-from ..request import read_request
-from ..seams.engine import ensure_distributed
-from ..seams.patch import for_a_while
+from ..plugin.context import read_request
 
 STATE = "trainer_state.json"
 _FOLDER = "checkpoint-{step}"
@@ -240,8 +240,8 @@ def _files(trainer: Any) -> dict[str, bytes]:
         ):
             stack.enter_context(_instead(owner, name, value))
         for name, setting in (("push_to_hub", False), ("save_total_limit", None)):
-            stack.enter_context(for_a_while(trainer.args, name, setting))
-        stack.enter_context(for_a_while(state, "best_model_checkpoint", state.best_model_checkpoint))
+            stack.enter_context(temporarily(trainer.args, name, setting))
+        stack.enter_context(temporarily(state, "best_model_checkpoint", state.best_model_checkpoint))
         try:
             trainer._save_checkpoint(engine, None)
         finally:

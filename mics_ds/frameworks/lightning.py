@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from ..checkpoint.snapshot import Caller
-from ..seams.patch import for_a_while
+from ..deepspeed_compat.patching import temporarily
 
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
 _ELSEWHERE = ("state_dict", "optimizer_states")
@@ -36,7 +36,7 @@ def _is_last(folder: str) -> bool:
 
 
 def _state(trainer: Any) -> dict[str, Any]:
-    with for_a_while(trainer.strategy, "_optimizers", []):  # whose states would be gathered for nothing
+    with temporarily(trainer.strategy, "_optimizers", []):  # whose states would be gathered for nothing
         found = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return {key: value for key, value in found.items() if key not in _ELSEWHERE}
 

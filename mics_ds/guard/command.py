@@ -18,8 +18,8 @@ import torch
 
 from ..checkpoint import manifest
 from ..checkpoint.reshape import BASE_STATE, FP32_GROUPS, FROZEN_SHAPES, FROZEN_SHARDS, PARAM_SHAPES, ShardLayout
+from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
-from ..seams.checkpoint import load_states
 from .compare import bits, cast_violations
 
 SAME, DIFFERENT, NOTHING_TO_COMPARE = 0, 1, 2

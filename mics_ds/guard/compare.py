@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..seams.states import MASTER, WEIGHTS, State
+from ..deepspeed_compat.states import MASTER, WEIGHTS, State
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,11 @@ def cast_violations(weights: torch.Tensor, masters: torch.Tensor) -> torch.Tenso
 
 
 def violations(state: State, other: State, start: int, stop: int) -> torch.Tensor:
-    """:func:`cast_violations` between two elements of a pair of states; padding keeps every rule."""
+    """Apply :func:`cast_violations` to elements [start, stop) of a pair of states."""
     weights, masters = (state, other) if state.name == WEIGHTS else (other, state)
-    found = cast_violations(weights.tensor[start:stop], masters.tensor[start:stop])
-    hide(found, state, start)
-    return found
+    return cast_violations(weights.tensor[start:stop], masters.tensor[start:stop])
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers."""
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def hide(marks: torch.Tensor, state: State, start: int) -> None:
-    """Clear the marks of elements that are padding. The first mark is of element ``start``."""
-    for first, last in state.padding:
-        low, high = max(first - start, 0), min(last - start, len(marks))
-        if low < high:
-            marks[low:high] = False

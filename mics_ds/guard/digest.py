@@ -31,7 +31,7 @@ and each column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -41,9 +41,6 @@ ROW, COLUMNS = 512, 1016
 _AT_ONCE = 64 << 20
 """Bytes that one reduction reads on an accelerator. On the host it is a block, which a cache can hold."""
 _GOLDEN = 0x9E3779B97F4A7C15
-
-Padding = tuple[tuple[int, int], ...]
-"""Ranges of elements, ascending, that do not count."""
 
 
 def _signed(value: int) -> int:
@@ -73,24 +70,21 @@ def block_count(tensor: torch.Tensor, block_bytes: int) -> int:
     return -(-tensor.nbytes // block_bytes)
 
 
-def digests(tensor: torch.Tensor, block_bytes: int, padding: Padding = ()) -> torch.Tensor:
-    """(blocks, 2) words on the tensor's device, without waiting for it.
+def digests(tensor: torch.Tensor, block_bytes: int) -> torch.Tensor:
+    """Return (blocks, 2) words on the tensor's device, without waiting for it.
 
     Args:
         tensor: 1-D, contiguous, of any dtype.
         block_bytes: a multiple of 8.
     """
-    found = []
-    whole = tensor.nbytes // block_bytes * block_bytes
     raw = tensor.view(torch.uint8)
-    if whole:
-        found.append(_mixed(_parts(raw[:whole], tensor.element_size(), block_bytes, padding)))
+    whole = raw.numel() // block_bytes * block_bytes
+    found = [_digests(words) for words in _parts(raw[:whole], block_bytes)]
     rest = raw.numel() - whole
     if rest:  # filled up with zeros
         last = raw.new_zeros(-(-rest // WORD) * WORD)
         last[:rest] = raw[whole:]
-        fixes = _fixes(padding, tensor.element_size(), whole, raw.numel(), tensor.device)
-        found.append(_mixed([(last.view(torch.int64)[None], fixes)]))
+        found.append(_digests(last.view(torch.int64)[None]))
     return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.int64, device=tensor.device)
 
 
@@ -99,80 +93,33 @@ def combined(digests: torch.Tensor) -> torch.Tensor:
     return (mix(digests) * _multipliers(len(digests), digests.device)[:, None]).sum(0)
 
 
-class _Fixes:
-    """Bits of words that belong to padding: (index in the part, mask) each."""
-
-    def __init__(self, masks: dict[int, int], device: torch.device) -> None:
-        self.index = torch.tensor(list(masks), dtype=torch.int64).to(device)
-        self.mask = torch.tensor([_signed(mask) for mask in masks.values()], dtype=torch.int64).to(device)
+def _digests(words: torch.Tensor) -> torch.Tensor:
+    """(blocks, words of a block) -> (blocks, 2)"""
+    sums = (_row_sums(words), _column_sums(words))
+    return torch.stack([(mix(item) * _multipliers(item.shape[1], item.device)).sum(1) for item in sums], dim=1)
 
 
-def _mixed(parts: Iterable[tuple[torch.Tensor, _Fixes | None]]) -> torch.Tensor:
-    """(blocks, words of a block) each -> (blocks in all, 2)"""
-    sums = [(_row_sums(words, fixes), _column_sums(words, fixes)) for words, fixes in parts]
-    return torch.stack([_digest(torch.cat(item)) for item in zip(*sums)], dim=1)
-
-
-def _digest(sums: torch.Tensor) -> torch.Tensor:
-    return (mix(sums) * _multipliers(sums.shape[1], sums.device)).sum(1)
-
-
-def _row_sums(words: torch.Tensor, fixes: _Fixes | None) -> torch.Tensor:
-    length = words.shape[1]
-    whole = length // ROW
+def _row_sums(words: torch.Tensor) -> torch.Tensor:
+    whole = words.shape[1] // ROW
     sums = words[:, : whole * ROW].unflatten(1, (whole, ROW)).sum(2)
-    if length > whole * ROW:
+    if words.shape[1] > whole * ROW:
         sums = torch.cat([sums, words[:, whole * ROW :].sum(1, keepdim=True)], dim=1)
-    return _without(words, fixes, sums, lambda place: place // ROW)
-
-
-def _column_sums(words: torch.Tensor, fixes: _Fixes | None) -> torch.Tensor:
-    length = words.shape[1]
-    width = min(COLUMNS, length)
-    whole = length // width
-    sums = words[:, : whole * width].unflatten(1, (whole, width)).sum(1)
-    if length > whole * width:
-        sums[:, : length - whole * width] += words[:, whole * width :]
-    return _without(words, fixes, sums, lambda place: place % width)
-
-
-def _without(
-    words: torch.Tensor,
-    fixes: _Fixes | None,
-    sums: torch.Tensor,
-    kind: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Take padding off the sums again: less to do than to leave it out."""
-    if fixes is not None:
-        length = words.shape[1]
-        hidden = words.reshape(-1)[fixes.index] & fixes.mask
-        sums.view(-1).index_add_(0, fixes.index // length * sums.shape[1] + kind(fixes.index % length), -hidden)
     return sums
 
 
-def _parts(
-    raw: torch.Tensor, itemsize: int, block_bytes: int, padding: Padding
-) -> Iterator[tuple[torch.Tensor, _Fixes | None]]:
-    """Whole blocks as (blocks, words), a few at once."""
+def _column_sums(words: torch.Tensor) -> torch.Tensor:
+    width = min(COLUMNS, words.shape[1])
+    whole = words.shape[1] // width
+    sums = words[:, : whole * width].unflatten(1, (whole, width)).sum(1)
+    if words.shape[1] > whole * width:
+        sums[:, : words.shape[1] - whole * width] += words[:, whole * width :]
+    return sums
+
+
+def _parts(raw: torch.Tensor, block_bytes: int) -> Iterator[torch.Tensor]:
+    """Yield whole blocks as (blocks, words), a few at once."""
     step = block_bytes if raw.device.type == "cpu" and block_bytes >= 1 << 20 else max(_AT_ONCE, block_bytes)
-    step = step // block_bytes * block_bytes
-    for start in range(0, raw.numel(), step):
-        stop = min(start + step, raw.numel())
-        words = _words(raw[start:stop]).view(-1, block_bytes // WORD)
-        yield words, _fixes(padding, itemsize, start, stop, raw.device)
-
-
-def _words(raw: torch.Tensor) -> torch.Tensor:
-    """Bytes as words: a view, where they begin at one, as all but the sub-groups after an odd one do."""
-    aligned = raw.storage_offset() % WORD == 0 and raw.data_ptr() % WORD == 0
-    return (raw if aligned else raw.clone()).view(torch.int64)
-
-
-@lru_cache(maxsize=4096)
-def _fixes(padding: Padding, itemsize: int, start: int, stop: int, device: torch.device) -> _Fixes | None:
-    """Padding between two bytes, relative to the first one. A layout does not change, so it is worked out once."""
-    masks: dict[int, int] = {}
-    for first, last in padding:
-        for byte in range(max(first * itemsize, start) - start, min(last * itemsize, stop) - start):
-            masks[byte // WORD] = masks.get(byte // WORD, 0) | 0xFF << 8 * (byte % WORD)
-    return _Fixes(masks, device) if masks else None
+    for part in raw.split(step // block_bytes * block_bytes) if raw.numel() else ():
+        # A view, where it begins at a word, as all do but the sub-groups after an odd one.
+        aligned = part.storage_offset() % WORD == 0 and part.data_ptr() % WORD == 0
+        yield (part if aligned else part.clone()).view(torch.int64).view(-1, block_bytes // WORD)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..seams.states import State
+from ..deepspeed_compat.states import State
 from .compare import bits
 
 SAMPLES = 4

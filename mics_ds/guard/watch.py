@@ -24,10 +24,10 @@ import torch
 from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..config import GuardRequest
+from ..deepspeed_compat.engine import communication_device, steps_taken, write_monitor
+from ..deepspeed_compat.states import MASTER, State, regather_persistent, states_of
 from ..errors import MicsGuardError
 from ..log import logger
-from ..seams.engine import communication_device, steps_taken, write_monitor
-from ..seams.states import MASTER, State, regather_persistent, states_of
 from . import report
 from .compare import judge, partner, violations
 from .digest import block_count, combined, digests
@@ -43,11 +43,12 @@ class Guard:
 
     Args:
         request: with ``every`` > 0.
+        engine: whose steps and monitor are used, if there is one.
     """
 
-    def __init__(self, request: GuardRequest, groups: MicsGroups) -> None:
+    def __init__(self, request: GuardRequest, groups: MicsGroups, engine: Any = None) -> None:
         self._request, self._groups = request, groups
-        self._engine: Any = None
+        self._engine = None if engine is None else weakref.ref(engine)
         self._steps = 0
         copies = 1 if groups.replication is None else groups.replication.size
         self.action = request.action or ("repair" if copies > 2 else "stop")
@@ -61,16 +62,12 @@ class Guard:
         every = f"replica guard: every {self._request.every} steps"
         if copies == 1:
             return f"{every}, weights against their masters only: with one replica there is nothing else to compare"
-        if self._groups.update is not None:
+        if self._groups.spreads_states:
             return (
                 f"{every}, {copies} copies of weights, action {self.action!r}. Masters and optimizer states have no "
                 f'copies ("mics_optimizer_states": "world"): masters are compared with their weights, states not at all'
             )
         return f"{every}, {copies} copies of all states, action {self.action!r}"
-
-    def watch(self, engine: Any) -> None:
-        """Take steps and the monitor from this engine."""
-        self._engine = weakref.ref(engine)
 
     def step_ended(self, optimizer: Any) -> None:
         """A step was taken, or skipped because of an overflow. Collective over the data-parallel group.
@@ -116,7 +113,7 @@ class Guard:
         """(blocks, 2) of each state, where it is. Of states without copies none."""
         size = self._request.block_bytes
         return [
-            digests(state.tensor, size, state.padding) if state.replicated else torch.zeros(0, 2, dtype=torch.int64)
+            digests(state.tensor, size) if state.replicated else torch.zeros(0, 2, dtype=torch.int64)
             for state in states
         ]
 
@@ -132,7 +129,7 @@ class Guard:
         for state, other in self._without_copies(states, stepped):
             for start, stop in self._ranges(state):
                 fault += violations(state, other, start, stop).any().to(device)
-        collectives.max_over_(fault, self._groups.full, LABEL)
+        collectives.max_over_(fault, self._groups.everyone, LABEL)
         return bool(fault.item())
 
     def _ranges(self, state: State) -> list[tuple[int, int]]:
@@ -152,19 +149,19 @@ class Guard:
     def _resolve(
         self, optimizer: Any, states: Sequence[State], made: Sequence[torch.Tensor], step: int, when: str, stepped: bool
     ) -> list[Finding]:
-        full, device = self._groups.full, communication_device()
+        everyone, device = self._groups.everyone, communication_device()
         damages, error = self._damages(states, made)
         # Where copies of weights differ, one of them breaks the rule as well, until it is repaired.
         found = [] if damages else self._broken_rules(states, step, stepped)
         stuck = error is not None or bool(found) or any(damage.verdict.good is None for damage in damages)
         hopeless = torch.tensor([int(stuck)], device=device)
-        collectives.max_over_(hopeless, full, LABEL)
+        collectives.max_over_(hopeless, everyone, LABEL)
         write = self.action == "repair" and not hopeless.item()
         if damages:
             replication = self._groups.replication
             assert replication is not None, "only copies can differ"
             found += settle(states, damages, replication, device, step, self._groups.node_of, write=write)
-        notes = collectives.exchange_notes((found, error), full, LABEL)
+        notes = collectives.exchange((found, error), everyone, LABEL)
         findings = [finding for found, _ in notes for finding in found]
         errors = sorted({error for _, error in notes if error is not None})
         if not write:
@@ -175,7 +172,7 @@ class Guard:
         self._report(findings, f"copies differ {when}; repaired", logging.WARNING)
         regather_persistent(optimizer)
         again = states_of(optimizer, replicated=True)
-        if self._anybody_sees(again, self._digests(again), stepped and self._groups.update is not None):
+        if self._anybody_sees(again, self._digests(again), stepped and self._groups.spreads_states):
             raise MicsGuardError(
                 f"Expected equal copies {when} once damaged blocks had been repaired on ranks "
                 f"{sorted({finding.rank for finding in findings})}, but they differ again. That memory does not "
@@ -190,7 +187,7 @@ class Guard:
             return [], None
         layouts = [state.layout for state in states]
         values = [item.tolist() for item in made]
-        notes = collectives.exchange_notes((layouts, values), replication, LABEL)
+        notes = collectives.exchange((layouts, values), replication, LABEL)
         for rank, (theirs, _) in zip(replication.ranks, notes):
             if theirs != notes[0][0]:
                 strange = [item for item in [*theirs, *notes[0][0]] if (item in theirs) != (item in notes[0][0])]
@@ -201,7 +198,7 @@ class Guard:
             for block in range(len(item))
             if any(theirs[index][block] != item[block] for _, theirs in notes)
         ]
-        holds = collectives.exchange_notes([self._holds(states, *place) for place in bad], replication, LABEL)
+        holds = collectives.exchange([self._holds(states, *place) for place in bad], replication, LABEL)
         damages = []
         for number, (index, block) in enumerate(bad):
             verdict = judge(
@@ -220,7 +217,7 @@ class Guard:
         return not violations(states[index], other, *self._ranges(states[index])[block]).any().item()
 
     def _broken_rules(self, states: Sequence[State], step: int, stepped: bool) -> list[Finding]:
-        own = self._groups.full.ranks[self._groups.full.rank]
+        own = self._groups.everyone.ranks[self._groups.everyone.rank]
         found = []
         for master, weights in self._without_copies(states, stepped):
             for start, stop in self._ranges(master):
@@ -254,7 +251,7 @@ class Guard:
     def _count(self, findings: Sequence[Finding]) -> None:
         self.repairs.update({finding.rank for finding in findings})
         nodes = {finding.rank: finding.node for finding in findings}
-        if self._groups.full.rank == 0:
+        if self._groups.everyone.rank == 0:
             for rank, node in sorted(nodes.items()):
                 if self.repairs[rank] > self._request.repairs:
                     logger.error(
@@ -266,7 +263,7 @@ class Guard:
                     )
 
     def _report(self, findings: Sequence[Finding], what: str, level: int) -> None:
-        if self._groups.full.rank != 0:
+        if self._groups.everyone.rank != 0:
             return
         logger.log(level, "replica guard: %s\n%s", what, report.lines(findings))
         if self._request.forensics is not None:

@@ -10,14 +10,19 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import psutil
 from torch import nn
 
 from ..comm import agreement, placement
+from ..comm.collectives import exchange
 from ..comm.layout import Ranks
+from ..comm.rank_group import RankGroup
 from ..config import MicsConfig, PlanRequest
-from ..errors import MicsPlanError
+from ..deepspeed_compat.ds_config import offload_device
+from ..deepspeed_compat.engine import data_parallel_ranks, memory_at_hand
+from ..errors import MicsAgreementError, MicsPlanError
 from ..log import log_rank0
 from . import plan as planning
 from .machine import PRESETS, Link, Machine, load_machine, ranks_per_node
@@ -25,9 +30,6 @@ from .model import Model, Transformer
 from .timeline import Scheme
 from .trace import model_from_module
 from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
-
-if TYPE_CHECKING:
-    from ..seams.engine import EngineFacts
 
 UNKNOWN_ACTIVATIONS = 0.25
 """Fraction of the memory that is set aside for activations nobody told the size of."""
@@ -88,29 +90,59 @@ class Facts:
     """Whether there is an optimizer."""
 
 
-def facts_from(engine: EngineFacts, rank: int) -> Facts:
-    """What the planner wants to know, from what the engine's arguments say."""
-    kind = engine.optimizer
-    if engine.built_by_deepspeed:
-        kind = optimizer_kind(kind, bool(engine.optimizer_params.get("torch_adam")))
-    if kind == "sgd" and any(group.get("momentum") for group in engine.param_groups):
+_ZERO_NUMBERS = (
+    "prefetch_bucket_size",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "param_persistence_threshold",
+    "reduce_bucket_size",
+    "sub_group_size",
+)
+_ZERO_SWITCHES = ("overlap_comm", "contiguous_gradients")
+
+
+def facts_of(engine_arguments: Mapping[str, Any], rank: int) -> Facts:
+    """Read off an engine that is about to be built, and off this rank's devices, what the planner wants to know.
+
+    Args:
+        engine_arguments: of ``DeepSpeedEngine``, by name.
+    """
+    parsed, optimizer = engine_arguments["config_class"], engine_arguments.get("optimizer")
+    params = parsed.optimizer_params or {}
+    if optimizer is None:
+        kind = optimizer_kind(str(parsed.optimizer_name or "").lower(), bool(params.get("torch_adam")))
+    else:
+        kind = type(optimizer).__name__.lower()
+    if kind == "sgd" and any(group.get("momentum") for group in getattr(optimizer, "param_groups", [params])):
         kind = "sgd_momentum"
+    zero, memory = parsed.zero_config, memory_at_hand(engine_arguments["model"])
+    settings: dict[str, Any] = {
+        **{name: int(getattr(zero, name)) for name in _ZERO_NUMBERS},
+        **{name: bool(getattr(zero, name)) for name in _ZERO_SWITCHES},
+        "offload_optimizer": offload_device(zero.offload_optimizer) != "none",
+        "offload_param": offload_device(zero.offload_param) != "none",
+    }
     return Facts(
-        ranks=engine.ranks,
+        ranks=data_parallel_ranks(engine_arguments),
         place=placement.claim(rank),
-        memory=engine.memory,
-        host_memory=engine.host_memory,
-        device=engine.device,
-        device_gib=engine.device_memory / 2**30,
+        memory=memory.at_hand,
+        host_memory=float(psutil.virtual_memory().available),
+        device=memory.device,
+        device_gib=memory.total / 2**30,
         job={
-            "micro_batch": engine.micro_batch,
-            "micro_steps": engine.micro_steps,
-            "precision": engine.precision,
+            "micro_batch": int(parsed.train_micro_batch_size_per_gpu),
+            "micro_steps": int(parsed.gradient_accumulation_steps),
+            "precision": "bf16"
+            if parsed.bfloat16_config.enabled
+            else "fp16"
+            if parsed.float16_config.enabled
+            else "fp32",
             "optimizer": kind if kind in OPTIMIZERS else "fusedadam",
-            "zero": ZeroSettings(**engine.zero),
-            "accumulation_itemsize": engine.accumulation_itemsize,
+            "zero": ZeroSettings(**settings),
+            # 0 leaves the choice to DeepSpeed.
+            "accumulation_itemsize": ITEMSIZE.get(str(getattr(parsed, "grad_accum_dtype", None)), 0),
         },
-        trains=engine.trains,
+        trains=bool(kind),
     )
 
 
@@ -138,73 +170,77 @@ class Choice(NamedTuple):
     """Of ``mics_optimizer_states``."""
 
 
-def choose(config: MicsConfig, facts: Facts, model: Model, rank: int, participants: Ranks | None = None) -> Choice:
-    """The same on all ranks. Collective over the participants.
+class Report(NamedTuple):
+    """What one rank tells the others, for ``"auto"``."""
+
+    place: placement.Claim
+    first: int
+    """First rank of its data-parallel group."""
+    model: str
+    """Digest."""
+    memory: float
+    host_memory: float
+
+
+def choose(config: MicsConfig, facts: Facts, model: Model, everyone: RankGroup) -> Choice:
+    """Choose what is left to the planner, the same on all ranks. Collective over the participants.
 
     Args:
-        participants: global ranks that have to agree; by default the world.
-        model: of this rank; rank 0's is planned with.
+        model: of this rank; the first rank's is planned with.
+        everyone: the ranks that build the engine together.
 
     Raises:
-        MicsPlanError: no partition size fits, or the cluster is not known; on rank 0.
+        MicsPlanError: no partition size fits, or the cluster is not known; on the first rank.
         MicsAgreementError: the same on the others; or the ranks have different models.
     """
-    payloads = agreement.exchange(
-        {
-            agreement.STATE: agreement.ON,
-            agreement.CONFIG: config.to_json(),
-            **facts.place.as_json(),
-            "memory": facts.memory,
-            "host": facts.host_memory,
-            "size": len(facts.ranks),
-            "first": facts.ranks[0],
-            "model": model_digest(model),
-        },
-        participants,
-        least=("memory", "host"),  # bytes differ on every rank, and only the scarcest counts
-    )
-    agreement.require_same(payloads, {"size": "the data-parallel size"}, participants)
-    answer: dict[str, Any] = {}
-    if rank == (participants or (0,))[0]:
+    statement = {"state": "auto", **config.to_json(), "data-parallel size": len(facts.ranks)}
+    agreement.require_same(statement, "the MiCS configuration and the data-parallel size", everyone.ranks)
+    report = Report(facts.place, facts.ranks[0], model_digest(model), facts.memory, facts.host_memory)
+    reports = exchange(report, everyone, "reports for the planner")
+    choice: Choice | None = None
+    error: Exception | None = None
+    if everyone.rank == 0:
         try:
-            choice, reason = decide(config, facts, model, assess(payloads, facts, participants))
-        except Exception as error:  # whatever it is, the others wait for an answer
-            agreement.post_error(error, participants)
-            raise
-        asked = "mics_shard_size" if config.is_auto else "mics_optimizer_states"
-        log_rank0(f'{asked} "auto": {reason}.')
-        answer = choice._asdict()
-    answers = agreement.exchange({agreement.STATE: agreement.ON, **answer}, participants)
-    agreement.require_same(answers, ranks=participants)
-    return Choice(int(answers[0]["p"]), str(answers[0]["states"]))
+            choice, reason = decide(config, facts, model, assess(reports, facts, everyone.ranks))
+            asked = "mics_shard_size" if config.is_auto else "mics_optimizer_states"
+            log_rank0(f'{asked} "auto": {reason}.')
+        except Exception as failure:  # the others wait for an answer
+            error = failure
+    said = exchange((choice, None if error is None else str(error)), everyone, "choice of the planner")
+    choice, why_not = said[0]
+    if error is not None:
+        raise error
+    if choice is None:
+        raise MicsAgreementError(f"The planner's choice was refused on rank {everyone.ranks[0]}: {why_not}")
+    return choice
 
 
-def assess(payloads: Sequence[Mapping[str, Any]], facts: Facts, ranks: Ranks | None = None) -> Situation:
-    """Put together what the ranks said.
+def assess(reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None) -> Situation:
+    """Put together what the ranks report.
 
     Args:
-        ranks: whose payloads they are; by default the world's.
+        ranks: whose reports they are; by default the world's.
 
     Raises:
         MicsPlanError: ranks of one data-parallel group have different models, or are placed unevenly.
     """
     models: dict[int, set[str]] = {}  # by group: tensor-parallel ranks may have models of their own
-    for item in payloads:
-        models.setdefault(item["first"], set()).add(item["model"])
+    for item in reports:
+        models.setdefault(item.first, set()).add(item.model)
     if any(len(digests) > 1 for digests in models.values()):
         raise MicsPlanError(
             "All data-parallel ranks must have the same model, but their parameters differ. Build it alike everywhere."
         )
-    nodes = placement.resolve([placement.Claim.from_json(item) for item in payloads], ranks)
+    nodes = placement.resolve([item.place for item in reports], ranks)
     node_of = dict(zip(ranks or range(len(nodes)), nodes))
     per_node = ranks_per_node([node_of[member] for member in facts.ranks])
     on_a_node = max(Counter(nodes).values())
-    memory = min(item["memory"] for item in payloads)
+    memory = min(item.memory for item in reports)
     return Situation(
         n=len(facts.ranks),
         per_node=per_node,
         memory=memory / on_a_node if facts.device == "cpu" else memory,
-        host_memory=min(item["host"] for item in payloads),
+        host_memory=min(item.host_memory for item in reports),
         sharing=max(1, on_a_node // per_node),
     )
 

@@ -261,7 +261,7 @@ def calibrate(
 
 def _groups(partitions: Sequence[int] | None) -> tuple[dict[int, MicsGroups], int]:
     """The groups for each partition size to measure, and the ranks on each node. Collective over the world."""
-    from ..seams.engine import device_streams  # DeepSpeed's view of the device; plans do without
+    from ..deepspeed_compat.engine import device_streams  # DeepSpeed's view of the device; plans do without
 
     world = dist.group.WORLD
     assert world is not None, "calibration runs in an initialised process group"

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..comm import collectives, packing
-from ..comm.groups import MicsGroups, NodeGroups, RankGroup
+from ..comm import collectives
+from ..comm.groups import MicsGroups
+from ..comm.packing import ChunkLayout
+from ..comm.rank_group import NodeGroups, RankGroup
 from .machine import GroupForm, Link, Machine
 
 FLOAT = 4
@@ -82,8 +84,9 @@ def _gather_in_stages(mine: MicsGroups, hierarchy: NodeGroups, size: int) -> Cal
     shard = buffer(size // FLOAT // mine.partition.size)
 
     def run() -> None:
-        gathered = collectives.all_gather_hierarchical(shard, hierarchy)
-        gathered.copy_out(shard.new_empty(shard.numel() * mine.partition.size), 0, shard.numel())
+        whole = shard.new_empty(shard.numel() * mine.partition.size)
+        rows = collectives.all_gather_hierarchical(shard, hierarchy)
+        ChunkLayout((whole.numel(),), hierarchy.chunk_of_slot).copy_out(rows, [whole])
 
     return run
 
@@ -92,16 +95,14 @@ def _scatter(mine: MicsGroups, hierarchy: NodeGroups | None, size: int) -> Calla
     method = mine.reduce_scatter
     gradient = buffer(size // FLOAT)
     order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = packing.BucketLayout((gradient.numel(),), order)
-    whole = method == "native" and hierarchy is None
+    layout = ChunkLayout((gradient.numel(),), order)
 
     def run() -> None:
-        count = 1 if whole else collectives.pieces_worth(gradient.nbytes, staged=hierarchy is not None)
-        pieces = layout.pack([gradient], count)
+        rows, shard = layout.pack([gradient]), gradient.new_empty(layout.width)
         if hierarchy is None:
-            collectives.reduce_scatter_mean(pieces, mine.scatter, method)
+            collectives.reduce_scatter_mean(rows, shard, mine.scatter, method)
         else:
-            collectives.reduce_scatter_mean_hierarchical(pieces, hierarchy, method)
+            collectives.reduce_scatter_mean_hierarchical(rows, shard, hierarchy, method)
 
     return run
 
@@ -114,4 +115,4 @@ def _stock_scatter(full: RankGroup, size: int) -> Callable[[], object]:
 
 def _reduce(replication: RankGroup, size: int) -> Callable[[], object]:
     tensor = buffer(size // FLOAT)
-    return lambda: collectives.average_over_replicas_(tensor, replication)
+    return lambda: collectives.start_average_(tensor, replication).wait()

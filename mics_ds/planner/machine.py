@@ -13,10 +13,7 @@
 
 A ring enters and leaves each node once, whatever the number of its members there, so a group that has all
 ranks of its nodes has c = 1, and k replication groups of one rank per node have c = k. In two stages (gather:
-between nodes, then inside each; scatter: the mirror) both stages are such collectives, and run beside each
-other in pieces:
-
-    T = max(T_inter, T_intra) + min(T_inter, T_intra) / pieces
+between nodes, then inside each; scatter: the mirror) both stages are such collectives, one after the other.
 
 The alpha-beta model is Hockney's; the ring's volume is that of Thakur, Rabenseifner and Gropp, "Optimization of
 Collective Communication Operations in MPICH" (2005); its latency, n-N steps inside nodes and N-1 between them,
@@ -37,6 +34,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..comm.sizes import Sizes, sizes_of
 from ..errors import MicsPlanError
 
 OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce")
@@ -140,8 +138,12 @@ class Machine:
     """``nccl`` or ``gloo``: what its collectives send, and whether all-reduce has logarithmic latency."""
     streams: bool = True
     """Whether stock DeepSpeed reduces gradients beside the backward pass. On a CPU it blocks."""
-    pieces: int = 4
-    """Into how many pieces a collective in two stages is cut."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large collectives are made on such devices."""
+        return sizes_of(self.streams)
+
     step_overhead: float = 0.0
     """Seconds per optimizer step that are spent outside compute and communication."""
     issue_overhead: float = 0.0
@@ -157,7 +159,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         positive = ("gpus_per_node", "memory", "efficiency", "memory_bandwidth", "host_link", "host_memory")
-        for name in (*positive, "host_update_bandwidth", "pieces", "host_slowdown"):
+        for name in (*positive, "host_update_bandwidth", "host_slowdown"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MicsPlanError(f"{name} of machine {self.name!r} must be positive, got {getattr(self, name)!r}.")
         for name in ("step_overhead", "issue_overhead", "nodes_measured"):
@@ -228,22 +230,26 @@ class Machine:
         if staged:
             outer = self.formula(operation, payload / form.per_node, GroupForm(form.nodes, 1, form.per_node))
             inner = self.formula(operation, payload, GroupForm(1, form.per_node))
-            return max(outer, inner) + min(outer, inner) / self.pieces
+            return outer + inner
         g, gloo = form.size, self.backend == "gloo"
         if g == 1:
             return 0.0
         times = 2 if operation == "all_reduce" or (gloo and operation == "stock_reduce_scatter") else 1
-        intra, inter = self.intra.latency, self.inter.latency
-        latency = (g - form.nodes) * intra + (form.nodes - 1) * inter
-        if operation == "all_reduce" and not gloo:
-            latency = min(latency, math.log2(g / form.nodes) * intra + math.log2(form.nodes) * inter)
         volume = payload * (g - 1) / g
         transfer = volume / self.intra.bandwidth if form.per_node > 1 or form.nodes == 1 else 0.0
         if form.nodes > 1:
             if gloo and operation == "reduce_scatter":
                 volume = payload * form.per_node * (g - form.per_node) / g
             transfer = max(transfer, volume * form.beside / self.inter.bandwidth)
-        return times * (latency + transfer)
+        return times * (self.latency(operation, form) + transfer)
+
+    def latency(self, operation: str, form: GroupForm) -> float:
+        """Return the seconds until the first byte has gone around the group once."""
+        g, intra, inter = form.size, self.intra.latency, self.inter.latency
+        ring = (g - form.nodes) * intra + (form.nodes - 1) * inter
+        if operation == "all_reduce" and self.backend != "gloo":
+            return min(ring, math.log2(g / form.nodes) * intra + math.log2(form.nodes) * inter)
+        return ring
 
     def stage_seconds(self, operation: str, payload: float, form: GroupForm, staged: bool) -> tuple[float, float]:
         """(seconds on the links between nodes, seconds on those inside) that a collective keeps busy."""
@@ -254,7 +260,10 @@ class Machine:
             return whole, 0.0
         inter = self.formula(operation, payload / form.per_node, GroupForm(form.nodes, 1, form.per_node))
         intra = self.formula(operation, payload, GroupForm(1, form.per_node))
-        share = whole / max(inter, intra, 1e-12)
+        # One stage follows the other. Profiles of CPUs were measured when stages were cut into pieces, and the longer
+        # one lasted all the time.
+        together = inter + intra if self.streams else max(inter, intra)
+        share = whole / max(together, 1e-12)
         return min(whole, inter * share), min(whole, intra * share)
 
     @cached_property

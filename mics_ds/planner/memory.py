@@ -10,8 +10,11 @@ shard has c = ceil(numel / p) elements, padding included:
 | master            | Σ c · 4, trainable, in fp32 as well                                           | host if offloaded|
 | optimizer         | Σ c · 4 · (states of the optimizer), 4 for the step counter of each sub-group | host if offloaded|
 | gradient exchange | Σ c · 4, trainable, with an offloaded optimizer only                          | host             |
-| persistent        | Σ c · p · b of parameters that stay gathered; 0 for p = 1                     | GPU              |
+| persistent        | Σ c · p · b of parameters that stay gathered                                  | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
+| scratch           | AHEAD tasks of hop 1: a packed bucket and what each stage leaves of it        | GPU with streams |
+|                   | AHEAD units of hop 2 and of updated weights, with world-sharded states;       | GPU with streams |
+|                   | parts of reduce_bucket_size / p elements, with an offloaded optimizer         | GPU with streams |
 
 With world-sharded optimizer states, master, optimizer and gradient exchange are of slices of ceil(c / r) elements,
 r = n / p, and gradients are Σ (c + ceil(c / r)) · a: the mean of a slice has a buffer of its own.
@@ -19,15 +22,14 @@ r = n / p, and gradients are Σ (c + ceil(c / r)) · a: the mean of a slice has 
 On top of those, at the fullest moment of the backward pass: parameters gathered ahead (as
 :mod:`mics_ds.planner.timeline` computes them), the buffers of a gather and of a reduce-scatter, one submodule's full
 gradients, and activations. Or, if that is more, in the optimizer's step: an fp32 copy of one sub-group's gradients and
-what the update needs in between (of slices, their 16-bit copy and two buckets of the gather of updated weights); with
-an offloaded optimizer, two parts of hop 2 of reduce_bucket_size / p elements.
+what the update needs in between (of slices, their 16-bit copy).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..comm.packing import UPDATE_BUCKET_BYTES
+from ..comm.sizes import AHEAD, sizes_of
 from .model import shard_numel, sliced_numel
 from .timeline import Scheme, StepTime
 from .workload import OPTIMIZERS, Workload
@@ -133,16 +135,18 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
         -(-numel // p) * p * count
         for counts in (model.trainable, model.frozen)
         for numel, count in counts.items()
-        if numel <= threshold and p > 1  # alone, a rank's shard is the parameter
+        if numel <= threshold
     )
-    bucket_size = system.bucket_size(zero.reduce_bucket_size)
-    bucket = bucket_size * b if zero.contiguous_gradients and trained else 0
+    bucket = system.bucket_size(zero.reduce_bucket_size) * b if zero.contiguous_gradients and trained else 0
     # A gather fills a buffer of its own, from which parameters are copied, so the last ones are there twice; the same
     # holds for a bucket that is packed for its reduce-scatter, and one submodule's gradients wait to be copied there.
     ahead = min(played.live_numel, max(zero.prefetch_bucket_size, model.largest))
     live = (played.live_numel + ahead) * b if p > 1 else 0
-    in_flight = min(played.bucket_numel, bucket_size + model.largest)
-    buckets = bucket + in_flight * b + model.largest * b
+    buckets = bucket + played.bucket_numel * b + model.largest * b
+    if streams and system.p is not None:  # two tasks at a time, in buffers that executors keep
+        scratch = AHEAD * (played.bucket_numel * b + min(_hop2_bytes(job, system, n), trained * accumulation))
+        buckets = bucket + scratch + model.largest * b
+        bucket += scratch
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -152,28 +156,32 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
         live=live,
         buckets=buckets,
         activations=round(activations(job)),
-        step=_step_bytes(job, system, n, trained, streams),
+        step=_step_bytes(job, system, n, trained),
         other=round(job.held_bytes),
         host=host,
         bucket=bucket,
     )
 
 
-def _step_bytes(job: Workload, system: Scheme, n: int, trained: int, streams: bool) -> int:
+def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
+    """What one task of hop 2, or of the gather of updated weights, holds on an accelerator beside the gradients."""
+    p = system.partition_size(n)
+    if p < n and job.zero.offload_optimizer:  # by way of the device, in parts
+        return system.bucket_size(job.zero.reduce_bucket_size) // p * (job.accumulation_itemsize or job.itemsize)
+    return sizes_of(True).unit if system.slices(n) > 1 else 0
+
+
+def _step_bytes(job: Workload, system: Scheme, n: int, trained: int) -> int:
     """What is needed between the backward pass and the end of the step, for ``trained`` elements of this rank."""
     p, zero, b = system.partition_size(n), job.zero, job.itemsize
     if zero.offload_optimizer:
-        # hop 2 goes by way of the device in parts, one of them on its way while another is averaged
-        apart = streams and system.p is not None and p < n
-        part = min(trained, system.bucket_size(zero.reduce_bucket_size) // p)
-        return 2 * part * (job.accumulation_itemsize or b) if apart else 0
+        return 0
     slices = system.slices(n)
     group = -(-min(trained, zero.sub_group_size + -(-job.model.largest // p)) // slices) if trained else 0
     # an fp32 copy of the gradients, flattened in their own precision first
     temporaries = OPTIMIZERS[job.optimizer].temporaries
     update = group * MASTER_ITEMSIZE * (1 + temporaries) + (group * b if b < MASTER_ITEMSIZE else 0)
-    on_their_way = group * b + 2 * min(UPDATE_BUCKET_BYTES, trained * b) if slices > 1 else 0
-    return update + on_their_way
+    return update + (group * b if slices > 1 else 0)
 
 
 def activations(job: Workload) -> float:

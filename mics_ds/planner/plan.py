@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..comm.packing import bucket_limit
 from ..errors import MicsPlanError
-from ..text import columns
+from ..formatting import columns
 from .machine import Machine
 from .memory import Memory, memory
 from .timeline import Scheme, StepTime, step_time
@@ -146,7 +145,7 @@ def mics(machine: Machine, job: Workload, n: int, p: int, *, world_states: bool 
     limit = None
     if beside and p < n:
         trained = sum(numel * count for numel, count in job.model.trainable.items())
-        limit = bucket_limit(trained, job.itemsize, streams=machine.streams, staged=staged)
+        limit = machine.sizes.bucket_limit(trained, job.itemsize)
     return Scheme(
         p,
         staged,

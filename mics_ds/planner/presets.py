@@ -19,9 +19,9 @@ _H100 = {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}
 _P4: dict[str, Any] = {
     "gpus_per_node": 8,
     "flops": _A100,
-    "efficiency": 0.55,
+    "efficiency": 0.58,
     "intra": Link(230 * GB, 10 * US),
-    "inter": Link(45 * GB, 200 * US),
+    "inter": Link(45 * GB, 225 * US),
     "memory_bandwidth": 1.4e12,
     "host_link": 12 * GB,
     "host_memory": 1152 * GIB,

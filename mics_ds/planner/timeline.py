@@ -3,7 +3,7 @@
 [Note: the rules of overlap]
 
 One rank stands for all. Its step is played event by event, as DeepSpeed's parameter coordinator and the two
-hops of :mod:`mics_ds.optimizer` would run it:
+hops of :mod:`mics_ds.deepspeed_compat.optimizer` would run it:
 
 1. Modules have their turns in forward order, then backwards; a checkpointed block has its forward turns once more
    before its backward ones. Computing starts when the module's parameters have been gathered.
@@ -14,7 +14,7 @@ hops of :mod:`mics_ds.optimizer` would run it:
    within ``max_reuse_distance`` elements. Parameters up to ``param_persistence_threshold`` elements stay.
 4. Gradients are collected until ``reduce_bucket_size`` (or the limit of MiCS) would be exceeded, then reduced
    (hop 1): beside the backward pass, one bucket after another; or, for systems and devices that cannot, while it waits.
-5. Hop 2 of a bucket follows its hop 1 in the last micro-step; or all of it waits for the end of that.
+5. Hop 2 follows hop 1 in the last micro-step, in units of a fixed size; or all of it waits for the end of that.
 6. Collectives of one kind queue up behind each other, and those of different kinds behind each other where
    they need the same link (between nodes, or inside them). Links are full duplex. Computing is not slowed down by
    communication beside it.
@@ -33,7 +33,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..comm.packing import UPDATE_BUCKET_BYTES
 from .machine import GroupForm, Machine
 from .model import shard_numel, sliced_numel
 from .turns import Visit, compute_seconds, number_parameters, visits
@@ -104,7 +103,7 @@ class StepTime:
     live_numel: int = 0
     """Elements of parameters that are gathered or on their way, at most."""
     bucket_numel: int = 0
-    """Elements of the fullest bucket of gradients."""
+    """Elements of the fullest bucket of gradients, and of what each stage of its hop 1 leaves of it."""
 
     PARTS = ("compute", "gathers", "hop1", "hop2", "updates", "optimizer", "overhead")
 
@@ -125,6 +124,8 @@ class _Cost(NamedTuple):
     whole: float
     inter: float
     intra: float
+    turn: float
+    """Seconds until the next collective of its kind may begin."""
 
 
 class Costs:
@@ -167,7 +168,8 @@ class Costs:
             payload = float(numel * itemsize)
             whole = self.machine.time(operation, payload, form, staged)
             inter, intra = self.machine.stage_seconds(operation, payload, form, staged)
-            self._cache[key] = _Cost(whole, inter, intra)
+            turn = max(inter, intra) if staged and self.machine.streams else whole
+            self._cache[key] = _Cost(whole, inter, intra, turn)
         return self._cache[key]
 
 
@@ -189,10 +191,10 @@ class Queues:
         if cost.intra:
             start = max(start, self.intra)
             self.intra = start + cost.intra
-        self.free[queue] = end = start + cost.whole
+        self.free[queue] = start + cost.turn
         self.busy[queue] += cost.whole
         self.counts[queue] += 1
-        return end
+        return start + cost.whole
 
 
 class Player:
@@ -230,6 +232,8 @@ class Player:
         self.sent = 0
         self.updated: dict[int, float] = {}
         """Parameters whose updated shards are there by then, on every replica."""
+        self.to_average = 0
+        """Elements whose hop 1 is done, and that do not fill a unit of hop 2 yet."""
         self.live = 0
         self.most_live = 0
         self.most_bucket = 0
@@ -260,7 +264,7 @@ class Player:
         if not self.system.world_states or self.costs.r == 1:
             return [], {}
         trained = self.job.model.trainable
-        limit = self.costs.p * UPDATE_BUCKET_BYTES // self.job.itemsize
+        limit = self.costs.p * self.machine.sizes.unit // self.job.itemsize
         buckets: list[list[int]] = []
         numel = 0
         for param, size in enumerate(self.numel):
@@ -334,6 +338,9 @@ class Player:
         if average and job.model.trainable:
             if self.system.hop2_beside:
                 self._average_finished(reduced)
+                if self.to_average:
+                    queues.issue("average", self.costs.average(self.to_average), self.now)
+                    self.to_average = 0
                 self._wait("hop2", queues.free["average"])
             else:
                 everything = shard_numel(job.model.trainable, 1)
@@ -372,7 +379,9 @@ class Player:
         if persistent and p > 1:
             self._wait("gathers", self.queues.issue("gather", self.costs.gather(persistent), self.now))
         self.time.busy, self.time.counts = dict(self.queues.busy), dict(self.queues.counts)
-        self.time.live_numel, self.time.bucket_numel = self.most_live, self.most_bucket
+        left = [self.costs.p, *([self.costs.partition.per_node] if self.system.staged_scatter else [])]
+        self.time.bucket_numel = self.most_bucket + sum(-(-self.most_bucket // ranks) for ranks in left)
+        self.time.live_numel = self.most_live
         return self.time
 
     def _spend(self, part: str, seconds: float) -> None:
@@ -406,10 +415,14 @@ class Player:
         return bucket, done
 
     def _average_finished(self, reduced: list[tuple[int, float]]) -> None:
-        """Start hop 2 of the buckets whose hop 1 is done by now, in order."""
+        """Start hop 2 of the units whose hop 1 is done by now, in order."""
+        unit = self.machine.sizes.unit * self.costs.p // (self.job.accumulation_itemsize or self.job.itemsize)
         while reduced and reduced[0][1] <= self.now:
             bucket, done = reduced.pop(0)
-            self.queues.issue("average", self.costs.average(bucket), done)
+            self.to_average += bucket
+            while self.to_average >= unit:
+                self.queues.issue("average", self.costs.average(unit), done)
+                self.to_average -= unit
 
 
 def step_time(machine: Machine, job: Workload, system: Scheme, n: int) -> StepTime:

@@ -25,7 +25,7 @@ from deepspeed.runtime.comm import coalesced_collectives  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from mics_ds.comm.packing import BucketLayout, GatheredShards  # noqa: E402
+from mics_ds.comm.packing import ChunkLayout  # noqa: E402
 
 TENSORS = 40
 NUMEL = 64
@@ -88,19 +88,19 @@ def stock_gather(p: int, numel: int) -> Work:
     return run
 
 
-def our_scatter(gradients: list[torch.Tensor], order: tuple[int, ...], pieces: int = 1) -> Work:
-    layout = BucketLayout(tuple(gradient.numel() for gradient in gradients), order)
-    return lambda: layout.pack(gradients, pieces)
+def our_scatter(gradients: list[torch.Tensor], order: tuple[int, ...]) -> Work:
+    layout = ChunkLayout(tuple(gradient.numel() for gradient in gradients), order)
+    return lambda: layout.pack(gradients)
 
 
-def our_gather(p: int, numel: int, order: tuple[int, ...]) -> Work:
-    width = -(-numel // p)
-    shards = GatheredShards([torch.zeros(p, width * TENSORS)], [0, width * TENSORS], order)
+def our_gather(numel: int, order: tuple[int, ...]) -> Work:
+    layout = ChunkLayout((numel,) * TENSORS, order)
+    gathered = torch.zeros(layout.size, layout.width)
 
     def run() -> None:
-        for index in range(TENSORS):
-            full = torch.empty(numel)
-            shards.copy_out(full, index * width, width)
+        fulls = [torch.empty(numel) for _ in range(TENSORS)]
+        layout.copy_out(gathered, fulls)
+        for full in fulls:
             full.view(numel)
 
     return run
@@ -115,9 +115,9 @@ def main() -> None:
         works: dict[str, list[Work]] = {
             "gradient, stock": [stock_scatter(gradients, p) for p in SIZES],
             "gradient, MiCS": [our_scatter(gradients, tuple(range(p))) for p in SIZES],
-            "gradient, MiCS in two stages": [our_scatter(gradients, staged_order(p), pieces=4) for p in SIZES],
+            "gradient, MiCS in two stages": [our_scatter(gradients, staged_order(p)) for p in SIZES],
             "parameter, stock": [stock_gather(p, numel) for p in SIZES],
-            "parameter, MiCS in two stages": [our_gather(p, numel, staged_order(p)) for p in SIZES],
+            "parameter, MiCS in two stages": [our_gather(numel, staged_order(p)) for p in SIZES],
         }
         rows += [(f"{name}, {kind}", *map(cost, each)) for name, each in works.items()]
     print(table(rows))

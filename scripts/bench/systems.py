@@ -166,8 +166,9 @@ class DeepSpeedSystem(System):
         self.micro_steps = job.micro_steps
 
     def settle(self) -> None:
-        if hasattr(self.engine.optimizer, "shards_are_read"):
-            self.engine.optimizer.shards_are_read()
+        world = getattr(self.engine.optimizer, "world_states", None)
+        if world is not None:
+            world.finish_updates()
 
     def train_step(self, data: Iterator[Batch]) -> float:
         total = 0.0

@@ -11,7 +11,7 @@ CHECK = "parity,fp32,p=1,overlap_comm=true,micro_steps=3"
 
 def broken_rank() -> None:
     from mics_ds.comm import collectives
-    from mics_ds.seams import support
+    from mics_ds.deepspeed_compat import support
 
     def fails(*_, **__):
         raise RuntimeError("broken on purpose")

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from helpers import build, ds_config, train
 from torch import nn
 
+from mics_ds.deepspeed_compat.states import State, states_of
 from mics_ds.errors import MicsGuardError
 from mics_ds.guard.compare import partner
-from mics_ds.seams.states import State, states_of
 
 KINDS = ("bit", "burst", "block", "nan", "swap", "stale")
 
@@ -66,7 +66,7 @@ def real(state: State) -> torch.Tensor:
 
 def damaged_blocks(state: State, before: torch.Tensor, block_bytes: int) -> list[int]:
     """Found by looking at every byte, not by a digest."""
-    changed = (raw(state.tensor) != raw(before)).any(dim=1) & real(state)
+    changed = (raw(state.tensor) != raw(before)).any(dim=1)
     return sorted({int(index) * before.element_size() // block_bytes for index in changed.nonzero().view(-1)})
 
 

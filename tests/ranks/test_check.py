@@ -12,6 +12,8 @@ import torch.distributed as dist
 from mics_ds.check import checks, parity, resuming, traffic
 from mics_ds.check.runs import Place, Setup
 from mics_ds.comm import collectives
+from mics_ds.comm.async_exec import INLINE, ThreadExecutor
+from mics_ds.zero.grad_sync import GradSync
 
 
 def place(folder: Path | None = None) -> Place:
@@ -23,14 +25,15 @@ def wrong(measures) -> list[str]:
 
 
 def averaging(change, monkeypatch):
-    """Hop 2 with something done to each shard before it."""
+    """Hop 2 with something done to each part of the gradients before it."""
+    start = collectives.start_average_
 
-    class Changed(collectives.ReplicaAverage):
-        def __init__(self, tensor, replication):
-            change(tensor, replication)
-            super().__init__(tensor, replication)
+    def changed(tensor, replication):
+        change(tensor, replication)
+        return start(tensor, replication)
 
-    monkeypatch.setattr(collectives, "ReplicaAverage", Changed)
+    monkeypatch.setattr(collectives, "start_average_", changed)
+    return start
 
 
 QUICK = Setup(2, overlap=True, micro_steps=2, steps=3)
@@ -47,18 +50,17 @@ def test_a_sum_in_place_of_a_mean_is_seen():
 @pytest.mark.ranks(4)
 def test_replicas_that_drift_apart_are_seen():
     """On one rank, the averaged gradients are changed after hop 2."""
-    from mics_ds.two_hop import TwoHop
-
     with pytest.MonkeyPatch.context() as patch:
-        complete = TwoHop.complete_for_step
+        average = GradSync.average
 
-        def nudged(self, *, look):
-            completed = complete(self, look=look)
-            if dist.get_rank() == 3:
-                self._buffer().add_(1e-3)
+        def nudged(self):
+            completed = average(self)
+            if dist.get_rank() == 3 and completed:
+                for key in self._units.place:
+                    self.mean(key).add_(1e-3)
             return completed
 
-        patch.setattr(TwoHop, "complete_for_step", nudged)
+        patch.setattr(GradSync, "average", nudged)
         found = wrong(parity.same_as_stock(place(), QUICK))
     # rank 0 compares with itself
     assert (parity.REPLICAS in found) == (dist.get_rank() in (2, 3))
@@ -72,40 +74,35 @@ def test_bytes_beyond_the_formula_are_seen():
 
         def again(tensor, replication):
             # a hop 2 too many; equal bits on all replicas afterwards, so the mean of them is what it was
-            original(tensor, replication).wait()
+            once(tensor, replication).wait()
 
-        original = collectives.ReplicaAverage
-        averaging(again, patch)
+        once = averaging(again, patch)
         found = wrong(traffic.bytes_by_formula(place(), QUICK))
     assert [what.partition(":")[0] for what in found] == ["hop 2 bytes"]
 
 
 @pytest.mark.ranks(4)
 def test_a_result_that_nobody_waits_for_is_seen():
-    """A lane that says it is done before it is: the end of a pass uses what has arrived so far."""
-    from mics_ds.two_hop import TwoHop
-
+    """An executor that says that it is done before it is: the end of a pass uses what has arrived so far."""
     setup = Setup(4, "bf16", steps=3, mics=(("mics_reduce_scatter", "all_to_all"),))
     assert wrong(parity.late_results(place(), setup)) == []
     with pytest.MonkeyPatch.context() as patch:
-        _hold_last_bucket_back(patch, TwoHop)
+        _hold_last_bucket_back(patch)
         assert "states against blocking" in wrong(parity.late_results(place(), setup))
 
 
-def _hold_last_bucket_back(patch, two_hop):
-    """With overlap, the buckets of the last pass before a step arrive after it."""
-    reduce = two_hop.reduce
-    held = []
+def _hold_last_bucket_back(patch):
+    """Hop 1 of each bucket runs when the next one comes, and that of the last one of a step after the step."""
+    submit, held = ThreadExecutor.submit, []
 
-    def late_reduce(self, hop1, *, nbytes, beside, last):
-        if beside and last:
-            held.append(hop1)
-            return
-        while held:
-            reduce(self, held.pop(0), nbytes=nbytes, beside=beside, last=False)
-        reduce(self, hop1, nbytes=nbytes, beside=beside, last=last)
+    def late_submit(self, task, *, pack=None, beside=True):
+        if self.name != "reduction" or not beside:
+            return submit(self, task, pack=pack, beside=beside)
+        pack(INLINE)
+        held.append(task)
+        return submit(self, held.pop(0) if len(held) > 1 else lambda stages: None)
 
-    patch.setattr(two_hop, "reduce", late_reduce)
+    patch.setattr(ThreadExecutor, "submit", late_submit)
 
 
 @pytest.mark.ranks(4)

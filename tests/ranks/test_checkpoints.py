@@ -18,11 +18,11 @@ from helpers import OddNet, assert_losses_close, build, ds_config, environment, 
 from test_parity import DataParallelUnit
 from torch import nn
 
+from mics_ds.check.meter import CommMeter
 from mics_ds.checkpoint import board, manifest, names
 from mics_ds.checkpoint.in_background import wait_for_saves
-from mics_ds.comm.meter import CommMeter
+from mics_ds.deepspeed_compat.states import WEIGHTS, states_of
 from mics_ds.errors import MicsCheckpointError
-from mics_ds.seams.states import WEIGHTS, states_of
 
 RESHAPE = {"mics_reshape_checkpoint": True}
 

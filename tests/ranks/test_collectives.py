@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from helpers import environment
 
-from mics_ds.comm import collectives, packing
+from mics_ds.check.meter import CommMeter
+from mics_ds.comm import collectives
 from mics_ds.comm.groups import MicsGroups, build_groups
-from mics_ds.comm.meter import CommMeter
+from mics_ds.comm.packing import ChunkLayout
+from mics_ds.comm.rank_group import RankGroup
 from mics_ds.config import MicsConfig
 
 
@@ -18,6 +20,27 @@ def groups(p: int, ranks_per_node: int | None = None, gather: bool | str = "auto
         return build_groups(MicsConfig(p, gather), dist.group.WORLD)
     with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
         return build_groups(MicsConfig(p, gather), dist.group.WORLD)
+
+
+def placed(nodes: str) -> MicsGroups:
+    """Groups of one partition of all ranks, each of which a launcher has put on one of the nodes."""
+    rank = dist.get_rank()
+    with environment(CROSS_RANK=nodes[rank], LOCAL_RANK=str(nodes[:rank].count(nodes[rank]))):
+        return build_groups(MicsConfig(len(nodes)), dist.group.WORLD)
+
+
+def average_(tensor: torch.Tensor, group: RankGroup) -> None:
+    collectives.start_average_(tensor, group).wait()
+
+
+def reduced(rows: torch.Tensor, groups: MicsGroups, method: str) -> torch.Tensor:
+    """Hop 1, by the groups that there are for it. Overwrites ``rows``."""
+    output = torch.empty(rows.shape[1], dtype=rows.dtype)
+    if groups.scatter_hierarchy is None:
+        collectives.reduce_scatter_mean(rows, output, groups.scatter, method)
+    else:
+        collectives.reduce_scatter_mean_hierarchical(rows, output, groups.scatter_hierarchy, method)
+    return output
 
 
 @pytest.mark.ranks(4)
@@ -45,21 +68,26 @@ def test_equal_requests_share_process_groups():
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 5, 1000])
-@pytest.mark.parametrize("pieces", [None, 1, 3, 7])
-def test_hierarchical_gather_equals_flat_gather_bit_for_bit(dtype, numel, pieces):
-    made = groups(4, ranks_per_node=2)
+@pytest.mark.parametrize("nodes", ["0011", "0101"])
+def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(dtype, numel, nodes):
+    """Of one tensor by way of slots, of one straight to its place, and of two tensors together."""
+    made = placed(nodes)
     shard = torch.randn(numel, generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
     flat = torch.empty(4 * numel, dtype=dtype)
     dist.all_gather_into_tensor(flat, shard)
-    gathered = collectives.all_gather_hierarchical(shard, made.hierarchy, pieces)
-    full = torch.empty(4 * numel, dtype=dtype)
-    gathered.copy_out(full, 0, numel)
+    buffer = collectives.all_gather_hierarchical(shard, made.hierarchy)
+    order, full = made.hierarchy.chunk_of_slot, torch.empty(4 * numel, dtype=dtype)
+    ChunkLayout((4 * numel,), order).copy_out(buffer, [full])
     assert torch.equal(full, flat)
-    # and any parameter of a coalesced gather, across the cuts
-    start, width = numel // 3, numel // 2
-    part = torch.empty(4 * width, dtype=dtype)
-    gathered.copy_out(part, start, width)
-    assert torch.equal(part, flat.view(4, numel)[:, start : start + width].flatten())
+    widths = (numel // 3, numel - numel // 3)
+    parts = [torch.empty(4 * width, dtype=dtype) for width in widths]
+    ChunkLayout(tuple(part.numel() for part in parts), order).copy_out(buffer, parts)
+    for part, columns in zip(parts, flat.view(4, numel).split(widths, dim=1)):
+        assert torch.equal(part, columns.flatten())
+    if made.hierarchy.nodes_follow_each_other:
+        whole = collectives.all_gather_whole_hierarchical(shard, made.hierarchy)
+        assert torch.equal(whole.view(-1), flat)
+    assert made.hierarchy.nodes_follow_each_other == (nodes == "0011")
 
 
 @pytest.mark.ranks(4)
@@ -85,10 +113,10 @@ def test_no_hierarchy_where_it_cannot_be_or_is_not_wanted(ranks_per_node, gather
 def test_hop2_is_a_mean_and_may_be_repeated():
     made, rank = groups(2), dist.get_rank()
     tensor = torch.arange(8.0) * 4 + rank
-    collectives.average_over_replicas_(tensor, made.replication)
+    average_(tensor, made.replication)
     expected = torch.arange(8.0) * 4 + rank % 2 + 1
     assert torch.equal(tensor, expected)
-    collectives.average_over_replicas_(tensor, made.replication)
+    average_(tensor, made.replication)
     assert torch.equal(tensor, expected)
 
 
@@ -96,7 +124,7 @@ def test_hop2_is_a_mean_and_may_be_repeated():
 def test_hop2_of_large_fp16_values_does_not_overflow():
     made = groups(1)
     tensor = torch.full((3,), 60000.0, dtype=torch.float16)
-    collectives.average_over_replicas_(tensor, made.replication)
+    average_(tensor, made.replication)
     assert torch.equal(tensor, torch.full((3,), 60000.0, dtype=torch.float16))
 
 
@@ -123,26 +151,17 @@ def integer_gradients(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("p", "ranks_per_node", "pieces"), [(1, 4, 1), (1, 4, 3), (2, 4, 1), (4, 4, 3), (4, 2, 1), (4, 2, 3)]
-)
-def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p, ranks_per_node, pieces):
+@pytest.mark.parametrize(("p", "ranks_per_node"), [(1, 4), (2, 4), (4, 4), (4, 2)])
+def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p, ranks_per_node):
     made, rank = groups(p, ranks_per_node), dist.get_rank()
     hierarchy = made.scatter_hierarchy
     assert (hierarchy is not None) == (ranks_per_node == 2)
     gradients = integer_gradients(rank, dtype)
     order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
-    plan = packing.BucketLayout(tuple(item.numel() for item in gradients), order)
-    packed = plan.pack(gradients, pieces)
-    assert torch.equal(torch.cat(packed, 1), plan.pack(gradients)[0])
-    if hierarchy is None:
-        shard = collectives.reduce_scatter_mean(packed, made.scatter, method)
-    else:
-        shard = collectives.reduce_scatter_mean_hierarchical(packed, hierarchy, method)
-    assert packed == []
-    assert shard.dtype == dtype
+    layout = ChunkLayout(tuple(item.numel() for item in gradients), order)
+    shard = reduced(layout.pack(gradients), made, method)
     everybodys = [integer_gradients(member, dtype) for member in made.partition.ranks]
-    for index, chunk in enumerate(plan.unpack(shard, made.partition.rank)):
+    for index, chunk in enumerate(layout.unpack(shard, made.partition.rank)):
         mean = torch.stack([theirs[index].float() for theirs in everybodys]).mean(0).flatten()
         width = -(-mean.numel() // p)
         expected = mean[made.partition.rank * width : (made.partition.rank + 1) * width]
@@ -153,21 +172,15 @@ def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p,
 @pytest.mark.parametrize("method", METHODS)
 def test_reduce_scatter_of_large_fp16_values_does_not_overflow(method):
     for ranks_per_node in (4, 2):
-        made = groups(4, ranks_per_node)
-        blocks = torch.full((4, 10), 60000.0, dtype=torch.float16)
-        if made.scatter_hierarchy is None:
-            shard = collectives.reduce_scatter_mean([blocks], made.scatter, method)
-        else:
-            shard = collectives.reduce_scatter_mean_hierarchical([blocks], made.scatter_hierarchy, method)
+        shard = reduced(torch.full((4, 10), 60000.0, dtype=torch.float16), groups(4, ranks_per_node), method)
         assert torch.equal(shard, torch.full((10,), 60000.0, dtype=torch.float16))
 
 
 @pytest.mark.ranks(4)
 def test_sixteen_bit_values_are_added_up_in_fp32():
     """1 + 2^-8 + 2^-8 + 2^-8: in bf16 each addition would round back to 1."""
-    made, rank = groups(4), dist.get_rank()
-    blocks = torch.full((4, 2), 1.0 if rank == 0 else 2.0**-8, dtype=torch.bfloat16)
-    shard = collectives.reduce_scatter_mean([blocks], made.scatter, "all_to_all")
+    rows = torch.full((4, 2), 1.0 if dist.get_rank() == 0 else 2.0**-8, dtype=torch.bfloat16)
+    shard = reduced(rows, groups(4, 4), "all_to_all")
     assert torch.equal(shard, torch.full((2,), (1 + 3 * 2.0**-8) / 4).to(torch.bfloat16))
     assert shard[0] != 0.25
 
@@ -175,12 +188,13 @@ def test_sixteen_bit_values_are_added_up_in_fp32():
 @pytest.mark.ranks(4)
 def test_hierarchical_reduce_scatter_sends_less_between_nodes():
     made = groups(4, ranks_per_node=2)
-    blocks = torch.zeros(4, 1000)
+    rows = torch.zeros(4, 1000)
     with CommMeter() as meter:
-        collectives.reduce_scatter_mean_hierarchical([blocks], made.scatter_hierarchy, "all_to_all")
-    full = blocks.numel() * blocks.element_size()
+        reduced(rows, made, "all_to_all")
+    full = rows.numel() * rows.element_size()
     assert meter.bytes_sent("all_to_all", made.scatter_hierarchy.inter.ranks) == full / 4
     assert meter.bytes_sent("all_to_all", made.scatter_hierarchy.intra.ranks) == full / 2
+    assert len(meter.collectives) == 2
 
 
 @pytest.mark.ranks(4)

@@ -21,7 +21,7 @@ from helpers import train as train_on_batches
 from torch import nn
 
 from mics_ds.checkpoint.in_background import wait_for_saves
-from mics_ds.seams import support
+from mics_ds.deepspeed_compat import support
 
 SEQUENCE, AUTOTP, MUON = "sequence parallel", "AutoTP", "Muon"
 COMPILED, NVME, WORLD = "compiled", "NVMe", "world"

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from helpers import OddNet, batch, build, ds_config, full_params, replicas_agree, same_on_all_ranks, train
+
+from mics_ds.check.meter import CommMeter
 
 Params = list[torch.nn.Parameter]
 
@@ -205,3 +210,25 @@ def test_forward_and_backward_of_whole_shards_copy_nothing():
     train(engine, 1)
     assert shared
     assert all(shared)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_parameter_that_was_moved_inside_is_explained_and_let_go(p):
+    """DeepSpeed says so before anything is sent. It would leave parameters gathered, and the next gather would fail.
+
+    That collectives are on another device stands for parameters that a script has moved to the CPU.
+    """
+    engine = engine_of(p)
+    before, params = full_params(engine), list(engine.module.parameters())
+    context = deepspeed.zero.GatheredParameters(params, modifier_rank=0)
+    context.__enter__()
+    params[0].data.fill_(1.0)
+    elsewhere = mock.patch.object(get_accelerator(), "current_device_name", return_value="cpu:0")
+    with CommMeter() as meter, elsewhere, pytest.raises(RuntimeError, match="but broadcast requires it to be on cpu:0"):
+        context.__exit__(None, None, None)
+    assert meter.collectives == []
+    assert {param.ds_status for param in params} == {ZeroParamStatus.NOT_AVAILABLE}
+    after = full_params(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before), "the edit is gone"
+    train(engine, 1)

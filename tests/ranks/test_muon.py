@@ -257,12 +257,12 @@ def test_offloaded_replicas_agree_where_their_kernels_differ(memory):
 
 @pytest.mark.ranks(4)
 def test_slices_of_states_are_refused():
-    message = r"mics_optimizer_states \"world\".*MuonWithAuxAdam.*whole matrix.*Use \"partition\""
+    message = r"mics_optimizer_states \"world\".*Muon .*whole matrix.*Use \"partition\""
     for optimizer in (None, by_hand):
         with pytest.raises(MicsConfigError, match=message):
             muon_engine(2, optimizer=optimizer, params={}, zero={"mics_optimizer_states": "world"})
     engine = muon_engine(2, zero={"mics_optimizer_states": "auto"})
-    assert not engine.optimizer.is_sliced
+    assert engine.optimizer.world_states is None
     engine.destroy()
 
 

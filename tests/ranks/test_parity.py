@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -24,6 +25,9 @@ from helpers import (
     train,
 )
 from torch import nn
+
+from mics_ds.comm import groups as groups_module
+from mics_ds.comm.sizes import Sizes
 
 STEPS = {"fp32": 20, "bf16": 6, "fp16": 6}
 # Relative. fp32 is the promise; in 16 bits one addition in another order moves a value by half a unit
@@ -117,6 +121,16 @@ def test_hierarchical_gather_changes_nothing(dtype):
     """Two simulated nodes of two ranks. The gather is exact, so even p = n stays bit for bit ZeRO-3."""
     with environment(MICS_DS_RANKS_PER_NODE="2"):
         compare([4], 0, dtype=dtype, micro_steps=3, clip=0.5, zero={"mics_hierarchical_params_gather": True})
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("nodes", ["0011", "0101"])
+def test_large_parameters_are_gathered_straight_to_their_place(nodes):
+    """Where the nodes of a partition group take turns, they cannot be, and come by way of a buffer."""
+    rank, sizes = dist.get_rank(), Sizes(unit=1, bucket=1, whole=1)
+    launcher = environment(CROSS_RANK=nodes[rank], LOCAL_RANK=str(nodes[:rank].count(nodes[rank])))
+    with launcher, mock.patch.object(groups_module, "sizes_of", return_value=sizes):
+        compare([4], 0)
 
 
 @pytest.mark.ranks(4)

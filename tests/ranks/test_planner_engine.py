@@ -15,7 +15,7 @@ from helpers import OddNet, build, destroy_engines, ds_config, train
 from packaging.version import Version
 from torch import nn
 
-from mics_ds.comm.meter import CommMeter
+from mics_ds.check.meter import CommMeter
 from mics_ds.planner.machine import GIB, Link, Machine
 from mics_ds.planner.memory import memory
 from mics_ds.planner.plan import mics, predict, zero3
@@ -54,10 +54,12 @@ def held(engine: Any) -> dict[str, int]:
     optimizer, params = engine.optimizer, list(engine.module.parameters())
     masters = optimizer.fp32_partitioned_groups_flat
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    world = getattr(optimizer, "world_states", None)
+    gradients = [vars(optimizer)["grad_partitions_flat_buffer"], getattr(world, "_mean_slices", None)]
     buckets = [getattr(bucket, "buffer", None) for bucket in optimizer.ipg_buckets.values()]
     parts = {
         "parameters": storages(param.ds_tensor for param in params),
-        "gradients": storages([optimizer.grad_partitions_flat_buffer, getattr(optimizer, "_mean_slices", None)]),
+        "gradients": storages(gradients),
         "master": storages(masters),
         "optimizer": storages(value for value in states if isinstance(value, torch.Tensor)),
         "exchange": storages(master.grad for master in masters),
@@ -101,7 +103,7 @@ def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
             model_from_module(engine.module), 2, 1, dtype, optimizer=optimizer, zero=settings,
             accumulation_itemsize=accumulation,
         )  # fmt: skip
-        planned = memory(job, Scheme(p, world_states=states == "world"), 4, StepTime())
+        planned = memory(job, Scheme(p, world_states=states == "world"), 4, StepTime(), streams=False)
         expected = {name: getattr(planned, name) for name in ("parameters", "gradients", "master", "optimizer")}
         on_host = 0
         if settings.offload_optimizer:

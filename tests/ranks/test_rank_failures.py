@@ -10,17 +10,17 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import batch, build, ds_config, train
+from helpers import batch, build, ds_config, environment, train
 from local_ranks import LocalRanks
 from rank_pool import Pools, RankError
 
-from mics_ds.comm import agreement
 from mics_ds.config import MicsConfig
-from mics_ds.request import Build, Request, compare
+from mics_ds.plugin.context import ON, Build, Request, compare
 
 
 def die_in_the_middle_of_a_step(victim: int) -> None:
@@ -54,6 +54,25 @@ def test_nobody_waits_forever_for_a_rank_that_was_killed(pools: Pools, victim: i
     assert f"MiCS gradient all-reduce (hop 2) over ranks {[victim % 2, victim % 2 + 2]} failed on rank" in report
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("collective", "p"),
+    [("all_gather_into_tensor", 2), ("all_gather_into_tensor", 4), ("all_to_all_single", 2), ("all_reduce", 2)],
+    ids=["gather", "gather in two stages", "hop 1", "hop 2"],
+)
+def test_lack_of_memory_keeps_its_type(collective, p):
+    """Programs that look for a batch size go by it. Here every rank lacks memory, so no rank waits for another one."""
+    with environment(MICS_DS_RANKS_PER_NODE="2"):
+        engine = build(ds_config(p))
+    train(engine, 1)
+    lacking = mock.patch.object(dist, collective, side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    with lacking as issued, pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+        train(engine, 1)
+    assert issued.called
+    engine.destroy()
+    train(build(ds_config(2)), 1)
+
+
 def disagree_on_purpose() -> None:
     if dist.get_rank() == 1:
         raise ValueError("one rank raises")
@@ -73,7 +92,7 @@ def test_a_red_test_shows_every_rank_and_does_not_poison_the_next(pools: Pools) 
 def die_between_two_rounds(rank: int, folder: Path, pipe: Connection) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=3))
-    asked = Request(agreement.ON, MicsConfig(2))
+    asked = Request(ON, MicsConfig(2))
     compare(asked)
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -10,23 +10,24 @@ import os
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import batch, build, ds_config, environment, train
+from deepspeed.runtime.config import DeepSpeedConfig
+from helpers import OddNet, batch, build, ds_config, environment, train
 from local_ranks import LocalRanks
 from rank_pool import Pools
 from torch.distributed import distributed_c10d as c10d
 
-from mics_ds import request
 from mics_ds.comm import agreement
-from mics_ds.comm.groups import MicsGroups, RankGroup, build_groups
+from mics_ds.comm.groups import MicsGroups, build_groups
+from mics_ds.comm.rank_group import RankGroup
 from mics_ds.config import MicsConfig
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsError
+from mics_ds.plugin import context
 
 PATIENCE = timedelta(minutes=47)
 
@@ -95,38 +96,61 @@ def sums(groups: MicsGroups) -> None:
         assert group.rank == dist.get_rank(group.group)
 
 
-@pytest.mark.parametrize("splits", [True, False])
-def test_ranks_with_other_groups_of_their_own(splits: bool) -> None:
-    """torch's names depend on how many groups a process has. gloo stands in for NCCL, which splits alike."""
-    context = multiprocessing.get_context("forkserver")
-    with LocalRanks(4, functools.partial(ranks_with_other_groups, splits), context) as ranks:
+@pytest.mark.parametrize("bound", [True, False])
+def test_ranks_with_other_groups_of_their_own(bound: bool) -> None:
+    """torch's names depend on how many groups a process has. Where the world is bound to a device, as it is with NCCL
+    under DeepSpeed, torch would split its communicator, which takes all ranks of the world."""
+    processes = multiprocessing.get_context("forkserver")
+    with LocalRanks(4, functools.partial(ranks_with_other_groups, bound), processes) as ranks:
         assert ranks.collect(60) == [None] * 4
 
 
-def ranks_with_other_groups(splits: bool, rank: int, folder: Path, pipe: Connection) -> None:
+def ranks_with_other_groups(bound: bool, rank: int, folder: Path, pipe: Connection) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("cpu:gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
     for ranks in ([0], [0, 1], [1, 3]):
         dist.new_group(ranks)
+    device = torch.device("cuda:0") if bound else None
+    dist.group.WORLD.bound_device_id = device
     with pytest.MonkeyPatch.context() as patch, environment(MICS_DS_RANKS_PER_NODE="2"):
-        patch.setattr(dist, "new_group" if splits else "split_group", None)
-        if splits:
-            patch.setattr(torch.accelerator, "is_available", lambda: True)
-            patch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
-            patch.setattr(c10d, "copy", SimpleNamespace(deepcopy=lambda _: gloo_options()))  # torch can copy NCCL's
-            dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+        for owner, name in ((dist, "split_group"), (c10d, "split_group"), (c10d, "_get_split_source")):
+            patch.setattr(owner, name, must_not_be_called)
         made = [build_groups(MicsConfig(p), dist.group.WORLD) for p in (4, 2, 1)]
-        dist.group.WORLD.bound_device_id = None
+    assert dist.group.WORLD.bound_device_id == device
+    dist.group.WORLD.bound_device_id = None
     for groups in made:
         sums(groups)
     dist.barrier()
     pipe.send(("result", None))
 
 
-def gloo_options() -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_default_device()]
-    return options
+def must_not_be_called(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a communicator is split")
+
+
+# --------------------------------------------------------------------------------------------------
+# Engines built by hand
+
+
+@pytest.mark.ranks(2)
+def test_an_engine_that_is_built_with_positional_arguments_runs_mics():
+    losses = []
+    for by_hand in (False, True):
+        if by_hand:
+            torch.manual_seed(1234)
+            module = OddNet()
+            params = [param for param in module.parameters() if param.requires_grad]
+            optimizer, config = torch.optim.SGD(params, lr=0.05, momentum=0.9), ds_config(1)
+            unused = [None] * 5
+            engine = deepspeed.DeepSpeedEngine(
+                None, module, optimizer, params, *unused, config, DeepSpeedConfig(config)
+            )
+        else:
+            engine = build(ds_config(1))
+        assert engine.optimizer.mics_groups.partition.size == 1
+        losses.append(train(engine, 2))
+        engine.destroy()
+    assert losses[0] == losses[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,11 +245,9 @@ def test_a_key_that_one_rank_of_a_subset_lacks():
     mpu = Mpu([0, 2], [1, 3])
     among = tuple(dist.get_process_group_ranks(mpu.group))
     if dist.get_rank() == 2:
-        request.compare(request.OFF, among)  # what an engine does first
+        context.compare(context.Request(context.OFF), among)  # what an engine does first
     elif dist.get_rank() == 0:
-        with pytest.raises(
-            MicsAgreementError, match=r'whether MiCS is on, .* "on" on ranks \[0\]; "off" on ranks \[2\]'
-        ):
+        with pytest.raises(MicsAgreementError, match="must run MiCS or none, but rank 2 runs without it"):
             build(ds_config(2), mpu=mpu)
     else:
         build_groups(MicsConfig(1), mpu.group, among)

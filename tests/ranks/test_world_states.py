@@ -19,6 +19,7 @@ from helpers import (
     assert_losses_close,
     build,
     ds_config,
+    environment,
     full_params,
     replicas_agree,
     same_on_all_ranks,
@@ -27,10 +28,12 @@ from helpers import (
 )
 from torch import nn
 
+from mics_ds.check.meter import CommMeter
 from mics_ds.comm.collectives import HOP2, HOP2_SCATTER, UPDATES
-from mics_ds.comm.meter import CommMeter
+from mics_ds.comm.sizes import MIB, ON_ACCELERATORS
+from mics_ds.deepspeed_compat import world_states
 from mics_ds.errors import MicsConfigError
-from mics_ds.two_hop import TwoHop
+from mics_ds.zero import replica_reducers
 
 TOLERANCE = 1e-6
 
@@ -49,7 +52,7 @@ def as_zero3(p: int, steps: int = 5, optimizer: Any = None, tolerance: float = T
     of_stock = {key: value for key, value in zero.items() if not key.startswith("mics_")}
     reference = stock_reference(steps, optimizer=optimizer, zero=of_stock, **more)
     engine = build(config(p, zero, **more), optimizer=optimizer)
-    assert engine.optimizer.is_sliced == (p < dist.get_world_size())
+    assert (engine.optimizer.world_states is not None) == (p < dist.get_world_size())
     assert_losses_close(train(engine, steps), reference.losses, tolerance)
     params = full_params(engine)
     same_on_all_ranks(params)
@@ -102,7 +105,7 @@ def spread(engine: Any) -> tuple[int, int]:
     """Elements of masters and of other optimizer states of their shape, on this rank."""
     optimizer = engine.optimizer
     masters = sum(master.numel() for master in optimizer.fp32_partitioned_groups_flat)
-    states = sum(held.numel() for _, held in optimizer.elementwise_states()) - masters
+    states = sum(held.numel() for _, held in optimizer.world_states.checkpoints.elementwise_states()) - masters
     return masters, states
 
 
@@ -276,12 +279,12 @@ def test_one_reduce_scatter_and_one_all_gather_of_everything_per_boundary(p, acc
     engine = build(config(p, dtype="bf16", micro_steps=3, data_types={"grad_accum_dtype": accumulation}))
     train(engine, 3)
     optimizer = engine.optimizer
-    optimizer.shards_are_read()
+    optimizer.world_states.finish_updates()
     with CommMeter() as meter:
         train(engine, 1)
-        optimizer.shards_are_read()
+        optimizer.world_states.finish_updates()
     r, itemsize = 4 // p, {"bf16": 2, "fp32": 4}[accumulation]
-    slices = r * sum(optimizer.slices_of(index).numel for index in range(len(optimizer.fp16_groups)))
+    slices = r * sum(cut.width for cut in optimizer.world_states.cuts)
     replicas = optimizer.mics_groups.replication.ranks
     assert sum(item.payload for item in meter.select(label=HOP2_SCATTER)) == slices * itemsize
     assert sum(item.payload for item in meter.select(label=UPDATES)) == slices * 2
@@ -291,9 +294,35 @@ def test_one_reduce_scatter_and_one_all_gather_of_everything_per_boundary(p, acc
 
 
 @pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("ranks_per_node", "most_peers", "dtype", "kind"),
+    [
+        (1, 4, "bf16", "all_to_all"),
+        (1, 4, "fp32", "reduce_scatter"),  # the backend adds up in fp32 as well
+        (1, 3, "bf16", "reduce_scatter"),  # a message to each replica would be too small
+        (2, 4, "bf16", "reduce_scatter"),  # replicas share nodes, where a ring crosses the network less often
+        (4, 4, "bf16", "reduce_scatter"),
+    ],
+)
+def test_hop2_is_an_all_to_all_only_where_that_is_worth_its_messages(ranks_per_node, most_peers, dtype, kind):
+    """It adds 16-bit values up in fp32. Elsewhere it is the backend's own reduce-scatter, as for hop 1."""
+    nodes = environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node))
+    with nodes, mock.patch.object(world_states, "MOST_PEERS", most_peers):
+        engine = build(config(1, {"mics_reduce_scatter": "native"}, dtype=dtype))
+    train(engine, 1)
+    with CommMeter() as meter:
+        train(engine, 1)
+    assert {item.kind for item in meter.select(label=HOP2_SCATTER)} == {kind}
+
+
+def test_an_all_to_all_sends_a_megabyte_to_each_replica_at_least():
+    assert ON_ACCELERATORS.unit // world_states.MOST_PEERS == MIB
+
+
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize(("p", "micro_steps"), [(1, 3), (2, 1)])
 def test_offloaded_gradients_by_way_of_the_device(p, micro_steps):
     """As on a GPU, where hop 2 cannot work in host memory."""
     zero = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 120}
-    with mock.patch.object(TwoHop, "_on_device", new=property(lambda schedule: False)):
+    with mock.patch.object(replica_reducers, "is_on", return_value=False):
         as_zero3(p, zero=zero, optimizer=adamw, micro_steps=micro_steps, clip=0.5)

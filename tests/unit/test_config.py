@@ -114,7 +114,7 @@ def test_checkpoints_have_a_section():
         return split_ds_config(zero(mics_shard_size=2, mics_checkpoint=value))[0].checkpoint
 
     assert checkpoint({}) == CheckpointRequest() == CheckpointRequest(False, "wait", "raise", 0, "/dev/shm", None)
-    assert checkpoint({"async": True, "busy": "skip"}) == CheckpointRequest(in_background=True, busy="skip")
+    assert checkpoint({"async": True, "busy": "skip"}) == CheckpointRequest(**{"async": True}, busy="skip")
     assert "mics_checkpoint" not in MicsConfig(2).to_json()
     section = {"async": True, "busy": "wait", "on_error": "log", "memory_every": 5, "memory_folder": "/m", "job": "j"}
     assert MicsConfig(2, checkpoint=checkpoint(section)).to_json()["mics_checkpoint"] == section
@@ -126,13 +126,13 @@ def test_checkpoints_have_a_section():
         (True, "mics_checkpoint must be a section with some of async, busy, on_error, memory_every"),
         ({"asynchronous": True}, "Unknown key under 'zero_optimization.mics_checkpoint': asynchronous"),
         ({"in_background": True}, "Unknown key under"),
-        ({"async": 1}, "async must be true or false"),
-        ({"busy": "drop"}, 'busy must be "wait" or "skip"'),
-        ({"on_error": "ignore"}, 'on_error must be "raise" or "log"'),
-        ({"memory_every": True}, "memory_every must be a number of steps"),
-        ({"memory_every": -1}, "memory_every must be a number of steps"),
-        ({"memory_folder": "shm"}, "memory_folder must be an absolute path"),
-        ({"job": ""}, "job must be a name"),
+        ({"async": 1}, "async must be a valid boolean"),
+        ({"busy": "drop"}, "busy must be 'wait' or 'skip'"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'log'"),
+        ({"memory_every": True}, "memory_every must be a valid integer"),
+        ({"memory_every": -1}, "memory_every must be greater than or equal to 0"),
+        ({"memory_folder": "shm"}, r"memory_folder must match pattern '\^/'"),
+        ({"job": ""}, "job must have at least 1 character"),
     ],
 )
 def test_wrong_values_for_checkpoints(value, message):
@@ -146,11 +146,11 @@ def test_wrong_values_for_checkpoints(value, message):
         ("yes", "mics_guard must be true, false or a section with some of every, action"),
         (1, "mics_guard must be true, false or a section"),
         ({"evry": 1}, "Unknown key under 'zero_optimization.mics_guard': evry. Known keys: every"),
-        ({"every": -1}, "mics_guard.every must be an integer of at least 0"),
-        ({"every": True}, "mics_guard.every must be an integer"),
-        ({"action": "heal"}, 'mics_guard.action must be "repair", "stop" or "warn"'),
+        ({"every": -1}, "mics_guard.every must be greater than or equal to 0"),
+        ({"every": True}, "mics_guard.every must be a valid integer"),
+        ({"action": "heal"}, "mics_guard.action must be 'repair', 'stop' or 'warn'"),
         ({"block_bytes": 12}, "mics_guard.block_bytes must be a multiple of 8"),
-        ({"forensics": 3}, "mics_guard.forensics must be the name of a file"),
+        ({"forensics": 3}, "mics_guard.forensics must be a valid string"),
     ],
 )
 def test_wrong_guards_are_refused(value, message):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from mics_ds.elementwise import refuse_others, warning_about, why_not
 from mics_ds.errors import MicsConfigError
+from mics_ds.zero import elementwise
+from mics_ds.zero.elementwise import refuse_others, warn_of_others, why_not
 
 PARAMS = lambda: [torch.nn.Parameter(torch.ones(2, 3))]  # noqa: E731
 
@@ -28,12 +29,20 @@ class Mixed(torch.optim.SGD):
         super().step(closure)
 
 
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(elementwise.logger, "warning", found.append)
+    return found
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, Renamed])
-def test_known_ones_also_behind_a_scheduler_and_after_another_instance(kind):
+def test_known_ones_also_behind_a_scheduler_and_after_another_instance(kind, warnings):
     first, optimizer = kind(PARAMS(), lr=0.1), kind(PARAMS(), lr=0.1)
     torch.optim.lr_scheduler.ConstantLR(optimizer)
     assert why_not(first) is why_not(optimizer) is None
-    assert warning_about(optimizer, 2, 8) is None
+    warn_of_others(optimizer, 2, 8)
+    assert warnings == []
     refuse_others(optimizer)
 
 
@@ -44,15 +53,18 @@ def test_deepspeeds_own_is_known_by_its_class():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adafactor, Replaced, Mixed])
-def test_others_are_refused_and_warned_of_by_name_unless_the_script_vouches(kind):
+def test_others_are_refused_and_warned_of_by_name_unless_the_script_vouches(kind, warnings):
     optimizer = kind(PARAMS())
     with pytest.raises(MicsConfigError, match=rf"{kind.__name__} is not one of those.*mics_elementwise = True"):
         refuse_others(optimizer)
-    assert f"{kind.__name__}: stage 3 hands" in warning_about(optimizer, 2, 8)
-    assert "into 2 shards, in stock ZeRO-3 into 8" in warning_about(optimizer, 2, 8)
+    warn_of_others(optimizer, 2, 8)
+    (said,) = warnings
+    assert f"{kind.__name__}: stage 3 hands" in said
+    assert "into 2 shards, in stock ZeRO-3 into 8" in said
     optimizer.mics_elementwise = True
     assert why_not(optimizer) is None
-    assert warning_about(optimizer, 2, 8) is None
+    warn_of_others(optimizer, 2, 8)
+    assert len(warnings) == 1
 
 
 def test_muon_is_named():

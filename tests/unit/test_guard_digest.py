@@ -134,21 +134,6 @@ def test_random_damage_of_few_words():
         assert (found != before).any(dim=1).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_padding_does_not_count_and_its_neighbours_do(dtype):
-    tensor = numbers(2 * BLOCK // dtype.itemsize + 3, dtype)
-    edge = BLOCK // dtype.itemsize
-    padding = ((1, 3), (edge - 2, edge + 1), (len(tensor) - 1, len(tensor)))
-    hidden = [place for first, last in padding for place in range(first, last)]
-    before, raw = digests(tensor, BLOCK, padding), tensor.view(torch.uint8).view(-1, dtype.itemsize)
-    raw[hidden] ^= 255
-    assert torch.equal(digests(tensor, BLOCK, padding), before)
-    for place in (0, 3, edge - 3, edge + 1, len(tensor) - 2):
-        raw[place, -1] ^= 1
-        assert not torch.equal(digests(tensor, BLOCK, padding), before), place
-        raw[place, -1] ^= 1
-
-
 def test_combined_digests_see_blocks_that_changed_places():
     made = digests(numbers(3 * BLOCK, torch.uint8), BLOCK)
     assert not torch.equal(combined(made), combined(made[[1, 0, 2]]))
@@ -171,8 +156,8 @@ class LargestResult(TorchDispatchMode):
 def test_nothing_of_the_size_of_the_tensor_is_made_and_the_host_does_not_look():
     tensor = torch.zeros(8 << 20, dtype=torch.float32)
     with LargestResult() as seen:
-        digests(tensor, 4 << 20, ((5, 6),))
-    assert seen.bytes == 8 * 1024 * 8  # the sums of rows of eight blocks
+        digests(tensor, 4 << 20)
+    assert seen.bytes == 1024 * 8  # the sums of rows of one block
     assert seen.synchronises == ()
 
 

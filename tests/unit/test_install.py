@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -56,9 +57,9 @@ def python(code: str, **environment: str) -> str:
 
 # Those that import DeepSpeed from the middle of an import of ours, and one that does not.
 FIRST = [
-    "mics_ds.optimizer",
-    "mics_ds.partitioner",
-    "mics_ds.seams.patch",
+    "mics_ds.deepspeed_compat.optimizer",
+    "mics_ds.deepspeed_compat.partitioner",
+    "mics_ds.deepspeed_compat.patching",
     "mics_ds.checkpoint.save",
     "mics_ds.comm.groups",
 ]
@@ -118,6 +119,67 @@ print("untouched")
     assert python(code) == "untouched"
 
 
+BROKEN_PARTS = {
+    "a module of ours": """
+class Broken:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "mics_ds.deepspeed_compat.patching":
+            raise {error}("broken on purpose")
+sys.meta_path.insert(0, Broken)
+""",
+    "a constructor without a signature": """
+import inspect
+def signature(call, real=inspect.signature):
+    if "Stage3.__init__" in getattr(call, "__qualname__", ""):
+        raise {error}("broken on purpose")
+    return real(call)
+inspect.signature = signature
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("a module of ours", "SyntaxError"),
+        ("a module of ours", "RuntimeError"),
+        ("a constructor without a signature", "ValueError"),
+    ],
+)
+def test_whatever_fails_in_our_installation_deepspeed_is_imported(part, error):
+    """With a warning, and as it was: most users of DeepSpeed do not use MiCS."""
+    code = f"""
+import mics_ds
+{BROKEN_PARTS[part].format(error=error)}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import deepspeed
+(said,) = [str(item.message) for item in caught if "could not hook" in str(item.message)]
+assert "{error}('broken on purpose'" in said, said
+assert not any(hooks().values()), hooks()
+import deepspeed.runtime.engine
+print(deepspeed.runtime.engine.DeepSpeedEngine.__name__)
+"""
+    assert python(code) == "DeepSpeedEngine"
+
+
+def test_imports_are_light_without_mics():
+    """Counted in modules of ours, where a machine has the package for the jobs of others."""
+    code = """
+import torch
+def ours():
+    return sorted(name for name in sys.modules if name.startswith("mics_ds"))
+with_torch = ours()
+import deepspeed
+print(len(with_torch), len(ours()), all(hooks().values()), *ours())
+"""
+    with_torch, with_deepspeed, hooked, *_ = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="1").split()
+    assert 1 <= int(with_torch) <= 6
+    assert int(with_torch) < int(with_deepspeed) <= 12
+    assert hooked == "True"
+
+
 def test_nothing_of_ours_reads_sources_at_import():
     """An installation may have none."""
     code = """
@@ -127,7 +189,7 @@ def getsource(*args):
     ours.append(sys._getframe(1).f_globals["__name__"])
     return real(*args)
 inspect.getsource = getsource
-import mics_ds, deepspeed, mics_ds.optimizer, mics_ds.partitioner
+import mics_ds, deepspeed, mics_ds.plugin.construct
 print([name for name in ours if name.startswith("mics_ds")])
 """
     assert python(code) == "[]"
@@ -135,14 +197,12 @@ print([name for name in ours if name.startswith("mics_ds")])
 
 @pytest.mark.parametrize("error", [OSError, TypeError])
 def test_a_deepspeed_without_sources_is_known_by_its_version(error, monkeypatch):
-    import inspect
-
-    from mics_ds.seams import support
+    from mics_ds.check import oracle
 
     def getsource(_: object) -> str:
         raise error("no sources")
 
     monkeypatch.setattr(inspect, "getsource", getsource)
     for version, races in [("0.19.7", True), ("0.19.8", False)]:
-        monkeypatch.setattr(support.deepspeed, "__version__", version)
-        assert support.gathers_race.__wrapped__() is races
+        monkeypatch.setattr(oracle.deepspeed, "__version__", version)
+        assert oracle.gathers_race.__wrapped__() is races

@@ -44,7 +44,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_choices(p):
 
 def test_two_nodes_of_two_form_a_grid():
     groups = layout(8, 4, 2)
-    assert groups.why_not_hierarchical() is None
+    assert groups.why_not_hierarchical is None
     grid = groups.node_grid((4, 5, 6, 7))
     assert grid.intra == ((4, 5), (6, 7))
     assert grid.inter == ((4, 6), (5, 7))
@@ -70,15 +70,15 @@ def test_interleaved_placement_still_forms_a_grid():
     ],
 )
 def test_layouts_that_cannot_gather_hierarchically_say_why(nodes, p, reason):
-    assert reason in MicsLayout(tuple(range(len(nodes))), nodes, p).why_not_hierarchical()
+    assert reason in MicsLayout(tuple(range(len(nodes))), nodes, p).why_not_hierarchical
 
 
 def test_description_names_groups_and_placement():
     text = layout(8, 4, 2).describe(True, False, "all_to_all")
     assert "8 data-parallel ranks on 4 nodes = 2 replicas x 4 shards" in text
-    assert "[0-3] [4-7]" in text
-    assert "[0,4] [1,5] [2,6] [3,7]" in text
-    assert "node 1: 2,3" in text
+    assert "partition groups   [0-3] [4-7]" in text
+    assert "replication groups [0, 4] [1, 5] [2, 6] [3, 7]" in text
+    assert "nodes              [0, 1] [2, 3] [4, 5] [6, 7]" in text
     assert "parameter gather   hierarchical" in text
     assert "gradient scatter   flat (as configured), by all_to_all" in text
 

@@ -12,9 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mics_ds.comm.layout import MicsLayout
-from mics_ds.comm.packing import BucketLayout, GatheredShards, bucket_limit, cut
+from mics_ds.comm.packing import ChunkLayout
+from mics_ds.comm.sizes import MIB, ON_ACCELERATORS, ON_CPUS, sizes_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+GRIDS = [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (8, 8)]
+
+
+def grid(nodes: list[int]) -> tuple[int, ...]:
+    ranks = tuple(range(len(nodes)))
+    return MicsLayout(ranks, tuple(nodes), len(nodes)).node_grid(ranks).chunk_of_slot
 
 
 def orders() -> dict[str, tuple[int, ...]]:
@@ -24,74 +31,123 @@ def orders() -> dict[str, tuple[int, ...]]:
     return flat | grids | {"by turns": grid([0, 1, 2, 0, 1, 2]), "in disorder": grid([0, 0, 1, 2, 2, 1])}
 
 
-GRIDS = [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (8, 8)]
+each_order = pytest.mark.parametrize("order", orders().values(), ids=orders())
 
 
-def grid(nodes: list[int]) -> tuple[int, ...]:
-    ranks = tuple(range(len(nodes)))
-    return MicsLayout(ranks, tuple(nodes), len(nodes)).node_grid(ranks).chunk_of_slot
-
-
-def pack_naively(gradients: list[torch.Tensor], order: tuple[int, ...]) -> torch.Tensor:
-    """What BucketLayout.pack is to give, chunk by chunk."""
+def pack_naively(tensors: list[torch.Tensor], order: tuple[int, ...]) -> torch.Tensor:
+    """Return what ChunkLayout.pack is to give, chunk by chunk."""
     rows = []
     for rank in order:
         row = []
-        for gradient in gradients:
-            width = -(-gradient.numel() // len(order))
-            chunk = gradient.flatten()[rank * width : (rank + 1) * width]
+        for tensor in tensors:
+            width = -(-tensor.numel() // len(order))
+            chunk = tensor.flatten()[rank * width : (rank + 1) * width]
             row += [chunk, chunk.new_zeros(width - chunk.numel())]
         rows.append(torch.cat(row))
     return torch.stack(rows)
 
 
-def random_shapes(seed: int) -> list[tuple[int, ...]]:
+def random_tensors(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Some divide well, some badly, some have fewer elements than there are ranks, some none."""
-    draw = random.Random(seed)
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     shapes: list[tuple[int, ...]] = [(8, 64), (64,), (0,), (1,)]
     shapes += [tuple(draw.randint(1, 40) for _ in range(draw.randint(1, 2))) for _ in range(8)]
     draw.shuffle(shapes)
-    return shapes
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def random_tensors(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in random_shapes(seed)]
+def layout_of(tensors: list[torch.Tensor], order: tuple[int, ...]) -> ChunkLayout:
+    return ChunkLayout(tuple(tensor.numel() for tensor in tensors), order)
 
 
-@pytest.mark.parametrize("order", orders().values(), ids=orders())
-@pytest.mark.parametrize("pieces", [1, 7])
-def test_packs_as_the_naive_way_does(order, pieces):
+# --------------------------------------------------------------------------------------------------
+# Whole buffers
+
+
+@each_order
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_packs_as_the_naive_way_does(order, own_memory):
     for seed, dtype in enumerate(DTYPES):
-        gradients = random_tensors(seed, dtype)
-        gradients[0] = gradients[0].t() if gradients[0].dim() == 2 else gradients[0]  # not contiguous
-        expected = pack_naively(gradients, order)
-        layout = BucketLayout(tuple(gradient.numel() for gradient in gradients), order)
-        buffers = layout.pack(gradients, pieces)
-        assert len(buffers) == min(pieces, expected.shape[1])
-        assert all(buffer.is_contiguous() and buffer.dtype == dtype for buffer in buffers)
-        assert torch.equal(torch.cat(buffers, 1), expected)
+        tensors = random_tensors(seed, dtype)
+        tensors[0] = tensors[0].t() if tensors[0].dim() == 2 else tensors[0]  # not contiguous
+        expected, layout = pack_naively(tensors, order), layout_of(tensors, order)
+        memory = torch.full((layout.size * layout.width,), float("nan"), dtype=dtype) if own_memory else None
+        buffer = layout.pack(tensors, memory)
+        assert memory is None or buffer.data_ptr() == memory.data_ptr()
+        assert buffer.is_contiguous()
+        assert buffer.dtype == dtype
+        assert torch.equal(buffer, expected)
         for row, rank in enumerate(order):
-            for gradient, chunk in zip(gradients, layout.unpack(expected[row], rank), strict=True):
-                width = -(-gradient.numel() // len(order))
-                assert torch.equal(chunk, gradient.flatten()[rank * width : (rank + 1) * width])
+            for tensor, chunk in zip(tensors, layout.unpack(expected[row], rank), strict=True):
+                width = -(-tensor.numel() // len(order))
+                assert torch.equal(chunk, tensor.flatten()[rank * width : (rank + 1) * width])
 
 
-@pytest.mark.parametrize("order", orders().values(), ids=orders())
-@pytest.mark.parametrize("pieces", [1, 7])
-def test_a_parameter_comes_out_as_it_was_sharded(order, pieces):
+@each_order
+def test_parameters_come_out_as_they_were_sharded(order):
+    """All of them, and some of them alone; into tensors of another dtype."""
     for seed, dtype in enumerate(DTYPES):
         params = random_tensors(seed, dtype)
-        whole = pack_naively(params, order)
-        starts = cut(whole.shape[1], pieces)
-        shards = GatheredShards([whole[:, a:b].contiguous() for a, b in pairwise(starts)], starts, order)
-        start = 0
-        for param in params:
-            width = -(-param.numel() // len(order))
-            full = torch.full((param.numel(),), float("nan"), dtype=torch.float64)
-            shards.copy_out(full, start, width)
-            assert torch.equal(full, param.flatten().double())
-            start += width
+        layout = layout_of(params, order)
+        for asked in (None, [0], [2, 3, 7], [1, 11], []):
+            chosen = params if asked is None else [params[index] for index in asked]
+            fulls = [torch.full((param.numel(),), float("nan"), dtype=torch.float64) for param in chosen]
+            buffer = pack_naively(chosen, order) if chosen else torch.empty(len(order), 0)
+            layout.copy_out(buffer, fulls, asked)
+            for full, param in zip(fulls, chosen, strict=True):
+                assert torch.equal(full, param.flatten().double())
+
+
+# --------------------------------------------------------------------------------------------------
+# One rank's row: slices of shards
+
+SHARDS = [(1,), (7,), (8, 3, 1), (5, 0, 12), (2, 2, 2, 2), ()]
+
+
+@pytest.mark.parametrize("numels", SHARDS, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_rows_of_all_ranks_are_the_tensors(numels, size):
+    flat = torch.arange(1.0, 1 + sum(numels))
+    cut = ChunkLayout.in_rank_order(numels, size)
+    taken = torch.stack([cut.take(flat, rank) for rank in range(size)])
+    assert taken.shape == (size, sum(-(-numel // size) for numel in numels)) == (size, cut.width)
+    assert taken.sum() == flat.sum(), "padding is zero"
+    filled = torch.zeros_like(flat)
+    cut.copy_out(taken, list(filled.split(numels)))
+    assert torch.equal(filled, flat)
+    again = torch.zeros_like(flat)
+    for rank, row in enumerate(taken):
+        cut.give(row, again, rank)
+    assert torch.equal(again, flat), "one rank after the other"
+    for index in range(len(numels)):
+        owned = [cut.real(index, rank) for rank in range(size)]
+        assert owned[0][0] == 0
+        assert owned[-1][1] == numels[index]
+        assert all(before[1] == after[0] for before, after in pairwise(owned))
+
+
+def test_a_row_is_what_a_reduce_scatter_leaves_of_the_packed_tensors():
+    numels = (8, 3, 1, 11)
+    flat, cut = torch.randn(sum(numels)), ChunkLayout.in_rank_order(numels, 3)
+    rows = cut.pack(list(flat.split(numels)))
+    assert torch.equal(rows, torch.stack([cut.take(flat, rank) for rank in range(3)]))
+
+
+@pytest.mark.parametrize("indices", [[], [0], [1, 2], [0, 3], [0, 1, 3]], ids=str)
+def test_columns_of_some_tensors(indices):
+    numels = (8, 3, 1, 11)
+    flat, cut = torch.randn(23), ChunkLayout.in_rank_order(numels, 3)
+    rows = torch.stack([cut.columns(cut.take(flat, rank), indices) for rank in range(3)])
+    filled, expected = torch.zeros(23), torch.zeros(23)
+    cut.copy_out(rows, [filled.split(numels)[index] for index in indices], indices)
+    for index in indices:
+        span = slice(cut.flat_starts[index], cut.flat_starts[index + 1])
+        expected[span] = flat[span]
+    assert torch.equal(filled, expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Operations
 
 
 class CountOperations(TorchDispatchMode):
@@ -122,51 +178,42 @@ COPY, CLEAR = 3, 2
 
 
 @pytest.mark.parametrize("p", [2, 4, 8, 64])
-def test_operations_per_gradient_do_not_grow_with_p(p):
-    """One strided copy of a gradient that divides by p. Otherwise one more for the last chunk, whose padding is
-    cleared, and in two stages one more for the whole chunks on the last node."""
+def test_operations_per_tensor_do_not_grow_with_p(p):
+    """One strided copy of a tensor that divides by p. Otherwise one more for the last chunk, whose padding is cleared,
+    and in two stages one more for the whole chunks on the last node."""
     for order in orders_of_size(p):
         staged = order != tuple(range(p))
-        for numel, expected in [(640, COPY), (639, 2 * COPY + CLEAR + staged * COPY)]:
+        for numel, copies in [(640, 1), (639, 2 + staged)]:
             few, many = (
-                operations(BucketLayout((numel,) * number, order).pack, [torch.zeros(numel)] * number)
+                operations(ChunkLayout((numel,) * number, order).pack, [torch.zeros(numel)] * number)
                 for number in (4, 16)
             )
-            assert many - few == expected * (16 - 4)
+            assert many - few == (copies * COPY + (numel == 639) * CLEAR) * (16 - 4)
+            layout = ChunkLayout((numel,), order)
+            gathered = torch.zeros(p, layout.width)
+            assert operations(layout.copy_out, gathered, [torch.empty(numel)]) == copies * COPY
 
 
-@pytest.mark.parametrize("p", [2, 4, 8, 64])
-def test_pieces_cost_one_copy_more_for_each_cut(p):
-    gradients = [torch.zeros(640) for _ in range(8)]
-    for order in orders_of_size(p):
-        layout = BucketLayout((640,) * len(gradients), order)
-        allocation = 1
-        whole, cut_in_three = operations(layout.pack, gradients, 1), operations(layout.pack, gradients, 3)
-        assert cut_in_three - whole == 2 * (COPY + allocation)
-
-
-@pytest.mark.parametrize("p", [2, 4, 8, 64])
-def test_operations_per_gathered_parameter_do_not_grow_with_p(p):
-    for order in orders_of_size(p):
-        staged = order != tuple(range(p))
-        for numel, expected in [(640, COPY), (639, 2 * COPY + staged * COPY)]:
-            width = -(-numel // p)
-            shards, full = GatheredShards([torch.zeros(p, width)], [0, width], order), torch.empty(numel)
-            assert operations(shards.copy_out, full, 0, width) == expected
+# --------------------------------------------------------------------------------------------------
+# Sizes
 
 
 @pytest.mark.parametrize(
-    ("numel", "itemsize", "streams", "staged", "expected"),
+    ("numel", "itemsize", "streams", "expected"),
     [
-        (1_600_000_000, 2, True, False, 200_000_000),
-        (1_600_000_001, 2, True, True, 200_000_001),
-        (100_000_000, 2, True, True, 16_777_216),
-        (100_000_000, 2, True, False, 16_777_216),
-        (100_000_000, 2, False, True, 12_500_000),
-        (1_600_000, 4, False, False, 524_288),
-        (1_600_000, 4, False, True, 1_048_576),
-        (0, 1, False, False, 2_097_152),
+        (1_600_000_000, 2, True, 200_000_000),
+        (1_600_000_001, 2, True, 200_000_001),
+        (100_000_000, 2, True, 16_777_216),
+        (100_000_000, 2, False, 12_500_000),
+        (1_600_000, 4, False, 524_288),
+        (0, 1, False, 2_097_152),
     ],
 )
-def test_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, itemsize, streams, staged, expected):
-    assert bucket_limit(numel, itemsize, streams=streams, staged=staged) == expected
+def test_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, itemsize, streams, expected):
+    assert sizes_of(streams).bucket_limit(numel, itemsize) == expected
+
+
+def test_sizes_are_those_of_the_network_that_each_device_has():
+    assert (ON_ACCELERATORS.unit, ON_CPUS.unit) == (32 * MIB, 2 * MIB)
+    assert sizes_of(True) is ON_ACCELERATORS
+    assert sizes_of(False) is ON_CPUS

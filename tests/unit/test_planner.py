@@ -6,19 +6,22 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from mics_ds.comm.layout import MicsLayout
+from mics_ds.comm.sizes import Sizes
 from mics_ds.errors import MicsPlanError
+from mics_ds.planner import machine as planner_machine
 from mics_ds.planner import plan as planning
 from mics_ds.planner.cli import main as mics_plan
 from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
 from mics_ds.planner.memory import memory
 from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
-from mics_ds.planner.timeline import Scheme, StepTime, step_time
+from mics_ds.planner.timeline import Costs, Queues, Scheme, StepTime, step_time
 from mics_ds.planner.trace import model_from_module
 from mics_ds.planner.workload import Workload, ZeroSettings
 
@@ -62,11 +65,11 @@ def test_groups_beside_each_other_share_the_link_of_a_node():
     assert two - one == pytest.approx(2 * 1 / 2 * 800 / 100)
 
 
-def test_two_stages_run_beside_each_other_in_pieces():
+def test_two_stages_follow_each_other():
     subject = machine(2)
     inter = subject.time("all_gather", 400, GroupForm(2, 1, 2))
     intra = subject.time("all_gather", 800, GroupForm(1, 2))
-    expected = max(inter, intra) + min(inter, intra) / subject.pieces
+    expected = inter + intra
     assert subject.time("all_gather", 800, GroupForm(2, 2), staged=True) == pytest.approx(expected)
 
 
@@ -97,7 +100,7 @@ def test_forms_are_those_of_the_layout(n, k):
             assert (len(counts), max(counts.values())) == (form.nodes, form.per_node), (p, groups)
             on_first_node = sum(any(rank < k for rank in group) for group in groups)
             assert form.beside == min(on_first_node, len(groups)), (p, groups)
-        assert subject.can_stage(n, p) == (layout.why_not_hierarchical() is None)
+        assert subject.can_stage(n, p) == (layout.why_not_hierarchical is None)
 
 
 def test_a_group_that_fits_nodes_unevenly_shares_their_links():
@@ -311,7 +314,8 @@ def test_13_billion_on_64_gpus_of_40_gb():
     assert fits == {"partition": [8, 16, 32, 64], "world": [2, 4, 8, 16, 32]}
 
 
-def test_overlap_hides_what_fits_beside_compute():
+@pytest.mark.parametrize("layers_in_unit", [1, 2])
+def test_overlap_hides_what_fits_beside_compute(layers_in_unit):
     """Compute so slow that only the first gather and the last two reductions are waited for: a bucket is handed over
     when the next gradient would not fit."""
     job = Workload(
@@ -319,13 +323,26 @@ def test_overlap_hides_what_fits_beside_compute():
         precision="fp32",
         zero=replace(NO_LIMITS, prefetch_bucket_size=1, reduce_bucket_size=1000, max_live_parameters=10**9),
     )
-    subject = machine(2)
-    time = step_time(subject, job, Scheme(2), 4)
+    subject, sizes = machine(2), Sizes(unit=2000 * layers_in_unit, bucket=1, whole=1)
+    with mock.patch.object(planner_machine, "sizes_of", return_value=sizes):
+        time = step_time(subject, job, Scheme(2), 4)
     assert time.gathers == pytest.approx(subject.time("all_gather", 4000, GroupForm(1, 2)))
     scatter = subject.time("reduce_scatter", 4000, GroupForm(1, 2))
     assert time.hop1 == pytest.approx(2 * scatter)
-    # hop 2 of the last bucket but one starts when its hop 1 is done, beside the hop 1 of the last
-    assert time.hop2 == pytest.approx(2 * subject.time("all_reduce", 2000, GroupForm(2, 1, 2)) - scatter)
+    assert time.counts["average"] == 4 // layers_in_unit
+    hop2 = subject.time("all_reduce", 2000 * layers_in_unit, GroupForm(2, 1, 2))
+    # Units of one layer: hop 2 of the last but one starts when its hop 1 is done, beside the hop 1 of the last.
+    assert time.hop2 == pytest.approx(2 * hop2 - scatter if layers_in_unit == 1 else hop2)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_gather_in_two_stages_lets_the_next_one_start_its_first(streams):
+    subject, queues = machine(2, streams=streams), Queues()
+    costs = Costs(subject, Workload(layers(1, 400), precision="fp32"), Scheme(4, staged_gather=True), 4)
+    first, second = (queues.issue("gather", costs.gather(400), 0.0) for _ in range(2))
+    between, inside = 10 + 1 / 2 * 800 / 50, 1 + 1 / 2 * 1600 / 1000
+    assert first == pytest.approx(between + inside)
+    assert second - first == pytest.approx(between if streams else between + inside)
 
 
 def test_one_shard_gathers_nothing_and_one_replica_averages_nothing():
@@ -402,11 +419,14 @@ def test_offload_moves_states_to_the_host():
     # and gradients have a second, fp32 buffer there
     assert found.host == plain.states + 4 * (4 << 20) // 2
     # bf16 parts of hop 2 on the device, two at a time, no larger than what there is
-    assert found.step == 2 * 2 * (4 << 20) // 2
-    small = replace(job, zero=replace(job.zero, reduce_bucket_size=1000))
-    assert memory(small, Scheme(2), 4, StepTime()).step == 2 * 2 * 500
-    assert memory(job, Scheme(2), 2, StepTime()).step == 0, "one replica has no hop 2"
-    assert memory(job, Scheme(2), 4, StepTime(), streams=False).step == 0, "on a CPU they are where they have to be"
+
+    def parts(job: Workload, n: int = 4, streams: bool = True) -> int:
+        return memory(job, Scheme(2), n, StepTime(), streams=streams).bucket - 2 * job.zero.reduce_bucket_size
+
+    assert parts(job) == 2 * 2 * (4 << 20) // 2
+    assert parts(replace(job, zero=replace(job.zero, reduce_bucket_size=1000))) == 2 * 2 * 500
+    assert parts(job, n=2) == 0, "one replica has no hop 2"
+    assert parts(job, streams=False) == 0, "on a CPU they are where they have to be"
 
 
 def test_the_chosen_size_fits_and_is_the_fastest_that_does():

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from mics_ds.comm.slices import Slices
 from torch import nn
 
 from mics_ds.checkpoint.arena import ALIGNMENT, Arena
@@ -20,7 +21,6 @@ from mics_ds.checkpoint.board import Heartbeat, Round, RoundFailedError, RoundLo
 from mics_ds.checkpoint.joints import Joint, shares
 from mics_ds.checkpoint.recording import Recorded, record, replay
 from mics_ds.checkpoint.writer import Seal, Sealed, _Writer
-from mics_ds.comm.slices import Slices
 
 # ------------------------------------------------------------------------------------- recording
 

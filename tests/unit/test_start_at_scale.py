@@ -1,23 +1,24 @@
-"""Start-up of large jobs, as one of their ranks sees it: communicators, and bytes through the rendezvous store."""
+"""Start-up of large jobs, as one of their ranks sees it: communicators, and requests to the rendezvous store."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from fake_streams import FakeStreams
 from torch.distributed import distributed_c10d as c10d
 from torch.testing._internal.distributed import fake_pg
 
 from mics_ds.comm import agreement, groups, placement
 from mics_ds.comm.groups import MicsGroups
+from mics_ds.comm.rank_group import RankGroup
 from mics_ds.config import MicsConfig
-from mics_ds.errors import MicsAgreementError
-from mics_ds.request import Build, Request, compare
+from mics_ds.plugin.context import OFF, ON, Build, Request, compare
 
 RANKS_PER_NODE = 8
 PATIENCE = timedelta(minutes=47)
@@ -29,99 +30,121 @@ def place_of(rank: int) -> placement.Claim:
 
 
 class Store:
-    """A rendezvous store in which all other ranks say what this one says, from their own place."""
+    """A rendezvous store in which all other ranks state what this one states. Counts its requests.
 
-    def __init__(self, n: int, own: int) -> None:
-        self.n, self.own = n, own
-        self.keys: dict[str, bytes] = {}
-        self.read, self.calls = 0, 0
-        self.rows: dict[str, list[dict[str, Any]]] = {}
+    Args:
+        comes: whether this rank is the first one to come, or the last one, which ends the round.
+    """
 
-    def say(self, row: dict[str, Any], rank: int) -> dict[str, Any]:
-        """What ``rank`` says where this one says ``row``."""
-        if "node" in row:
-            row = {**row, **place_of(rank).as_json()}
-        if "memory" in row:
-            row = {**row, "memory": 8e10 - 7919.0 * (rank * 31337 % 99991), "host": 1e12 - 104729.0 * rank}
-        return row
+    def __init__(self, n: int, comes: str) -> None:
+        self.n, self.comes = n, comes
+        self.keys: dict[str, str] = {}
+        self.requests: Counter[str] = Counter()
+        self.nbytes = 0
 
-    def set(self, key: str, value: bytes) -> None:
-        if "/0/" in key:
-            (row,) = agreement.unpack_table(value)
-            value = agreement.pack_table([self.say(row, self.own)])
-            self.rows[key.split("/0/")[0]] = [self.say(row, rank) for rank in range(self.n)]
+    def set(self, key: str, value: str) -> None:
+        self._count("set", value)
         self.keys[key] = value
 
-    def theirs(self, key: str) -> bytes:
-        prefix, _, place = key.rpartition("/")
-        if place == "all":
-            return agreement.b85encode(agreement.pack_table(self.rows[prefix]))
-        prefix, _, level = prefix.rpartition("/")
-        span = agreement.FAN_IN ** int(level)
-        rows = [dict(row) for row in self.rows[prefix][int(place) : int(place) + span]]
-        for name in ("memory", "host"):
-            if span > 1 and name in rows[0]:
-                rows = [{**row, name: min(item[name] for item in rows)} for row in rows]
-        return agreement.pack_table(rows)
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        found = self.keys.setdefault(key, value)
+        self._count("compare_set", value, found)
+        return found.encode()
+
+    def add(self, key: str, amount: int) -> int:
+        self._count("add")
+        self.keys[key] = str(self.n)
+        if self.comes == "first":
+            self.keys[key.replace("same", "verdict")] = "ok"  # by the rank that comes last
+            return amount
+        return self.n
 
     def check(self, keys: list[str]) -> bool:
-        self.calls += 1
-        return all(key in self.keys or not key.endswith(f"/{self.own}") for key in keys)
+        self._count("check", *keys)
+        return all(key in self.keys for key in keys)
 
     def get(self, key: str) -> bytes:
-        self.calls += 1
-        value = self.keys.get(key) or self.theirs(key)
-        self.read += len(value)
-        return value
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        self.calls += 1
-        found = self.keys.setdefault(key, value.encode())
-        self.read += len(found)
-        return found
+        self._count("get", self.keys[key])
+        return self.keys[key].encode()
 
     def delete_key(self, key: str) -> bool:
+        self._count("delete_key", key)
         return self.keys.pop(key, None) is not None
+
+    def _count(self, request: str, *moved: str) -> None:
+        self.requests[request] += 1
+        self.nbytes += sum(map(len, moved))
+
+
+class SplitGroup:
+    """``torch.distributed.split_group`` as it was in torch 2.5 to 2.9, on the options of communicators alone.
+
+    Without ``pg_options`` a split took the parent's own options, and not a copy: it wrote the child's name, its map of
+    ranks and its parent there (pytorch #167125, #192110). In 2.9 the next split of that parent looked ranks up in that
+    map.
+
+    Args:
+        version: of torch.
+    """
+
+    def __init__(self, version: tuple[int, int]) -> None:
+        self._reads_map = version >= (2, 9)
+        self.calls = 0
+        self.options: dict[Any, dict[str, Any]] = {}
+
+    def options_of(self, group: Any) -> dict[str, Any]:
+        ranks = dist.get_process_group_ranks(group)
+        return self.options.setdefault(group, {"name": group.group_name, "ranks": ranks, "split_from": None})
+
+    def __call__(
+        self, parent: Any, split: list[list[int]], timeout: Any = None, pg_options: Any = None, **_: Any
+    ) -> Any:
+        self.calls += 1
+        live = self.options_of(parent)
+        ranks = dist.get_process_group_ranks(parent)
+        own = next(part for part in split if ranks.index(dist.get_rank()) in part)
+        options = dict(live) if pg_options is not None else live
+        members = [(live["ranks"] if self._reads_map else ranks)[place] for place in own]
+        options.update(name=f"split {self.calls}", ranks=members, split_from=parent)
+        return parent
 
 
 class Job:
     """One rank of a large job on the ``fake`` backend, with every call that makes a communicator on record."""
 
-    def __init__(self, n: int, rank: int, monkeypatch: pytest.MonkeyPatch, *, bound: bool = True) -> None:
+    def __init__(self, n: int, rank: int, monkeypatch: pytest.MonkeyPatch, comes: str = "last") -> None:
         dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=n)
-        self.store = Store(n, rank)
-        self.calls: list[tuple[str, Any, timedelta | None]] = []
-        self.new_group = dist.new_group
+        self.store = Store(n, comes)
+        self.made: list[tuple[tuple[int, ...], timedelta | None]] = []
+        """Ranks and timeout of each communicator."""
+        self.exchanges = 0
+        self._new_group = dist.new_group
         monkeypatch.setattr(c10d, "_get_default_store", lambda: self.store)
-        monkeypatch.setattr(dist, "new_group", self._new_group)
-        monkeypatch.setattr(dist, "split_group", self._split_group)
+        monkeypatch.setattr(dist, "new_group", self.new_group)
         monkeypatch.setattr(agreement, "timeout_of", lambda *_: PATIENCE)
         monkeypatch.setattr(placement, "claim", place_of)
-        if bound:
-            dist.group.WORLD.bound_device_id = torch.device("cuda:0")
-            monkeypatch.setattr(groups, "_can_split", lambda *_: True)
+        monkeypatch.setattr(groups, "exchange", self.exchange)
 
-    def _new_group(self, ranks: list[int], **options: Any) -> Any:
-        self.calls.append(("new_group", tuple(ranks), options.get("timeout")))
-        return self.new_group(ranks, **options)
+    def new_group(self, ranks: list[int], **options: Any) -> Any:
+        self.made.append((tuple(ranks), options.get("timeout")))
+        assert options["use_local_synchronization"], "no rank outside is needed"
+        assert dist.group.WORLD.bound_device_id is None, "torch would split the world"
+        return self._new_group(ranks, **options)
 
-    def _split_group(self, parent: Any, split: list[list[int]], timeout: timedelta, group_desc: str) -> Any:
-        members = dist.get_process_group_ranks(parent)
-        assert sorted(place for part in split for place in part) == list(range(len(members))), (
-            "all ranks of the parent, once, by their place"
-        )
-        self.calls.append(("split_group", split, timeout))
-        own = next(part for part in split if members.index(dist.get_rank()) in part)
-        parent.bound_device_id = None
-        group = self.new_group([members[place] for place in own], use_local_synchronization=True)
-        parent.bound_device_id = torch.device("cuda:0")
-        return group
+    def exchange(self, note: Any, group: RankGroup, what: str) -> list[Any]:
+        """What a collective brings: the places of all ranks, and the ranks of the one data-parallel group."""
+        self.exchanges += 1
+        return [(place_of(rank), group.ranks if rank == 0 else None) for rank in group.ranks]
 
-    def start(self, config: MicsConfig) -> MicsGroups:
+    def start(self, config: MicsConfig, streams: Any = None) -> MicsGroups:
         """What ``zero.Init`` and an engine do: each compares, or builds its groups."""
-        in_init = Build(Request(agreement.ON, config)).groups(dist.group.WORLD)
-        compare(Request(agreement.ON, config))
-        in_engine = Build(Request(agreement.ON, config)).groups(dist.group.WORLD)
+
+        def build() -> MicsGroups:
+            return groups.build_groups(config, dist.group.WORLD, streams=streams)
+
+        in_init = build()
+        compare(Request(ON, config))
+        in_engine = build()
         assert in_init.partition.group is in_engine.partition.group
         return in_engine
 
@@ -133,143 +156,93 @@ def _no_process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+# --------------------------------------------------------------------------------------------------
+# Communicators
+
+
 @pytest.mark.parametrize(
     ("n", "p", "staged"),
     [(64, 8, False), (64, 16, False), (64, 16, True), (512, 16, True), (4096, 16, True), (10240, 8, False)],
 )
-def test_communicators_do_not_grow_with_the_job(n, p, staged, monkeypatch):
-    """partition, replication, inter-node and intra-node, and those for hop 1 once more on a device without streams."""
+@pytest.mark.parametrize("streams", [True, False])
+def test_communicators_do_not_grow_with_the_job(n, p, staged, streams, monkeypatch):
+    """Partition and replication, between and inside nodes; and on a device without streams those of hop 1 once more."""
     job = Job(n, n - 1, monkeypatch)
-    made = job.start(MicsConfig(p, hierarchical_params_gather=staged, hierarchical_grad_scatter=staged))
-    assert [call[0] for call in job.calls] == ["split_group"] * (2 + 1 + 4 * staged)
-    assert {call[2] for call in job.calls} == {PATIENCE}
-    assert made.partition.ranks == tuple(range(n - p, n))
-    assert made.scatter.ranks == made.partition.ranks
-    assert made.scatter.group is not made.partition.group
+    config = MicsConfig(p, hierarchical_params_gather=staged, hierarchical_grad_scatter=staged)
+    made = job.start(config, FakeStreams() if streams else None)
+    assert len(job.made) == (2 + 2 * staged if streams else 3 + 4 * staged)
+    assert {timeout for _, timeout in job.made} == {PATIENCE}
+    assert made.partition.ranks == made.scatter.ranks == tuple(range(n - p, n))
+    assert (made.scatter.group is made.partition.group) == streams
     assert made.replication.ranks == tuple(range(p - 1, n, p))
+    assert (made.hierarchy is not None) == staged
     if staged:
         assert made.hierarchy.inter.ranks == (n - 9, n - 1)
         assert made.hierarchy.intra.ranks == tuple(range(n - 8, n))
+    assert [ranks for ranks, _ in job.made].count(made.replication.ranks) == 1
 
 
-@pytest.mark.parametrize("bound", [True, False])
-def test_a_job_without_one_communicator_makes_its_groups_by_their_members(bound, monkeypatch):
-    job = Job(64, 9, monkeypatch, bound=False)
-    device = torch.device("cuda:0") if bound else None
-    dist.group.WORLD.bound_device_id = device
-    monkeypatch.setattr(groups, "_can_split", lambda *_: False)
-    job.start(MicsConfig(8))
-    partition, replication = tuple(range(8, 16)), tuple(range(1, 64, 8))
-    assert job.calls == [("new_group", ranks, PATIENCE) for ranks in (partition, partition, replication)]
+@pytest.mark.parametrize("version", [(2, 5), (2, 8), (2, 9)])
+def test_several_groups_of_one_job_are_made_without_a_split(version, monkeypatch):
+    """DeepSpeed binds ranks to devices with NCCL, and there torch would rather split."""
+    job, split_group = Job(64, 63, monkeypatch), SplitGroup(version)
+    monkeypatch.setattr(dist, "split_group", split_group)
+    device = dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+    made = [job.start(MicsConfig(p), FakeStreams()) for p in (8, 16)]
+    assert split_group.calls == 0
     assert dist.group.WORLD.bound_device_id == device
+    assert [groups.replication.ranks for groups in made] == [tuple(range(7, 64, 8)), tuple(range(15, 64, 16))]
 
 
-@pytest.mark.parametrize("n", [64, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (512, 10240))])
-def test_bytes_that_one_rank_reads(n, monkeypatch):
-    """Rank 0 joins most tables, 1024 some of them, and the last one only reads the result."""
-    read = {}
-    for rank in sorted({0, 1024, n - 1} & set(range(n))):
-        with monkeypatch.context() as patch:
-            job = Job(n, rank, patch)
-            job.start(MicsConfig(16))
-            assert len(job.calls) == 7
-            read[rank] = job.store.read
-            # the posts of the last round, and nothing of those before it
-            assert {key.split("/")[2] for key in job.store.keys} == {"3"}
-            assert len(job.store.keys) <= 5
-            dist.destroy_process_group()
-    assert max(read.values()) <= 64_000, read
-
-
-def test_auto_is_no_dearer(monkeypatch):
-    """Free memory differs on every rank; only the least is passed on."""
-    n = 10240
-    job = Job(n, 0, monkeypatch)
-    config = MicsConfig("auto")
-    compare(Request(agreement.ON, config))  # in zero.Init
-    compare(Request(agreement.ON, config))
-    said = {agreement.STATE: agreement.ON, agreement.CONFIG: config.to_json(), **place_of(0).as_json()}
-    said.update(job.store.say({"memory": 0}, 0), size=n, first=0, model="0" * 16)
-    facts = agreement.exchange(said, least=("memory", "host"))
-    everybody = [job.store.say({"memory": 0}, rank) for rank in range(n)]
-    for name in ("memory", "host"):
-        assert {row[name] for row in facts} == {min(row[name] for row in everybody)}
-    agreement.exchange({agreement.STATE: agreement.ON, "p": 16})
-    Build(Request(agreement.ON, MicsConfig(16))).groups(dist.group.WORLD)
-    assert job.store.read <= 64_000
-
-
-def test_tables_come_out_as_they_went_in():
-    rows = [
-        {"state": "on", "first": rank % 2, **({"node": str(rank // 3)} if rank % 5 else {}), "local": None}
-        for rank in range(70)
-    ]
-    assert agreement.unpack_table(agreement.pack_table(rows)) == rows
-    assert len(agreement.pack_table(rows)) < len(json.dumps(rows)) / 10
+def test_the_stand_in_breaks_as_torch_did():
+    """Otherwise it would show nothing."""
+    halves, quarters = [list(range(4)), list(range(4, 8))], [[place, place + 1] for place in range(0, 8, 2)]
+    for version in ((2, 8), (2, 9)):
+        dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=7, world_size=8)
+        split_group, world = SplitGroup(version), dist.group.WORLD
+        split_group(world, halves)
+        assert split_group.options_of(world) == {"name": "split 1", "ranks": [4, 5, 6, 7], "split_from": world}
+        again: Callable[[], Any] = lambda: split_group(world, quarters)  # noqa: B023, E731
+        if version >= (2, 9):
+            with pytest.raises(IndexError):
+                again()
+        else:
+            again()
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
-# What goes wrong
+# Requests
 
 
-def test_a_rank_that_cannot_go_on_ends_the_round_for_those_that_wait(monkeypatch):
+@pytest.mark.parametrize("comes", ["first", "last"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_requests_of_a_rank_do_not_grow_with_the_job(place, comes, monkeypatch):
+    """``zero.Init`` takes one round, an engine two. What is read is a statement and a verdict in each."""
+    found = []
+    for n in (64, 4096, 10240):
+        with monkeypatch.context() as patch:
+            job = Job(n, 0 if place == "first" else n - 1, patch, comes)
+            job.start(MicsConfig(16))
+            assert job.exchanges == 2, "one for each time that groups are asked for"
+            assert {key.split("/")[2] for key in job.store.keys} >= {"3"}
+            assert len(job.store.keys) <= (3 if place == "first" else 9), "the first rank cleans up"
+            found.append((job.store.requests.total(), job.store.nbytes))
+            dist.destroy_process_group()
+    # Post, state, look for ranks without MiCS, agree, look, read, forget. The last rank ends rounds, the first one
+    # cleans up after two of them.
+    assert {requests for requests, _ in found} == {3 * (7 + (comes == "last")) + (place == "first") * 2 * 4}
+    assert max(nbytes for _, nbytes in found) < 2000
+
+
+def test_a_rank_without_mics_asks_little_and_waits_for_nobody(monkeypatch):
+    job = Job(10240, 5, monkeypatch)
+    compare(Request(OFF))
+    assert job.store.requests == {"set": 1, "check": 1}
+
+
+def test_a_build_makes_its_groups_once(monkeypatch):
     job = Job(64, 5, monkeypatch)
-    agreement.post_error(ValueError("no such file"))
-    by_all = agreement.unpack_table(agreement.b85decode(job.store.keys["mics_ds/world/1/all"]))
-    with pytest.raises(MicsAgreementError, match=r"refused on rank 5: ValueError: no such file"):
-        agreement.require_same(by_all)
-
-
-def test_an_error_is_told_once(monkeypatch):
-    job = Job(64, 5, monkeypatch)
-    with pytest.raises(OSError, match="x"), agreement.failing_together(), agreement.failing_together():
-        raise OSError("x")
-    assert {key.split("/")[2] for key in job.store.keys} == {"1"}
-    with pytest.raises(MicsAgreementError), agreement.failing_together():
-        raise MicsAgreementError("all have it")
-    assert {key.split("/")[2] for key in job.store.keys} == {"1"}
-
-
-@pytest.mark.parametrize(
-    ("place", "missing", "words"),
-    [
-        (1, {"0/40"}, r"nothing came from ranks \[40\]"),
-        (0, {"1/32"}, r"ranks \[32\], which pass the reports of others on, sent nothing more"),
-        (40, {"1/32", "1/0", "all"}, r"ranks \[0, 32\], which pass"),
-        (40, {"1/0", "all"}, r"ranks \[0\], which pass"),
-    ],
-)
-def test_who_stopped_is_named(place, missing, words, monkeypatch):
-    monkeypatch.setenv(agreement.TIMEOUT_ENV, "0.01")
-    job = Job(64, place, monkeypatch)
-    check = job.store.check
-    prefix = "mics_ds/world/1/"
-    absent = {prefix + key for key in missing | {"all", "2/0"}}
-    monkeypatch.setattr(job.store, "check", lambda keys: not absent & set(keys) and check(keys))
-    with pytest.raises(MicsAgreementError, match=words):
-        agreement.exchange({agreement.STATE: agreement.ON})
-
-
-def test_a_store_that_does_not_answer_is_named(monkeypatch):
-    job = Job(64, 3, monkeypatch)
-
-    def gone(keys: list[str]) -> bool:
-        raise dist.DistNetworkError("Connection was likely closed")
-
-    monkeypatch.setattr(job.store, "check", gone)
-    with pytest.raises(MicsAgreementError, match="store of the process group, but it does not answer: Connection was"):
-        agreement.exchange({agreement.STATE: agreement.ON})
-
-
-def test_without_a_store_stock_runs_on():
-    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=2)
-    compare(Request(agreement.OFF))
-    with pytest.raises(MicsAgreementError, match=r"Backends without a store \(MPI\) cannot run MiCS"):
-        compare(Request(agreement.ON, MicsConfig(2)))
-
-
-def test_what_nobody_reads_is_deleted_in_the_end(monkeypatch):
-    job = Job(64, 3, monkeypatch)
-    for _ in range(100):
-        agreement.post({agreement.STATE: agreement.OFF})
-    assert len(job.store.keys) == 17
+    build = Build(Request(ON, MicsConfig(8)))
+    assert build.groups(dist.group.WORLD) is build.groups(dist.group.WORLD)
+    assert len(job.made) == 3

@@ -17,27 +17,28 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 LONGEST_FILE = 500
 LONGEST_FUNCTION = 60
+MOST_METHODS = 25
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # From the bottom to the top: a module imports at its top level only from its own row and from rows above it.
 ROWS = [
-    {"errors", "log", "text", "swap_folders"},
-    {"config"},
+    {"errors", "log", "formatting"},
+    {"config", "plugin.import_hook"},
     {"comm"},
-    {"planner"},
-    {"seams"},
-    {"request"},
-    {"checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
-    {"hop2", "updates", "elementwise", "repeats"},
-    {"two_hop"},
+    {"zero"},
+    {"deepspeed_compat"},
+    {"plugin"},  # imports rows below it when an engine is built
+    {"planner", "checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
     {"guard"},
-    {"partitioner", "optimizer", "ab"},
-    {"checkpoint"},
+    {"checkpoint", "ab"},
     {"frameworks"},
     {"check"},
-    {"activation"},
     {"", "reshape", "memory"},
 ]
+
+LIGHT = {"mics_ds", "mics_ds.plugin", "mics_ds.plugin.import_hook", "mics_ds.plugin.install", "mics_ds.frameworks"}
+"""Modules that ``import torch`` loads, in every Python process of a machine with the package."""
+LIGHT_STDLIB = {"__future__", "os", "sys", "functools", "importlib", "warnings"}
 
 
 def row(module: str) -> int:
@@ -51,13 +52,19 @@ def row(module: str) -> int:
         name = name.rpartition(".")[0]
 
 
+def _not_at_import(tree: ast.AST) -> set[int]:
+    """Parts of a module that do not run when it is imported, by their ``id``."""
+    late = {id(node) for function in ast.walk(tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)}
+    for test in ast.walk(tree):
+        if isinstance(test, ast.If) and isinstance(test.test, ast.Name) and test.test.id == "TYPE_CHECKING":
+            late |= {id(node) for node in ast.walk(test)}
+    return late
+
+
 def imports(path: Path, module: str) -> Iterator[tuple[str, bool]]:
     """Modules of ours that a file imports, and whether it does so when it is itself imported."""
     tree = ast.parse(path.read_text())
-    inner = {id(node) for function in ast.walk(tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)}
-    for test in ast.walk(tree):
-        if isinstance(test, ast.If) and isinstance(test.test, ast.Name) and test.test.id == "TYPE_CHECKING":
-            inner |= {id(node) for node in ast.walk(test)}
+    late = _not_at_import(tree)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -65,19 +72,48 @@ def imports(path: Path, module: str) -> Iterator[tuple[str, bool]]:
             base = f"{base}.{node.module}" if node.module else base
             for alias in node.names:
                 target = f"{base}.{alias.name}"
-                yield (target if target in MODULES else base), id(node) not in inner
+                yield (target if target in MODULES else base), id(node) not in late
+
+
+def imports_of_others(path: Path) -> set[str]:
+    """Packages of others that a file imports when it is itself imported."""
+    tree = ast.parse(path.read_text())
+    late = _not_at_import(tree)
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in late:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_and_no_function_is_long(path):
+def test_no_file_function_or_class_is_large(path):
     text = path.read_text()
     assert len(text.splitlines()) <= LONGEST_FILE
-    long = {
-        node.name: node.end_lineno - node.lineno + 1
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    large = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
+            large[node.name] = f"{node.end_lineno - node.lineno + 1} lines"
+        if isinstance(node, ast.ClassDef):
+            methods = sum(isinstance(item, FUNCTIONS) for item in node.body)
+            if methods > MOST_METHODS:
+                large[node.name] = f"{methods} methods"
+    assert not large
+
+
+def test_the_object_of_two_hops_has_few_attributes():
+    tree = ast.parse((PACKAGE / "zero" / "grad_sync.py").read_text())
+    (kind,) = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "GradSync"]
+    attributes = {
+        node.attr
+        for node in ast.walk(kind)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
     }
-    assert not long
+    assert len(attributes) <= 10, sorted(attributes)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -96,20 +132,28 @@ def test_there_is_no_import_circle():
         left = {module: targets for module, targets in left.items() if module not in free}
 
 
-def test_seams_know_nothing_of_the_planner():
+@pytest.mark.parametrize("room", ["comm", "zero", "config", "checkpoint.manifest"])
+def test_what_is_not_about_deepspeed_does_not_import_it(room):
     for module, path in MODULES.items():
-        if module.startswith("mics_ds.seams"):
-            assert not [target for target, _ in imports(path, module) if target.startswith("mics_ds.planner")], module
+        if f"{module}.".startswith(f"mics_ds.{room}."):
+            assert "deepspeed" not in imports_of_others(path), module
 
 
-def test_private_names_of_deepspeed_are_used_in_seams_only():
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_what_torch_imports_is_light(module):
+    path = MODULES[module]
+    assert imports_of_others(path) <= LIGHT_STDLIB
+    assert {target for target, at_top in imports(path, module) if at_top} <= LIGHT
+
+
+def test_private_names_of_deepspeed_are_used_in_one_room():
     """Attributes that DeepSpeed keeps to itself: underscored ones, and its ``ds_`` marks on parameters.
 
-    What seams themselves define, or Python and torch do, is not DeepSpeed's.
+    What that room itself defines, or Python and torch do, is not DeepSpeed's.
     """
     private = re.compile(r"\.(_DeepSpeed\w+|_config\b|_zero_\w+|ds_(?!id\b|config|process_group\b)\w+)")
     for module, path in MODULES.items():
-        if module.startswith("mics_ds.seams"):
+        if module.startswith("mics_ds.deepspeed_compat"):
             continue
         lines = [line.strip() for line in path.read_text().splitlines() if private.search(line.split("#")[0])]
         assert not lines, f"{module}: {lines}"

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from virtual_device import order
-from virtual_device.comm import Issued, Link
+from virtual_device.comm import Issued
 from virtual_device.memory import Memory, bytes_of
+from virtual_device.schedule import Task, play
 from virtual_device.streams import Event, Machine, Stream
 from virtual_device.watch import Watch
 
@@ -151,24 +152,30 @@ def test_bytes_of_a_view():
 
 
 def test_virtual_time_of_two_streams():
-    machine = Machine(timed=True, launch_cost=1.0)
+    machine = Machine(launch_cost=1.0)
     side = Stream(machine=machine)
-    machine.launch("a", machine.default, 10.0)  # issued at 1, until 11
-    machine.launch("b", side, 3.0)  # issued at 2, until 5
-    assert (machine.default.time, side.time) == (11.0, 5.0)
-    side.wait_stream(machine.default)
+    machine.launch("a", machine.default, 10.0)
+    machine.launch("b", side, 3.0)
+    side.wait_stream(machine.default)  # a launch of its own
     machine.launch("c", side, 2.0)
-    assert side.time == 13.0
     side.synchronize()
-    assert machine.host_time == 13.0
+    machine.launch("d", machine.default, 1.0)
+    play(machine.tasks)
+    times = {task.name: (task.start, task.end) for task in machine.tasks if task.name != "launch"}
+    assert times == {"a": (1.0, 11.0), "b": (2.0, 5.0), "c": (11.0, 13.0), "d": (14.0, 15.0)}
 
 
-def test_a_link_carries_one_thing_at_a_time():
-    link = Link()
-    assert link.place(0.0, 4.0) == 0.0
-    assert link.place(10.0, 4.0) == 10.0
-    assert link.place(1.0, 5.0) == 4.0  # before the later one
-    assert link.place(1.0, 2.0) == 14.0
+def test_transfers_of_the_moment_share_their_link():
+    alone, second, after, elsewhere = tasks = [
+        Task("4 seconds", "x", (), link="wire", transfer=4.0),
+        Task("latency of 2, then 1 second", "y", (), 2.0, "wire", 1.0),
+        Task("follows", "y", (1,), 3.0),
+        Task("another link", "z", (), 0.0, "other wire", 3.0),
+    ]
+    play(tasks)
+    assert (second.end, alone.end) == (4.0, 5.0)
+    assert (after.start, after.end) == (4.0, 7.0)
+    assert elsewhere.end == 3.0
 
 
 def _issued(*items: tuple[str, int]) -> list[Issued]:

@@ -5,13 +5,14 @@ which the host issues them. What is modelled is *when* an accelerator would have
 
 | module        | models                                                                                          |
 |---------------|-------------------------------------------------------------------------------------------------|
-| `streams`     | streams, events, the host: what happens before what (vector clocks), and when (virtual seconds) |
+| `streams`     | streams, events, the host: what happens before what (vector clocks)                             |
 | `memory`      | who last read and wrote each byte, and what the caching allocator may hand out again            |
 | `watch`       | torch operations as accesses to memory on the current stream                                    |
 | `comm`        | collectives as NCCL runs them: on a stream of their group's own, waited for by streams          |
 | `accelerator` | the device that DeepSpeed is given                                                              |
 | `order`       | do all ranks issue the collectives of all groups in one order?                                  |
 | `costs`       | how long operations and collectives take, for virtual time                                      |
+| `schedule`    | when they run: each as soon as what it follows is over, transfers sharing their link            |
 | `fleet`       | one real rank among any number of imagined ones                                                 |
 
 What it cannot see. Device and host memory are one here: only what `cpu()` has copied counts as being on the host. A

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +64,8 @@ class Device:
         self.machine: Machine = MACHINE
         self.memory = Memory(MACHINE)
         self.communication = Communication(MACHINE, self.memory)
+        self.watch: Watch | None = None
+        """What watches, or has watched last."""
         MACHINE.listeners.append(self.memory.sweep)
 
     def install(self) -> None:
@@ -82,7 +86,7 @@ class Device:
     def _tolist(self, stock: Any) -> Any:
         def tolist(tensor: torch.Tensor) -> Any:
             if MACHINE.watched and not self.memory.on_host(tensor):
-                MACHINE.host_waits(MACHINE.current.clock, MACHINE.current.time, "tolist")
+                MACHINE.host_waits(MACHINE.current.clock, "tolist")
             return stock(tensor)
 
         return tolist
@@ -92,7 +96,7 @@ class Device:
             if not MACHINE.watched or self.memory.on_host(tensor):
                 return stock(tensor, *args, **kwargs)
             copy = tensor.clone()
-            MACHINE.host_waits(MACHINE.current.clock, MACHINE.current.time, "cpu")
+            MACHINE.host_waits(MACHINE.current.clock, "cpu")
             shadow = self.memory.shadow(copy)
             if shadow is not None:
                 shadow.on_host = True
@@ -106,28 +110,36 @@ class Device:
         op_cost: Any = None,
         collective_cost: CollectiveCost | None = None,
         *,
-        launch_cost: float = 0.0,
-        meet: bool = True,
+        launch_cost: float | None = None,
     ) -> Iterator[Device]:
         """Watch what happens meanwhile; everything before counts as over.
 
         Args:
-            op_cost, collective_cost, launch_cost: for virtual time, see :mod:`virtual_device.costs`.
+            op_cost, collective_cost, launch_cost: for virtual time, see :mod:`virtual_device.costs`. Then nobody looks
+                for races, which takes memory and time by the byte.
         """
         machine, comm = self.machine, self.communication
         machine.reset()
-        self.memory.reset()
+        self.memory.reset(by_byte=launch_cost is None)
         comm.reset()
-        machine.timed, machine.launch_cost = collective_cost is not None, launch_cost
-        watch = Watch(machine, self.memory, op_cost)
-        comm.watch, comm.cost, comm.meet = watch, collective_cost, meet
+        machine.launch_cost = launch_cost
+        self.watch = comm.watch = watch = Watch(machine, self.memory, op_cost)
+        comm.cost = collective_cost
         machine.watched = True
         try:
             with watch:
                 yield self
             self.memory.sweep()
         finally:
-            machine.watched, comm.watch = False, None
+            machine.watched, machine.launch_cost, comm.watch = False, None, None
+
+    def held(self) -> Counter[str]:
+        """What the process holds of the device: live events, and bytes by stream."""
+        gc.collect()
+        self.memory.sweep()
+        self.memory.take_back()
+        held = {f"bytes of {name} stream": nbytes for name, nbytes in self.memory.held.items()}
+        return Counter({"events": len(self.machine.events), **held})
 
     @property
     def races(self) -> list[str]:

@@ -7,6 +7,7 @@ tensors alive. Whoever uses a result on a stream that did not wait, races.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 
 from .memory import Memory
 from .streams import Event, Machine, Stream, caller
@@ -50,30 +51,8 @@ class Issued:
     where: tuple[str, ...]
 
 
-@dataclass
-class Link:
-    """What collectives of some groups have to share, one at a time."""
-
-    busy: list[tuple[float, float]] = field(default_factory=list)
-    uses: list[tuple[float, float]] = field(default_factory=list)
-    """Each with the time it asked for and the time it got, also if it took none."""
-
-    def place(self, ready: float, seconds: float) -> float:
-        """Take the first gap that is long enough, and return when it starts."""
-        start = ready
-        for begin, end in self.busy:
-            if start + seconds <= begin:
-                break
-            start = max(start, end)
-        self.uses.append((ready, start))
-        if seconds:
-            self.busy.append((start, start + seconds))
-            self.busy.sort()
-        return start
-
-
-CollectiveCost = Callable[[Issued], tuple[float, Any]]
-"""Seconds that a collective takes, and a name of the link that it occupies meanwhile."""
+CollectiveCost = Callable[[Issued], tuple[float, str, float]]
+"""Latency of a collective, the link that it uses, and the seconds for which it needs all of it."""
 
 
 @dataclass
@@ -84,18 +63,14 @@ class Communication:
     memory: Memory
     watch: Watch | None = None
     cost: CollectiveCost | None = None
-    meet: bool = True
-    """In virtual time: whether ranks really have to wait for the last one. Without it they are taken to be alike."""
     imagined: bool = False
     """Whether there are no other ranks. They are taken to have the same data then."""
     issued: list[Issued] = field(default_factory=list)
-    links: dict[Any, Link] = field(default_factory=dict)
     _streams: dict[tuple[int, ...] | str, Stream] = field(default_factory=dict)
     _inside: bool = False
 
     def reset(self) -> None:
         self.issued.clear()
-        self.links.clear()
 
     def install(self) -> None:
         """Put wrappers in place of torch's functions, once per process."""
@@ -123,29 +98,29 @@ class Communication:
             call.arguments["async_op"] = False
             self._inside = True
             try:
-                work = self._issue(name, group, call.arguments.get(read), call.arguments.get(written), original, call)
+                work = self._issue(name, group, read, written, original, call)
             finally:
                 self._inside = False
             if asynchronous:
                 return work
             work.wait()
             if name == "barrier":
-                self.machine.host_waits(work.stream.clock, work.stream.time, "barrier")
+                self.machine.host_waits(work.stream.clock, "barrier")
             return None
 
         return collective
 
-    def _issue(self, name: str, group: Any, read: Any, written: Any, original: Callable[..., Any], call: Any) -> Work:
+    def _issue(self, name: str, group: Any, read: str, written: str, original: Callable[..., Any], call: Any) -> Work:
         self.memory.sweep()
         ranks = tuple(dist.get_process_group_ranks(group))
-        sources, targets = list(_tensors(read)), list(_tensors(written))
+        sources, targets = (list(_tensors(call.arguments.get(argument))) for argument in (read, written))
         payload = max(sum(item.nbytes for item in sources), sum(item.nbytes for item in targets))
         issued = Issued(name, group.group_name, ranks, payload, caller())
         self.issued.append(issued)
         stream = self._stream(group)
         stream.wait_stream(self.machine.current)
-        seconds, start = self._time(issued, stream, group)
-        number = self.machine.launch(f"{name} of {payload} bytes over {list(ranks)}", stream, seconds, start)
+        cost = () if self.cost is None else self.cost(issued)
+        number = self.machine.launch(f"{name} of {payload} bytes over {list(ranks)}", stream, *cost)
         for tensor in sources:
             self.memory.access(tensor, write=False, stream=stream, number=number)
         for tensor in targets:
@@ -156,25 +131,12 @@ class Communication:
             if self.imagined:
                 _imagine(name, call.arguments, len(ranks), ranks.index(dist.get_rank()))
             else:
+                for argument in {read, written} & call.arguments.keys():
+                    call.arguments[argument] = tree_map(_borrowed, call.arguments[argument])
                 original(*call.args, **call.kwargs)
         finally:
             self.watch.paused -= 1
         return Work(self.machine, stream, [*sources, *targets], set(ranks))
-
-    def _time(self, issued: Issued, stream: Stream, group: Any) -> tuple[float, float]:
-        """How long it takes, and the earliest moment at which all ranks and the link are ready for it."""
-        if self.cost is None or not self.machine.timed:
-            return 0.0, 0.0
-        seconds, name = self.cost(issued)
-        start = max(stream.time, self.machine.host_time)
-        if self.meet and len(issued.ranks) > 1:
-            assert self.watch is not None
-            self.watch.paused += 1
-            latest = torch.tensor([start], dtype=torch.float64)
-            dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
-            start = latest.item()
-            self.watch.paused -= 1
-        return seconds, self.links.setdefault(name, Link()).place(start, seconds)
 
     def _stream(self, group: Any) -> Stream:
         if group.group_name not in self._streams:
@@ -232,3 +194,12 @@ def _imagine(name: str, arguments: dict[str, Any], size: int, rank: int) -> None
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (item for item in tree_iter(value) if isinstance(item, torch.Tensor))
+
+
+def _borrowed(value: Any) -> Any:
+    """Return a tensor in the same memory that does not keep it alive: a thread of gloo lets go of tensors at any time
+    after the collective, and what is freed when has to be the same in every run."""
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous() or not value.numel():
+        return value
+    memory = (ctypes.c_byte * value.nbytes).from_address(value.data_ptr())
+    return torch.frombuffer(memory, dtype=value.dtype).view(value.shape)

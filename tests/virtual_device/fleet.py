@@ -12,9 +12,10 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mics_ds.comm import agreement, placement
+from mics_ds.comm import agreement, groups, placement
 
 from .accelerator import DEVICE
 
@@ -26,16 +27,18 @@ def imagined_ranks(world_size: int, ranks_per_node: int) -> Iterator[None]:
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
 
-    def exchange(payload: Any, ranks: Any = None) -> list[dict[str, Any]]:
-        def row(rank: int) -> dict[str, Any]:
-            place = placement.Claim("imagined", f"node {rank // ranks_per_node}", rank % ranks_per_node)
-            return {**payload, **(place.as_json() if "node" in payload else {})}
-
-        return list(map(row, ranks or range(world_size)))
+    def exchange(note: Any, among: Any, what: str) -> list[Any]:
+        """Return the placements of all ranks, the only notes that are exchanged to make groups."""
+        places = [divmod(rank, ranks_per_node) for rank in among.ranks]
+        return [(placement.Claim("imagined", f"node {node}", local), note[1]) for node, local in places]
 
     DEVICE.communication.imagined = True
     try:
-        with mock.patch.object(agreement, "exchange", exchange), mock.patch.object(agreement, "post"):
+        with (
+            mock.patch.object(agreement, "require_same"),
+            mock.patch.object(groups, "exchange", exchange),
+            mock.patch.object(deepspeed_groups, "_WORLD_GROUP", None),  # of another job
+        ):
             yield
     finally:
         DEVICE.communication.imagined = False

@@ -4,19 +4,23 @@ Every stream has a *vector clock*: for each stream, how many of its operations a
 is put on this stream next. An operation is ordered behind another if its clock has reached the other's number. The
 host has such a clock too, for what it has waited for; everything it launches is ordered behind that.
 
-Virtual time runs beside it: a stream is free at some time, an event has one, and the host has its own.
+For virtual time, each operation and each launch is written down as a task that follows those in the clock
+(:mod:`virtual_device.schedule`).
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from .schedule import Task
 
 _SKIPPED = ("/torch/", "/virtual_device/", "/contextlib.py", "/functools.py", "importlib")
 
@@ -32,16 +36,6 @@ class Operation:
 
     def __str__(self) -> str:
         return f"{self.name} on {self.stream} stream, from {' < '.join(self.where)}"
-
-
-@dataclass
-class Span:
-    """A stretch of virtual time in which a stream did something."""
-
-    stream: str
-    name: str
-    start: float
-    end: float
 
 
 class Clock:
@@ -64,6 +58,9 @@ class Clock:
         mine = self.fit(len(other.values))
         np.maximum(mine[: len(other.values)], other.values, out=mine[: len(other.values)])
 
+    def includes(self, other: Clock) -> bool:
+        return bool((other.values <= self.fit(len(other.values))[: len(other.values)]).all())
+
     def has(self, stream: int, number: int) -> bool:
         return stream < len(self.values) and bool(self.values[stream] >= number)
 
@@ -82,13 +79,13 @@ class Stream:
     def reset(self) -> None:
         """Forget the past."""
         self.clock = Clock()
-        self.time = 0.0
+        self.launched_after = Clock()
+        """The clock of its last operation."""
 
     def wait_stream(self, other: Stream) -> None:
         self._machine.before_order_changes()
         self.clock.join(other.clock)
-        self.time = max(self.time, other.time)
-        self._machine.launched("wait_stream")
+        self._machine.launched()
 
     def wait_event(self, event: Event) -> None:
         event.wait(self)
@@ -99,10 +96,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        self._machine.host_waits(self.clock, self.time, f"synchronize {self.name} stream")
-
-    def query(self) -> bool:
-        return self.time <= self._machine.host_time
+        self._machine.host_waits(self.clock, f"synchronize {self.name} stream")
 
     def __enter__(self) -> Stream:
         self._context = self._machine.on(self)
@@ -123,7 +117,7 @@ class Event:
         self._machine = machine or MACHINE
         self._recorded: Clock | None = None
         self._epoch = -1
-        self.time = 0.0
+        self._machine.events.add(self)
 
     @property
     def _clock(self) -> Clock | None:
@@ -132,31 +126,23 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self._machine.current
-        self._recorded, self.time, self._epoch = stream.clock.copy(), stream.time, self._machine.epoch
-        self._machine.launched("record_event")
+        self._recorded, self._epoch = stream.clock.copy(), self._machine.epoch
+        self._machine.launched()
 
     def wait(self, stream: Stream | None = None) -> None:
         stream = stream or self._machine.current
         self._machine.before_order_changes()
         if self._clock is not None:
             stream.clock.join(self._clock)
-            stream.time = max(stream.time, self.time)
-        self._machine.launched("wait_event")
+        self._machine.launched()
 
     def synchronize(self) -> None:
         if self._clock is not None:
-            self._machine.host_waits(self._clock, self.time, "synchronize event")
+            self._machine.host_waits(self._clock, "synchronize event")
 
     def query(self) -> bool:
-        if self._clock is None:
-            return True
-        if not self._machine.timed or self.time > self._machine.host_time:
-            return False
-        self._machine.host_clock.join(self._clock)
-        return True
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1e3 * (end.time - self.time)
+        """Return whether the host has waited for it. The host is ahead of the device, and sees nothing else."""
+        return self._clock is None or self._machine.host_clock.includes(self._clock)
 
 
 @dataclass
@@ -164,16 +150,16 @@ class Machine:
     """The device and host of this process."""
 
     streams: list[Stream] = field(default_factory=list)
+    events: weakref.WeakSet[Event] = field(default_factory=weakref.WeakSet)
+    """All events that some object still refers to. A CUDA event costs memory of the driver until then."""
     operations: dict[tuple[int, int], Operation] = field(default_factory=dict)
     """By stream and number."""
     host_clock: Clock = field(default_factory=Clock)
-    host_time: float = 0.0
-    launch_cost: float = 0.0
-    """Seconds of host time for each launch."""
-    timed: bool = False
+    launch_cost: float | None = None
+    """Seconds of host time for each launch, if tasks are to be written down."""
+    tasks: list[Task] = field(default_factory=list)
     synchronisations: list[str] = field(default_factory=list)
     """One entry for each time the host waited for the device, with where it did."""
-    spans: list[Span] = field(default_factory=list)
     watched: bool = False
     epoch: int = 0
     """How often the past was forgotten."""
@@ -182,7 +168,10 @@ class Machine:
 
     def __post_init__(self) -> None:
         self._local = threading.local()
+        self._task_of: dict[tuple[int, int], int] = {}
+        """By stream and number of an operation."""
         self.default = Stream(machine=self, name="compute")
+        self._host = Stream(machine=self, name="host")
 
     def register(self, stream: Stream) -> int:
         self.streams.append(stream)
@@ -195,8 +184,9 @@ class Machine:
         self.epoch += 1
         self.operations.clear()
         self.synchronisations.clear()
-        self.spans.clear()
-        self.host_clock, self.host_time = Clock(), 0.0
+        self.tasks.clear()
+        self._task_of.clear()
+        self.host_clock = Clock()
 
     @property
     def current(self) -> Stream:
@@ -215,38 +205,49 @@ class Machine:
         for listener in self.listeners:
             listener()
 
-    def launched(self, what: str) -> None:
-        """The host has spent the time of one launch."""
-        self.host_time += self.launch_cost
+    def launched(self) -> None:
+        """Let the time of one launch go by for the host."""
+        if self.launch_cost is not None:
+            self._host.clock.join(self.host_clock)
+            self._write_down("launch", self._host, self.launch_cost)
 
-    def launch(self, name: str, stream: Stream, seconds: float = 0.0, not_before: float = 0.0) -> int:
+    def launch(self, name: str, stream: Stream, seconds: float = 0.0, link: str = "", transfer: float = 0.0) -> int:
         """Put an operation on a stream. Returns its number there."""
-        self.launched(name)
+        self.launched()
         stream.clock.join(self.host_clock)
-        values = stream.clock.fit(len(self.streams))
-        values[stream.id] += 1
-        number = int(values[stream.id])
+        stream.clock.join(self._host.clock)
+        number = self._write_down(name, stream, seconds, link, transfer)
         self.operations[stream.id, number] = Operation(name, stream.name, caller())
-        if self.timed:
-            start = max(stream.time, self.host_time, not_before)
-            stream.time = start + seconds
-            if seconds:
-                self.spans.append(Span(stream.name, name, start, stream.time))
         return number
 
-    def host_waits(self, clock: Clock, time: float, why: str) -> None:
+    def _write_down(self, name: str, stream: Stream, seconds: float, link: str = "", transfer: float = 0.0) -> int:
+        values, before = stream.clock.fit(len(self.streams)), stream.launched_after.fit(len(self.streams))
+        news = [] if self.launch_cost is None else np.flatnonzero(values > before).tolist()
+        values[stream.id] += 1
+        number = int(values[stream.id])
+        stream.launched_after = stream.clock.copy()
+        if self.launch_cost is not None:
+            earlier = [(stream.id, number - 1), *((other, int(values[other])) for other in news)]
+            after = {self._task_of[item] for item in earlier if item in self._task_of}
+            self._task_of[stream.id, number] = len(self.tasks)
+            self.tasks.append(Task(name, stream.name, list(after), seconds, link, transfer))
+        return number
+
+    def last_task(self, stream: Stream) -> Task:
+        return self.tasks[self._task_of[stream.id, int(stream.clock.values[stream.id])]]
+
+    def host_waits(self, clock: Clock, why: str) -> None:
         """The host stands still until this has happened."""
         self.before_order_changes()
         if self.watched:
             self.synchronisations.append(f"{why}, from {' < '.join(caller())}")
         self.host_clock.join(clock)
-        self.host_time = max(self.host_time, time)
 
     def synchronize(self) -> None:
         everything = Clock()
         for stream in self.streams:
             everything.join(stream.clock)
-        self.host_waits(everything, max(stream.time for stream in self.streams), "synchronize device")
+        self.host_waits(everything, "synchronize device")
 
 
 def caller(depth: int = 4) -> tuple[str, ...]:

@@ -24,19 +24,22 @@ _READ_BY_HOST = {
     "aten::masked_select",
     "aten::_unique2",
 }
+_COPIES = re.compile(r"^aten::(copy_|_to_copy|clone|cat|_foreach_copy_)$")
 
 
 class Watch(TorchDispatchMode):
     """Tells the memory what each operation reads and writes.
 
     Args:
-        cost: seconds that an operation takes, given itself, its arguments and its result.
+        cost: seconds that an operation takes, given itself, its arguments, its result, and the bytes that it moves.
     """
 
     def __init__(self, machine: Machine, memory: Memory, cost: Callable[..., float] | None = None) -> None:
         super().__init__()
         self._machine, self._memory, self._cost = machine, memory, cost
         self.paused = 0
+        self.copied = 0
+        """Bytes that operations have written which do nothing but copy."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,15 +69,19 @@ class Watch(TorchDispatchMode):
         is_view = not outputs and not written
         if is_view and name not in _READ_BY_HOST:
             return result
+        targets = [*written, *outputs]
+        if _COPIES.match(name):
+            self.copied += sum(tensor.nbytes for tensor in targets)
         stream = machine.current
-        seconds = self._cost(func, args, kwargs, result) if self._cost is not None else 0.0
+        moved = sum(tensor.nbytes for tensor in [*read, *targets])
+        seconds = self._cost(func, args, kwargs, result, moved) if self._cost is not None else 0.0
         number = machine.launch(name, stream, seconds)
         for tensor in read:
             memory.access(tensor, write=False, stream=stream, number=number)
-        for tensor in [*written, *outputs]:
+        for tensor in targets:
             memory.access(tensor, write=True, stream=stream, number=number)
         if name in _READ_BY_HOST:
-            machine.host_waits(stream.clock, stream.time, name)
+            machine.host_waits(stream.clock, name)
         return result
 
 

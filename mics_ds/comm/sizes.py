@@ -1,0 +1,42 @@
+"""How large collectives should be.
+
+A collective costs a latency before its first byte arrives, and bytes at some bandwidth after it. Below latency times
+bandwidth the latency is the larger part, so collectives are made several times as large; and no larger than that,
+because the last one of a pass is what a step waits for. At 400 Gbit/s and some tens of microseconds per hop of a ring
+that gives 32 MiB, at 100 Mbit/s and a fraction of a millisecond 2 MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+LEAST_UNITS = 8
+"""No more than an eighth of the gradients is left to be reduced when a pass ends."""
+AHEAD = 2
+"""Tasks of one executor that hold memory at a time, see :class:`mics_ds.comm.async_exec.StreamExecutor`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Least bytes of what is worth a collective."""
+
+    unit: int
+    """Gradient shards in hop 2, gathered shards of updated weights."""
+    bucket: int
+    """Full gradients in hop 1."""
+    whole: int
+    """A parameter that is gathered in two stages without a copy, by one collective for each node."""
+
+    def bucket_limit(self, numel: int, itemsize: int) -> int:
+        """Return the elements of the largest bucket that is of use, for ``numel`` elements of gradients in all."""
+        return max(self.bucket // itemsize, -(-numel // LEAST_UNITS))
+
+
+ON_ACCELERATORS = Sizes(unit=32 * MIB, bucket=32 * MIB, whole=8 * MIB)
+ON_CPUS = Sizes(unit=2 * MIB, bucket=2 * MIB, whole=MIB // 4)
+
+
+def sizes_of(streams: bool) -> Sizes:
+    """Return the sizes for a device with streams, or for one without."""
+    return ON_ACCELERATORS if streams else ON_CPUS

@@ -1,0 +1,365 @@
+"""DeepSpeed's checkpoint files: their names, what writes and reads them, and the methods of the engine around them."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger as deepspeed_logger
+
+from ..errors import MicsCheckpointError
+from .patching import Patches
+
+
+class CheckpointFiles:
+    """DeepSpeed's checkpoint engine, with a session that may stand between it and the files.
+
+    Without a session, everything goes on to DeepSpeed's.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.session: Any = None
+        """With ``write(states, path, write)``, ``make(make)``, which does what may fail, ``read(path)``, and
+        ``copies_scripts``: whether what DeepSpeed leaves beside a checkpoint is to be copied there."""
+
+    @classmethod
+    def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
+        if not isinstance(engine.checkpoint_engine, cls):
+            engine.checkpoint_engine = cls(engine.checkpoint_engine)
+        return engine.checkpoint_engine
+
+    @contextmanager
+    def through(self, session: Any) -> Iterator[None]:
+        self.session = session
+        try:
+            yield
+        finally:
+            self.session = None
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        if self.session is None:
+            return self.inner.save(state_dict, path)
+        return self.session.write(state_dict, path, self.inner.save)
+
+    def create(self, info: Any) -> Any:
+        return self._made(lambda: self.inner.create(info))
+
+    def commit(self, info: Any) -> Any:
+        return self._made(lambda: self.inner.commit(info))
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        return make() if self.session is None else self.session.make(make)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> Any:
+        return self._made(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        if self.session is None:
+            return self.inner.load(path, map_location=map_location)
+        return self.session.read(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def model_states_name(engine: DeepSpeedEngine, shard: int) -> str:
+    """File name of the model states of one shard."""
+    return os.path.basename(engine._get_ckpt_name("", "", pp_placeholder=str(shard)))
+
+
+def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None = None) -> str:
+    """File name of the optimizer states of one shard, as an engine in ``bf16`` calls it (by default this one)."""
+    bf16 = engine.bfloat16_enabled() if bf16 is None else bf16
+    mp_rank = model_parallel_rank(engine)
+    return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
+
+
+def recovery_scripts() -> list[str]:
+    """What DeepSpeed leaves beside a checkpoint, to be run there."""
+    folder = os.path.join(os.path.dirname(deepspeed.__file__), "utils")
+    found = (os.path.join(folder, name) for name in ("zero_to_fp32.py", "zero_to_torch.py"))
+    return [path for path in found if os.path.exists(path)]
+
+
+def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
+    """Names and shapes of the optimizer's parameters, per sub-group, in the order of the flat buffers."""
+    return engine._get_zero_param_shapes()
+
+
+def frozen_shapes(engine: DeepSpeedEngine) -> Mapping[str, torch.Size]:
+    """Names and shapes of all other parameters."""
+    return engine._get_zero_frozen_param_attributes(engine._get_param_shape_func)
+
+
+def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
+    """The parameter group of each sub-group."""
+    owners = engine.optimizer.sub_group_to_group_id
+    return [owners[index] for index in range(len(engine.optimizer.fp16_groups))]
+
+
+def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bool) -> None:
+    """Which files of its shard this rank writes at the next save."""
+    engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = model_states, optimizer_states
+
+
+def collect_states(
+    engine: DeepSpeedEngine,
+    session: Any,
+    folder: str,
+    tag: str,
+    client_state: Mapping[str, Any],
+    *,
+    model_states: bool = True,
+    optimizer_states: bool = True,
+    **how: Any,
+) -> None:
+    """Hand what ``engine.save_checkpoint`` would write on this rank to a session. No collective.
+
+    Args:
+        session: with ``stand_in(held)`` besides, what to show DeepSpeed in place of a frozen parameter.
+        model_states, optimizer_states: whether this rank has some to hand over.
+        how: further arguments of ``engine.save_checkpoint``.
+    """
+    # It would announce each file. Another level would do too, but clears the caches of all loggers, which takes long.
+    deepspeed_logger.addFilter(_is_warning)
+    try:
+        with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine), _fragments(engine, session):
+            if model_states:
+                engine._save_checkpoint(folder, tag, client_state=client_state, **how)
+            if optimizer_states:
+                engine._save_zero_checkpoint(folder, tag)
+    finally:
+        deepspeed_logger.removeFilter(_is_warning)
+
+
+class _Caught:
+    """A session that keeps what DeepSpeed would write."""
+
+    copies_scripts = False
+    model_states_shard = 0
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+    def make(self, make: Callable[[], Any]) -> None:
+        make()
+
+    def write(self, states: dict[str, Any], _path: str, _write: Callable[[Any, str], Any]) -> None:
+        self.states = states
+
+
+def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``engine.save_checkpoint`` would write into this rank's file of model states, but for frozen parameters.
+    Live. No collective.
+
+    Raises:
+        Exception: of whatever kind: DeepSpeed or a module could not say.
+    """
+    caught, before = _Caught(), (engine.save_non_zero_checkpoint, engine.save_zero_checkpoint)
+    set_writer(engine, True, False)
+    try:
+        collect_states(engine, caught, "", "", client_state, optimizer_states=False, exclude_frozen_parameters=True)
+    finally:
+        set_writer(engine, *before)
+    return caught.states
+
+
+def parameter_names(engine: DeepSpeedEngine) -> frozenset[str]:
+    """All names of parameters in the module's state dictionary, those of tied ones too."""
+    return frozenset(name for name, _ in engine.module.named_parameters(remove_duplicate=False))
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+@contextmanager
+def _as_if_partitioned(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Without the content of parameters that stay gathered between steps; their shards are saved like all others.
+
+    DeepSpeed partitions them before it saves and gathers them afterwards, which is a collective.
+    """
+    held = [(param, param.data) for param in engine.module.parameters() if hasattr(param, "ds_id") and param.numel()]
+    try:
+        for param, data in held:
+            param.data = data.new_empty(0)
+        yield
+    finally:
+        for param, data in held:
+            param.data = data
+
+
+@contextmanager
+def _fragments(engine: DeepSpeedEngine, session: Any) -> Iterator[None]:
+    """Shards of frozen parameters by way of the session. DeepSpeed itself waits for the device at each."""
+
+    def fragment(param: Any) -> torch.Tensor:
+        return session.stand_in(getattr(param, "ds_tensor", param).detach())
+
+    engine._get_param_fragment_func = fragment
+    try:
+        yield
+    finally:
+        del engine._get_param_fragment_func
+
+
+def model_parallel_rank(engine: DeepSpeedEngine) -> int:
+    """As in the names of files."""
+    return int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
+
+
+def writes_archives(engine: DeepSpeedEngine) -> bool:
+    """Whether files are archives, as ``torch.save`` has written them since 1.6."""
+    inner = engine.checkpoint_engine
+    inner = inner.inner if isinstance(inner, CheckpointFiles) else inner
+    return bool(getattr(inner, "zipfile_serialization", True))
+
+
+def _model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:
+    """Paths of the model states of one shard, one for each model-parallel rank that saved."""
+    pattern = engine._get_ckpt_name(folder, "", mp_placeholder="*", pp_placeholder=str(shard))
+    return sorted(glob.glob(os.path.normpath(pattern)))
+
+
+WEIGHTS_ONLY_ENV = "MICS_DS_WEIGHTS_ONLY"
+
+
+def load_states(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
+    """Read one of DeepSpeed's checkpoint files to host memory.
+
+    Tries ``weights_only`` with the few classes that DeepSpeed itself puts there. A file with others (custom
+    objects in ``client_state``, say) is unpickled as DeepSpeed would, unless ``MICS_DS_WEIGHTS_ONLY=1``.
+
+    Args:
+        mmap: leave tensors in the file until they are read. Not for what is to be kept.
+
+    Raises:
+        MicsCheckpointError: the file needs unpickling and that is forbidden.
+    """
+    mapped = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+    with torch.serialization.safe_globals(_SAFE_CLASSES):
+        try:
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not")[0].splitlines()[0]
+            if os.environ.get(WEIGHTS_ONLY_ENV) == "1":
+                raise MicsCheckpointError(
+                    f"{path} holds objects that only unpickling can load, and {WEIGHTS_ONLY_ENV}=1 forbids it: "
+                    f"{reason}. If you trust whoever wrote the file, unset the variable."
+                ) from error
+    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+
+
+def _safe_classes() -> list[Any]:
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum]
+
+
+_SAFE_CLASSES = _safe_classes()
+
+_weights_tag: ContextVar[str | None] = ContextVar("weights_tag", default=None)
+
+
+@contextmanager
+def weights_from(tag: str) -> Iterator[None]:
+    """Have DeepSpeed read consolidated weights from the checkpoint being loaded, and not from the latest one."""
+    token = _weights_tag.set(tag)
+    try:
+        yield
+    finally:
+        _weights_tag.reset(token)
+
+
+def _tied_names(engine: DeepSpeedEngine, shard: int) -> dict[str, str]:
+    """Further names of parameters that have several, for the file of the first shard, where ``zero_to_fp32`` looks.
+
+    DeepSpeed tells on global rank 0 only, which may not be the rank that writes it.
+    """
+    first: dict[int, str] = {}
+    names = ((name, param.ds_id) for name, param in engine.module.named_parameters(remove_duplicate=False))
+    return {name: first[key] for name, key in names if first.setdefault(key, name) != name} if shard == 0 else {}
+
+
+def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None:
+        return original(engine, *args, **kwargs)
+    return session.make(lambda: original(engine, *args, **kwargs))
+
+
+def _copy_recovery_script(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None or session.copies_scripts:
+        return _in_session(original, engine, *args, **kwargs)
+    return None
+
+
+def install(
+    patches: Patches,
+    *,
+    runs_mics: Callable[[Any], bool],
+    save: Callable[..., Any],
+    load: Callable[..., Any],
+    before_stock_saves: Callable[[Any, str, str], None],
+    before_stock_loads: Callable[[Any, str, str | None], None],
+) -> None:
+    """Redirect the checkpoint methods of all engines.
+
+    Args:
+        runs_mics: whether an engine is one with MiCS.
+        save, load: called for those, like the methods they replace, with the original first.
+        before_stock_saves, before_stock_loads: told what any other stage 3 engine is about to do: engine, folder, tag.
+    """
+
+    def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
+        return consolidate(checkpoint_dir, tag or _weights_tag.get(), **kwargs)
+
+    def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if runs_mics(self):
+            return save(original, self, save_dir, tag, *args, **kwargs)
+        if save_dir and self.zero_optimization_partition_weights():
+            before_stock_saves(self, save_dir, f"global_step{self.global_steps}" if tag is None else str(tag))
+        return original(self, save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(original: Any, self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self.load_universal_checkpoint():
+            if runs_mics(self):
+                return load(original, self, load_dir, tag, *args, **kwargs)
+            if self.zero_optimization_partition_weights():
+                before_stock_loads(self, load_dir, tag)
+        return original(self, load_dir, tag, *args, **kwargs)
+
+    def _get_all_ckpt_names(original: Any, self: Any, folder: str, tag: str) -> list[str]:
+        session = getattr(self.checkpoint_engine, "session", None)
+        if session is None:
+            return original(self, folder, tag)
+        return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
+
+    def _get_shared_params(original: Any, self: Any) -> dict[str, str]:
+        session = getattr(self.checkpoint_engine, "session", None)
+        return original(self) if session is None else _tied_names(self, session.model_states_shard)
+
+    consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
+    patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
+    patches.wrap_method(DeepSpeedEngine, "_get_shared_params", _get_shared_params)
+    for name in ("_save_checkpoint", "_save_zero_checkpoint"):
+        patches.wrap_method(DeepSpeedEngine, name, _in_session)
+    patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)

@@ -1,0 +1,464 @@
+"""The stage 3 optimizer of MiCS: DeepSpeed's over a partition group, with hop 2 before the step.
+
+One gradient: DeepSpeed fills a bucket and hands it to :meth:`MicsOptimizer.partition_grads`, which packs it for
+:class:`mics_ds.zero.grad_sync.GradSync`. That runs hop 1 and hop 2 in executors. The end of the backward pass waits for
+both, and DeepSpeed's step finds means over all ranks where it looks for its own. World-sharded optimizer states
+(:class:`WorldStates`) and Muon (:class:`MuonSharing`) are strategies that an optimizer has or has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3 as stage3_module
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from typing_extensions import override
+
+from ..comm import collectives
+from ..comm.async_exec import Handle, Stages
+from ..comm.groups import MicsGroups
+from ..comm.packing import ChunkLayout
+from ..comm.rank_group import RankGroup
+from ..errors import MicsConfigError, MicsUsageError
+from ..formatting import abbreviate
+from ..zero.elementwise import refuse_others, warn_of_others
+from ..zero.grad_sync import GradSync
+from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
+from .engine import communication_device, partitioned_group
+from .gradient_access import CheckedGradients, PassWatch, check_before_reading
+from .muon import MuonSharing, refuse_early_muon, uses_muon
+from .patching import temporarily
+from .world_states import WorldStates
+
+GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+class _FullGradients(list):
+    """Gradients still to be reduced, passed where DeepSpeed passes reduced ones."""
+
+
+class _WithoutGrad:
+    """A stand-in for a parameter, with a ``grad`` of its own.
+
+    Storing a reduced gradient ends with ``param.grad = None``. Done late, on another thread, that could delete the
+    *next* gradient of a parameter that is used twice.
+    """
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self._param = param
+        self.grad = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._param, name)
+
+
+class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """``DeepSpeedZeroOptimizer_Stage3`` over a partition group, with the second hop. Takes the same arguments.
+
+    ``dp_process_group`` keeps its meaning: all data-parallel ranks.
+    """
+
+    mics_build: Any
+    """What it is built for: has ``groups(dp_process_group)`` and the context ``active()``."""
+    mics_groups: MicsGroups
+    mics_guard: Any = None
+    """The replica guard, if there is one."""
+    sync: GradSync
+    world_states: WorldStates | None = None
+    micro_step_id: int
+    internal = 0
+    """Depth of calls in which DeepSpeed itself works on gradients that need not be final."""
+    # Scripts read these two after backward(), to log or to clip gradients.
+    averaged_gradients = CheckedGradients()
+    grad_partitions_flat_buffer = CheckedGradients(
+        'With "mics_optimizer_states": "world" optimizer.grad_partitions_flat_buffer holds means over this partition '
+        "group, not over all ranks. Read optimizer.averaged_gradients (this rank's slices), or call "
+        "deepspeed.utils.safe_get_full_grad on all ranks."
+    )
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        init_optimizer: torch.optim.Optimizer,
+        *args: Any,
+        dp_process_group: dist.ProcessGroup,
+        **kwargs: Any,
+    ) -> None:
+        full = partitioned_group(dp_process_group, kwargs.get("mpu"))
+        groups = self.mics_groups = self.mics_build.groups(full)
+        self._overlaps = kwargs.get("overlap_comm", False)
+        self._pass_watch = PassWatch(self)
+        check_before_reading(self)
+        if groups.replication is not None:
+            # The constructor decides padding and buffer sizes from this group; setting it later is too late.
+            full = groups.partition.group
+            if not kwargs.get("reduce_scatter", True):  # otherwise DeepSpeed refuses any but 1
+                _undo_predivision(kwargs, groups.full.size)
+            elif self._overlaps:
+                limit = groups.sizes.bucket_limit(*_gradient_size(module))
+                kwargs["reduce_bucket_size"] = min(kwargs.get("reduce_bucket_size", limit), limit)
+            if groups.spreads_states:
+                refuse_others(init_optimizer)
+                self.world_states = WorldStates(self, groups)
+        with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
+            super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
+        _refuse_other_groups(module, groups)
+        refuse_early_muon(self)
+        if groups.replication is not None and uses_muon(self):
+            MuonSharing(self, groups.replication)
+        elif groups.replication is not None and groups.full.rank == 0:
+            warn_of_others(init_optimizer, groups.partition.size, groups.full.size)
+        self.sync = self._make_sync()
+
+    def _make_sync(self) -> GradSync:
+        groups, device = self.mics_groups, communication_device()
+        shards, part = self.gradient_ranges(), self.reduce_bucket_size // groups.partition.size
+        reducer: ReplicaReducer | None = None
+        if self.world_states is not None:
+            reducer = self.world_states.make_reducer(list(shards.values()), part)
+        elif groups.replication is not None:
+            reducer = AllReduceMean(
+                lambda: self.gradient_shards, list(shards.values()), groups.replication, device, part
+            )
+        return GradSync(
+            shards,
+            groups.replication,
+            groups.scatter_executor,
+            groups.replica_executor,
+            reducer,
+            device,
+            unit_numel=groups.sizes.unit // self.gradient_shards.element_size(),
+            # Offloaded gradients go on to host buffers at the boundary, all at once. And what DeepSpeed reduces by
+            # itself (reduce_scatter: false) comes without a word about where a bucket ends.
+            early=self._reduces_beside and self.reduce_scatter,
+        )
+
+    # ------------------------------------------------------------------------------ the gradient buffer
+
+    @property
+    def gradient_shards(self) -> torch.Tensor:
+        """1-D buffer with this rank's shard of every gradient; DeepSpeed reads views of it."""
+        shards: torch.Tensor = vars(self)["grad_partitions_flat_buffer"]
+        return shards
+
+    def gradient_ranges(self) -> dict[int, tuple[int, int]]:
+        """Return where in :attr:`gradient_shards` the shard of each parameter lies: ``ds_id`` to (start, end).
+
+        In reverse order of the module's parameters, about the order in which gradients come. DeepSpeed has them by
+        parameter group, where those of one layer are far apart.
+        """
+        trained = {param.ds_id: param for group in self.fp16_groups for param in group}
+        if self.mics_groups.replication is not None:
+            of_module = [param.ds_id for param in self.module.parameters() if param.ds_id in trained]
+            trained = {key: trained[key] for key in [*reversed(of_module), *trained]}
+        ranges, start = {}, 0
+        for key, param in trained.items():
+            ranges[key] = (start, start + param.partition_numel())
+            start += param.partition_numel()
+        return ranges
+
+    @override
+    def _setup_for_real_optimizer(self) -> None:
+        super()._setup_for_real_optimizer()
+        self._lay_out_gradients()
+
+    @override
+    def reload_states(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_states(*args, **kwargs)
+        self._lay_out_gradients()
+
+    def _lay_out_gradients(self) -> None:
+        views: dict[int, torch.Tensor] = getattr(self, GRADIENTS)
+        for key, (start, end) in self.gradient_ranges().items():
+            if key in views:
+                views[key] = self.gradient_shards[start:end]
+
+    # ------------------------------------------------------------------------------------- hop 1
+
+    @override
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
+        self._pass_watch.is_open = True
+        bucket = self.ipg_buckets[self.get_param_comm_dtype(param)]
+        complete = getattr(param, "ds_grad_is_ready", True)  # tiled layers get it in pieces
+        if complete and any(other is param for other in bucket.params):
+            # Stock DeepSpeed stops with an assertion here. Another replica may have gone on, so all stop in the step.
+            self.sync.refuse(param.ds_id)
+            return
+        super().reduce_independent_p_g_buckets_and_remove_grads(param)
+
+    @override
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: list, communication_data_type: torch.dtype
+    ) -> Any:
+        full = [param.grad.to(communication_data_type) for param in params_to_reduce]
+        if self.mics_groups.partition.size > 1:
+            return _FullGradients(full)
+        return [gradient.reshape(-1).to(self.gradient_accumulation_dtype) for gradient in full]
+
+    @override
+    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(
+        self, communication_data_type: torch.dtype
+    ) -> None:
+        # With enable_sanity_checks DeepSpeed has all ranks of the world compare what each bucket holds.
+        stock_comparison = stage3_module.assert_ints_same_as_other_ranks
+
+        def compare(ids: list[int]) -> None:
+            if not self.parameter_offload.require_same_bucket(ids):
+                stock_comparison(ids)
+
+        with temporarily(stage3_module, "assert_ints_same_as_other_ranks", compare):
+            super()._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(communication_data_type)
+
+    @override
+    def partition_grads(self, params_to_release: list, grad_partitions: Any) -> Any:
+        def hop1(before_storing: Callable[[], None]) -> Handle[None] | None:
+            if isinstance(grad_partitions, _FullGradients):
+                return self._start_hop1(params_to_release, grad_partitions, before_storing)
+            # Shards are whole (p = 1), or DeepSpeed has reduced them (reduce_scatter: false).
+            before_storing()
+            self._store(params_to_release, grad_partitions)
+            return None
+
+        ids = [param.ds_id for param in params_to_release]
+        last = self._reduces_beside and self.is_gradient_accumulation_boundary()
+        self.sync.reduce(ids, hop1, overwriting=self.micro_step_id == 0, last=last)
+        return []
+
+    @property
+    def _reduces_beside(self) -> bool:
+        """Whether hop 1 runs beside the backward pass.
+
+        DeepSpeed waits for its own stream before it looks at gradients in host memory, so they are written on that.
+        """
+        return self._overlaps and not self.offload_optimizer
+
+    def _start_hop1(
+        self, params: list, gradients: list[torch.Tensor], before_storing: Callable[[], None]
+    ) -> Handle[None]:
+        groups = self.mics_groups
+        hierarchy, method = groups.scatter_hierarchy, groups.reduce_scatter
+        order = tuple(range(groups.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
+        layout = ChunkLayout(tuple(gradient.numel() for gradient in gradients), order)
+        stand_ins = [_WithoutGrad(param) for param in params]
+        packed: list[torch.Tensor] = []
+
+        def pack(stages: Stages) -> None:  # DeepSpeed uses the bucket for other gradients as soon as we return
+            packed.append(layout.pack(gradients, stages.scratch(layout.size * layout.width, gradients[0])))
+
+        def hop1(stages: Stages) -> None:
+            rows = packed.pop()
+            shard = stages.scratch(layout.width, rows)
+            if hierarchy is None:
+                collectives.reduce_scatter_mean(rows, shard, groups.scatter, method, stages)
+            else:
+                collectives.reduce_scatter_mean_hierarchical(rows, shard, hierarchy, method, stages)
+            with stages.wait_stage():
+                before_storing()
+                shards = layout.unpack(shard, groups.partition.rank)
+                self._store(stand_ins, [item.to(self.gradient_accumulation_dtype) for item in shards])
+
+        done = groups.scatter_executor.submit(hop1, pack=pack, beside=self._reduces_beside)
+        for param in params:
+            if not get_accelerator().is_synchronized_device():
+                param.grad.record_stream(get_accelerator().current_stream())
+            param.grad = None
+        return done
+
+    def _store(self, params: list, shards: list[torch.Tensor]) -> Any:
+        """Have DeepSpeed add reduced gradients to the shards, or write them over."""
+        # With an offloaded optimizer it would copy gradients on to the optimizer as soon as it sees the boundary, when
+        # they are still partial. See _finish_offloaded.
+        held_back = self.offload_optimizer and self.mics_groups.replication is not None
+        with temporarily(self, "is_gradient_accumulation_boundary", lambda: False) if held_back else nullcontext():
+            return super().partition_grads(params, shards)
+
+    # ------------------------------------------------------------------------------------- hop 2
+
+    @override
+    def independent_gradient_partition_epilogue(self) -> None:
+        with self._working_on_gradients():
+            super().independent_gradient_partition_epilogue()
+        self._pass_watch.is_open = False
+        if self.sync.end_pass(self.is_gradient_accumulation_boundary()):
+            self._means_have_come()
+        self._order_reduction_stream()
+
+    def before_gradients_are_read(self, alone: bool) -> None:
+        """Make gradient shards means over all ranks, for a reader.
+
+        Args:
+            alone: whether this rank alone reads. Otherwise all ranks call, and hop 2 runs where it has not.
+
+        Raises:
+            MicsUsageError: one rank alone reads, and hop 2, which takes all of them, has not run.
+        """
+        if alone and not self.sync.is_mean:
+            raise MicsUsageError(
+                "Gradient shards are means over the partition group until hop 2 has run, and this rank alone cannot "
+                "run it. It runs in the backward pass that ends the accumulation (where several such passes precede a "
+                "step, in the last of them). Read gradients after that pass, or call "
+                "deepspeed.utils.safe_get_full_grad on all ranks first."
+            )
+        if self.sync.average():
+            self._means_have_come()
+        if alone and self.sync.flags is not None:  # not look(): the other replicas may not read
+            self.sync.refuse_unusable(self.sync.flags.tolist())
+        self._order_reduction_stream()
+
+    def _means_have_come(self) -> None:
+        if self.offload_optimizer:
+            self._finish_offloaded(self._look())
+
+    def _look(self) -> set[int]:
+        flags = self.sync.flags
+        return set() if flags is None else self.sync.look(flags.tolist())
+
+    def _finish_offloaded(self, ids: set[int]) -> None:
+        """Compute norms and fp32 copies of the now final shards of these parameters, if this is the boundary."""
+        for param in (param for group in self.fp16_groups for param in group if param.ds_id in ids):
+            # Those that only another replica had gradients for are not among them yet; shards of padding never are.
+            if param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel:
+                self._offload_boundary_param_ids.add(param.ds_id)
+        if self.is_gradient_accumulation_boundary():
+            self._finalize_offload_gradient_accumulation()
+
+    def _order_reduction_stream(self) -> None:
+        """Let DeepSpeed's reduction stream, which it looks at gradients from, wait for the current one."""
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
+
+    @override
+    def step(self, closure: Callable | None = None) -> None:
+        self._pass_watch.refuse_after_interruption()
+        if self.world_states is not None:
+            self.world_states.finish_updates()  # of modules that nobody has used since the last step
+        if self.sync.average():
+            self._means_have_come()
+        if uses_muon(self):
+            self._look()  # Muon changes gradients in place before DeepSpeed's host looks anywhere
+        self._order_reduction_stream()
+        with self._working_on_gradients():
+            super().step(closure)
+        self.sync.next_boundary()
+        if self.mics_guard is not None:
+            self.mics_guard.step_ended(self)
+
+    @override
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        norms = super()._get_norm_groups()
+        replication = self.mics_groups.replication
+        if not norms or replication is None:
+            return norms
+        device = communication_device()
+        stacked = torch.stack([torch.as_tensor(norm).to(device) for norm in norms])
+        agreed = (
+            agree_on_norms(stacked, replication)
+            if self.world_states is None
+            else self.world_states.agree_on_norms(stacked)
+        )
+        # On the host, where DeepSpeed looks at norms next, so that it waits once and not twice.
+        flags = agreed[:0] if self.sync.flags is None else self.sync.flags.to(agreed.dtype)
+        on_host = torch.cat([agreed, flags]).cpu()
+        if len(flags):
+            self.sync.look([int(value) for value in on_host[len(norms) :].tolist()])
+        return list(on_host[: len(norms)].unbind())
+
+    @contextmanager
+    def _working_on_gradients(self) -> Iterator[None]:
+        """DeepSpeed's own code reads gradients inside, whatever state they are in."""
+        self.internal += 1
+        try:
+            yield
+        finally:
+            self.internal -= 1
+
+    @override
+    def destroy(self) -> None:
+        try:
+            if self.world_states is not None:
+                self.world_states.finish_updates()
+        finally:  # whatever has failed on the way, what the engine holds is to be freed
+            with self._working_on_gradients():
+                super().destroy()
+            self.mics_groups.scatter_executor.close()
+            self.mics_groups.replica_executor.close()
+
+
+def agree_on_norms(norms: torch.Tensor, replication: RankGroup) -> torch.Tensor:
+    """Return the maximum over replicas, so that all clip by the same scalar.
+
+    Each replica sums squares in its own partition group; the values are equal, but not always to
+    the last bit (a group inside a node may be reduced in another order than one across nodes). A
+    clipping factor that differs in one bit would make replicas drift apart for good.
+
+    Args:
+        norms: 1-D, -1 where invalid. That must win over any number, on all replicas.
+    """
+    norms = torch.where(norms < 0, torch.inf, norms)
+    collectives.max_over_(norms, replication, "gradient norm")
+    return torch.where(norms.isinf(), -1.0, norms)
+
+
+def _undo_predivision(kwargs: dict[str, Any], ranks: int) -> None:
+    """Switch off a factor that DeepSpeed divides by before it reduces, and multiplies by after.
+
+    Raises:
+        MicsConfigError: DeepSpeed would not multiply.
+    """
+    if kwargs.get("gradient_predivide_factor") == ranks:
+        raise MicsConfigError(
+            f"MiCS takes the mean of gradients, but with gradient_predivide_factor {ranks} on {ranks} ranks DeepSpeed "
+            f"divides by it and does not multiply again, so that stock ZeRO-3 trains on gradients {ranks} times "
+            f"smaller. Use another factor, or leave it out."
+        )
+    kwargs["gradient_predivide_factor"] = 1.0
+
+
+def _gradient_size(module: torch.nn.Module) -> tuple[int, int]:
+    """Return the elements of all gradients, in full, and the bytes of one of them."""
+    trained: list[Any] = [param for param in module.parameters() if param.requires_grad]
+    numel = sum(getattr(param, "ds_numel", param.numel()) for param in trained)
+    return numel, max((param.element_size() for param in trained), default=1)
+
+
+def _refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
+    named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 parameters have more attributes than torch's
+    strange = [
+        name
+        for name, param in named.items()
+        if param.mics_groups.layout.ranks != groups.layout.ranks
+        or param.mics_groups.partition.ranks != groups.partition.ranks
+    ]
+    if strange:
+        raise MicsConfigError(
+            f"Parameters must be partitioned over the group the optimizer uses, ranks {list(groups.partition.ranks)} "
+            f"of {abbreviate(groups.layout.ranks)}, but zero.Init used another for {strange[:3]}"
+            f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
+            f"group that deepspeed.initialize gets."
+        )
+
+
+@contextmanager
+def _naming_mixed_dtypes(module: torch.nn.Module) -> Iterator[None]:
+    """Stage 3 has buffers of one dtype, and an assertion without words where parameters have several."""
+    try:
+        yield
+    except AssertionError as error:
+        names: dict[torch.dtype, list[str]] = {}
+        for name, param in module.named_parameters():
+            if param.requires_grad:
+                names.setdefault(param.dtype, []).append(name)
+        if len(names) < 2:
+            raise
+        found = "; ".join(f"{dtype}: {', '.join(of[:3])}{' ...' * (len(of) > 3)}" for dtype, of in names.items())
+        raise MicsConfigError(
+            f"ZeRO stage 3, stock DeepSpeed's too, needs one dtype for all trainable parameters, but found {found}. "
+            f"Cast the module with .to(dtype), build it inside deepspeed.zero.Init, which casts it, or freeze the "
+            f"others."
+        ) from error

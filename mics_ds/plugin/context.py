@@ -1,0 +1,130 @@
+"""What a DeepSpeed configuration asks of MiCS: parsed once, and handed on to whatever is built from it.
+
+DeepSpeed parses its JSON wherever it builds something: the configuration object, the engine, ``zero.Init``, the
+optimizer. Here it is parsed where the first of them is made. A :class:`Build` then carries the request, and the
+process groups made for it, to everything that is constructed inside that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from ..comm import agreement
+from ..comm.groups import MicsGroups, build_groups
+from ..comm.job import current_job
+from ..comm.layout import Ranks
+from ..config import DISABLE_ENV, MicsConfig, disabled_by_environment, split_ds_config
+from ..deepspeed_compat.ds_config import load_ds_config
+from ..deepspeed_compat.engine import device_streams
+from ..log import log_rank0
+
+ON, DISABLED, OFF = "on", "disabled", "off"
+
+
+class Request(NamedTuple):
+    """The MiCS part of a configuration."""
+
+    state: str
+    """:data:`ON`, :data:`DISABLED` (keys, but stock ZeRO-3 is asked for by the environment) or :data:`OFF`."""
+    mics: MicsConfig | None = None
+    """Set when on or disabled."""
+    rest: dict[str, Any] | None = None
+    """The configuration without our keys, if it had any."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.state == ON
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether MiCS is on and something of it is still to be chosen, at the latest for the engine."""
+        return self.is_on and self.mics is not None and self.mics.is_undecided
+
+
+def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
+    """Parse the MiCS part of a configuration in any form DeepSpeed takes.
+
+    Args:
+        participants: ranks that build something from it; by default the world.
+
+    Raises:
+        MicsConfigError: the keys are wrong.
+        ValueError, OSError: it cannot be read, as DeepSpeed would have said.
+        The other ranks are told before anything is raised.
+    """
+    with agreement.failing_together(participants):
+        param_dict = load_ds_config(ds_config)
+        if param_dict is None:
+            return Request(OFF)
+        mics, rest = split_ds_config(param_dict)
+        if mics is None:
+            return Request(OFF, None, rest)
+        if not disabled_by_environment():
+            return Request(ON, mics, rest)
+        if current_job().is_news(DISABLE_ENV):
+            log_rank0(f"{DISABLE_ENV} is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks.")
+        return Request(DISABLED, mics, rest)
+
+
+def compare(request: Request, participants: Ranks | None = None) -> None:
+    """Check with the other ranks that they have the same request. Ranks without the key only report that.
+
+    Raises:
+        MicsAgreementError: they have not.
+    """
+    if request.mics is None:
+        # Ranks whose file has the key must not wait for one whose file lacks it.
+        agreement.report_off(participants)
+    else:
+        statement = {"state": request.state, **request.mics.to_json()}
+        agreement.require_same(statement, "whether MiCS is on, and its configuration", participants)
+
+
+@dataclass
+class Build:
+    """An engine or a partitioner under construction, with everything inside it."""
+
+    request: Request
+    participants: Ranks | None = None
+    """Global ranks that build it together; ``None`` for the world."""
+    _groups: dict[Ranks, MicsGroups] = field(default_factory=dict)
+
+    @property
+    def config(self) -> MicsConfig:
+        assert self.request.mics is not None, "only asked for where MiCS is on"
+        return self.request.mics
+
+    def groups(self, full: dist.ProcessGroup) -> MicsGroups:
+        """Return the groups for this request and data-parallel group. Collective over the participants the first time.
+
+        Raises:
+            MicsAgreementError: the ranks disagree.
+            MicsConfigError: the partition size does not divide the data-parallel size.
+        """
+        ranks = tuple(dist.get_process_group_ranks(full))
+        if ranks not in self._groups:
+            self._groups[ranks] = build_groups(self.config, full, self.participants, device_streams())
+        return self._groups[ranks]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Hand this on to everything that is constructed meanwhile."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+_current: ContextVar[Build | None] = ContextVar("mics_ds_build", default=None)
+
+
+def current_build() -> Build | None:
+    """Return the innermost thing under construction, if there is one."""
+    return _current.get()

@@ -1,0 +1,369 @@
+"""Two-hop gradient synchronisation: which shard is where between hop 1 and the optimizer step.
+
+[Note: the two hops]
+
+    micro-step 1        micro-step 2        micro-step s = boundary         step
+    ┌──────────┐        ┌──────────┐        ┌──────────┐
+    │ backward │        │ backward │        │ backward │                    norm, clip, update
+    └──────────┘        └──────────┘        └──────────┘                    │
+     hop 1 ······        hop 1 ······        hop 1 ······                   │
+                                                hop 2 ········              │
+    shard  =       g1      +=          g2      +=          gs  → mean over replicas,
+                                                                 the same on every replica
+
+Hop 1, a reduce-scatter on the partition group, leaves a *partial gradient*, the mean over p ranks, in one flat buffer
+per rank. Hop 2 averages that buffer over the replication group, once per boundary. In the last micro-step it follows
+hop 1 unit by unit, beside the backward pass of earlier layers. The rest starts when that pass ends, and the caller's
+stream or thread waits for all of it there, so gradients that are read after ``backward()`` are means. Where only the
+step knows the boundary, everything is averaged at that time.
+
+[Note: units]
+
+The buffer has the shards in reverse order of the parameters, about the order in which gradients come. A *unit* is a
+stretch of it of a fixed size, the same on all replicas. Units are averaged in their order, each as soon as the ones
+before it have started and all of its shards are final. Replicas need not do the same: one of them may skip a module (a
+text-only batch, an expert without tokens). It is late with a unit then, and never different. Parameters that no replica
+has used since the start are left out, and follow in units of their own when the pass ends. Which ones those are, all
+replicas learn together, from the flags below.
+
+[Note: old means]
+
+Gradients overwrite a shard in the first micro-step of a boundary and are added to it in later ones. So in stock
+ZeRO-3 a parameter without a gradient in the first one adds to the mean of the boundary before, and one that gets none
+keeps that mean. Replicas see the same only together: if one of them overwrites, the old mean must be gone on all, and
+if none does, it counts once. So a replica that did not overwrite a shard sets the old mean aside and contributes only
+what is new. An all-reduce of one flag per parameter tells whether another replica did. Where none did, the old mean is
+added again, on the device: the host does not wait for the flags before it waits for the norm.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+
+from ..comm import collectives
+from ..comm.async_exec import Executor, Handle, Stages, Task
+from ..comm.rank_group import RankGroup
+from ..errors import MicsUsageError
+from ..log import logger
+from .replica_reducers import ReplicaReducer
+from .units import Unit, UnitPlan
+
+USE_NON_REENTRANT = (
+    "Use torch.utils.checkpoint with use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in "
+    "Hugging Face's Trainer), or keep modules that share weights out of checkpoints."
+)
+
+
+class Given(enum.IntEnum):
+    """What a shard got since the last boundary. Of all replicas, the greatest holds."""
+
+    NOTHING = 0
+    ADDED = 1
+    """A gradient on top of the old mean."""
+    WRITTEN = 2
+    """A gradient over the old mean."""
+    UNUSABLE = 3
+    """A second gradient in one pass, in the bucket of the first, or after hop 2 had started on the shard."""
+
+
+@dataclass
+class _Boundary:
+    """What is known of the gradients since the last optimizer step."""
+
+    given: dict[int, Given] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)
+    """Parameters whose shard holds nothing of the boundary before."""
+    old: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Old means that were set aside, see [Note: old means]."""
+    passes: int = 0
+    """Backward passes that might have been the last one before the step."""
+    arrived: set[int] = field(default_factory=set)
+    """Parameters with a gradient in this pass."""
+    started: int = 0
+    """Early units that hop 2 has started on, in this pass."""
+    flags: torch.Tensor | None = None
+    """(parameters,), on the device: what all replicas were given, after hop 2 and until the host has looked."""
+    is_mean: bool = True
+    """Whether every shard is the mean over all ranks. The same on all replicas."""
+
+
+class GradSync:
+    """Both hops over one flat buffer of gradient shards. Knows neither DeepSpeed nor modules.
+
+    All ranks of the replication group call :meth:`end_pass`, :meth:`average` and :meth:`next_boundary` in the same
+    order, with the same arguments.
+
+    Args:
+        shards: for each parameter, by an id that all ranks share, its elements [start, end) of the buffer, in
+            ascending order.
+        replication: the group of hop 2, ``None`` for one replica, where hop 2 does nothing.
+        hop1, hop2: executors.
+        reducer: how hop 2 is done, ``None`` for one replica.
+        device: where collectives of ``replication`` work.
+        unit_numel: least elements of a unit.
+        early: whether hop 2 may start before a pass ends.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[int, tuple[int, int]],
+        replication: RankGroup | None,
+        hop1: Executor,
+        hop2: Executor,
+        reducer: ReplicaReducer | None,
+        device: torch.device,
+        *,
+        unit_numel: int,
+        early: bool = True,
+    ) -> None:
+        self._replication = replication
+        self._hop1, self._hop2 = hop1, hop2
+        self._reducer = reducer
+        self._device = device
+        self._units = UnitPlan(shards, unit_numel)
+        self._early = early and replication is not None
+        self._repeated: set[int] = set()
+        """Parameters that ever got two gradients in one pass: hop 2 on them waits for the end of the pass."""
+        self._passes_per_step = 1
+        """Of the last step: several backward passes may precede one (policy and value losses, say)."""
+        self._boundary = _Boundary()
+
+    # ---------------------------------------------------------------------------------------- hop 1
+
+    def reduce(
+        self,
+        ids: Sequence[int],
+        hop1: Callable[[Callable[[], None]], Handle[None] | None],
+        *,
+        overwriting: bool,
+        last: bool,
+    ) -> None:
+        """Run hop 1 on one bucket, and hop 2 on units that are complete with it.
+
+        Args:
+            ids: the parameters of the bucket.
+            hop1: starts to reduce the bucket and to store the result in the shards. It gets a function that it has to
+                call before it stores anything, on the same stream or thread. Returns what hop 2 has to wait for,
+                ``None`` if nothing.
+            overwriting: whether their gradients are written over the shards, and not added to them.
+            last: whether this micro-step ends the accumulation, so that hop 2 may follow at once.
+        """
+        done = hop1(self._note(ids, overwriting))
+        if self._early and last and self._is_last_pass:
+            for unit in self._units.early[self._boundary.started :]:
+                keys = self._units.keys(unit)
+                if not keys <= self._boundary.arrived or keys & self._repeated:
+                    break
+                self._boundary.started += 1
+                self._start(unit, after=done)
+
+    def _note(self, ids: Iterable[int], overwriting: bool) -> Callable[[], None]:
+        """Note which gradients come, and return what is to be called before they are stored."""
+        if self._replication is None:
+            return lambda: None
+        boundary, aside = self._boundary, []
+        boundary.is_mean = False
+        for key in ids:
+            given = Given.WRITTEN if overwriting else Given.ADDED
+            if key in boundary.arrived:
+                self._comes_again(key, overwriting)
+                if self._units.index_of(key) < boundary.started:
+                    given = Given.UNUSABLE
+            boundary.arrived.add(key)
+            boundary.given[key] = max(given, boundary.given.get(key, Given.NOTHING))
+            if overwriting:
+                boundary.old.pop(key, None)
+            elif key not in boundary.fresh:
+                aside.append(key)
+            boundary.fresh.add(key)
+        return lambda: self._set_aside(aside)
+
+    def _comes_again(self, key: int, overwriting: bool) -> None:
+        if overwriting and not self._repeated:
+            logger.warning(
+                "a parameter got two gradients in one backward pass, and ZeRO-3 keeps the last one only, in stock "
+                "DeepSpeed too: its weights are shared with or between reentrant activation checkpoints. %s",
+                USE_NON_REENTRANT,
+            )
+        self._repeated.add(key)
+
+    def refuse(self, key: int) -> None:
+        """Note a gradient that cannot be used, so that all replicas raise an error when they look.
+
+        Raises:
+            MicsUsageError: at once, where there is one replica only.
+        """
+        self._boundary.given[key] = Given.UNUSABLE
+        if self._replication is None:
+            self.refuse_unusable([Given.UNUSABLE])
+
+    @property
+    def _is_last_pass(self) -> bool:
+        """Whether this pass is the last one before the step, as far as the last step tells."""
+        return self._boundary.passes + 1 >= self._passes_per_step
+
+    # ---------------------------------------------------------------------------------------- hop 2
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether every shard is the mean over all ranks. The same on all replicas."""
+        return self._boundary.is_mean
+
+    @property
+    def flags(self) -> torch.Tensor | None:
+        """(parameters,), on the device: for :meth:`look`, whenever the host waits for the device anyway."""
+        return self._boundary.flags
+
+    def mean(self, key: int) -> torch.Tensor:
+        """Return the mean of a shard, or this replica's slice of that, as hop 2 leaves it: 1-D and live."""
+        assert self._reducer is not None, "there are replicas"
+        return self._reducer.mean(self._units.place[key])
+
+    def end_pass(self, last: bool) -> bool:
+        """End a backward pass, and do hop 2 if it was the last one before the step, as far as can be known.
+
+        Args:
+            last: whether it ends the accumulation. Several passes may, before one step.
+
+        Returns:
+            Whether hop 2 has run.
+        """
+        self._hop1.drain()
+        boundary = self._boundary
+        was_last = last and self._is_last_pass
+        boundary.passes += last
+        boundary.arrived.clear()
+        if self._replication is not None:
+            boundary.is_mean = False  # also where only another replica got gradients
+        return was_last and self.average()
+
+    def average(self) -> bool:
+        """Do hop 2, or what is left of it, and let the caller's stream or thread wait for it.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        self._hop1.drain()
+        boundary = self._boundary
+        if boundary.is_mean or self._replication is None or self._reducer is None:
+            return False
+        stale = [key for key in self._units.place if key not in boundary.fresh]
+        self._set_aside(stale)
+        boundary.fresh.update(stale)
+        for unit in self._units.early[boundary.started :]:
+            self._start(unit)
+        flags = self._start_flags(self._replication)
+        for unit in self._units.late:
+            self._start(unit)
+        self._hop2.drain()
+        boundary.flags, boundary.started, boundary.is_mean = flags, 0, True
+        self._add_old_means(flags)
+        return True
+
+    def look(self, given: Sequence[int]) -> set[int]:
+        """Learn what the flags say. Called by all replicas at the same time, with the values of :attr:`flags`.
+
+        Returns:
+            Parameters that got a gradient on some replica since the last boundary.
+
+        Raises:
+            MicsUsageError: as :meth:`refuse_unusable`.
+        """
+        self._boundary.flags = None
+        self.refuse_unusable(given)
+        used = {key for key, value in zip(self._units.place, given) if value}
+        self._units.learn(used)
+        return used
+
+    @staticmethod
+    def refuse_unusable(given: Sequence[int]) -> None:
+        """
+        Args:
+            given: the values of :attr:`flags`.
+
+        Raises:
+            MicsUsageError: this replica, or another one, got a gradient that cannot be used.
+        """
+        if Given.UNUSABLE in given:
+            raise MicsUsageError(
+                f"ZeRO-3 takes one gradient per parameter in a backward pass, but on some rank a parameter got a "
+                f"second one before the first had been stored, or after it had been averaged: its weights are shared "
+                f"with or between reentrant activation checkpoints. Stock DeepSpeed stops with an assertion, or loses "
+                f"one of them. {USE_NON_REENTRANT}"
+            )
+
+    def replaced(self, key: int) -> None:
+        """Note that all replicas have set a shard and its mean to one value."""
+        self._boundary.given[key] = Given.WRITTEN
+        self._boundary.fresh.add(key)
+        self._boundary.old.pop(key, None)
+
+    def next_boundary(self) -> None:
+        """Begin a new accumulation: the gradients of this one were used, or discarded.
+
+        Raises:
+            MicsUsageError: as :meth:`look`.
+        """
+        if self._boundary.flags is not None:  # the step was skipped, so nobody has looked
+            self.look(self._boundary.flags.tolist())
+        self._passes_per_step = max(1, self._boundary.passes)
+        self._boundary = _Boundary()
+
+    def _start(self, unit: Unit, after: Handle[None] | None = None) -> None:
+        """Start hop 2 on a unit, once what it is ``after`` is done."""
+        assert self._reducer is not None, "there are replicas"
+        for task in self._reducer.tasks(unit):
+            self._hop2.submit(task if after is None else _following(after, task))
+
+    # ------------------------------------------------------------------- replicas that do different things
+
+    def _set_aside(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            assert self._reducer is not None, "there are replicas"
+            self._boundary.old[key] = self.mean(key).clone()
+            self._reducer.partial(self._units.place[key]).zero_()
+
+    def _add_old_means(self, flags: torch.Tensor) -> None:
+        """Add old means again where no replica has written over them, see [Note: old means]."""
+        old_means = self._boundary.old
+        if old_means:
+            device = next(iter(old_means.values())).device
+            written = (flags if flags.device == device else flags.to(device)) >= Given.WRITTEN
+            for key, old in old_means.items():
+                # Computed where it is, so that the host need not wait.
+                self.mean(key).add_(torch.where(written[self._units.place[key]], torch.zeros_like(old), old))
+        assert self._reducer is not None, "there are replicas"
+        if not self._reducer.keeps_partials:
+            old_means.clear()
+
+    def _start_flags(self, replication: RankGroup) -> torch.Tensor:
+        """Ask what the other replicas did with each shard."""
+        given = [int(self._boundary.given.get(key, Given.NOTHING)) for key in self._units.place]
+        flags = torch.empty(len(given), dtype=torch.uint8, device=self._device)
+        start = 0
+        for value, run in groupby(given):  # filled there: a copy from the host would have to wait for it
+            end = start + sum(1 for _ in run)
+            flags[start:end].fill_(value)
+            start = end
+
+        def agree(stages: Stages) -> None:
+            handle = collectives.start_max_over_(flags, replication, "gradients at hand")
+            with stages.wait_stage():
+                handle.wait()
+                stages.record_stream(flags)
+
+        self._hop2.submit(agree)
+        return flags
+
+
+def _following(first: Handle[None], task: Task[None]) -> Task[None]:
+    def run(stages: Stages) -> None:
+        first.wait()
+        task(stages)
+
+    return run

@@ -1,0 +1,673 @@
+"""Two-hop gradient synchronisation on threads, without DeepSpeed: every order of buckets, repeats, late parameters,
+reads, and replicas that do different things.
+
+Ranks are threads of this process with torch's threaded process group. Hop 1 is a plain addition here (p = 1), because
+what is tested is which shard is averaged when. Gradients are integers, so every comparison is exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_streams import FakeStreams
+from thread_ranks import on_threads
+
+from mics_ds.comm import collectives
+from mics_ds.comm.async_exec import INLINE, Executor, StreamExecutor
+from mics_ds.comm.packing import ChunkLayout
+from mics_ds.comm.rank_group import RankGroup
+from mics_ds.errors import MicsUsageError
+from mics_ds.zero import replica_reducers
+from mics_ds.zero.grad_sync import GradSync
+from mics_ds.zero.replica_reducers import AllReduceMean, ScatterToSlices
+from mics_ds.zero.units import UnitPlan
+
+CPU = torch.device("cpu")
+REPLICAS = 2
+SHARDS = {10: (0, 3), 11: (3, 4), 12: (4, 9), 13: (9, 11)}
+BUCKETS = ((10, 11), (12,), (13,))
+UNIT = 4
+UNITS = [(0, 4), (4, 5), (9, 2)]
+"""(offset, elements) of the units of at least four elements."""
+
+Buckets = Sequence[Sequence[int]]
+
+
+class Deferring:
+    """An executor that runs its tasks later: at a random moment of each rank's own, at the latest when it is drained.
+
+    On the caller's thread, because torch's threaded groups know a rank by its thread.
+    """
+
+    def __init__(self, most_late: int, seed: int = 0) -> None:
+        self._most_late = most_late
+        self._random = random.Random(seed)
+        self._later: list[_Deferred] = []
+
+    def submit(self, task, *, pack=None, beside=True) -> _Deferred:
+        assert pack is None
+        handle = _Deferred(self, task)
+        self._later.append(handle)
+        self.run(len(self._later) - (self._random.randint(0, self._most_late) if beside else 0))
+        return handle
+
+    def drain(self) -> None:
+        self.run(len(self._later))
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            self._later.pop(0).run()
+
+    def run_until(self, handle: _Deferred) -> None:
+        if handle in self._later:
+            self.run(self._later.index(handle) + 1)
+
+    def close(self) -> None:
+        pass
+
+
+class _Deferred:
+    def __init__(self, executor: Deferring, task: Callable[[Any], None]) -> None:
+        self._executor = executor
+        self._task = task
+
+    def run(self) -> None:
+        self._task(INLINE)
+
+    def wait(self) -> None:
+        self._executor.run_until(self)
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "inline": lambda: Deferring(0),
+    "streams": lambda: StreamExecutor("streams", FakeStreams(), ahead=2, own_issue_stream=True),
+    # each rank defers in its own way
+    **{f"deferring {seed}": lambda seed=seed: Deferring(3, 100 * seed + dist.get_rank()) for seed in range(2)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _tensors_of_a_device_with_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+
+each_executor = pytest.mark.parametrize("executor", EXECUTORS)
+each_reducer = pytest.mark.parametrize("sliced", [False, True], ids=["all-reduce", "slices"])
+
+
+@dataclass
+class Replica:
+    """One rank: a buffer, a GradSync over it, and what the buffer should hold, by the plain words of stock ZeRO-3.
+
+    In the first micro-step gradients are written over what is there, later they are added.
+    """
+
+    executor: str = "inline"
+    early: bool = True
+    sliced: bool = False
+
+    def __post_init__(self) -> None:
+        self.rank, self.n = dist.get_rank(), dist.get_world_size()
+        self.buffer = torch.zeros(11)
+        self.own = torch.zeros(11)
+        """This rank's gradients since the last boundary."""
+        self.written = torch.zeros(11)
+        """1 where this rank has written over what was there."""
+        self.old = torch.zeros(11)
+        """The means of the boundary before."""
+        self.micro_step = 0
+        self.group = RankGroup.of(dist.group.WORLD)
+        self.hop1, hop2 = EXECUTORS[self.executor](), EXECUTORS[self.executor]()
+        shards = list(SHARDS.values())
+        self.cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.n)
+        self.slices = torch.zeros(self.cut.width)
+        reducer = (
+            ScatterToSlices(lambda: self.buffer, lambda: self.slices, shards, self.group, CPU, 4, method="all_to_all")
+            if self.sliced
+            else AllReduceMean(lambda: self.buffer, shards, self.group, CPU, 4)
+        )
+        self.sync = GradSync(SHARDS, self.group, self.hop1, hop2, reducer, CPU, unit_numel=UNIT, early=self.early)
+        self.draws = random.Random(self.rank)
+
+    def backward(self, buckets: Buckets, last: bool) -> bool:
+        for ids in buckets:
+            self.bucket(ids, last)
+        averaged = self.sync.end_pass(last)
+        self.micro_step += 1
+        return averaged
+
+    def bucket(self, ids: Sequence[int], last: bool) -> None:
+        overwriting = self.micro_step == 0
+        gradients = {key: self._gradient(key, overwriting) for key in ids}
+
+        def hop1(before_storing: Callable[[], None]) -> Any:
+            def store(stages: Any) -> None:
+                with stages.wait_stage():
+                    before_storing()
+                    for key, gradient in gradients.items():
+                        shard = self.buffer[slice(*SHARDS[key])]
+                        shard.copy_(gradient if overwriting else shard + gradient)
+
+            return self.hop1.submit(store)
+
+        self.sync.reduce(ids, hop1, overwriting=overwriting, last=last)
+
+    def _gradient(self, key: int, overwriting: bool) -> torch.Tensor:
+        span = slice(*SHARDS[key])
+        gradient = torch.tensor(
+            [self.n * self.n * self.draws.randint(-50, 50) for _ in range(span.stop - span.start)]
+        ).float()
+        self.own[span] = gradient if overwriting else self.own[span] + gradient
+        self.written[span] = torch.maximum(self.written[span], torch.tensor(float(overwriting)))
+        return gradient
+
+    def mean(self) -> torch.Tensor:
+        """All of it, on every rank."""
+        if not self.sliced:
+            return self.buffer
+        mean = torch.empty_like(self.buffer)
+        rows = collectives.all_gather_rows(self.slices, self.group, "slices")
+        self.cut.copy_out(rows, [mean[slice(*span)] for span in SHARDS.values()])
+        return mean
+
+    def expect_mean(self) -> None:
+        """Expect the mean over replicas of everything that was added, on top of what no replica has written over."""
+        expected, written = self.own.clone(), self.written.clone()
+        dist.all_reduce(expected)
+        dist.all_reduce(written)
+        expected = expected / self.n + torch.where(written > 0, 0, self.old)
+        assert self.sync.is_mean
+        assert torch.equal(self.mean(), expected), (self.mean(), expected)
+
+    def boundary(self, look: bool = True) -> None:
+        """The step, in the optimizer's words.
+
+        Args:
+            look: whether the host learns from the flags before it goes on, as for the norm of gradients.
+        """
+        self.sync.average()
+        if look:
+            self.sync.look(self.sync.flags.tolist())
+        self.expect_mean()
+        self.sync.next_boundary()
+        self.old = self.mean().clone()
+        self.own.zero_()
+        self.written.zero_()
+        self.micro_step = 0
+
+    def step(self, *passes: Buckets) -> None:
+        """One optimizer step of several micro-steps."""
+        for index, buckets in enumerate(passes):
+            self.backward(buckets, last=index == len(passes) - 1)
+        self.boundary()
+
+
+class Counting:
+    """What rank 0 averages: (offset, elements) of each all-reduce of hop 2."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.parts: list[tuple[int, int]] = []
+        average = collectives.start_average_
+
+        def counting(part: torch.Tensor, replication: RankGroup) -> Any:
+            if replication.rank == 0:
+                self.parts.append((part.storage_offset(), part.numel()))
+            return average(part, replication)
+
+        monkeypatch.setattr(collectives, "start_average_", counting)
+
+    def take(self) -> list[tuple[int, int]]:
+        """Return what was averaged since the last call; to rank 0 only."""
+        if dist.get_rank():
+            return []
+        parts, self.parts = self.parts, []
+        return parts
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------
+# Units
+
+
+def plan(numel: int, used: Sequence[int] | None = SHARDS) -> UnitPlan:
+    made = UnitPlan(SHARDS, numel)
+    made.learn(used)
+    return made
+
+
+def keys_of(made: UnitPlan) -> tuple[list[list[int]], list[list[int]]]:
+    return tuple([sorted(made.keys(unit)) for unit in units] for units in (made.early, made.late))
+
+
+@pytest.mark.parametrize(
+    ("numel", "expected"),
+    [
+        (1, [[10], [11], [12], [13]]),
+        (4, [[10, 11], [12], [13]]),
+        (5, [[10, 11, 12], [13]]),
+        (9, [[10, 11, 12], [13]]),
+        (10, [[10, 11, 12, 13]]),
+        (0, [[10], [11], [12], [13]]),
+    ],
+)
+def test_units_are_neighbours_in_the_buffer_of_so_many_elements_at_least(numel, expected):
+    made = plan(numel)
+    assert keys_of(made) == (expected, [])
+    for unit, keys in zip(made.early, expected, strict=True):
+        assert (unit.start, unit.end) == (SHARDS[keys[0]][0], SHARDS[keys[-1]][1])
+
+
+def test_there_are_no_more_units_than_bytes_say_and_one():
+    draws = random.Random(0)
+    for _ in range(50):
+        bounds = list(itertools.accumulate([0, *(draws.choice([1, 3, 40, 64, 1000]) for _ in range(60))]))
+        shards = dict(enumerate(itertools.pairwise(bounds)))
+        made = UnitPlan(shards, 500)
+        made.learn(shards)
+        assert len(made.early) <= bounds[-1] // 500 + 1
+        assert [unit.end for unit in made.early[:-1]] == [unit.start for unit in made.early[1:]]
+
+
+def test_what_no_replica_has_used_is_late_and_cuts_units():
+    made = UnitPlan(SHARDS, 9)
+    assert keys_of(made) == ([], [[10, 11, 12], [13]]), "nothing is known yet"
+    made.learn([10, 12])
+    assert keys_of(made) == ([[10], [12]], [[11], [13]])
+    made.learn([10])
+    assert keys_of(made) == ([[10], [12]], [[11], [13]]), "what was used once counts from then on"
+    made.learn([11, 12])
+    assert keys_of(made) == ([[10, 11, 12]], [[13]])
+    assert [made.index_of(key) for key in SHARDS] == [0, 0, 0, 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Replicas that do the same
+
+
+@each_reducer
+@each_executor
+@pytest.mark.parametrize("repeated", [None, *BUCKETS], ids=str)
+def test_every_order_of_buckets_with_early_hop2(sliced, executor, repeated):
+    """Three optimizer steps of two micro-steps, each bucket order against each other one, and a repeated bucket."""
+
+    def body() -> None:
+        for first, second in itertools.product(itertools.permutations(BUCKETS), repeat=2):
+            replica = Replica(executor, sliced=sliced)
+            again = () if repeated is None else (repeated,)
+            for _ in range(3):
+                assert not replica.backward((*first, *again), last=False)
+                assert not replica.sync.is_mean
+                assert replica.backward((*second, *again), last=True)
+                replica.boundary()
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+@each_executor
+def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(sliced, executor):
+    def body() -> None:
+        for late in [subset for n in (1, 2) for subset in itertools.combinations(BUCKETS, n)]:
+            replica = Replica(executor, sliced=sliced)
+            some = [bucket for bucket in BUCKETS if bucket not in late]
+            for _ in range(3):
+                replica.step(BUCKETS, some)
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+@each_executor
+@pytest.mark.parametrize("early", [True, False])
+def test_a_read_between_micro_steps_changes_nothing(sliced, executor, early):
+    def body() -> None:
+        for reads in itertools.product([False, True], repeat=3):
+            replica = Replica(executor, early, sliced)
+            for _ in range(3):
+                for number, read in enumerate(reads):
+                    last = number == len(reads) - 1
+                    replica.backward(BUCKETS if number % 2 else BUCKETS[::-1], last)
+                    assert replica.sync.is_mean == last
+                    if read:
+                        assert replica.sync.average() == (not last)
+                        replica.expect_mean()
+                replica.boundary()
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+def test_a_boundary_that_only_the_step_knows(sliced):
+    """Unmanaged accumulation: no backward pass is the last one, and a script reads before the step."""
+
+    def body() -> None:
+        replica = Replica(sliced=sliced)
+        for _ in range(3):
+            for _ in range(3):
+                replica.backward(BUCKETS, last=False)
+            replica.sync.average()
+            replica.boundary()
+
+    on_threads(REPLICAS, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# Replicas that do different things
+
+
+@each_reducer
+@each_executor
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_that_use_any_subset_in_any_order(sliced, executor, early, replicas):
+    """Also a parameter that nobody uses in a step, one that a replica uses first in a later micro-step, and reads."""
+
+    def body() -> None:
+        replica = Replica(executor, early, sliced)
+        common, mine = random.Random(7), random.Random(1000 + replica.rank)
+        for _ in range(30):
+            micro_steps = common.choice([1, 1, 2, 3])
+            nobody = common.choice([None, None, *BUCKETS])
+            for index in range(micro_steps):
+                used = [bucket for bucket in BUCKETS if bucket != nobody and mine.random() < 0.6]
+                mine.shuffle(used)
+                replica.backward(used, last=index == micro_steps - 1)
+                if common.random() < 0.2:
+                    replica.sync.average()
+                    replica.expect_mean()
+            replica.boundary(look=common.random() < 0.5)
+
+    on_threads(replicas, body)
+
+
+@each_reducer
+@pytest.mark.parametrize("early", [True, False])
+def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(sliced, early):
+    """The smallest case: step 2 is a text-only batch on replica 1."""
+
+    def body() -> None:
+        replica = Replica(early=early, sliced=sliced)
+        replica.step(BUCKETS)
+        replica.step(BUCKETS if replica.rank == 0 else BUCKETS[:2])
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+@pytest.mark.parametrize("first", [0, 1])
+def test_accumulation_that_replicas_begin_at_different_micro_steps(sliced, first):
+    """One replica writes over the old mean in micro-step 0, the other one adds in micro-step 1 to nothing."""
+
+    def body() -> None:
+        replica = Replica(sliced=sliced)
+        replica.step(BUCKETS, BUCKETS)
+        without = BUCKETS[1:]
+        replica.step(*((BUCKETS, without) if replica.rank == first else (without, BUCKETS)))
+        replica.step(without, BUCKETS)  # and where no replica writes over it, it stays
+        replica.step(*((without, BUCKETS) if replica.rank == first else (without, without)))
+
+    on_threads(REPLICAS, body)
+
+
+def test_all_replicas_learn_which_parameters_some_replica_has_used():
+    def body() -> None:
+        replica = Replica()
+        replica.backward([BUCKETS[replica.rank]], last=True)
+        assert replica.sync.look(replica.sync.flags.tolist()) == {10, 11, 12}
+        assert replica.sync.flags is None
+        replica.boundary(look=False)
+
+    on_threads(REPLICAS, body)
+
+
+def test_a_unit_that_did_not_come_holds_up_only_the_units_after_it(counting):
+    def body() -> None:
+        replica = Replica()
+        replica.step(BUCKETS)
+        early = []
+        for missing in [None, *BUCKETS]:
+            counting.take()
+            for bucket in BUCKETS:
+                if bucket != missing:
+                    replica.bucket(bucket, last=True)
+            early.append(counting.take())
+            replica.backward((), last=True)
+            replica.boundary()
+        assert replica.rank or early == [UNITS, [], UNITS[:1], UNITS[:2]]
+
+    on_threads(REPLICAS, body)
+
+
+def test_replicas_average_the_same_units_in_the_same_order_however_their_buckets_come(counting):
+    """Units are stretches of the buffer, not buckets, and every element is averaged once."""
+
+    def body() -> None:
+        replica = Replica()
+        for _ in range(4):
+            replica.step(((10, 13), (12, 11)) if replica.rank else ((13,), (12, 11, 10)))
+            assert replica.rank or counting.take() == UNITS
+            dist.barrier()
+
+    on_threads(REPLICAS, body)
+
+
+def test_units_follow_what_is_used_later(counting):
+    def body() -> None:
+        replica = Replica()
+        for step in range(6):
+            used = BUCKETS[:2] if step < 3 else BUCKETS[1:]
+            for bucket in used:
+                replica.bucket(bucket, last=True)
+            early = counting.take()
+            replica.backward((), last=True)
+            replica.boundary()
+            late = counting.take()
+            dist.barrier()
+            assert replica.rank or sorted([*early, *late]) == UNITS, "everything, once"
+            # Nothing is early before anything is known, and nothing behind a unit that does not come any more.
+            assert replica.rank or early == (UNITS[:2] if step in (1, 2) else []), step
+
+    on_threads(REPLICAS, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two gradients of one parameter in a pass
+
+
+def test_a_parameter_that_comes_twice_is_not_averaged_before_the_pass_ends(counting):
+    """The second gradient would come too late. Units before it need not wait."""
+
+    def body() -> None:
+        replica = Replica()
+        replica.backward((*BUCKETS, BUCKETS[1]), last=True)
+        replica.boundary()
+        for _ in range(3):
+            counting.take()
+            for bucket in (*BUCKETS, BUCKETS[1]):
+                replica.bucket(bucket, last=True)
+            early = counting.take()
+            replica.backward((), last=True)
+            replica.boundary()
+            assert replica.rank or (early, counting.take()) == (UNITS[:1], UNITS[1:])
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+@pytest.mark.parametrize("looks", [True, False], ids=["for the norm", "after an overflow"])
+def test_a_second_gradient_after_hop2_has_started_is_refused_on_every_replica(sliced, looks):
+    """Where a step is skipped, nobody has looked before it ends: what is left would differ between replicas."""
+
+    def body() -> None:
+        replica = Replica(sliced=sliced)
+        replica.step(BUCKETS)
+        again = (BUCKETS[0],) if replica.rank == 1 else ()
+        replica.backward((*BUCKETS, *again), last=True)
+        given = replica.sync.flags.tolist()
+        ends = (lambda: replica.sync.look(given)) if looks else replica.sync.next_boundary
+        with pytest.raises(MicsUsageError, match=r"on some rank a parameter got a second one.*had been averaged"):
+            ends()
+
+    on_threads(REPLICAS, body)
+
+
+def test_a_rank_that_reads_alone_is_told_of_a_second_gradient():
+    def body() -> None:
+        replica = Replica()
+        replica.step(BUCKETS)
+        replica.backward((*BUCKETS, *((BUCKETS[0],) if replica.rank else ())), last=True)
+        with pytest.raises(MicsUsageError, match="second one"):
+            replica.sync.refuse_unusable(replica.sync.flags.tolist())
+
+    on_threads(REPLICAS, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several backward passes
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_several_passes_before_one_step_average_every_element_once(early, counting):
+    """PPO's policy and value losses: each might be the last. In the first step hop 2 runs after each, later it waits
+    for the pass that was the last one in the step before."""
+
+    def body() -> None:
+        replica = Replica(early=early)
+        for step in range(5):
+            for losses in range(2):
+                assert replica.backward(BUCKETS, last=True) == (losses == 1 or step == 0)
+            replica.boundary()
+            assert replica.rank or counting.take() == UNITS * (1 if step else 2), step
+            dist.barrier()
+
+    on_threads(REPLICAS, body)
+
+
+def test_steps_of_one_and_two_passes_by_turns(counting):
+    """The step before tells how many passes there are: one too few costs a hop 2, one too many makes it late."""
+
+    def body() -> None:
+        replica = Replica()
+        covered = []
+        for step in range(8):
+            for _ in range(1 + step % 2):
+                replica.backward(BUCKETS, last=True)
+            replica.boundary()
+            covered.append(sum(size for _, size in counting.take()))
+            dist.barrier()
+        assert replica.rank or covered == [11, 22] * 4
+
+    on_threads(REPLICAS, body)
+
+
+@each_reducer
+@each_executor
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_any_number_of_passes_with_any_subset(sliced, executor, replicas):
+    def body() -> None:
+        replica = Replica(executor, sliced=sliced)
+        common, mine = random.Random(3), random.Random(2000 + replica.rank)
+        for _ in range(30):
+            for _ in range(common.choice([1, 1, 2, 3])):
+                used = [bucket for bucket in BUCKETS if mine.random() < 0.6]
+                replica.backward(used, last=True)
+                if common.random() < 0.2:
+                    replica.sync.average()
+                    replica.expect_mean()
+            replica.boundary()
+
+    on_threads(replicas, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reducers
+
+
+def test_by_way_of_another_device_in_parts_of_the_size_asked_for(counting, monkeypatch):
+    """Gradients of an offloaded optimizer."""
+    monkeypatch.setattr(replica_reducers, "is_on", lambda *_: False)
+
+    def body() -> None:
+        replica = Replica(early=False)
+        mine = random.Random(replica.rank)
+        for _ in range(4):
+            replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
+            assert replica.rank or sorted(size for _, size in counting.take()) == [1, 2, 4, 4]
+            dist.barrier()
+
+    on_threads(REPLICAS, body)
+
+
+def test_slices_by_way_of_another_device(monkeypatch):
+    monkeypatch.setattr(replica_reducers, "is_on", lambda *_: False)
+
+    def body() -> None:
+        replica = Replica(early=False, sliced=True)
+        mine = random.Random(replica.rank)
+        for _ in range(6):
+            replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
+
+    on_threads(3, body)
+
+
+def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
+    def body() -> None:
+        replica = Replica(sliced=True)
+        replica.step(BUCKETS)
+        replica.backward(BUCKETS, last=False)
+        replica.sync.average()
+        span = slice(*SHARDS[12])
+        replica.buffer[span] = 6.0
+        replica.sync.mean(12).fill_(6.0)
+        replica.sync.replaced(12)
+        replica.own[span] = 6.0
+        replica.backward(BUCKETS, last=True)
+        replica.boundary()
+
+    on_threads(REPLICAS, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# One replica, errors
+
+
+def test_one_replica_has_no_hop2():
+    executor = Deferring(0)
+    sync = GradSync(SHARDS, None, executor, executor, None, CPU, unit_numel=UNIT)
+    stored = []
+
+    def hop1(before_storing: Callable[[], None]) -> Any:
+        before_storing()
+        stored.append(10)
+
+    sync.reduce([10], hop1, overwriting=False, last=True)
+    assert not sync.end_pass(last=True)
+    assert sync.is_mean
+    assert not sync.average()
+    assert sync.flags is None
+    sync.next_boundary()
+    assert stored == [10]
+
+
+def test_a_failing_hop1_reaches_the_end_of_the_pass():
+    executor = StreamExecutor("streams", FakeStreams())
+    sync = GradSync(SHARDS, None, executor, executor, None, CPU, unit_numel=UNIT)
+
+    def drain() -> None:
+        raise ValueError("hop 1 broke")
+
+    executor.drain = drain
+    sync.reduce([10], lambda _: None, overwriting=True, last=False)
+    with pytest.raises(ValueError, match="hop 1 broke"):
+        sync.end_pass(last=False)
