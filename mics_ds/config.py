@@ -77,12 +77,16 @@ class GuardRequest:
 class CheckpointRequest:
     """How checkpoints are saved, see :mod:`mics_ds.checkpoint`: ``mics_checkpoint``."""
 
-    in_background: Annotated[Flag, Field(alias="async")] = False
+    asynchronous: Annotated[Flag, Field(alias="async")] = False
     """``async``: training waits for a copy to host memory only."""
     busy: Literal["wait", "skip"] = "wait"
     """What a save does while another is being written."""
     on_error: Literal["raise", "log"] = "raise"
     """Whether the save after an asynchronous one that failed raises that error."""
+    time_limit: Annotated[float, Field(strict=True, gt=0)] = 3600.0
+    """Seconds after which an asynchronous save is given up."""
+    export: Union[Literal["bf16", "fp16", "fp32"], None] = None
+    """Whether an asynchronous save exports the weights too, as safetensors of this type."""
     memory_every: Count = 0
     """Optimizer steps between two copies of the states in memory that outlives the process; 0 is off."""
     memory_folder: Annotated[Text, Field(pattern="^/")] = "/dev/shm"

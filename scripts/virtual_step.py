@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 from local_ranks import LocalRanks
 
 ROOT = Path(__file__).resolve().parents[1]
-DRAWN = (("p=8", "balanced"), ("p=16", "balanced"))
+DRAWN = ((8, 64, "balanced"), (16, 64, "balanced"))
 
 
 def _serve(rank: int, folder: Path, pipe: Connection) -> None:
@@ -35,12 +36,17 @@ def _serve(rank: int, folder: Path, pipe: Connection) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    measured = steps.measure_all()
-    rows = [steps.row(*key, step) for key, step in measured.items()]
-    pipe.send(("result", (rows, {key: [vars(span) for span in measured[key].spans] for key in DRAWN})))
+    rows, drawn = [], {}
+    for key in itertools.product((8, 16), (2, 64, 512), steps.FORWARD_S):
+        case = steps.Case(*key)
+        step = steps.measure(case)
+        rows.append(steps.row(case, step))
+        if key in DRAWN:
+            drawn[key] = [vars(task) for task in step.tasks if task.end > task.start and task.stream != "host"]
+    pipe.send(("result", (rows, drawn)))
 
 
-def draw(spans: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(tasks: list[dict[str, Any]], title: str, path: Path) -> None:
     """Streams from top to bottom, milliseconds to the right."""
     import matplotlib
 
@@ -48,14 +54,14 @@ def draw(spans: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     colours = {"all_gather": "tab:blue", "reduce_scatter": "tab:orange", "all_reduce": "tab:red"}
-    streams = list(dict.fromkeys(span["stream"] for span in spans if span["end"] - span["start"] > 1e-5))
+    streams = list(dict.fromkeys(task["stream"] for task in tasks if task["end"] - task["start"] > 1e-5))
     figure, axes = pyplot.subplots(figsize=(11, 0.5 * len(streams) + 1.2))
-    for span in spans:
-        if span["stream"] in streams:
-            colour = next((value for word, value in colours.items() if span["name"].startswith(word)), "tab:gray")
-            at = (1e3 * span["start"], 1e3 * (span["end"] - span["start"]))
+    for task in tasks:
+        if task["stream"] in streams:
+            colour = next((value for word, value in colours.items() if task["name"].startswith(word)), "tab:gray")
+            at = (1e3 * task["start"], 1e3 * (task["end"] - task["start"]))
             axes.broken_barh(
-                [at], (streams.index(span["stream"]) - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.2
+                [at], (streams.index(task["stream"]) - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.2
             )
     axes.set_yticks(range(len(streams)), [name if len(name) < 30 else name[:26] + "..." for name in streams])
     axes.invert_yaxis()
@@ -71,12 +77,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with LocalRanks(1, functools.partial(_serve), multiprocessing.get_context("spawn")) as ranks:
         rows, drawn = ranks.collect(300.0)[0]
-    print("milliseconds of one step on 32 imagined accelerators, 8 to a node; MiCS by native reduce-scatter")
-    print(*rows, sep="\n")
-    for (system, setting), spans in drawn.items():
+    print("| p | nodes | setting | collectives of hop 2 | step | the planner says | exposed | lower bound |")
+    print("|---|---|---|---|---|---|---|---|", *rows, sep="\n")
+    for (p, nodes, setting), tasks in drawn.items():
         if arguments.plot:
-            title = f"One step of {system}, {setting}: gathers blue, hop 1 orange, hop 2 red, everything else grey"
-            draw(spans, title, arguments.plot / f"virtual_step_{system.replace('=', '')}.png")
+            title = f"p = {p}, {nodes} nodes, {setting}: gathers blue, hop 1 orange, hop 2 red, everything else grey"
+            draw(tasks, title, arguments.plot / f"virtual_step_p{p}.png")
 
 
 if __name__ == "__main__":

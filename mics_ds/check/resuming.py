@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint import manifest
-from ..checkpoint.in_background import wait_for_saves
+from ..checkpoint.background import wait_for_saves
 from .parity import REPLICAS
 from .runs import (
     Measure,

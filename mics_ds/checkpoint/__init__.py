@@ -1,9 +1,18 @@
 """Checkpoints of one replica, published when they are complete and checked before they are loaded.
 
-``save`` and ``load`` go around DeepSpeed's own methods; ``together`` has all ranks fail together; ``manifest`` says
-what a complete checkpoint is; ``in_background`` saves what a process of its own writes, with ``staging``,
-``recording`` and ``joints`` for what training waits for, and ``background``, ``writer`` and ``board`` for what it
-does not; ``snapshot``, ``memory`` and ``restart`` keep copies in memory and go on from them, ``flush`` writes them to
-disk; ``reshape`` cuts shards anew, while loading or by ``command``; ``stock`` looks after engines without MiCS in the
-same folders.
+``save`` and ``load`` go around DeepSpeed's own methods; ``coordination`` has all ranks fail together; ``manifest`` says
+what a complete checkpoint is, ``folder`` how it comes to be there. An asynchronous save copies states to memory
+(``staging``, ``copies``), and the process beside each rank writes them (``background``, ``writer``, ``links``).
+``memory`` takes copies that outlive the process, ``restart`` goes on from them. ``reshape`` cuts shards anew.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """``wait_for_saves``, for scripts, without an import of DeepSpeed by whoever wants anything else here."""
+    if name == "wait_for_saves":
+        from .background import wait_for_saves
+
+        return wait_for_saves
+    raise AttributeError(name)

@@ -1,41 +1,53 @@
-"""A rank's own process that writes checkpoints: started with the first save in the background, and watched from here.
+"""A rank's own process that writes checkpoints: started with the first asynchronous save, and watched from here.
 
-At most one save is under way. Its result, the same on all ranks, is kept until somebody asks: the next save, or the
-end of the process.
+At most one save is under way. Its result is kept until it is asked for: by the next save, or the end of the process.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import json
 import os
+import queue
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch.distributed as dist
 
-from ..errors import MicsCheckpointError
+from ..deepspeed_compat.engine import device_streams
+from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
-from . import deletions
-from .arena import Arena
-from .board import Round, RoundLostError, not_saved
-from .writer import Done, Job, Progress, Seal, Sealed, Station
+from .coordination import Run, attempt, exchange, raise_together, shared_store
+from .copies import Copying, SharedMemory
+from .links import LostError, Neighbour, connect_for_save, listen, writer_of
+from .writer import Done, Job, Seal, Sealed, Serve, Station
 
-PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
-_PATIENCE_S = 30.0
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = (
-    f"import sys; sys.path[0] = {_ROOT!r}; from mics_ds.checkpoint.writer import serve; "
-    "serve(int(sys.argv[1]), int(sys.argv[2]))"
+    f"import sys; sys.path[0] = {_ROOT!r}; from mics_ds.checkpoint.writer import serve; serve(*map(int, sys.argv[1:4]))"
 )
+_END_S = 10.0
+_GRACE_S = 60.0
+_POLL_S = 0.2
+
+
+class _HandOver(NamedTuple):
+    """Something for the process to do, once a copy has arrived."""
+
+    copying: Copying
+    message: Job | Seal | Serve
 
 
 class Background:
@@ -44,21 +56,25 @@ class Background:
     current: ClassVar[Background | None] = None
 
     def __init__(self) -> None:
-        self.arena = Arena()
+        self.memory = SharedMemory()
         self._world = dist.group.WORLD
-        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._server, self._station = _open_store(self._rank, self._ranks)
+        self._rank = dist.get_rank()
+        self._listening, self._host, self._port = listen()
         self._changed = threading.Condition()
-        self._number = self._copies = 0
-        self.connection = 0
-        """Counts how often the processes have to connect to each other anew; the same on all ranks."""
         self._job: Job | None = None
-        self._error = ""
-        self._sealing: dict[str, Seal] = {}
-        self.own_states_agreed = True
-        """Whether all ranks had the same state of their own at the last save. The same on all ranks."""
-        self._died = self._broken = self._leaves = False
+        self._since = 0.0
+        self._when_done: Callable[[], None] = lambda: None
+        self.error = ""
+        """Why the last save came to nothing; empty if it did not."""
+        self.sealing: set[int] = set()
+        """Copies in memory that are still being summed up."""
+        self._copying: list[Copying] = []
+        self._neighbours: dict[int, Neighbour] = {}
+        self._died = False
+        self._ends = threading.Event()
         self._process, self._pipe = self._start()
+        self._handed: queue.SimpleQueue[_HandOver] = queue.SimpleQueue()
+        threading.Thread(target=self._hand_over, name="mics hand-over", daemon=True).start()
 
     @classmethod
     def is_there(cls) -> bool:
@@ -70,14 +86,34 @@ class Background:
         """The one of this process group, made if need be. Collective over the world.
 
         Raises:
-            MicsCheckpointError: the ranks cannot reach each other as their processes will have to.
+            MicsCheckpointError: on every rank: one of them could not start its process.
         """
-        if cls.current is not None and not cls.is_there():
+        if cls.current is not None and cls.is_there():
+            return cls.current
+        if cls.current is not None:
             cls.current.close()
-        if cls.current is None:
-            cls.current = cls()
-            _at_the_end()
+        Run.begin()
+        errors: list[str] = []
+        attempt(cls._make, errors)
+        try:
+            notes = exchange({"errors": errors}, "starting the processes that write checkpoints")
+            raise_together(
+                notes,
+                "The processes that write checkpoints could not be started.",
+                'Save without "mics_checkpoint": {"async": true} and "memory_every", or give the ranks what they lack.',
+            )
+        except BaseException:
+            if cls.current is not None:
+                cls.current.close()
+            raise
+        assert cls.current is not None, "there were no errors"
         return cls.current
+
+    @classmethod
+    def _make(cls) -> None:
+        made = cls.current = cls()
+        shared_store().set(f"writer/{Run.name}/{made._rank}", json.dumps([made._host, made._port]))
+        _prepare_for_the_end()
 
     # ------------------------------------------------------------------------------------- saves
 
@@ -85,21 +121,11 @@ class Background:
     def is_busy(self) -> bool:
         return self._job is not None
 
-    @property
-    def is_cut_off(self) -> bool:
-        """Whether other processes can no longer reach this rank's: it has ended or is about to, or a connection has."""
-        return self._died or self._leaves or self._broken
-
-    @property
-    def error(self) -> str:
-        """Why the last save came to nothing; empty if it did not."""
-        return self._error
-
-    def connect_anew(self) -> None:
-        """One of the processes has died or given up, so connections between them are of no use any more. On all ranks
-        at the same time."""
-        self.connection += 1
-        self._broken = False
+    def neighbour(self, rank: int) -> Neighbour:
+        """The writer of another rank."""
+        if rank not in self._neighbours:
+            self._neighbours[rank] = Neighbour(rank, *json.loads(shared_store().get(f"writer/{Run.name}/{rank}")))
+        return self._neighbours[rank]
 
     def revive(self) -> None:
         """Start the process again if it has died.
@@ -107,74 +133,97 @@ class Background:
         Raises:
             OSError: that is not possible.
         """
-        if self._leaves or self._process.poll() is not None:
-            self._wait_for(lambda: self._died)  # whoever listens to it is about to notice
+        if self._process.poll() is not None:
+            self._wait_for(lambda: self._died)  # the thread that listens to it is about to notice
         if self._died:
             self._pipe.close()
-            self._process.wait()
+            self._ends.set()
+            self._listener.join()
+            self._ends.clear()
             self._process, self._pipe = self._start()
-            self._died, self._leaves, self._broken = False, False, True
+            self._died = False
 
-    def next_number(self) -> int:
-        """Of a save."""
-        self._number += 1
-        return self._number
-
-    def next_copy(self) -> int:
-        """The number of a copy in memory."""
-        self._copies += 1
-        return self._copies
-
-    def submit(self, job: Job) -> None:
-        """Have a staged checkpoint written. The arena belongs to the writer until that is done."""
+    def submit(self, job: Job, copying: Copying, when_done: Callable[[], None]) -> None:
+        """Have a staged checkpoint written. The memory belongs to the writer until that is done."""
         with self._changed:
-            self._job = job
-        try:
-            self._pipe.send(job)
-        except OSError:  # and the listener may have looked before there was a job
-            self._gone()
-        nbytes = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
-        log_rank0(f"{job.target} is written in the background; rank 0 writes {nbytes / 1e6:.1f} MB of it")
+            self._job, self._since, self._when_done = job, time.monotonic(), when_done
+        self._give(job, copying)
+        log_rank0(f"{job.target} is written asynchronously")
 
-    def seal(self, job: Seal) -> None:
+    def seal(self, job: Seal, copying: Copying) -> None:
         """Have a copy in memory summed up and described."""
         with self._changed:
-            self._sealing[job.path] = job
-        try:
-            self._pipe.send(job)
-        except OSError:  # and the listener may have looked before
-            self._gone()
+            self.sealing.add(job.number)
+        self._give(job, copying)
 
-    @property
-    def is_sealing(self) -> bool:
-        return bool(self._sealing)
+    def serve(self, folder: Path) -> None:
+        """Have the copies in a folder given to other ranks."""
+        self._give(Serve(str(folder)), Copying())
+
+    def _give(self, message: Job | Seal | Serve, copying: Copying) -> None:
+        self._copying.append(copying)
+        self._handed.put(_HandOver(copying, message))
+
+    def _hand_over(self) -> None:
+        while True:
+            copying, message = self._handed.get()
+            try:
+                copying.wait()
+                self._pipe.send(message)
+            except OSError:  # and the thread that listens may have looked before there was a job
+                self._gone()
+            except Exception as error:  # of the device
+                failed = f"rank {self._rank}: states could not be copied, {words(error)}"
+                if isinstance(message, Seal):
+                    self._sealed(Sealed(message.number, failed))
+                else:
+                    self._finish(failed, 0.0, 0)
+            with suppress(ValueError):
+                self._copying.remove(copying)
+
+    def before_states_change(self) -> None:
+        """Have the device finish copies before it changes what is copied. The host does not wait."""
+        streams = device_streams()
+        if streams is not None:
+            for copying in list(self._copying):
+                copying.comes_before(streams.current_stream())
 
     def wait_for_seals(self) -> None:
-        self._wait_for(lambda: not self._sealing)
+        self._wait_for(lambda: not self.sealing)
 
     def wait(self) -> None:
-        """Until no save is under way."""
-        if self._job is not None:
+        """Wait until no save is under way."""
+        job = self._job
+        if job is not None:
             started = time.monotonic()
-            self._wait_for(lambda: self._job is None)
+            self._wait_for(lambda: self._job is None, self._since + job.limit_s + _GRACE_S - started)
+            if self._job is not None:
+                self._process.kill()
+                self._finish(
+                    f"Whether checkpoint {job.target} was saved is not known. {writer_of(self._rank)} did not come to "
+                    f"an end within {job.limit_s:.0f} s",
+                    0.0,
+                    0,
+                )
             log_rank0(f"waited {time.monotonic() - started:.1f} s for a checkpoint that was being written")
 
     def take_error(self) -> str:
         """Why the last save came to nothing, once; empty if it did not."""
         with self._changed:
-            error, self._error = self._error, ""
+            error, self.error = self.error, ""
         return error
 
-    def _wait_for(self, done: Any) -> None:
+    def _wait_for(self, done: Callable[[], bool], limit_s: float = float("inf")) -> None:
+        deadline = time.monotonic() + limit_s
         with self._changed:
-            while not done():  # with a time, so that signals get through
+            while not done() and time.monotonic() < deadline:  # with a time, so that signals get through
                 self._changed.wait(0.5)
 
     # ----------------------------------------------------------------------------- the process
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
-        descriptors = (theirs.fileno(), self.arena.descriptor)
+        descriptors = (theirs.fileno(), self.memory.descriptor, self._listening.fileno())
         environment = {**os.environ, "MICS_DS_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-c", _START, *map(str, descriptors)],
@@ -184,139 +233,107 @@ class Background:
         )
         theirs.close()
         pipe = Connection(ours.detach())
-        pipe.send(self._station)
-        threading.Thread(target=self._listen, args=(pipe,), name="mics writer", daemon=True).start()
+        pipe.send(Station(self._rank, Run.token, os.getpid()))
+        self._listener = threading.Thread(target=self._listen, args=(pipe, process), name="mics writer", daemon=True)
+        self._listener.start()
         return process, pipe
 
-    def _listen(self, pipe: Connection) -> None:
+    def _listen(self, pipe: Connection, process: subprocess.Popen) -> None:
         while True:
             try:
-                said: Done | Progress | Sealed = pipe.recv()
+                said: Done | Sealed = pipe.recv()
             except (EOFError, OSError):
-                self._gone()
+                if process is self._process:
+                    self._gone()
+                    self._answer_for_the_dead()
                 return
-            if isinstance(said, Progress):
-                log_rank0(f"{said.written / 1e6:.0f} of {said.nbytes / 1e6:.0f} MB of a checkpoint written")
-                continue
-            self._leaves |= said.leaves  # before anybody waiting for this gives it something else to do
             if isinstance(said, Sealed):
-                with self._changed:
-                    self._sealing.pop(said.path, None)
-                    self._broken |= said.broken
-                    self._changed.notify_all()
-                if said.error:
-                    logger.warning("a copy of the states in memory is lost: %s", said.error)
+                self._sealed(said)
             else:
-                self._finish(said.error, f" in {said.seconds:.1f} s in the background")
+                self._finish(said.error, said.seconds, said.nbytes)
 
-    def _finish(self, error: str, how: str) -> None:
+    def _sealed(self, said: Sealed) -> None:
+        with self._changed:
+            self.sealing.discard(said.number)
+            self._changed.notify_all()
+        if said.error:
+            logger.warning("a copy of the states in memory is lost: %s", said.error)
+
+    def _finish(self, error: str, seconds: float, nbytes: int) -> None:
+        if self._job is not None:
+            self._when_done()  # before the next save may begin
         with self._changed:
             job, self._job = self._job, None
-            self._error = self._error or error
+            self.error = self.error or (error if job is not None else "")
             self._changed.notify_all()
         if job is None:
             return
         if error:
             logger.error("%s", error)
         else:
-            log_rank0(f"{job.target} is complete, written{how}")
+            speed = f", {nbytes / 1e6 / seconds:.0f} MB/s on rank 0" if seconds > 1 else ""
+            log_rank0(f"{job.target} is complete, written asynchronously in {seconds:.1f} s{speed}")
 
     def _gone(self) -> None:
         """The process has ended, and not because it was told to."""
-        code = self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
         with self._changed:
-            self._died, job, sealing = True, self._job, [*self._sealing.values()]
-            self._sealing.clear()
+            self._died, job = True, self._job
+            self.sealing.clear()
             self._changed.notify_all()
-        died = f"rank {self._rank}: the process that writes its checkpoints ended with code {code}"
-        if any(seal.mirror is not None for seal in sealing):
-            self._lose_copies(sealing, died)
-        if job is None:
-            return
-        try:
-            round_ = self._round(job.number)
-            round_.lose(died)
-            error = not_saved(job.target, round_.failure() or RoundLostError(died))
-        except RuntimeError as gone:
-            error = f"Whether checkpoint {job.target} was saved is not known. {died}, and so has the store ({gone})"
-        self._finish(error, "")
+        if job is not None:
+            ended = f"{writer_of(self._rank)} has ended with code {self._process.returncode}"
+            if job.parent is not None:  # which it may not have reached yet
+                with suppress(LostError):
+                    link = connect_for_save(job.parent, Run.token, job.number, self._rank, time.monotonic() + _GRACE_S)
+                    link.send({"errors": [ended], "files": {}})
+                    link.close()
+            self._finish(f"Whether checkpoint {job.target} was saved is not known: {ended}", 0.0, 0)
 
-    def _lose_copies(self, sealing: Sequence[Seal], died: str) -> None:
-        """Whoever exchanges copies with this rank's process need not wait."""
-        try:
-            for seal in sealing:
-                if seal.mirror is not None:
-                    self._round(seal.mirror.number, "copy").lose(died)
-        except RuntimeError as gone:  # the store, with rank 0: then all are about to end
-            logger.warning("%s; the store does not answer: %s", died, gone)
-
-    def _round(self, number: int, kind: str = "save") -> Round:
-        return Round(self._server or self._station.connect(10), number, self._ranks, kind)
+    def _answer_for_the_dead(self) -> None:
+        """Close what connects to a process that has ended, until there is another one."""
+        while not self._ends.is_set():
+            if select.select([self._listening], [], [], _POLL_S)[0]:
+                self._listening.accept()[0].close()
 
     def drain(self) -> str:
-        """Wait until what is under way is done. Returns what went wrong since somebody last asked."""
+        """Wait until what is under way is done. Returns what went wrong since it was last asked for."""
         self.wait()
         self.wait_for_seals()
-        if self._server is not None and self._number and not self._died:
-            # The store ends with this process, and others may still have to learn from it how the save ended.
-            round_, deadline = self._round(self._number), time.monotonic() + 10
-            while not self._error and not round_.is_known_to(self._ranks) and time.monotonic() < deadline:
-                time.sleep(0.02)
         return self.take_error()
 
     def close(self) -> None:
         """End the process and give the memory back. What is under way is lost."""
         with self._changed:
             self._job = None
+        self._ends.set()
         self._pipe.close()
         self._process.kill()
-        self._process.wait()
-        self.arena.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        self._listener.join(_END_S)
+        self._listening.close()
+        self.memory.close()
         if Background.current is self:
             Background.current = None
 
 
-def _open_store(rank: int, ranks: int) -> tuple[dist.TCPStore | None, Station]:
-    """The store that the writing processes share, in rank 0's process, and how to reach it."""
-    server: dist.TCPStore | None = None
-    said: list[Any] = [None]
-    if rank == 0:
-        host = _own_address()
-        try:
-            server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            said = [(host, server.port)]
-        except RuntimeError as error:
-            said = [str(error)]
-    if ranks > 1:
-        dist.broadcast_object_list(said, src=0)
-    if isinstance(said[0], str):
-        raise MicsCheckpointError(
-            f"Rank 0 could not open a store for the processes that write checkpoints: {said[0]}. Save without "
-            f'"mics_checkpoint": {{"async": true}}, or make its host name resolve.'
-        )
-    patience = float(os.environ.get(PATIENCE_ENV, _PATIENCE_S))
-    host, port = said[0]
-    return server, Station(host, port, rank, ranks, patience)
+def wait_for_saves() -> None:
+    """Wait until no asynchronous save is under way.
 
-
-def _own_address() -> str:
-    """Of this host, as other nodes know it: the job's master address if that is here, else the host's name."""
-    for name in (os.environ.get("MASTER_ADDR"), socket.gethostname()):
-        if not name:
-            continue
-        try:
-            found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
-            with socket.socket(found[0][0], socket.SOCK_STREAM) as trial:
-                trial.bind((found[0][4][0], 0))
-            return name
-        except OSError:
-            continue
-    return "localhost"
+    Raises:
+        MicsCheckpointError: on this rank, if the last one failed. The next save will say so too.
+    """
+    current = Background.current
+    if current is not None:
+        current.wait()
+        if current.error:
+            raise MicsCheckpointError(current.error)
 
 
 # --------------------------------------------------------------------------------------------------
 # The end of the process
-
 
 at_end: list[Callable[[], None]] = []
 """Called when the process ends without an error."""
@@ -324,18 +341,19 @@ at_end: list[Callable[[], None]] = []
 
 class _End:
     prepared = False
+    lock = threading.Lock()
 
 
-def _at_the_end() -> None:
-    """Have the process drain when it ends, and others wait who delete checkpoints meanwhile."""
+def _prepare_for_the_end() -> None:
+    """Have the process drain when it ends, by itself or by SIGTERM."""
     if _End.prepared:
         return
     _End.prepared = True
     atexit.register(_drain_and_exit)
     util.Finalize(None, _drain_and_exit, exitpriority=100)  # children of multiprocessing know nothing of atexit
-    deletions.watch(_before_deletion)
+    os.register_at_fork(after_in_child=_forget_in_child)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+        _drain_on_sigterm()
 
 
 def _drain_and_exit() -> None:
@@ -356,28 +374,43 @@ def _drain_and_exit() -> None:
         os._exit(1)
 
 
-def _terminate(number: int, _frame: Any) -> None:
-    current = Background.current
-    if current is not None:
-        if current.is_busy:
-            logger.info("asked to end; waiting for the checkpoint that is being written")
-        current.drain()
-        current.close()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+def _forget_in_child() -> None:
+    """A process that was forked has no part in this: its end is its own."""
+    Background.current = None
+    if signal.getsignal(signal.SIGTERM) is _stand_still:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _before_deletion(path: str, deletes: bool) -> None:
-    """Somebody makes room for a checkpoint that is not there yet, or looks for it.
-
-    Raises:
-        KeptError: it will not be, and room is made.
-    """
-    current = Background.current
-    if current is None:
+def _drain_on_sigterm() -> None:
+    """Have SIGTERM end the process when the save under way is done; at once if there is none, and also where the main
+    thread is in a call that no handler of Python's interrupts: a thread hears of it by the wake-up descriptor."""
+    heard, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    if before != -1:  # somebody else's, asyncio's say: leave signals to them
+        signal.set_wakeup_fd(before)
         return
-    if current.is_busy:
-        logger.info("%s is about to be deleted or looked for; waiting for the checkpoint that is being written", path)
-        current.wait()
-    if current.error and deletes:
-        raise deletions.KeptError(f"{current.error} {path} was not deleted.")
+    signal.signal(signal.SIGTERM, _stand_still)
+    threading.Thread(target=_await_sigterm, args=(heard,), name="mics SIGTERM", daemon=True).start()
+
+
+def _stand_still(_number: int, _frame: Any) -> None:
+    """The main thread goes no further; the other one ends the process."""
+    while signal.getsignal(signal.SIGTERM) is _stand_still:
+        time.sleep(1.0)
+
+
+def _await_sigterm(heard: int) -> None:
+    while True:
+        [number] = os.read(heard, 1)
+        if number != signal.SIGTERM or signal.getsignal(signal.SIGTERM) is not _stand_still:
+            continue  # the script has a handler of its own by now
+        current = Background.current
+        if current is not None and current.is_busy:
+            logger.info("asked to end; waiting for the checkpoint that is being written")
+            current.drain()
+        if current is not None:
+            current.close()
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), 0)  # what only the main thread may do in Python
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,131 +1,58 @@
-"""Loading under MiCS: checked before anything is changed, in as many shards as were saved or cut anew.
+"""Loading under MiCS: read once, checked before anything is changed, in as many shards as were saved or cut anew.
 
-DeepSpeed's own ``load_checkpoint`` does the work. :class:`_Loading` stands between it and the files, and makes old
-shards look like this job's.
+Every replica of a shard reads 1/r of its files and sums that up; they exchange what they have read, and compare the
+sums with the manifest. DeepSpeed's own ``load_checkpoint`` gets the states, whole, where it would read files.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Mapping
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
+import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
+from ..comm import collectives
+from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import is_fresh
+from ..deepspeed_compat.engine import communication_device, is_fresh
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
-from . import manifest, mismatch, names, origin, rank_state, reshape, restart
+from . import folder as folders
+from . import manifest, reshape, restart
 from .background import Background
-from .manifest import CLIENT_STATE, Manifest
-from .mismatch import Parameters
-from .snapshot import MemoryTier
-from .together import Site, attempt, exchange, raise_together, site_of
+from .coordination import (
+    RESHAPE_COMMAND,
+    SLOW_S,
+    UNCHANGED,
+    Roles,
+    agree_on_tag,
+    attempt,
+    elementwise_max,
+    exchange,
+    exchange_and_compare,
+    raise_together,
+    refuse_lost_manifest,
+    restore_own,
+    roles_of,
+    tell_speed,
+)
+from .manifest import OWN_STATE, FileRecord, Manifest
+from .memory import MemoryTier, set_random_states
+from .reshape import Parameters, ShardLayout, Sharers
+from .staging import Image
 
-RESHAPE_COMMAND = "python -m mics_ds.reshape"
-_PARTLY = "States may have been loaded in part: load another checkpoint before training."
-
-
-class _Saved:
-    """A checkpoint on disk, as far as it matters before it is loaded."""
-
-    def __init__(self, engine: Any, target: Path, shard: int) -> None:
-        self._engine, self._folder = engine, target
-        self._groups = engine.optimizer.mics_groups
-        self.manifest: Manifest | None = None
-        self.reshapes = False
-        self.layout: reshape.ShardLayout | None = None
-        try:
-            self.manifest = manifest.read(target)
-            self.shards = self.manifest.shards
-        except FileNotFoundError:
-            self.shards = manifest.count_shards(target)
-            origin.refuse_lost_manifest(target, shard % max(self.shards, 1))
-
-    @property
-    def model_states_shard(self) -> int:
-        """The shard whose file of model states has what belongs to this rank beside it: the one that this rank had, if
-        as many ranks have saved."""
-        return self._groups.full.rank % self.shards
-
-    @property
-    def own_state(self) -> Path | None:
-        """The file with what this rank had of its own."""
-        path = self._folder / CLIENT_STATE.format(rank=dist.get_rank())
-        if self.manifest is None or path.name not in self.manifest.files:
-            return None
-        return path if self.manifest.ranks == self._groups.layout.world_size else None
-
-    def model_states(self, shard: int) -> Path:
-        return self._folder / seam.model_states_name(self._engine, shard)
-
-    def optimizer_states(self, shard: int) -> Path:
-        return self._folder / seam.optimizer_states_name(self._engine, shard)
-
-
-class _Loading:
-    """Between DeepSpeed and the files while loading: makes old shards look like this job's."""
-
-    def __init__(self, engine: Any, saved: _Saved, own: Path | Mapping[str, Any] | None, with_optimizer: bool) -> None:
-        self._engine, self._saved, self._own, self._with_optimizer = engine, saved, own, with_optimizer
-        self._shard = engine.optimizer.mics_groups.partition.rank
-        self.model_states_shard = saved.model_states_shard
-
-    def make(self, make: Callable[[], Any]) -> None:
-        make()
-
-    def read(self, path: str) -> dict[str, Any]:
-        """The states in a file. All ranks read as often as each other, and one that cannot stops all of them here:
-        further on, they would wait for it."""
-        states: dict[str, Any] = {}
-        note: dict[str, Any] = {"errors": []}
-        part = self._model_states if path.endswith("_model_states.pt") else self._optimizer_states
-        attempt(lambda: states.update(part(path)), note["errors"])
-        notes = exchange(note, f"reading {os.path.dirname(path)}")
-        raise_together(notes, f"Checkpoint {os.path.dirname(path)} could not be read.", _PARTLY)
-        return states
-
-    def _model_states(self, path: str) -> dict[str, Any]:
-        states = seam.load_states(path)
-        if isinstance(self._own, Path):
-            rank_state.restore_from(states, self._own)
-        elif self._own is not None:
-            rank_state.restore(states, self._own)
-        # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
-        states[reshape.DP_WORLD_SIZE] = self._engine.seq_dp_world_size
-        if not self._with_optimizer:  # all weights come consolidated, and other ones may be frozen now
-            states[reshape.FROZEN_SHARDS] = None
-        frozen = states.get(reshape.FROZEN_SHARDS)
-        if frozen and self._saved.shards != self._size:
-            states[reshape.FROZEN_SHARDS] = reshape.reshape_frozen(
-                lambda shard: seam.load_states(self._saved.model_states(shard), mmap=True),
-                states[reshape.FROZEN_SHAPES],
-                self._saved.shards,
-                self._size,
-                self._shard,
-            )
-        return states
-
-    def _optimizer_states(self, path: str) -> dict[str, Any]:
-        if not self._saved.reshapes:
-            return seam.load_states(path)
-        old, new = self._saved.layout, reshape.ShardLayout(self._size, seam.param_shapes(self._engine))
-        assert old is not None, "read before loading is allowed"
-        states: dict[str, Any] = {}
-
-        def load(shard: int) -> dict[str, Any]:
-            whole = seam.load_states(self._saved.optimizer_states(shard), mmap=True)
-            states.update({key: value for key, value in whole.items() if key != reshape.BASE_STATE})
-            return whole[reshape.BASE_STATE]
-
-        cut = reshape.reshape_optimizer(load, old, new, self._shard, seam.sub_group_owners(self._engine))
-        return {**states, reshape.BASE_STATE: cut}
-
-    @property
-    def _size(self) -> int:
-        return self._engine.optimizer.mics_groups.partition.size
+How = Mapping[str, Any]
+"""Arguments of ``engine.load_checkpoint``."""
+Result = tuple[Union[str, None], Union[dict[str, Any], None]]
+"""The path and the client state."""
+_BLOCK, _SEGMENT = 64 << 20, 256 << 20
 
 
 def load(
@@ -138,8 +65,8 @@ def load(
     load_lr_scheduler_states: bool = True,
     load_module_only: bool = False,
     custom_load_fn: Callable | None = None,
-) -> tuple[str | None, dict[str, Any] | None]:
-    """``engine.load_checkpoint`` of an engine with MiCS. Collective over the world.
+) -> Result:
+    """Load as ``engine.load_checkpoint`` of an engine with MiCS. Collective over the world.
 
     Raises:
         MicsCheckpointError: on every rank, before anything was changed: the checkpoint is missing,
@@ -147,6 +74,7 @@ def load(
     """
     if Background.current is not None:
         Background.current.wait()
+        Background.current.before_states_change()
     how = {
         "load_module_strict": load_module_strict,
         # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.
@@ -155,221 +83,414 @@ def load(
         "load_module_only": load_module_only,
         "custom_load_fn": custom_load_fn,
     }
-    tier = getattr(engine, "mics_memory", None)
+    tier: MemoryTier | None = getattr(engine, "mics_memory", None)
     resumes = tag is None and load_optimizer_states and not (load_module_only or custom_load_fn)
     if tier is not None and resumes and tier.may_resume(load_dir, load_lr_scheduler_states) and is_fresh(engine):
-        with restart.restored(tier, engine, load_dir) as found:
-            if found is not None:
-                return _resume(original, engine, found, tier, load_dir, how)
-    site = site_of(engine)
-    tag = _agree_on_tag(site, load_dir, tag)
+        found = restart.restored(tier, load_dir)
+        if found is not None:
+            return _resume(original, engine, found, tier, load_dir, how)
+    roles = roles_of(engine)
+    tag = agree_on_tag(roles, load_dir, tag)
     if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
         if tier is not None:
-            tier.begins_in(load_dir)
+            tier.begins_in(load_dir, "")
         return original(engine, load_dir)
-    return _load(original, engine, site, load_dir, tag, how)
+    result = _load(original, engine, roles, Path(load_dir), tag, how)
+    if tier is not None:
+        tier.begins_in(load_dir, folders.newest_marker(Path(load_dir)))
+    return result
 
 
-def _resume(
-    original: Callable[..., tuple],
-    engine: Any,
-    found: restart.Restored,
-    tier: MemoryTier,
-    load_dir: str | os.PathLike,
-    how: Mapping[str, Any],
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Load the checkpoint that memory had, and what else was in it."""
-    # Its content was compared with a checksum on its way here.
-    own = (found.own or {}).get("states")
-    path, client_state = _load(original, engine, found.site, found.folder, found.tag, how, own, contents=False)
-    restart.resume_random_numbers(found)
+def _resume(original: Any, engine: Any, found: restart.Restored, tier: MemoryTier, load_dir: Any, how: How) -> Result:
+    """Load what memory had, and what else was in it."""
+    session = _Loading(None, found.model, found.optimizer)
+    if found.own is not None and "states" in found.own:
+        restore_own(session.model, found.own["states"])
+    _, client_state = _apply(original, engine, session, load_dir, "memory", how)
     if found.own is not None:
+        set_random_states(found.own["random"])
         client_state = {**(client_state or {}), **found.own["client_state"]}
-    tier.begins_in(load_dir)
+    tier.begins_in(load_dir, folders.newest_marker(Path(load_dir)))
     log_rank0(f"resumed from {found.words}")
-    return path, client_state
+    return str(tier.folder), client_state
 
 
-def _load(
-    original: Callable[..., tuple],
-    engine: Any,
-    site: Site,
-    load_dir: str | os.PathLike,
-    tag: str,
-    how: Mapping[str, Any],
-    own: Mapping[str, Any] | None = None,
-    *,
-    contents: bool = True,
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Load a checkpoint that is there. Collective over the world.
+class _Saved:
+    """A checkpoint on disk, from the point of view of one rank that loads it."""
+
+    def __init__(self, engine: Any, roles: Roles, target: Path) -> None:
+        self._engine, self._roles, self.folder, self.groups = engine, roles, target, roles.groups
+        self.manifest: Manifest | None = None
+        self.reshapes = False
+        try:
+            self.manifest = manifest.read(target)
+            self.shards = self.manifest.shards
+        except FileNotFoundError:
+            self.shards = manifest.count_shards(target)
+            refuse_lost_manifest(target, roles.shard % max(self.shards, 1))
+
+    @property
+    def records(self) -> Mapping[str, FileRecord]:
+        return {} if self.manifest is None else self.manifest.files
+
+    @property
+    def model_states_shard(self) -> int:
+        """The shard whose file of model states has what belongs to this rank beside it: the one that this rank had, if
+        as many ranks have saved."""
+        return self._roles.groups.full.rank % self.shards
+
+    @property
+    def own_state(self) -> Path | None:
+        """The file with what this rank had of its own."""
+        path = self.folder / OWN_STATE.format(rank=self._roles.rank)
+        if self.manifest is None or path.name not in self.manifest.files:
+            return None
+        return path if self.manifest.ranks == self._roles.groups.layout.world_size else None
+
+    def model_states(self, shard: int) -> Path:
+        return self.folder / seam.model_states_name(self._engine, shard)
+
+    def optimizer_states(self, shard: int) -> Path:
+        return self.folder / seam.optimizer_states_name(self._engine, shard)
+
+    def needed(self) -> list[str]:
+        """Names of the files that this rank reads."""
+        shards = [self._roles.shard] if self.shards == self._roles.groups.partition.size else range(self.shards)
+        kinds = (self.model_states, self.optimizer_states)
+        own = [] if self.own_state is None else [self.own_state.name]
+        return [path(shard).name for path in kinds for shard in shards] + own
+
+
+def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) -> list[str]:
+    """Why this checkpoint cannot be loaded, as far as names and sizes of its files tell this rank."""
+    target, p = saved.folder, roles.groups.partition.size
+    if saved.shards == 0:
+        return [reshape.what_else_it_is(target)]
+    found = saved.manifest
+    if found is not None and found.model_parallel != len(roles.offsets):
+        return [f"it was saved by a job with model parallelism {found.model_parallel}"]
+    needed = saved.needed()
+    damages = manifest.damages(target, needed, saved.records, contents=False)
+    if found is not None and not found.node_local:
+        own = OWN_STATE.format(rank=roles.rank)
+        lost = [name for name in {*needed, own} if name not in found.files and (target / name).exists()]
+        damages += [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
+    if not damages:
+        return []
+    other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
+    if with_optimizer and (target / other).exists():
+        damages.append("it was saved by a job of another 16-bit type (bf16 or not), whose optimizer states differ")
+    elif found is not None and found.node_local and not roles.node_local:
+        damages.append("it was saved with use_node_local_storage: this folder has the shards of one node only")
+    elif found is not None and found.node_local and saved.shards != p:
+        damages.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
+    return damages
+
+
+def _misfits(engine: Any, roles: Roles, saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
+    """Why this checkpoint does not fit the engine, by its model states."""
+    p = roles.groups.partition.size
+    mine, theirs = ShardLayout(p, seam.param_shapes(engine)), ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
+    here = Parameters(mine.shapes, seam.frozen_shapes(engine))
+    there = Parameters(theirs.shapes, states.get(reshape.FROZEN_SHAPES))
+    if not how["load_optimizer_states"]:
+        saved.reshapes = saved.shards != p
+        strange = reshape.why_not_these_weights(here, there) if how["load_module_strict"] else []
+    else:
+        saved.reshapes = not mine.same_as(theirs)
+        strange = reshape.why_not_these(here, there)
+    if strange or not saved.reshapes or roles.groups.config.reshape_checkpoint:
+        return strange
+    found = (
+        f"it has {saved.shards} shards and this job {p}"
+        if saved.shards != p
+        else "its optimizer sub-groups (sub_group_size, parameter groups) are not this job's"
+    )
+    return [
+        f'{found}: set "mics_reshape_checkpoint": true under zero_optimization to have it cut anew while loading, or '
+        f"do so once with {RESHAPE_COMMAND} {saved.folder} NEW_FOLDER --shards {p}"
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+class _Reader:
+    """Reads files with the other replicas of this rank's shard: each reads a part, and they exchange it.
 
     Args:
-        own: what this rank had of its own, if that is not in a file of the checkpoint.
-        contents: compare files with their checksums first.
+        group: the replicas; ``None`` if this rank is alone, or sees another folder than they do.
     """
-    target = Path(load_dir) / tag
-    saved = _check(engine, site, Path(load_dir), tag, how["load_optimizer_states"], contents)
-    _report(site, target, saved)
-    session = _Loading(engine, saved, saved.own_state or own, how["load_optimizer_states"])
-    with seam.CheckpointFiles.of(engine).through(session), seam.weights_from(tag):
-        path, client_state = original(engine, load_dir, tag=tag, **how)
+
+    def __init__(self, group: RankGroup | None) -> None:
+        self._group, self._device = group, communication_device()
+        self._size, self._place = (1, 0) if group is None else (group.size, group.rank)
+        self._incomplete: list[torch.Tensor] = []
+        self.sharers = Sharers(self._place, self._size, self._incomplete.append)
+
+    def read(self, path: Path, record: FileRecord, errors: list[str]) -> dict[str, Any]:
+        """What is in a file, compared with its record. Collective over the replicas.
+
+        Args:
+            errors: for what is wrong with it, and for what this rank alone could not do.
+
+        Returns:
+            The states; nothing if there are errors on this rank or on another replica.
+        """
+        image, sums, failed = Image(record.bytes), list[int](), list[str]()
+        attempt(lambda: image.leave_holes(path), failed)
+        silent = dist.get_rank() != 0
+        with tqdm(total=record.bytes, desc=path.name, unit="B", unit_scale=True, delay=SLOW_S, disable=silent) as bar:
+            for start in range(0, record.bytes, _BLOCK):
+                stop = min(start + _BLOCK, record.bytes)
+                part = torch.zeros(-(-(stop - start) // self._size), dtype=torch.uint8, device="cpu")
+                first = start + self._place * part.numel()
+                mine = part[: max(0, min(stop - first, part.numel()))]
+                if not failed:
+                    attempt(functools.partial(_pread, path, mine, first), failed)
+                sums.append(-1 if failed else zlib.crc32(mine.numpy().data))
+                block = self._all_gather(part).view(-1)[: stop - start]
+                if not failed:
+                    attempt(functools.partial(image.fill, block, start), failed)
+                bar.update(stop - start)
+        errors += failed
+        rows = self._all_gather(torch.tensor(sums or [0], dtype=torch.int64)).tolist()
+        if any(-1 in row for row in rows):
+            return {}
+        if self._joined(rows, record.bytes) != record.crc32:
+            errors.append(manifest.other_content(path))
+            return {}
+        states: dict[str, Any] = {}
+        attempt(lambda: states.update(image.load(functools.partial(seam.load_states, name=path))), errors)
+        return states
+
+    def _joined(self, rows: Sequence[Sequence[int]], nbytes: int) -> int:
+        """The checksum of the file, by those of its parts, of each replica and block."""
+        joined = 0
+        for number, start in enumerate(range(0, nbytes, _BLOCK)):
+            length = min(_BLOCK, nbytes - start)
+            width = -(-length // self._size)
+            for place, row in enumerate(rows):
+                joined = manifest.join(joined, row[number], max(0, min(width, length - place * width)))
+        return joined
+
+    def _all_gather(self, row: torch.Tensor) -> torch.Tensor:
+        """(r, ...) in host memory."""
+        if self._group is None:
+            return row[None]
+        return collectives.all_gather_rows(row.to(self._device), self._group, "parts of checkpoint files").cpu()
+
+    def complete(self) -> None:
+        """Add what the other replicas have copied of shards that were cut anew. Collective over the replicas."""
+        if self._group is None:
+            return
+        for flat in self._incomplete:
+            content = flat.view(torch.uint8)
+            for start in range(0, content.numel(), _BLOCK):
+                part = content[start : start + _BLOCK].to(self._device)
+                collectives.sum_over_(part, self._group, "parts of a checkpoint")
+                content[start : start + _BLOCK].copy_(part)
+
+
+def _pread(path: Path, room: torch.Tensor, start: int) -> None:
+    view = room.numpy().data
+    with open(path, "rb", buffering=0) as file:
+        while view:
+            count = os.preadv(file.fileno(), [view], start)
+            if not count:
+                raise OSError(f"{path} became shorter while it was read")
+            view, start = view[count:], start + count
+
+
+def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
+    """Compare all files with their records: all ranks together read every byte once. Collective over the world."""
+    segments = [
+        (name, start, min(start + _SEGMENT, record.bytes))
+        for name, record in sorted(saved.records.items())
+        for start in range(0, max(record.bytes, 1), _SEGMENT)
+    ]
+    sums, errors = [0] * len(segments), list[str]()
+    place, count = roles.peers.index(roles.rank), len(roles.peers)
+
+    def read(number: int) -> None:
+        name, start, stop = segments[number]
+        with open(saved.folder / name, "rb", buffering=0) as file:
+            sums[number] = 1 + manifest.range_checksum(file, start, stop)
+
+    for number in range(place, len(segments), count):
+        attempt(functools.partial(read, number), errors)
+    joined: dict[str, int] = {}
+    for (name, start, stop), one_more in zip(segments, elementwise_max(sums) if segments else []):
+        joined[name] = manifest.join(joined.get(name, 0), one_more - 1, stop - start)
+    if not errors:
+        wrong = (name for name, record in saved.records.items() if joined[name] != record.crc32)
+        errors += [manifest.other_content(saved.folder / name) for name in wrong]
+    return errors
+
+
+class _Loading:
+    """Stands between DeepSpeed and the files while loading, and has their content.
+
+    Args:
+        saved: what is loaded; ``None`` for what comes from memory.
+        weights: this rank's shards, if they alone are loaded.
+    """
+
+    def __init__(
+        self,
+        saved: _Saved | None,
+        model: dict[str, Any],
+        optimizer: dict[str, Any],
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.model_states_shard = None if saved is None else saved.model_states_shard
+        self.model, self._optimizer, self.weights = model, optimizer, weights
+
+    @property
+    def weights_are_set(self) -> bool:
+        """Whether only the rest of the module is left to load."""
+        return self.weights is not None
+
+    def make(self, make: Callable[[], Any]) -> None:
+        make()
+
+    def read(self, path: str) -> dict[str, Any]:
+        return self._optimizer if path.endswith("_optim_states.pt") else self.model
+
+
+def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how: How) -> Result:
+    """Load a checkpoint that is on disk. Collective over the world."""
+    started, target, errors, found = time.monotonic(), folder / tag, list[str](), list[_Saved]()
+    doing = f"reading {target}"
+
+    def look() -> None:
+        if not target.is_dir():
+            raise MicsCheckpointError(f"{target} does not exist")
+        found.append(_Saved(engine, roles, target))
+        errors.extend(_objections(engine, roles, found[0], how["load_optimizer_states"]))
+
+    attempt(look, errors)
+    described = found[0].manifest.dumps() if found and found[0].manifest is not None and not roles.node_local else ""
+    notes, same = exchange_and_compare({"errors": errors}, described, doing)
+    _require(notes, folder, tag)
+    if not same:
+        raise MicsCheckpointError(f"Ranks see different checkpoints in {target}: it is being replaced. Load it again.")
+    saved, p = found[0], roles.groups.partition.size
+    _report(roles, saved)
+    reader = _Reader(None if roles.node_local else roles.groups.replication)
+    if saved.shards != p:
+        _require(exchange({"errors": _check_contents(roles, saved)}, doing), folder, tag)
+    model: dict[str, Any] = {}
+
+    def fits() -> None:
+        own = saved.own_state
+        if own is not None:
+            errors.extend(manifest.damages(target, [own.name], saved.records))
+        if own is not None and not errors:
+            restore_own(model, seam.load_states(own))
+        errors.extend(_misfits(engine, roles, saved, model, how))
+
+    shard = saved.model_states_shard
+    model |= _states(reader, saved, saved.model_states(shard), errors)
+    if not errors and model:
+        attempt(fits, errors)
+    _require(exchange({"errors": errors}, doing), folder, tag)
+    session = _read_the_rest(engine, roles, saved, reader, model, how, errors)
+    _require(exchange({"errors": errors}, doing), folder, tag)
+    reader.complete()
+    if session.weights is not None:
+        seam.set_shards(engine, session.weights)
+    path, client_state = _apply(original, engine, session, folder, tag, how)
     if engine.optimizer.mics_guard is not None:
         engine.optimizer.mics_guard.loaded(engine, target)
+    if saved.manifest is not None:
+        tell_speed(target, saved.manifest.total_bytes, started)
     return path, client_state
 
 
-def _check(engine: Any, site: Site, folder: Path, tag: str, with_optimizer: bool, contents: bool) -> _Saved:
-    """What is in a checkpoint that can be loaded.
-
-    Raises:
-        MicsCheckpointError: on every rank: it cannot.
-    """
-    target = folder / tag
-    note: dict[str, Any] = {"errors": []}
-    found: list[_Saved] = []
-
-    def check() -> None:
-        if not target.is_dir():
-            raise MicsCheckpointError(f"{target} does not exist")
-        found.append(_Saved(engine, target, site.shard))
-        note["errors"] += _objections(engine, site, target, found[0], with_optimizer, contents)
-
-    attempt(check, note["errors"])
-    notes = exchange(note, f"checking {target}")
+def _require(notes: list[dict[str, Any]], folder: Path, tag: str) -> None:
+    """Raise on all ranks what any of them has noted, with what else could be loaded."""
     if not any(item["errors"] for item in notes):
-        return found[0]
+        return
     mine: list[str] = []
-    attempt(lambda: mine.extend(manifest.complete_tags(folder)), [])
-    seen = exchange({"complete": mine}, f"checking {target}")
+    attempt(lambda: mine.extend(folders.complete_tags(folder)), [])
+    seen = exchange({"complete": mine}, f"looking into {folder}")
     complete = sorted(set.intersection(*(set(item["complete"]) for item in seen)) - {tag})
     others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
-    raise_together(notes, f"Checkpoint {target} cannot be loaded.", f"No state was changed.{others}")
-    raise AssertionError("some rank had an objection")
+    raise_together(notes, f"Checkpoint {folder / tag} cannot be loaded.", f"{UNCHANGED}{others}")
 
 
-def _report(site: Site, target: Path, saved: _Saved) -> None:
+def _report(roles: Roles, saved: _Saved) -> None:
     """Say what is unusual about a checkpoint that is about to be loaded."""
     if saved.manifest is None:
-        log_rank0(f"{target} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
+        log_rank0(f"{saved.folder} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
     elif not saved.manifest.protected:
-        log_rank0(f"{target} is of an older mics_ds, whose {manifest.NAME} has no checksum of its own")
+        log_rank0(f"{saved.folder} is of an older mics_ds, whose {manifest.NAME} has no checksum of its own")
+    if saved.manifest is not None and saved.manifest.ranks != roles.groups.layout.world_size:
+        log_rank0(f"{saved.folder} was saved by {saved.manifest.ranks} ranks")
+
+
+def _states(reader: _Reader, saved: _Saved, path: Path, errors: list[str]) -> dict[str, Any]:
+    """What is in a file, read together and compared with its record, if it has one and that was not done before."""
+    record = saved.records.get(path.name)
+    if record is not None and saved.shards == saved.groups.partition.size:
+        return reader.read(path, record, errors)
+    states: dict[str, Any] = {}
+    attempt(lambda: states.update(seam.load_states(path, mmap=saved.shards != saved.groups.partition.size)), errors)
+    return states
+
+
+def _read_the_rest(
+    engine: Any,
+    roles: Roles,
+    saved: _Saved,
+    reader: _Reader,
+    model: dict[str, Any],
+    how: How,
+    errors: list[str],
+) -> _Loading:
+    """Optimizer states, or of weights alone the shards, for this rank. Collective over the replicas."""
+    p, shard, weights = roles.groups.partition.size, roles.shard, not how["load_optimizer_states"]
+    consolidates = weights and (how["custom_load_fn"] is not None or not seam.keeps_shards_in_memory(engine))
     if saved.reshapes:
-        log_rank0(f"{target} has {saved.shards} shards; they are cut into {site.groups.partition.size} while loading")
-    elif saved.manifest is not None and saved.manifest.ranks != site.groups.layout.world_size:
-        log_rank0(f"{target} was saved by {saved.manifest.ranks} ranks, with as many shards as now; it loads as it is")
+        log_rank0(f"{saved.folder} has {saved.shards} shards; they are cut into {p} while loading")
+    own: dict[str, Any] = {}
+    if not saved.reshapes:
+        own = _states(reader, saved, saved.optimizer_states(shard), errors)
+    if errors or consolidates or not (own or saved.reshapes):
+        return _Loading(saved, model, own)
+    old, shards = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES]), dict[str, torch.Tensor]()
+    sharers = reader.sharers if saved.reshapes else reshape.ALONE
+
+    def model_states(old_shard: int) -> Mapping[str, Any]:
+        mapped = saved.reshapes and saved.shards != p
+        return seam.load_states(saved.model_states(old_shard), mmap=True) if mapped else model
+
+    def optimizer_states(old_shard: int) -> Mapping[str, Any]:
+        return seam.load_states(saved.optimizer_states(old_shard), mmap=True) if saved.reshapes else own
+
+    def frozen() -> dict[str, torch.Tensor]:
+        shapes = model[reshape.FROZEN_SHAPES] if model.get(reshape.FROZEN_SHARDS) else {}
+        return reshape.reshape_frozen(model_states, shapes, saved.shards, p, shard, sharers)
+
+    def cut_weights() -> None:
+        shards.update(reshape.weights_of(optimizer_states, old, old.shapes, p, shard, sharers), **frozen())
+        model[reshape.FROZEN_SHARDS] = None
+
+    def cut_anew() -> None:
+        if model.get(reshape.FROZEN_SHARDS) and saved.shards != p:
+            model[reshape.FROZEN_SHARDS] = frozen()
+        new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
+        own.update(reshape.reshape_optimizer(optimizer_states, old, new, shard, owners, sharers))
+
+    if weights or saved.reshapes:
+        attempt(cut_weights if weights else cut_anew, errors)
+    return _Loading(saved, model, own, shards if weights else None)
 
 
-def _agree_on_tag(site: Site, load_dir: Any, tag: Any) -> str | None:
-    """The tag to load, the same on all ranks; ``None`` if there is no latest one.
-
-    ``latest`` is replaced after everything else, node by node on local folders. If that was interrupted, the
-    newer checkpoint is complete on all nodes, and is taken.
-    """
-    note: dict[str, Any] = {"asked": None, "latest": None, "steps": -1, "errors": []}
-
-    def look() -> None:
-        folder = Path(load_dir)
-        if tag is not None:
-            note["asked"] = str(tag)
-            names.check_tag(note["asked"])
-        if site.publishes:
-            for remains in manifest.interrupted_saves(folder):
-                log_rank0(f"{remains} is left from an interrupted save; it is not a checkpoint and is ignored")
-        if tag is None:
-            note["latest"] = names.read_latest(folder)
-        wanted = note["latest"] if tag is None else note["asked"]
-        if wanted and site.publishes and manifest.recover(folder / wanted):
-            log_rank0(f"{folder / wanted} was being replaced when that was interrupted; the older one is back")
-        if wanted and tag is None and site.node_local and (folder / wanted / manifest.NAME).is_file():
-            note["steps"] = manifest.read(folder / wanted).global_steps
-
-    attempt(look, note["errors"])
-    folder, asked = load_dir, note["asked"]
-    notes = exchange(note, f"looking for a checkpoint in {folder}")
-    raise_together(notes, f"No checkpoint can be loaded from {folder}.", "No state was changed.")
-    if len({item["asked"] for item in notes}) > 1:
-        raise MicsCheckpointError(
-            f"All ranks must load the same tag, got {', '.join(repr(item['asked']) for item in notes[:8])} in rank "
-            f"order. Give every rank the same one."
-        )
-    if asked is not None:
-        return asked
-    found = {item["latest"] for item in notes}
-    if len(found) == 1:
-        return note["latest"]
-    seeing = [rank for rank, item in enumerate(notes) if item["latest"] is not None]
-    if not site.node_local:
-        raise MicsCheckpointError(
-            f"{Path(folder) / manifest.LATEST} says "
-            + "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(item["latest"] for item in notes))
-            + ". The folder has to be on storage that all nodes share; for folders local to each node set "
-            '"checkpoint": {"use_node_local_storage": true}.'
-        )
-    newest = max((notes[rank] for rank in seeing), key=lambda item: item["steps"])["latest"]
-    log_rank0(f"nodes disagree on the latest checkpoint in {folder}, as after an interrupted save; taking {newest}")
-    return newest
-
-
-def _objections(
-    engine: Any, site: Site, target: Path, saved: _Saved, with_optimizer: bool, contents: bool
-) -> list[str]:
-    """Why this checkpoint cannot be loaded, as far as this rank can see. Empty if it can."""
-    p = site.groups.partition.size
-    if saved.shards == 0:
-        return [mismatch.what_else_it_is(target)]
-    if saved.manifest is not None and saved.manifest.model_parallel != dist.get_world_size() // len(
-        site.groups.layout.ranks
-    ):
-        return [f"it was saved by a job with model parallelism {saved.manifest.model_parallel}"]
-    shards = [site.shard] if saved.shards == p else range(saved.shards)
-    needed = [seam.model_states_name(engine, shard) for shard in shards]
-    if with_optimizer:
-        needed += [seam.optimizer_states_name(engine, shard) for shard in shards]
-    else:  # DeepSpeed takes the weights from all fp32 shards then
-        needed += [seam.optimizer_states_name(engine, shard) for shard in range(saved.shards)]
-    needed += [] if saved.own_state is None else [saved.own_state.name]
-    records = {} if saved.manifest is None else saved.manifest.files
-    # Sizes of what this rank will read; contents are shared out, so that every file is read once for it.
-    content = needed if site.node_local else sorted(records)[site.rank :: len(site.peers)]
-    found = _unrecorded(target, saved, [*needed, CLIENT_STATE.format(rank=site.rank)])
-    found += manifest.damages(target, [name for name in needed if name not in content], records, contents=False)
-    found += manifest.damages(target, content, records, contents=contents)
-    if found:
-        other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
-        if with_optimizer and (target / other).exists():
-            found.append("it was saved by a job of another 16-bit type (bf16 or not), whose optimizer states differ")
-        elif saved.manifest is not None and saved.manifest.node_local and not site.node_local:
-            found.append("it was saved with use_node_local_storage: this folder has the shards of one node only")
-        elif saved.manifest is not None and saved.manifest.node_local and saved.shards != p:
-            found.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
-        return found
-    if with_optimizer:
-        states = seam.load_states(saved.model_states(saved.model_states_shard), mmap=True)
-        saved.layout = reshape.ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
-        mine = reshape.ShardLayout(p, seam.param_shapes(engine))
-        there = Parameters(saved.layout.shapes, states.get(reshape.FROZEN_SHAPES))
-        strange = mismatch.why_not_these(Parameters(mine.shapes, seam.frozen_shapes(engine)), there)
-        if strange:
-            return strange
-        saved.reshapes = not mine.same_as(saved.layout)
-    else:
-        saved.reshapes = saved.shards != p
-    if saved.reshapes and not site.groups.config.reshape_checkpoint:
-        how = (
-            f"it has {saved.shards} shards and this job {p}"
-            if saved.shards != p
-            else "its optimizer sub-groups (sub_group_size, parameter groups) are not this job's"
-        )
-        return [
-            f'{how}: set "mics_reshape_checkpoint": true under zero_optimization to have it cut anew while loading, or '
-            f"do so once with {RESHAPE_COMMAND} {target} NEW_FOLDER --shards {p}"
-        ]
-    return []
-
-
-def _unrecorded(target: Path, saved: _Saved, wanted: list[str]) -> list[str]:
-    """Files that are there and that a complete manifest would have. One of a node has that node's only."""
-    if saved.manifest is None or saved.manifest.node_local:
-        return []
-    lost = [name for name in wanted if name not in saved.manifest.files and (target / name).exists()]
-    return [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
+def _apply(original: Any, engine: Any, session: _Loading, folder: Any, tag: str, how: How) -> Result:
+    # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
+    session.model[reshape.DP_WORLD_SIZE] = engine.seq_dp_world_size
+    with seam.loading(engine, session, tag):
+        return original(engine, folder, tag=tag, **how)

@@ -1,12 +1,7 @@
-"""What makes a checkpoint folder complete: a manifest, and the order in which things reach the disk.
+"""What a complete checkpoint consists of: a manifest with sizes and checksums, and how files are compared with it.
 
-    DIR/.TAG.partial/      being written; never looked at by anybody who loads
-    DIR/TAG/               published by one rename, with the manifest inside
-    DIR/.TAG.replaced/     an older checkpoint of the same tag, for the moment between two renames
-    DIR/latest             names the tag; replaced by a rename, after everything else (:mod:`.names`)
-
-A folder with a manifest was therefore complete once, and the sizes and checksums in the manifest tell
-whether it still is. The manifest has a checksum of its own. Plain files and JSON: no torch, no ranks.
+A folder with a manifest was complete once; the manifest tells whether it still is. It has a checksum of its own and a
+strict schema. Checksums of files are CRC-32. Plain files and JSON: no ranks, no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,29 +10,33 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MicsCheckpointError
-from . import checksum
 
 NAME = "mics_manifest.json"
-LATEST = "latest"
-FORMAT: Literal[2] = 2
-UNPROTECTED_FORMAT: Literal[1] = 1
+FORMAT: Literal[3] = 3
+_WITHOUT_SAVE: Literal[2] = 2
+"""From before a manifest named the save that wrote it. Read, never written."""
+_UNPROTECTED: Literal[1] = 1
 """From before manifests had a checksum of their own. Read, never written."""
 ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
 """Load what MiCS wrote although its manifest is gone."""
+OWN_STATE = "mics_client_state_rank_{rank}.pt"
+"""What a rank has of its own. The name is from before anything but the client state was in it."""
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
-"""Of ranks. Bounded, because loops run over it."""
+"""A number of ranks. Bounded, because loops run over it."""
 Size = Annotated[int, Field(ge=0)]
 
 
@@ -76,7 +75,9 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileRecord]
     """By name, relative to the folder."""
-    format: Literal[1, 2] = FORMAT
+    save: str = ""
+    """Names the save that wrote it, unlike that of any other save."""
+    format: Literal[1, 2, 3] = FORMAT
 
     def __post_init__(self) -> None:
         if self.shards * self.replicas != self.ranks or sum(self.ranks_per_node) != self.ranks:
@@ -91,7 +92,7 @@ class Manifest:
     @property
     def protected(self) -> bool:
         """Whether it was read with a checksum of its own, which was right."""
-        return self.format != UNPROTECTED_FORMAT
+        return self.format != _UNPROTECTED
 
     @property
     def total_bytes(self) -> int:
@@ -99,22 +100,30 @@ class Manifest:
 
     def dumps(self) -> str:
         data = asdict(self)
+        if self.format < FORMAT:
+            del data["save"]
         if self.protected:
             data[_CHECKSUM] = _checksum(json.dumps(data, sort_keys=True))
         return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def loads(cls, text: str | bytes) -> Manifest:
-        """Raises ValueError or RecursionError for anything but what :meth:`dumps` returns, layout of the text apart."""
+        """Parse what :meth:`dumps` returns, layout of the text apart.
+
+        Raises:
+            ValueError, RecursionError: it is anything else.
+        """
         data = json.loads(text)
         if not isinstance(data, dict) or type(data.get("format")) is not int:
             raise ValueError("there is no format number in it")
-        if data["format"] not in (UNPROTECTED_FORMAT, FORMAT):
+        if data["format"] not in (_UNPROTECTED, _WITHOUT_SAVE, FORMAT):
             raise ValueError(f"it has format {data['format']}, and this mics_ds knows formats up to {FORMAT}")
-        written = data.pop(_CHECKSUM, None) if data["format"] != UNPROTECTED_FORMAT else None
+        if ("save" in data) != (data["format"] == FORMAT):
+            raise ValueError("save: it belongs to the newest format, and to that alone")
+        written = data.pop(_CHECKSUM, None) if data["format"] != _UNPROTECTED else None
         # What is checked is also what is read: spaces and the order of keys do not count, everything else does.
         body = json.dumps(data, sort_keys=True)
-        if data["format"] == FORMAT and written != _checksum(body):
+        if data["format"] != _UNPROTECTED and written != _checksum(body):
             raise ValueError("its own checksum is wrong")
         return _SCHEMA.validate_json(body)
 
@@ -128,143 +137,18 @@ def _checksum(body: str) -> str:
     return f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
 
 
-CLIENT_STATE = "mics_client_state_rank_{rank}.pt"
-_OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$")
-
-
-def staging_folder(target: Path) -> Path:
-    """Where the checkpoint that will be ``target`` is written."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def _replaced_folder(target: Path) -> Path:
-    return target.with_name(f".{target.name}.replaced")
-
-
-def is_remains(name: str) -> bool:
-    """Whether a folder with this name is not a checkpoint, but on its way to become one or to be removed."""
-    return name.startswith(".") and name.endswith((".partial", ".replaced"))
-
-
-def noted(files: Mapping[str, FileRecord]) -> dict[str, list[int]]:
+def as_json(files: Mapping[str, FileRecord]) -> dict[str, list[int]]:
     """Records of files as something that JSON can hold."""
     return {name: [record.bytes, record.crc32, record.writer] for name, record in files.items()}
 
 
-def recorded(notes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, FileRecord]:
-    """The records in what several ranks :func:`noted`."""
+def from_json(notes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, FileRecord]:
+    """The records in what several ranks made with :func:`as_json`."""
     return {name: FileRecord(*record) for note in notes for name, record in note.items()}
 
 
-def discard(staging: Path) -> None:
-    """Remove what will not become a checkpoint, as far as that is possible."""
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def interrupted_saves(folder: Path) -> list[Path]:
-    """Remains of saves that never ended."""
-    return sorted(folder.glob(".*.partial"))
-
-
-def seal(path: Path, writer: int) -> FileRecord:
-    """Force a file that this process has written to the disk and describe it."""
-    _sync(path)
-    size, crc32 = checksum.digest_written(path)
-    return FileRecord(size, crc32, writer)
-
-
-def add_scripts(scripts: Iterable[str | os.PathLike], folder: Path) -> None:
-    """Copy scripts to the folder that checkpoints are in, as DeepSpeed does, to be run there."""
-    for script in scripts:
-        target = folder / os.path.basename(script)
-        shutil.copyfile(script, target)
-        target.chmod(target.stat().st_mode | stat.S_IEXEC)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text; at any moment it has its old or its new content."""
-    beside = path.with_name(f".{path.name}.partial-file")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    _sync(path.parent)
-
-
-def publish(staging: Path, target: Path, manifest: Manifest) -> None:
-    """Turn a folder with all its files into a checkpoint.
-
-    Files in an older ``target`` that were not part of that checkpoint move into the new one.
-
-    Raises:
-        MicsCheckpointError: files are missing in ``staging`` or have other sizes than their writers saw.
-        OSError: the disk refused. Whatever was there before is still there.
-    """
-    absent = [
-        name
-        for name, record in manifest.files.items()
-        if not (staging / name).is_file() or (staging / name).stat().st_size != record.bytes
-    ]
-    if absent:
-        writers = sorted({manifest.files[name].writer for name in absent})
-        raise MicsCheckpointError(
-            f"{', '.join(sorted(absent)[:4])}{' and more' if len(absent) > 4 else ''}, written by ranks {writers}, "
-            f"cannot be seen in {staging} by the rank that publishes it. The folder has to be on storage that all "
-            f'nodes share; for folders local to each node set "checkpoint": {{"use_node_local_storage": true}}.'
-        )
-    write_text(staging / NAME, manifest.dumps())
-    _sync(staging)
-    replaced = _replaced_folder(target)
-    if target.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        strangers = _strangers(target)
-        os.rename(target, replaced)
-    else:
-        strangers = []
-    try:
-        os.rename(staging, target)
-    except Exception:
-        recover(target)
-        raise
-    _sync(target.parent)
-    for name in strangers:
-        if not (target / name).exists():
-            os.rename(replaced / name, target / name)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def _strangers(folder: Path) -> list[str]:
-    """Files that somebody else keeps in a checkpoint folder."""
-    try:
-        own = {NAME, *read(folder).files}
-    except (FileNotFoundError, MicsCheckpointError):
-        own = {NAME}
-    return [entry.name for entry in folder.iterdir() if entry.name not in own and not _OURS.search(entry.name)]
-
-
-def recover(target: Path) -> bool:
-    """Undo a publication that was killed between its two renames. Returns whether there was one."""
-    replaced = _replaced_folder(target)
-    if target.exists() or not replaced.exists():
-        return False
-    os.rename(replaced, target)
-    return True
-
-
 def read(folder: Path) -> Manifest:
-    """The manifest of a published checkpoint.
+    """Read the manifest of a published checkpoint.
 
     Raises:
         FileNotFoundError: it has none: written by stock DeepSpeed, or by an interrupted save of it.
@@ -291,28 +175,15 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 
 def count_shards(folder: Path) -> int:
-    """p of a checkpoint without a manifest, from the names of its files. 0 if there are none."""
+    """Find p of a checkpoint without a manifest by the names of its files. 0 if there are none."""
     found = (re.match(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt$", path.name) for path in folder.glob("*.pt"))
     return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def complete_tags(folder: Path) -> list[str]:
-    """Tags in ``folder`` with a manifest that can be read, oldest training step first."""
-    found = []
-    for path in folder.glob(f"*/{NAME}"):
-        if is_remains(path.parent.name):
-            continue
-        try:
-            found.append((read(path.parent).global_steps, path.parent.name))
-        except (OSError, MicsCheckpointError):
-            continue
-    return [tag for _, tag in sorted(found)]
 
 
 def damages(
     folder: Path, names: Iterable[str], records: Mapping[str, FileRecord], *, contents: bool = True
 ) -> list[str]:
-    """What is wrong with these files, one sentence each. Files without a record need only exist.
+    """Say what is wrong with these files, one sentence each. Files without a record need only exist.
 
     Args:
         contents: read them and compare checksums, not sizes only.
@@ -326,6 +197,115 @@ def damages(
             continue
         elif path.stat().st_size != record.bytes:
             found.append(f"{path} has {path.stat().st_size} bytes where {record.bytes} were written")
-        elif contents and checksum.digest(path)[1] != record.crc32:
-            found.append(f"{path} has other content than was written (checksum)")
+        elif contents and file_checksum(path)[1] != record.crc32:
+            found.append(other_content(path))
     return found
+
+
+def other_content(path: Path) -> str:
+    return f"{path} has other content than was written (checksum)"
+
+
+# --------------------------------------------------------------------------------------------------
+# Checksums of files. torch sums up every record of an archive from memory while it writes, and CRCs of neighbouring
+# parts can be joined by arithmetic: of a file that was just written only headers, small records and padding are read.
+
+_CHUNK = 1 << 22
+_POLYNOMIAL = 0xEDB88320
+WORTH_JOINING = 1 << 16
+"""Bytes of a record from which on it is treated by itself."""
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+def seal(path: Path, writer: int) -> FileRecord:
+    """Force a file that this process has written to the disk and describe it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(*written_checksum(path), writer)
+
+
+def file_checksum(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file, from all of its content."""
+    with open(path, "rb", buffering=0) as file:
+        size = file.seek(0, 2)
+        return size, range_checksum(file, 0, size)
+
+
+def written_checksum(path: Path) -> tuple[int, int]:
+    """The same of a file that this process has just written, from the CRCs in it where it is an archive of torch.
+
+    What is summed up for a large record is what was in memory; if the disk has something else, the result differs from
+    that of :func:`file_checksum`.
+    """
+    with open(path, "rb", buffering=0) as file:
+        size, checksum, start = file.seek(0, 2), 0, 0
+        for entry, begin in large_records(path, file) if _sums_are_kept() else ():
+            checksum = range_checksum(file, start, begin, checksum)
+            checksum = join(checksum, entry.CRC, entry.file_size)
+            start = begin + entry.file_size
+        return size, range_checksum(file, start, size, checksum)
+
+
+def large_records(path: Path, file: BinaryIO) -> Iterator[tuple[zipfile.ZipInfo, int]]:
+    """Large records of an archive of torch, and where their content begins, in the order of the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < WORTH_JOINING:
+            continue
+        file.seek(entry.header_offset)
+        magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        if magic == b"PK\3\4":
+            yield entry, entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+
+
+def _sums_are_kept() -> bool:
+    """Whether torch writes real CRCs, which users can switch off."""
+    from torch import serialization  # here: tools that only read manifests need no torch
+
+    return bool(getattr(serialization, "get_crc32_options", lambda: True)())
+
+
+def range_checksum(file: BinaryIO, start: int, stop: int, checksum: int = 0) -> int:
+    """Continue a CRC-32 over a part of a file."""
+    file.seek(start)
+    while start < stop:
+        chunk = file.read(min(_CHUNK, stop - start))
+        if not chunk:
+            raise OSError(f"{file.name} became shorter while it was read")
+        checksum = zlib.crc32(chunk, checksum)
+        start += len(chunk)
+    return checksum
+
+
+def join(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two parts one after the other, from theirs and the bytes of the second."""
+    return _times(_shift(length), first) ^ second
+
+
+def _times(a: int, b: int) -> int:
+    """Product of two polynomials over GF(2) modulo that of CRC-32; the highest bit is the coefficient of x^0."""
+    product, mask = 0, 1 << 31
+    while mask:
+        if a & mask:
+            product ^= b
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+        mask >>= 1
+    return product
+
+
+@lru_cache(maxsize=1024)
+def _shift(length: int) -> int:
+    """x to the power of ``8 * length``: what appending so many bytes multiplies by."""
+    power, square = 1 << 31, 1 << 23  # x^0, x^8
+    while length:
+        if length & 1:
+            power = _times(square, power)
+        square = _times(square, square)
+        length >>= 1
+    return power

@@ -1,312 +1,470 @@
-"""Copies of training states in memory that outlives the process: where they are, and what makes one complete.
+"""The memory tier: every so many steps, training states are copied to memory that outlives the process, on two nodes.
 
-    FOLDER/mics_ds-UID-JOB/           on each node, readable by its owner only
-        SHARD.0, SHARD.1              content of the two newest copies of a shard, or of a slice of one, in turns
-        SHARD.0.json, SHARD.1.json    what it is, with checksums; written last, removed first
-
-Whatever has no description, or one that its content does not match, is not there. Plain files: no ranks.
+Each rank copies what it would copy for an asynchronous save, 1/r of its shard, and what is its own; the writer of a
+rank on the next node fetches the same. So any one node may be lost.
 """
 
 from __future__ import annotations
 
-import getpass
 import hashlib
+import importlib
 import json
 import os
-import shutil
+import random
 import sys
-import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
-from ..errors import MicsCheckpointError
-from .arena import Arena
-from .joints import Joint, StagedFile
-from .manifest import write_text
-from .recording import Recorded, replay
+from ..comm.groups import MicsGroups
+from ..config import CheckpointRequest
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import device_streams, steps_taken
+from ..errors import MicsCheckpointError, MicsConfigError, words
+from ..log import log_rank0, logger
+from .background import Background, at_end
+from .coordination import RankState, Roles, Run, elementwise_max, number_of
+from .copies import (
+    FORMAT,
+    Copying,
+    Description,
+    Place,
+    SharedMemory,
+    copies,
+    forget,
+    host_memory_left,
+    job_key,
+    read,
+    region,
+    require_own,
+)
+from .folder import FileLock, discard
+from .save import collect
+from .staging import Plan, Stager, pickled
+from .writer import Seal
 
-FORMAT = 2
 SLOTS = 2
-NEVER = NOBODY = 1 << 40
-"""Later than any step, and no rank: where the least of all ranks' numbers counts."""
-REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
-_PREFIX = "mics_ds"
-_CHUNK = 64 << 20
+NEVER = 1 << 40
+"""Later than any step, where the least of all ranks' steps counts."""
+
+ClientState = Callable[[], Mapping[str, Any]]
 
 
-class Description(NamedTuple):
-    """What is in one copy of a shard."""
+class Caller(NamedTuple):
+    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` when its own states are those of the end
+    of a step."""
 
-    job: str
-    step: int
-    """Optimizer steps before it."""
-    shard: int
-    shards: int
-    """p."""
-    layout: str
-    """Tells whether a model and its optimizer are cut into the same shards."""
-    homes: tuple[str, ...]
-    """Folders that the job resumes from."""
-    stale: str
-    """Why a script could not go on from here, if it could not."""
-    files: tuple[StagedFile, ...]
-    own: dict[str, tuple[int, int]]
-    """By global rank, where that rank's own part is: its client state and its random numbers."""
-    nbytes: int
-    crc32: int
-    seconds: float
-    """When it was taken, since the epoch."""
-    pickled: tuple[tuple[int, int], ...]
-    """Where the pickled part of each file is."""
-    slice: int = 0
-    slices: int = 1
-    """With world-sharded optimizer states, a copy has one of so many slices of the shard."""
-    joints: tuple[Joint, ...] = ()
-    """What is to be made of the slices."""
+    home: str
+    """The folder that it resumes from, if it is always the same."""
+    files: Callable[[], dict[str, bytes]]
+    """What it needs beside the engine's states, on this rank."""
+    takes_memory_for: Callable[[str], bool]
+    """Whether ``load_checkpoint`` of this folder may go on from memory."""
+    marker: Callable[[], str] = lambda: ""
+    """Of the newest checkpoint in the folder that it resumes from."""
 
 
-class Copy(NamedTuple):
-    """One copy of a shard that was found."""
-
-    description: Description
-    path: Path
-
-    @property
-    def model_parallel(self) -> int:
-        """The model-parallel rank."""
-        return int(self.path.name.partition("-")[0].removeprefix("mp"))
-
-    def place(self, shards: int) -> int:
-        """Among all copies of a step: by model-parallel rank, shard and slice."""
-        shard = self.model_parallel * shards + self.description.shard
-        return shard * self.description.slices + self.description.slice
-
-    def open(self) -> tuple[Description, Arena]:
-        """What it is, and its content, mapped. Whoever asks closes it."""
-        arena = open_content(self.path)
-        arena.map(self.description.nbytes)
-        return self.description, arena
-
-
-def job_key(name: str | None) -> str:
-    """What a job and its restarts have in common: the name it was given, or its command, folder and user."""
-    # The deepspeed launcher tells each rank its number by an argument.
-    command = [word for word in sys.argv if not word.startswith(("--local_rank", "--local-rank"))]
-    said = ["named", name] if name is not None else ["command", os.getcwd(), *command]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
-def region(folder: str | os.PathLike, key: str) -> Path:
-    return Path(folder) / f"{_PREFIX}-{os.getuid()}-{key}"
-
-
-def make_region(path: Path) -> None:
-    """
-    Raises:
-        MicsCheckpointError: it belongs to somebody else, who could have put anything there.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_own(path)
-
-
-def require_own(path: Path) -> None:
-    found = path.stat(follow_symlinks=False)
-    if found.st_uid != os.getuid() or found.st_mode & 0o022 or path.is_symlink():
-        raise MicsCheckpointError(
-            f"{path} can be written by others than {getpass.getuser()}; it is not used. Remove it"
-        )
-
-
-def shard_name(model_parallel_rank: int, shard: int, part: tuple[int, int] = (0, 1)) -> str:
-    """
-    Args:
-        part: which slice of how many.
-    """
-    number, slices = part
-    return f"mp{model_parallel_rank}-shard{shard}" + (f"-slice{number}of{slices}" if slices > 1 else "")
-
-
-def described_by(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def forget(path: Path) -> None:
-    """From now on the content of a copy may be anything."""
-    described_by(path).unlink(missing_ok=True)
-
-
-def seal(path: Path, description: Description, arena: Arena) -> Description:
-    """Describe a copy that is complete. Returns the description with the checksum."""
-    described = description._replace(crc32=_checksum(arena, description.nbytes))
-    describe(path, described)
-    return described
-
-
-def describe(path: Path, description: Description) -> None:
-    write_text(described_by(path), dumps(description))
-
-
-def dumps(description: Description) -> str:
-    fields = description._asdict()
-    fields["files"] = [[file.name, file.places] for file in description.files]
-    body = json.dumps(fields, sort_keys=True)
-    return json.dumps({"format": FORMAT, "body": body, "crc32": zlib.crc32(body.encode())})
-
-
-def loads(text: str | bytes) -> Description | None:
-    """The reverse; ``None`` for anything else."""
-    try:
-        said = json.loads(text)
-        if said["format"] != FORMAT or zlib.crc32(said["body"].encode()) != said["crc32"]:
-            return None
-        fields = json.loads(said["body"])
-        return Description(
-            **{
-                **fields,
-                "files": tuple(StagedFile(name, b"", _pairs(places)) for name, places in fields["files"]),
-                "pickled": _pairs(fields["pickled"]),
-                "own": {rank: (start, nbytes) for rank, (start, nbytes) in fields["own"].items()},
-                "homes": tuple(fields["homes"]),
-                "joints": tuple(_joint(*joint) for joint in fields["joints"]),
-            }
-        )
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
-        return None
-
-
-def _joint(nbytes: int, whole: int, piece: int, sizes: list[int], shards: list[int], itemsize: int) -> Joint:
-    return Joint(nbytes, whole, piece, tuple(sizes), tuple(shards), itemsize)
-
-
-def _pairs(places: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((start, nbytes) for start, nbytes in places)
-
-
-def _checksum(arena: Arena, nbytes: int) -> int:
-    crc = 0
-    for start in range(0, nbytes, _CHUNK):
-        crc = zlib.crc32(arena.buffer(start, min(_CHUNK, nbytes - start)), crc)
-    return crc
-
-
-def read(path: Path) -> Description | None:
-    """The description of a copy, or ``None`` if it has none that can be understood."""
-    try:
-        return loads(described_by(path).read_bytes())
-    except OSError:
-        return None
-
-
-def copies(path: Path) -> Iterator[Copy]:
-    """All complete copies in a job's region, judged by their descriptions."""
-    if not path.is_dir():
-        return
-    require_own(path)
-    for file in sorted(path.glob("mp*-shard*.[01]")):
-        description = read(file)
-        if description is not None:
-            yield Copy(description, file)
+class _Current:
+    caller: Caller | None = None
+    engines = 0
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Arena]:
-    """The content of a copy, not yet mapped."""
-    arena = open_content(path)
+def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
+    """Engines that are built meanwhile, and this one, are trained by a framework."""
+    before, _Current.caller = _Current.caller, caller
+    if hasattr(engine, "mics_memory"):
+        engine.mics_memory.belongs_to(caller)
     try:
-        yield arena
+        yield
     finally:
-        arena.close()
+        _Current.caller = before
 
 
-def open_content(path: Path) -> Arena:
-    """The same, for whoever closes it."""
-    return Arena(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+_regions: dict[Path, FileLock] = {}
+"""Those that this process holds, to its end."""
 
 
-def check(copy: Copy, arena: Arena) -> None:
-    """Map the content of a copy and compare it with its checksum.
+class MemoryTier:
+    """Copies of one engine's states in memory, on one rank. Made on all ranks at the same time.
+
+    Args:
+        request: with ``memory_every`` > 0.
 
     Raises:
-        MicsCheckpointError: it is not what was written.
+        MicsConfigError: the job has ranks that do not take part.
     """
-    if os.fstat(arena.descriptor).st_size < copy.description.nbytes:
-        raise MicsCheckpointError(f"{copy.path} is shorter than it was")
-    arena.map(copy.description.nbytes)
-    if _checksum(arena, copy.description.nbytes) != copy.description.crc32:
-        raise MicsCheckpointError(f"{copy.path} has other content than was written (checksum)")
 
+    def __init__(self, request: CheckpointRequest, groups: MicsGroups, engine: Any) -> None:
+        if len(groups.node_of) != dist.get_world_size():
+            raise MicsConfigError(
+                f"mics_checkpoint.memory_every needs all ranks of the job, which is {dist.get_world_size()}, and "
+                f"{len(groups.node_of)} take part. Leave it out."
+            )
+        self.request, self.groups = request, groups
+        self.roles = Roles(groups, node_local=False)
+        """As for a checkpoint that all nodes share."""
+        self.on_node = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
+        self.folder = region(request.memory_folder, job_key(request.job))
+        self.engine_index, _Current.engines = _Current.engines, _Current.engines + 1
+        self.homes: dict[str, list[int]] = {}
+        """Folders that this job resumes from, with the markers that their disk may have: of the last checkpoint, and of
+        one that is being written."""
+        self.caller: Caller | None = None
+        self.is_due = False
+        """Whether the states are those of a step of which there should be a copy, and none was made yet."""
+        self.client_state: ClientState | None = None
+        """What a script would give to ``save_checkpoint``."""
+        self.gave_client_state = False
+        self.newest_on_disk = -1
+        self._memories: dict[Path, SharedMemory] = {}
+        self._complained = self._is_served = False
+        self.layout = _layout(engine, groups)
+        self.place = self.place_of(self.roles.rank)
+        self._kept_by = {rank: [rank] for rank in self.on_node}
+        """By rank of this node, whose copies it keeps: its own, and those of ranks on the node before."""
+        for rank, keeper in mirrors(groups.node_of).items():
+            if keeper in self._kept_by:
+                self._kept_by[keeper].append(rank)
+        self._names = {rank: self._name_of(rank) for rank in self._kept_by[self.roles.rank]}
+        if _Current.caller is not None:
+            self.belongs_to(_Current.caller)
+        self.is_on = self._can_be_on(engine)
+        at_end.append(self.end)
 
-class Assembly:
-    """A shard that is put together from copies of its slices, or has come whole. Host memory."""
+    def place_of(self, rank: int) -> Place:
+        """What a rank of the job copies."""
+        layout = self.groups.layout
+        for group, offset in enumerate(self.roles.offsets):
+            if rank - offset in layout.ranks:
+                index, p = layout.ranks.index(rank - offset), layout.partition_size
+                return Place(group, index % p, index // p, p, layout.replication_size)
+        raise AssertionError("every rank is in a group")
 
-    def __init__(self) -> None:
-        self.description: Description | None = None
-        self._arena: Arena | None = None
-        self._wholes: list[torch.Tensor] = []
-        self.own: dict[str, bytes] = {}
-        """By global rank, that rank's own part."""
+    def _name_of(self, rank: int) -> str:
+        return self.place_of(rank).name(self.engine_index)
 
-    def add(self, description: Description, arena: Arena) -> None:
-        """Take what is in a copy. The first arena stays open until :meth:`close`, others are closed here.
+    def _can_be_on(self, engine: Any) -> bool:
+        """Whether no other job is using the region, and there is room. Collective over the world."""
+        errors, needs = list[str](), list[int]()
+        attempts: list[Callable[[], Any]] = [lambda: needs.append(self._plan(engine, {}).staged.nbytes)]
+        if self.roles.rank == self.on_node[0]:
+            attempts.append(self._take_region)
+        for attempt in attempts:
+            try:
+                attempt()
+            except Exception as error:
+                errors.append(words(error))
+        if errors:
+            logger.warning("states are not copied to memory: %s", "; ".join(errors))
+        [most] = elementwise_max([max(needs, default=0)])
+        copies_here = sum(map(len, self._kept_by.values()))
+        needed = SLOTS * copies_here * (most + most // 8 + (1 << 20))
+        has = _room(self.folder)
+        [unable, short, most_needed, negated_least] = elementwise_max(
+            [int(bool(errors)), int(has < needed), needed, -has]
+        )
+        takes, least = f"{most_needed / 1e9:.2f} GB on a node", f"{-negated_least / 1e9:.2f} GB"
+        said = f"{takes}, in {self.request.memory_folder}, which has {least}"
+        if short:
+            log_rank0(
+                f"states are not copied to memory, and a restart uses the disk: that takes {said} on the node with the "
+                f"least. Enlarge it (docker run --shm-size), or name another memory_folder",
+                level=30,
+            )
+        elif not unable:
+            log_rank0(f"copies in memory take {said}")
+        return not unable and not short
+
+    # ---------------------------------------------------------------------------------- the copies
+
+    def belongs_to(self, caller: Caller) -> None:
+        """A framework trains with this engine, and says when copies are made."""
+        self.caller = caller
+        if caller.home:
+            self.homes.setdefault(os.path.realpath(caller.home), [number_of(caller.marker())])
+
+    def step_ended(self, engine: Any) -> None:
+        """Copy the states if it is time to. Collective over the world then."""
+        self.is_due = self.is_on and steps_taken(engine) % self.request.memory_every == 0
+        if self.is_due and self.caller is None:
+            self.copy(engine)
+
+    def copy(self, engine: Any) -> None:
+        """Copy the states. Collective over the world.
+
+        A copy that cannot be made is a warning: training needs none. All ranks make the same ones, so that whichever
+        is complete is complete everywhere, or leave the same ones out.
+        """
+        self.is_due = False
+        try:
+            is_first = not Background.is_there()
+            background = Background.of_job()
+        except MicsCheckpointError as error:  # on all ranks
+            self.is_on = False
+            log_rank0(f"states are not copied to memory: {error}", level=30)
+            return
+        if is_first or not self._is_served:
+            background.serve(self.folder)
+            self._is_served = True
+        own, newest = list[_Own](), list[int]()
+        self._or_warn(lambda: own.append(self._own(engine)))
+        self._or_warn(lambda: newest.append(self._newest(engine)))
+        digest = number_of(own[0].states.fingerprint) if own else 0
+        hindered, negated, high, negated_low = elementwise_max(
+            [int(not own or not newest or bool(background.sealing)), -min(newest, default=NEVER), digest, -digest]
+        )
+        if hindered:
+            log_rank0(
+                f"no copy of step {steps_taken(engine)} in memory: the checksum of the last one is still being "
+                f"computed, or a rank could not copy"
+            )
+            return
+        if -negated >= 0 and self.roles.rank == self.on_node[0]:
+            self._or_warn(self._remove_strays)
+        if high != -negated_low:  # ranks differ in what is beside their shards
+            self._or_warn(lambda: own.append(own[0].with_states()))
+        taken: list[tuple[Path, Description, Copying]] = []
+        self._or_warn(lambda: taken.append(self._take(engine, own[-1], -negated)))
+        path, description, copying = taken[0] if taken else (Path(), None, Copying())
+        guests = [
+            (background.neighbour(rank), name, str(self._next_slot(name, -negated)))
+            for rank, name in self._names.items()
+            if rank != self.roles.rank
+        ]
+        background.seal(Seal(Run.next_number(), str(path), description, tuple(guests), steps_taken(engine)), copying)
+
+    def _or_warn(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if not self._complained:
+                logger.warning("states could not be copied to memory: %s", words(error))
+            self._complained = True
+
+    def _newest(self, engine: Any) -> int:
+        """The step of which everything that this rank keeps is complete, or -1."""
+        # What is later than now, or of another model, is of an earlier run that this one does not go on with.
+        for found in copies(self.folder):
+            is_ours = found.description.engine == self.engine_index and found.description.layout == self.layout
+            if found.description.engine == self.engine_index and not (
+                is_ours and found.description.step < steps_taken(engine)
+            ):
+                forget(found.path)
+        return min(max(self._steps(name).values()) for name in self._names.values())
+
+    def _remove_strays(self) -> None:
+        """Remove copies that earlier runs have cut otherwise: those of this run are complete."""
+        names = {self._name_of(rank) for kept in self._kept_by.values() for rank in kept}
+        for path in self.folder.glob(f"e{self.engine_index}-*.[01]"):
+            if path.stem not in names:
+                forget(path)
+                path.unlink()
+
+    def _steps(self, name: str) -> dict[Path, int]:
+        """The two slots of that name, and the step of what is complete there, or -1."""
+        found = {path: read(path) for path in (self.folder / f"{name}.{slot}" for slot in range(SLOTS))}
+        return {path: -1 if copy is None else copy.description.step for path, copy in found.items()}
+
+    def _next_slot(self, name: str, kept: int) -> Path:
+        """Where the next copy of that name goes: over the older one, but never over the step that is kept."""
+        steps = self._steps(name)
+        return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
+
+    def _own(self, engine: Any) -> _Own:
+        """What belongs to this rank alone."""
+        client_state = dict(self.client_state() if self.client_state is not None else {})
+        files = {} if self.caller is None else self.caller.files()
+        alone = {"client_state": client_state, "random": random_states(), "files": files}
+        states = seam.model_states(engine, client_state)
+        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
+        return _Own(alone, own, pickled(alone))
+
+    def _plan(self, engine: Any, client_state: Mapping[str, Any], own: bytes = b"") -> Plan:
+        """What this rank copies, with what is its own."""
+        roles, streams = self.roles, device_streams()
+        stager = Stager(roles.shard, len(roles.replicas), roles.replicas.index(roles.rank), roles.owns, streams)
+        collect(engine, stager, roles, str(self.folder), "memory", client_state, exclude_frozen=False)
+        return stager.plan(own)
+
+    def _take(self, engine: Any, own: _Own, kept: int) -> tuple[Path, Description, Copying]:
+        """Copy what this rank has to.
+
+        Args:
+            kept: the newest step of which all shards have a complete copy, or -1. It stays.
+        """
+        background = Background.current
+        assert background is not None, "made before"
+        background.revive()
+        self._take_region()
+        self.settle()
+        plan = self._plan(engine, own.alone["client_state"], own.pickled)
+        path = self._next_slot(self._names[self.roles.rank], kept)
+        forget(path)
+        memory = self._memory(path)
+        memory.reserve(plan.staged.nbytes)
+        copying = memory.copy_in(plan.parts, device_streams())
+        description = Description(
+            format=FORMAT,
+            step=steps_taken(engine),
+            engine=self.engine_index,
+            place=self.place,
+            rank=self.roles.rank,
+            layout=self.layout,
+            homes={home: list(markers) for home, markers in self.homes.items()},
+            stale=self._stale(),
+            staged=plan.staged,
+        )
+        return path, description, copying
+
+    def _take_region(self) -> None:
+        """Make the region, and hold it on this node.
 
         Raises:
-            RuntimeError: there is not enough memory.
+            MicsCheckpointError: a running job has it, or another user.
         """
-        if self._arena is None:
-            self.description, self._arena = description, arena
-            self._wholes = [torch.empty(joint.nbytes, dtype=torch.uint8, device="cpu") for joint in description.joints]
-        for joint, whole in zip(description.joints, self._wholes):
-            joint.put(arena.view(joint.piece, joint.sizes[description.slice]), description.slice, whole)
-        for rank, place in description.own.items():
-            self.own[rank] = bytes(arena.buffer(*place))
-        if arena is not self._arena:
-            arena.close()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_own(self.folder)
+        if self.roles.rank == self.on_node[0]:
+            busy = f"{self.folder} is in use by a running job", 'Give each job a name, "mics_checkpoint": {"job": ...}'
+            _regions.setdefault(self.folder, FileLock(self.folder / "lock", busy)).take()
 
-    def close(self) -> None:
-        if self._arena is not None:
-            self._arena.close()
+    def _memory(self, path: Path) -> SharedMemory:
+        memory = self._memories.get(path)
+        if memory is not None and memory.is_lost():
+            logger.warning(
+                "%s was removed while the job runs (RemoveIPC of logind, a job's epilogue?); made anew", path
+            )
+            memory.close()
+            memory = None
+        if memory is None:
+            memory = self._memories[path] = SharedMemory(path=path)
+        return memory
 
-    def write(self, folder: Path) -> Sequence[Path]:
-        """Write the checkpoint files of the shard."""
-        assert self.description is not None, "something was added"
-        assert self._arena is not None, "with it"
-        written = []
-        for file, (start, nbytes) in zip(self.description.files, self.description.pickled):
-            pickled = bytes(self._arena.buffer(start, nbytes))
-            replay(Recorded(pickled, [self._storage(*place) for place in file.places]), folder / file.name)
-            written.append(folder / file.name)
-        return written
+    def _stale(self) -> str:
+        if not self.gave_client_state or self.client_state is not None:
+            return ""
+        return (
+            "the script saves a client_state, which copies in memory lack; let it set "
+            "engine.mics_memory.client_state to a function that returns it"
+        )
 
-    def _storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
-        assert self._arena is not None, "something was added"
-        return self._arena.storage(start, nbytes) if start >= 0 else self._wholes[-1 - start].untyped_storage()
+    # ---------------------------------------------------------------------------- the disk beside it
+
+    def begins_in(self, load_dir: str | os.PathLike, marker: str) -> None:
+        """The script has resumed from this folder, or found nothing there yet."""
+        self.homes[os.path.realpath(load_dir)] = [number_of(marker)]
+
+    def saved(self, path: str, marker: str | None, client_state: object, step: int, asynchronous: bool) -> None:
+        """The script saves a checkpoint.
+
+        Args:
+            marker: what the disk says from then on; ``None`` if ``latest`` stays.
+            asynchronous: it is not there yet, so the disk may go on saying what it says.
+        """
+        self.gave_client_state |= bool(client_state)
+        self.newest_on_disk = step
+        home = "" if self.caller is None else self.caller.home
+        for each in filter(None, {path, home}):
+            if marker is not None:
+                before = self.homes.get(os.path.realpath(each), [number_of("")]) if asynchronous else []
+                self.homes[os.path.realpath(each)] = [*before, number_of(marker)]
+
+    def settle(self) -> None:
+        """Keep one marker of each folder once an asynchronous save has ended well. After one that failed, which may
+        have been published after all, the disk may go on saying what it says."""
+        current = Background.current
+        if current is not None and not (current.is_busy or current.error):
+            self.homes = {home: markers[-1:] for home, markers in self.homes.items()}
+
+    def may_resume(self, load_dir: str | os.PathLike, with_scheduler: bool) -> bool:
+        """Whether what is in memory may be loaded in place of this folder. A framework that does not have the engine's
+        scheduler loaded keeps one itself."""
+        if not self.is_on:
+            return False
+        return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
+
+    def end(self) -> None:
+        """The process ends as it should: what is on disk too need not stay in memory."""
+        if self.roles.rank != self.on_node[0] or not self.folder.exists():
+            return
+        kept = [found.description.step for found in copies(self.folder)]
+        if max(kept, default=-1) <= self.newest_on_disk:
+            discard(self.folder)
+        else:
+            logger.info(
+                "%s keeps the states of step %d, which are on no disk; python -m mics_ds.memory lists and removes them",
+                self.folder,
+                max(kept),
+            )
 
 
-class Region(NamedTuple):
-    """What one job keeps on this node, for people."""
+class _Own(NamedTuple):
+    """What belongs to one rank alone."""
 
-    path: Path
-    nbytes: int
-    steps: tuple[int, ...]
-    age_s: float
+    alone: dict[str, Any]
+    states: RankState
+    pickled: bytes
+    """Of ``alone``."""
+
+    def with_states(self) -> _Own:
+        """With its model states beside the shard too, where those of the ranks differ."""
+        whole = {**self.alone, "states": self.states.beside({})}
+        return _Own(whole, self.states, pickled(whole))
 
 
-def regions(folder: str | os.PathLike) -> list[Region]:
-    """All regions of this user."""
-    found = []
-    for path in sorted(Path(folder).glob(f"{_PREFIX}-{os.getuid()}-*")):
-        files = [file for file in path.rglob("*") if file.is_file()]
-        newest = max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
-        steps = sorted({copy.description.step for copy in copies(path)})
-        nbytes = sum(file.stat().st_blocks * 512 for file in files)
-        found.append(Region(path, nbytes, tuple(steps), time.time() - newest))
+def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
+    """The rank on the next node that keeps a rank's copy, for each rank; none if there is one node.
+
+    The ranks of a node share the work. Nodes need not have the same number of them.
+    """
+    nodes: dict[int, list[int]] = {}
+    for rank, node in node_of.items():
+        nodes.setdefault(node, []).append(rank)
+    rows = list(nodes.values())
+    found: dict[int, int] = {}
+    for here, there in zip(rows, [*rows[1:], rows[0]]) if len(rows) > 1 else ():
+        found.update({rank: there[place % len(there)] for place, rank in enumerate(here)})
     return found
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def _layout(engine: Any, groups: MicsGroups) -> str:
+    """Tells whether a copy is of this model, cut as it is now."""
+    shapes = [[(name, list(shape)) for name, shape in group.items()] for group in seam.param_shapes(engine)]
+    said = [groups.layout.partition_size, shapes, seam.optimizer_states_name(engine, 0)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _room(path: Path) -> int:
+    """Bytes that there are for copies on this node, those of earlier copies among them."""
+    existing = next(item for item in (path, *path.parents) if item.exists())
+    found = os.statvfs(existing)
+    used = sum(item.stat().st_blocks * 512 for item in path.glob("*")) if path.exists() else 0
+    return min(found.f_bavail * found.f_frsize, host_memory_left()[0]) + used
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators of random numbers that training uses by default."""
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device_streams() is not None:
+        found["device"] = get_accelerator().get_rng_state()
+    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)  # which needs no unpickling
+    return found
+
+
+def set_random_states(found: Mapping[str, Any]) -> None:
+    random.setstate(found["python"])
+    torch.set_rng_state(found["torch"])
+    if "device" in found and device_streams() is not None:
+        get_accelerator().set_rng_state(found["device"])
+    if "numpy" in found:
+        kind, keys, *rest = found["numpy"]
+        importlib.import_module("numpy").random.set_state((kind, keys.numpy().astype("uint32"), *rest))

@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -133,90 +135,119 @@ def copies(old: ShardLayout, old_shard: int, new: ShardLayout, new_shard: int) -
             )
 
 
-def reshape_optimizer(
-    load: Callable[[int], dict[str, Any]],
-    old: ShardLayout,
-    new: ShardLayout,
-    new_shard: int,
-    new_owners: Sequence[int],
-) -> dict[str, Any]:
-    """The optimizer state of one new shard, as ZeRO-3's ``state_dict()`` would give it.
+class Sharers(NamedTuple):
+    """Those who want the same shard: each copies another part of it, and has zeros elsewhere."""
+
+    place: int = 0
+    size: int = 1
+    incomplete: Callable[[torch.Tensor], None] = lambda _flat: None
+    """Called with each buffer to which the parts of the others are to be added."""
+
+
+ALONE = Sharers()
+
+Flats = Sequence[Mapping[Any, torch.Tensor]]
+"""Per sub-group, what has one value per element, by its name: flat buffers of one length."""
+
+
+def cut(
+    load: Callable[[int], Flats], old: ShardLayout, new: ShardLayout, shard: int, sharers: Sharers
+) -> list[dict[Any, torch.Tensor]]:
+    """Flat buffers of one new shard, with zeros for padding.
 
     Args:
-        load: returns the optimizer state of one old shard. Called once for each that is needed, one after another.
-        new_owners: the parameter group that each new sub-group belongs to.
+        load: returns those of one old shard. Called once for each that is needed, one after another.
+    """
+    template = load(min(shard, old.shards - 1))
+    result = [
+        {key: flat.new_zeros(new.length(number)) for key, flat in template[old.places[name][0]].items()}
+        for number, name in enumerate(next(iter(group)) for group in new.groups)
+    ]
+    del template  # one old shard in memory at a time
+    for old_shard in range(old.shards):
+        pieces = list(islice(copies(old, old_shard, new, shard), sharers.place, None, sharers.size))
+        source = load(old_shard) if pieces else ()
+        for piece in pieces:
+            for key, target in result[piece.new_group].items():
+                flat = source[piece.old_group].get(key)
+                if flat is not None:
+                    part = flat.narrow(0, piece.old_start, piece.length)
+                    target.narrow(0, piece.new_start, piece.length).copy_(part)
+    for flats in result:
+        for flat in flats.values():
+            sharers.incomplete(flat)
+    return result
+
+
+def reshape_optimizer(
+    load: Callable[[int], Mapping[str, Any]],
+    old: ShardLayout,
+    new: ShardLayout,
+    shard: int,
+    owners: Sequence[int],
+    sharers: Sharers = ALONE,
+) -> dict[str, Any]:
+    """The file of optimizer states of one new shard, as ZeRO-3 would write it.
+
+    Args:
+        load: returns such a file of one old shard.
+        owners: the parameter group that each new sub-group belongs to.
 
     Raises:
         MicsCheckpointError: the optimizer keeps tensors that are not one value per element.
     """
-    template = load(min(new_shard, old.shards - 1))
-    _check_elementwise(template)
-    result = _empty_optimizer(template, old, new, new_owners)
-    del template  # one old shard in memory at a time
-    for shard in range(old.shards):
-        pieces = list(copies(old, shard, new, new_shard))
-        if pieces:
-            _copy_pieces(pieces, load(shard), result)
-    return result
-
-
-def _empty_optimizer(
-    template: Mapping[str, Any], old: ShardLayout, new: ShardLayout, new_owners: Sequence[int]
-) -> dict[str, Any]:
-    """The optimizer state of a new shard with zeros for everything that has one value per element."""
-    base = template[BASE_STATE]
-    if len(base["param_groups"]) != len(set(new_owners)):
-        raise MicsCheckpointError(
-            f"The checkpoint has {len(base['param_groups'])} optimizer parameter groups and this optimizer "
-            f"{len(set(new_owners))}. Build the optimizer with the groups it had."
-        )
-    fp32: list[torch.Tensor] = []
-    state: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(new.groups):
-        # What is not one value per element, such as the step, comes from where the first parameter was.
-        origin = old.places[next(iter(group))][0] if group else 0
-        flat = template[FP32_GROUPS][origin]
-        fp32.append(flat.new_zeros(new.length(number)))
-        if origin in base["state"]:
-            state[number] = {
-                # A copy for each sub-group, because the optimizer counts a step up in place.
-                key: value.new_zeros(new.length(number)) if _elementwise(value, flat) else copy.deepcopy(value)
-                for key, value in base["state"][origin].items()
-            }
+    whole = load(min(shard, old.shards - 1))
+    _check(whole[BASE_STATE], owners)
+    rest = {key: value for key, value in whole.items() if key != BASE_STATE}
+    states = {key: value for key, value in whole[BASE_STATE].items() if key not in (BASE_STATE, FP32_GROUPS)}
+    base = whole[BASE_STATE][BASE_STATE]
+    # What is not one value per element, such as the step, comes from where the first parameter was. A copy for each
+    # sub-group, because the optimizer counts a step up in place.
+    origins = [old.places[next(iter(group))][0] for group in new.groups]
+    elementwise = _flats(whole[BASE_STATE])
+    others = {
+        number: {key: copy.deepcopy(value) for key, value in base["state"][origin].items() if key not in known}
+        for number, origin, known in ((number, origin, elementwise[origin]) for number, origin in enumerate(origins))
+        if origin in base["state"]
+    }
     groups = [
-        {**copy.deepcopy(group), "params": [index for index, owner in enumerate(new_owners) if owner == number]}
+        {**copy.deepcopy(group), "params": [index for index, owner in enumerate(owners) if owner == number]}
         for number, group in enumerate(base["param_groups"])
     ]
-    result = {key: value for key, value in template.items() if key not in (BASE_STATE, FP32_GROUPS)}
-    result.update({SHARD_COUNT: new.shards, BASE_STATE: {"state": state, "param_groups": groups}, FP32_GROUPS: fp32})
-    return result
+    del whole, base, elementwise
+    flats = cut(lambda old_shard: _flats(load(old_shard)[BASE_STATE]), old, new, shard, sharers)
+    masters = [found.pop(FP32_GROUPS) for found in flats]
+    state = {number: {**flats[number], **values} for number, values in others.items()}
+    base = {"state": state, "param_groups": groups}
+    return {**rest, BASE_STATE: {**states, SHARD_COUNT: new.shards, BASE_STATE: base, FP32_GROUPS: masters}}
 
 
-def _copy_pieces(pieces: Iterable[Copy], source: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Copy what an old shard (``source``) has of a new one (``result``)."""
-    old_fp32, old_state = source[FP32_GROUPS], source[BASE_STATE]["state"]
-    new_fp32, new_state = result[FP32_GROUPS], result[BASE_STATE]["state"]
-    for piece in pieces:
-        pairs = [(new_fp32[piece.new_group], old_fp32[piece.old_group])]
-        for key, target in new_state.get(piece.new_group, {}).items():
-            value = old_state.get(piece.old_group, {}).get(key)
-            if _elementwise(value, old_fp32[piece.old_group]):
-                pairs.append((target, value))
-        for target, value in pairs:
-            part = value.narrow(0, piece.old_start, piece.length)
-            target.narrow(0, piece.new_start, piece.length).copy_(part)
+def _flats(states: Mapping[str, Any]) -> Flats:
+    """What an optimizer state has one value per element of: the masters, and what the optimizer keeps."""
+    kept = states[BASE_STATE]["state"]
+    return [
+        {FP32_GROUPS: flat, **{key: value for key, value in kept.get(number, {}).items() if _fits(value, flat)}}
+        for number, flat in enumerate(states[FP32_GROUPS])
+    ]
 
 
-def _elementwise(value: Any, flat: torch.Tensor) -> bool:
+def _fits(value: Any, flat: torch.Tensor) -> bool:
     return torch.is_tensor(value) and value.dim() == 1 and value.shape == flat.shape
 
 
-def _check_elementwise(template: dict[str, Any]) -> None:
-    for group, state in template[BASE_STATE]["state"].items():
+def _check(states: Mapping[str, Any], owners: Sequence[int]) -> None:
+    base = states[BASE_STATE]
+    if len(base["param_groups"]) != len(set(owners)):
+        raise MicsCheckpointError(
+            f"The checkpoint has {len(base['param_groups'])} optimizer parameter groups and this optimizer "
+            f"{len(set(owners))}. Build the optimizer with the groups it had."
+        )
+    for group, kept in base["state"].items():
+        flat = states[FP32_GROUPS][group]
         strange = [
             key
-            for key, value in state.items()
-            if torch.is_tensor(value) and value.numel() > 1 and not _elementwise(value, template[FP32_GROUPS][group])
+            for key, value in kept.items()
+            if torch.is_tensor(value) and value.numel() > 1 and not _fits(value, flat)
         ]
         if strange:
             raise MicsCheckpointError(
@@ -240,22 +271,170 @@ def reshape_frozen(
     old_shards: int,
     shards: int,
     shard: int,
+    sharers: Sharers = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Frozen parameters of one new shard. ``load`` returns the model states of one old shard.
+    """Frozen parameters of one new shard. They are not in the flat buffers: each has its own chunk, padding included.
 
-    They are not in the flat buffers: each has its own chunk, padding included.
+    Args:
+        load: returns the model states of one old shard.
     """
-    old, new = ShardLayout(old_shards, [shapes]), ShardLayout(shards, [shapes])
-    result: dict[str, torch.Tensor] = {}
-    for old_shard in range(old_shards):
-        wanted = list(copies(old, old_shard, new, shard))
-        if not wanted and result:
-            continue
-        source = load(old_shard)[FROZEN_SHARDS]
-        for name, (_, _, numel) in new.places.items():
-            result.setdefault(name, source[name].new_zeros(new.width(numel)))
-        for piece in wanted:
-            old_offset, new_offset = old.places[piece.name][1], new.places[piece.name][1]
-            part = source[piece.name].reshape(-1).narrow(0, piece.old_start - old_offset, piece.length)
-            result[piece.name].narrow(0, piece.new_start - new_offset, piece.length).copy_(part)
-    return result
+
+    def flats(old_shard: int) -> Flats:
+        held = load(old_shard)[FROZEN_SHARDS]
+        return [{name: held[name].reshape(-1)} for name in shapes]
+
+    found = cut(flats, _one_by_one(old_shards, shapes), _one_by_one(shards, shapes), shard, sharers)
+    return {name: flat for item in found for name, flat in item.items()}
+
+
+def weights_of(
+    load: Callable[[int], Mapping[str, Any]],
+    old: ShardLayout,
+    shapes: Mapping[str, Sequence[int]],
+    shards: int,
+    shard: int,
+    sharers: Sharers = ALONE,
+) -> dict[str, torch.Tensor]:
+    """The masters of some parameters in one new shard, by name.
+
+    Args:
+        load: returns the file of optimizer states of one old shard.
+    """
+
+    def flats(old_shard: int) -> Flats:
+        return [{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]]
+
+    found = cut(flats, old, _one_by_one(shards, shapes), shard, sharers)
+    return {name: item[FP32_GROUPS] for name, item in zip(shapes, found)}
+
+
+def _one_by_one(shards: int, shapes: Mapping[str, Sequence[int]]) -> ShardLayout:
+    """Each parameter in a buffer of its own."""
+    return ShardLayout(shards, [{name: shape} for name, shape in shapes.items()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Why a checkpoint does not fit, by what users do most often, with the flag or the tool that helps
+
+_WEIGHTS_ALONE = "load_checkpoint(..., load_module_only=True) loads the weights alone, and the optimizer begins anew"
+_NOT_STRICT = (
+    "load_checkpoint(..., load_module_only=True, load_module_strict=False) loads the weights of those that are in both"
+)
+
+
+class Parameters(NamedTuple):
+    """Parameters by name, with their shapes."""
+
+    trained: Mapping[str, Sequence[int]]
+    """Those that the optimizer has."""
+    frozen: Mapping[str, Sequence[int]] | None
+    """All others; ``None`` if they were not saved."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(shape) for name, shape in {**self.trained, **(self.frozen or {})}.items()}
+
+
+def why_not_these(here: Parameters, there: Parameters) -> list[str]:
+    """Why optimizer states of some parameters cannot be loaded for others, the most likely cause first.
+
+    Args:
+        here: those of the engine.
+        there: those of the checkpoint.
+
+    Returns:
+        Whole phrases; none if all parameters fit.
+    """
+    if there.frozen is None:  # whoever leaves frozen ones out has them from elsewhere
+        here = here._replace(
+            frozen={name: shape for name, shape in (here.frozen or {}).items() if name in there.trained}
+        )
+    mine, theirs = here.shapes, there.shapes
+    missing = [name for name in mine if name not in theirs]
+    unexpected = [name for name in theirs if name not in mine]
+    reshaped = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+    refrozen = [f"{name} is trained here and was frozen there" for name in here.trained if name in (there.frozen or ())]
+    refrozen += [f"{name} is frozen here and was trained there" for name in here.frozen or () if name in there.trained]
+    if not (missing or unexpected or reshaped or refrozen):
+        return []
+    if missing and len(missing) == len(mine):
+        return [_renamed(mine, theirs) or f"it is of another model: {_some(_words(missing, unexpected))}"]
+    found = []
+    if refrozen:
+        found.append(
+            f"other parameters were frozen: {_some(_one_of_each_kind(refrozen))}. Freeze the same ones to resume, or "
+            f"{_WEIGHTS_ALONE}"
+        )
+    if reshaped:
+        said = [f"{name} has shape {theirs[name]} there and {mine[name]} here" for name in reshaped]
+        found.append(
+            f"shapes differ: {_some(said, 1)}. If embeddings were resized, resize them alike before "
+            f"deepspeed.initialize; otherwise the model was built with other sizes"
+        )
+    if missing:
+        said = [f"{name} is missing" for name in missing]
+        found.append(
+            f"it lacks parameters: {_some(said, 1)}. If they were added since (an adapter, a head), {_NOT_STRICT}"
+        )
+    if unexpected:
+        said = [f"{name} is unexpected" for name in unexpected]
+        found.append(
+            f"it has more parameters: {_some(said, 1)}. If they were removed since (an adapter, a head), {_NOT_STRICT}"
+        )
+    return found
+
+
+def _renamed(mine: Iterable[str], theirs: Iterable[str]) -> str:
+    """What to say if all names of one side have a prefix that those of the other have not."""
+    one, other = sorted(mine, key=len), sorted(theirs, key=len)
+    for longer, shorter, places in (
+        (one, other, ("here", "in the checkpoint")),
+        (other, one, ("in the checkpoint", "here")),
+    ):
+        known, first = set(shorter), longer[0] if longer else ""
+        prefixes = (first[: -len(name)] for name in shorter if first.endswith(f".{name}"))
+        prefix = next((item for item in prefixes if all(name.removeprefix(item) in known for name in longer)), "")
+        if prefix:
+            return (
+                f"names {places[0]} begin with {prefix!r}, which those {places[1]} do not. Wrap the model as the job "
+                f"that saved it did (PEFT, torch.compile, a module around it) before deepspeed.initialize"
+            )
+    return ""
+
+
+def _words(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    return [*(f"{name} is missing" for name in missing), *(f"{name} is unexpected" for name in unexpected)]
+
+
+def _one_of_each_kind(said: Sequence[str]) -> list[str]:
+    """The first phrase of each ending before all others."""
+    first = {phrase.partition(" ")[2]: phrase for phrase in reversed(said)}
+    leading = [phrase for phrase in said if phrase in first.values()]
+    return [*leading, *(phrase for phrase in said if phrase not in leading)]
+
+
+def _some(said: Sequence[str], count: int = 2) -> str:
+    return "; ".join(said[:count]) + (f" and {len(said) - count} more" if len(said) > count else "")
+
+
+def why_not_these_weights(here: Parameters, there: Parameters) -> list[str]:
+    """The same for weights alone, whose optimizer states begin anew: it does not matter which are frozen."""
+    mine, theirs = Parameters(here.shapes, {}), Parameters(there.shapes, {})
+    return why_not_these(mine, theirs._replace(frozen=None) if there.frozen is None else theirs)
+
+
+def what_else_it_is(target: Path) -> str:
+    """What a folder is that has no files of ZeRO stage 3."""
+    inner = sorted(path.parent.name for path in target.glob("*/*_model_states.pt"))
+    if list(target.glob("mp_rank_*_model_states.pt")):
+        return (
+            f"{target} was saved by ZeRO stage 0 to 2. Convert it with DeepSpeed's ds_to_universal and set "
+            f'"checkpoint": {{"load_universal": true}}'
+        )
+    if (target / "zero").is_dir():
+        return f'{target} is a universal checkpoint. Set "checkpoint": {{"load_universal": true}} to load it'
+    if list(target.glob("*.safetensors")) or list(target.glob("pytorch_model*.bin")):
+        return f"{target} has weights alone, and no states of an engine. Load it with from_pretrained instead"
+    if inner:
+        return f"{target} is the folder of a checkpoint, not the checkpoint. Give tag={f'{target.name}/{inner[-1]}'!r}"
+    return f"{target} has no *_model_states.pt of ZeRO stage 3"

@@ -1,300 +1,443 @@
-"""Resuming from memory: the newest copies of all shards that exist somewhere, brought to where they are needed.
+"""Going on from copies in memory: the newest step of which every slice is somewhere.
 
-All ranks agree on the step. Nodes that lack a shard, because they are new or ranks were numbered anew, get it from a
-sibling. Each node then has a checkpoint in its memory, which is loaded like any other.
+All ranks agree on the step and on who has what. Each rank that needs a shard fetches its slices, from its own node or
+from a writer that has them, compares each with its checksum and puts it into place. There are two front ends: an engine
+that loads (:func:`restored`), where every rank gets its shard, and a framework that looks for a folder before there is
+an engine (:func:`find`, :func:`write`), where one rank of each shard writes it there.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsCheckpointError, words
 from ..log import log_rank0, logger
-from . import manifest, memory, names
-from .memory import Copy
-from .snapshot import MemoryTier, set_random_states
-from .together import Site, attempt, exchange, greatest, on_publishers, raise_together
-from .transfers import is_good, transfer
+from . import folder as folders
+from . import manifest
+from .background import Background
+from .coordination import Run, attempt, elementwise_max, exchange, number_of, raise_together, versions
+from .copies import (
+    Copy,
+    Place,
+    Shard,
+    SharedMemory,
+    copies,
+    described_by,
+    forget,
+    job_key,
+    region,
+    understood,
+)
+from .links import fetch
+from .manifest import OWN_STATE, FileRecord, Manifest
+from .memory import NEVER, MemoryTier
+from .staging import Image, replay
 
-_RESTORED = "restored"
-_OWN = "own-rank{rank}.pt"
+Files = dict[str, bytes]
+_NOBODY = 1 << 40
+_REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
 
 
-class _Source(NamedTuple):
-    """Copies of the step that all shards have."""
+class Source(NamedTuple):
+    """Copies of the step that all slices are there of."""
 
     step: int
+    engine: int
+    """Which of the job's engines."""
+    shards: int
     slices: int
     """Into how many each shard is cut."""
+    groups: int
+    """Data-parallel groups: one, or with model parallelism several."""
     holders: list[int]
-    """Global rank that has a good copy of each, by model-parallel rank, shard and slice."""
-    own: dict[int, Copy]
-    """Those that this rank vouches for, by place in :attr:`holders`."""
-    here: list[Copy]
-    """Those on this node, good or not."""
+    """By number of place, the rank that vouches for its copy."""
+    here: dict[int, list[Copy]]
+    """By number of place, copies on this node."""
+
+    def of_rank(self, rank: int) -> Iterator[int]:
+        """Numbers of the places that a rank vouches for."""
+        return (place for place, holder in enumerate(self.holders) if holder == rank)
+
+    def describe(self, tag: str, save: str, files: dict[str, FileRecord]) -> Manifest:
+        """A checkpoint that is made of the copies."""
+        ranks = self.shards * self.slices
+        return Manifest(
+            tag=tag,
+            shards=self.shards,
+            replicas=self.slices,
+            ranks=ranks,
+            ranks_per_node=(ranks,),  # of nodes that may be gone
+            model_parallel=self.groups,
+            global_steps=self.step,
+            node_local=False,
+            versions=versions(),
+            files=files,
+            save=save,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Which step, and who has it
+
+
+def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterator[Source]:
+    """Steps of which every slice is somewhere, undamaged, the newest first. Collective over the world, as far as it is
+    used.
+
+    Args:
+        usable: copies on this node, of one engine.
+        home: the folder that is resumed from.
+        marker: what its disk says now, as a number.
+    """
+    below = NEVER
+    while True:
+        usable = [copy for copy in usable if described_by(copy.path).exists()]
+        [newest] = elementwise_max(
+            [max((step for copy in usable if (step := copy.description.step) < below), default=-1)]
+        )
+        if newest < 0:
+            log_rank0("no complete set of copies in memory")
+            return
+        here = [copy for copy in usable if copy.description.step == newest]
+        # An older copy may be of a time when the disk said this; the newest one tells that it was set back since.
+        if elementwise_max([int(any(marker not in copy.description.homes.get(home, [marker]) for copy in here))]) == [
+            1
+        ]:
+            log_rank0(
+                f"memory at step {newest} is not used: {home} has another newest checkpoint than the job left "
+                f"there: it was set back, or removed"
+            )
+            return
+        source = _vouched_for(newest, engine, here)
+        if source is None:
+            below = newest
+            continue
+        bad = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place] if not _is_good(copy)]
+        for copy in bad:
+            forget(copy.path)
+        if elementwise_max([len(bad)]) == [0]:
+            below = newest
+            yield source
+
+
+def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
+    """Who vouches for which copy; ``None`` if nobody does for some. Collective over the world."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    cuts = [(place.slices, place.shards, place.group + 1) for place in (copy.description.place for copy in here)]
+    slices, shards, groups = elementwise_max([max(numbers, default=0) for numbers in zip(*cuts)] or [0, 0, 0])
+    by_place: dict[int, list[Copy]] = {}
+    for copy in here:
+        if copy.description.place[3:] == (shards, slices):
+            by_place.setdefault(copy.description.place.number, []).append(copy)
+    # All ranks of a node see its copies; not always the same one vouches.
+    turns = [(rank - place) % ranks if place in by_place else _NOBODY for place in range(groups * shards * slices)]
+    least = [-negated for negated in elementwise_max([-turn for turn in turns])]
+    if max(least) == _NOBODY:
+        lost = sorted({place // slices for place, turn in enumerate(least) if turn == _NOBODY})
+        log_rank0(f"of step {step}, shards {lost[:8]} are in no node's memory")
+        return None
+    holders = [(place + turn) % ranks for place, turn in enumerate(least)]
+    return Source(step, engine, shards, slices, groups, holders, by_place)
+
+
+def _is_good(copy: Copy) -> bool:
+    """Whether the content of a copy is what was written. If not, the log says so."""
+    with closing(SharedMemory(path=copy.path)) as memory:
+        try:
+            memory.map(copy.description.staged.nbytes)
+            copy.require_same(memory)
+        except (OSError, MicsCheckpointError) as error:
+            logger.warning("%s", words(error))
+            return False
+    return True
+
+
+def _usable(path: Path, engine: int, home: str, named: bool, layout: str | None) -> list[Copy]:
+    """Copies on this node that this job may go on from, if the disk says what it said.
+
+    Args:
+        engine: which of the job's.
+        home: the folder that is resumed from.
+        named: whether the job was given a name.
+        layout: of the model, if that is known.
+    """
+    try:
+        found = list(copies(path))
+    except (OSError, MicsCheckpointError) as error:
+        logger.warning("memory of earlier runs is not used: %s", words(error))
+        return []
+    usable, reasons = [], set()
+    for copy in found:
+        description = copy.description
+        if description.engine != engine:
+            continue
+        if layout is not None and description.layout != layout:
+            reasons.add("it is of another model or another number of shards")
+        elif description.stale:
+            reasons.add(description.stale)
+        elif home not in description.homes and not named:
+            reasons.add(
+                f'the job never saved to {home}; name the job ("mics_checkpoint": {{"job": ...}}) to use it anyway'
+            )
+        else:
+            usable.append(copy)
+    for reason in sorted(reasons) if not usable else ():
+        log_rank0(f"memory in {path} is not used: {reason}")
+    return usable
+
+
+# --------------------------------------------------------------------------------------------------
+# Bringing slices to where they are needed
+
+
+def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Shard, dict[int, bytes]]:
+    """Put a shard together from its slices. No collective.
+
+    Args:
+        first: the slice to begin with. If every rank begins with another one, all that have one send at the same time.
+
+    Returns:
+        The shard, and by global rank what belongs to a rank alone.
+
+    Raises:
+        MicsCheckpointError: a slice has changed since, or its node is gone, or there is not enough memory.
+    """
+    found, own = Shard(lasting=True), dict[int, bytes]()
+    for turn in range(source.slices):
+        place = Place(group, shard, (first + turn) % source.slices, source.shards, source.slices)
+        copy, memory = _slice_here(source, place) or _slice_elsewhere(source, place)
+        with closing(memory):
+            found.add(copy.description.staged, place.slice, memory)
+            own[copy.description.rank] = bytes(memory.buffer(*copy.description.staged.own))
+    return found, own
+
+
+def _slice_here(source: Source, place: Place) -> tuple[Copy, SharedMemory] | None:
+    for copy in filter(_is_good, source.here.get(place.number, ())):
+        memory = SharedMemory(path=copy.path)
+        memory.map(copy.description.staged.nbytes)
+        return copy, memory
+    return None
+
+
+def _slice_elsewhere(source: Source, place: Place) -> tuple[Copy, SharedMemory]:
+    background, holder, memory = Background.current, source.holders[place.number], SharedMemory()
+    assert background is not None, "started if any rank lacks a slice"
+    which = {"name": place.name(source.engine), "step": source.step}
+    text = fetch(background.neighbour(holder), Run.token, which, memory)
+    copy = understood(text, Path(f"the copy of rank {holder}"))
+    if copy is None or copy.description.place != place:
+        raise MicsCheckpointError(f"rank {holder} has slice {place.slice} of shard {place.shard} no more")
+    copy.require_same(memory)
+    return copy, memory
+
+
+def _start_writers(source: Source, wanted: Iterable[tuple[int, int]], path: Path) -> None:
+    """Start the processes that give copies to others, if some rank lacks one. Collective over the world.
+
+    Args:
+        wanted: group and shard of all that this rank needs.
+
+    Raises:
+        MicsCheckpointError: on every rank: one of them could not.
+    """
+    places = (
+        Place(group, shard, number, source.shards, source.slices).number
+        for group, shard in wanted
+        for number in range(source.slices)
+    )
+    if elementwise_max([int(any(place not in source.here for place in places))]) == [1]:
+        Background.of_job().serve(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# For an engine
 
 
 class Restored(NamedTuple):
-    """A checkpoint in this node's memory."""
+    """States that memory had, in host memory."""
 
-    folder: Path
-    tag: str
-    site: Site
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
     own: dict[str, Any] | None
     """This rank's client state and random numbers, if a copy had them."""
-    step: int
     words: str
-    """Where it came from."""
+    """Where they came from."""
 
 
-@contextmanager
-def restored(tier: MemoryTier, engine: Any, load_dir: str | os.PathLike) -> Iterator[Restored | None]:
-    """The newest checkpoint in memory, if it is newer than the one in a folder. Collective over the world.
+def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
+    """The newest states in memory, if they are newer than those in a folder. Collective over the world.
+
+    Returns:
+        ``None``, on every rank, if the disk is to be used: there are none, or something went wrong on some rank.
 
     Raises:
         MicsCheckpointError: another rank has died.
     """
-    started = time.monotonic()
-    source = _agree(tier, engine, os.path.realpath(load_dir))
-    on_disk = _newest_on_disk(load_dir)
-    if source is None or on_disk >= source.step:
-        if source is not None:
-            log_rank0(f"memory has step {source.step}, {load_dir} has step {on_disk}, which is loaded")
-        yield None
-        return
-    folder = tier.folder / _RESTORED
-    agreed = time.monotonic()
+    started, home = time.monotonic(), os.path.realpath(load_dir)
+    marker, on_disk = _on_disk(lambda: folders.newest(Path(load_dir)))
+    usable = _usable(tier.folder, tier.engine_index, home, tier.request.job is not None, tier.layout)
+    source = next(_sources(usable, tier.engine_index, home, marker), None)
+    if source is None:
+        return None
+    if on_disk >= source.step:
+        log_rank0(f"memory has step {source.step}, {load_dir} has step {on_disk}, which is loaded")
+        return None
+    agreed, place = time.monotonic(), tier.place
+    found: list[Restored] = []
+    errors: list[str] = []
+
+    def put_together() -> None:
+        shard, parts = _fetch_shard(source, place.group, place.shard, place.slice % source.slices)
+        load, own = seam.load_states, parts.get(tier.roles.rank)
+        states = {name: Image.of(each).load(functools.partial(load, name=name)) for name, each in shard.files}
+        said = (
+            f"memory at step {source.step} (on disk: {f'step {on_disk}' if on_disk >= 0 else 'nothing'}). Agreed on in "
+            f"{agreed - started:.2f} s, fetched in {time.monotonic() - agreed:.2f} s"
+        )
+        [model], [optimizer] = ([states[name] for name in states if name.endswith(kind)] for kind in _KINDS)
+        found.append(Restored(model, optimizer, None if own is None else _own_part(own), said))
+
     try:
-        with ExitStack() as stack:
-            shard, count = _fetch(tier, engine, source, stack)
-            fetched = time.monotonic()
-            tag = f"global_step{source.step}"
-            _write(tier.site, shard, folder, tag, source.step)
-            what = "their shard from a sibling" if source.slices == 1 else "slices of their shard from siblings"
-            said = (
-                f"memory at step {source.step} (on disk: {f'step {on_disk}' if on_disk >= 0 else 'nothing'}); "
-                f"{count} ranks got {what}. Checked in {agreed - started:.2f} s, fetched in {fetched - agreed:.2f} s, "
-                f"put into files in {time.monotonic() - fetched:.2f} s"
-            )
-        yield Restored(folder, tag, tier.site, _own_part(folder / tag), source.step, said)
-    finally:
-        if tier.site.publishes:
-            memory.remove(folder)
+        _start_writers(source, [(place.group, place.shard)], tier.folder)
+        attempt(put_together, errors)
+        raise_together(exchange({"errors": errors}, "resuming from memory"), "States in memory could not be used.", "")
+    except MicsCheckpointError as error:
+        log_rank0(f"the disk is used: {error}", level=30)
+        return None
+    return found[0]
 
 
-def resume_random_numbers(found: Restored) -> None:
-    if found.own is not None:
-        set_random_states(found.own["random"])
+_KINDS = ("_model_states.pt", "_optim_states.pt")
+
+
+def _own_part(content: bytes) -> dict[str, Any]:
+    return seam.load_states(io.BytesIO(content), name="what a rank kept in memory of its own")
+
+
+def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
+    """The marker, as a number, and the step of what is on disk, as rank 0 sees it. Collective over the world."""
+    number, step = 0, -1
+    if dist.get_rank() == 0:
+        try:
+            marker, step = look()
+            number = number_of(marker)
+        except (OSError, MicsCheckpointError) as error:
+            logger.warning("the newest checkpoint cannot be read: %s", words(error))
+    number, step = elementwise_max([number, step])
+    return number, step
 
 
 # --------------------------------------------------------------------------------------------------
-# Which step
+# For a framework's folder
 
 
-def _agree(tier: MemoryTier, engine: Any, home: str) -> _Source | None:
-    """The newest step of which every shard is somewhere, and who has it."""
-    shards = tier.site.groups.layout.partition_size
-    model_parallel = dist.get_world_size() // tier.site.groups.layout.world_size
-    usable = _usable(tier, engine, home)
-    below = memory.NEVER
-    for _ in range(2 * memory.SLOTS):
-        steps = [copy.description.step for copy in usable]
-        [newest] = greatest([max((step for step in steps if step < below), default=-1)])
-        if newest < 0:
-            break
-        here = [copy for copy in usable if copy.description.step == newest]
-        [slices] = greatest([max((copy.description.slices for copy in here), default=1)])
-        here = [copy for copy in here if copy.description.slices == slices]
-        own = _good(tier, here, shards)
-        places = range(model_parallel * shards * slices)
-        holders = [dist.get_rank() if place in own else memory.NOBODY for place in places]
-        holders = [-negated for negated in greatest([-holder for holder in holders])]
-        if max(holders) < memory.NOBODY:
-            return _Source(newest, slices, holders, own, here)
-        lost = sorted({place // slices for place, holder in enumerate(holders) if holder == memory.NOBODY})
-        log_rank0(f"of step {newest}, shards {lost[:8]} are in no node's memory")
-        below = newest
-    log_rank0("no complete set of copies in memory")
+def find(asked: CheckpointRequest, home: str, needed: str, look: Callable[[], tuple[str, int]]) -> Source | None:
+    """The newest states in memory that are newer than what is on disk. Collective over the world.
+
+    Args:
+        home: the folder that the framework resumes from.
+        needed: a file that the framework cannot do without.
+        look: tells the marker and the step of its newest checkpoint on disk.
+
+    Raises:
+        MicsCheckpointError: another rank has died.
+    """
+    marker, on_disk = _on_disk(look)
+    path = region(asked.memory_folder, job_key(asked.job))
+    for source in _sources(_usable(path, 0, home, asked.job is not None, None), 0, home, marker):
+        if source.step <= on_disk:
+            log_rank0(f"memory has step {source.step}, {home} has step {on_disk}, which is resumed from")
+            return None
+        own = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
+        if elementwise_max([int(any(needed in _own_files(copy) for copy in own))]) == [1]:
+            return source
+        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
     return None
 
 
-def _usable(tier: MemoryTier, engine: Any, home: str) -> list[Copy]:
-    """Copies on this node that this job may resume from."""
-    try:
-        found = list(memory.copies(tier.folder))
-    except (OSError, MicsCheckpointError) as error:
-        logger.warning("memory of earlier runs is not used: %s", words(error))
-        return []
-    usable = []
-    for copy in found:
-        description = copy.description
-        if description.layout != tier.layout(engine):
-            reason = "it is of another model or another number of shards"
-        elif description.stale:
-            reason = description.stale
-        elif tier.request.job is None and home not in description.homes:
-            reason = f'the job never saved to {home}; name the job ("mics_checkpoint": {{"job": ...}}) to use it anyway'
-        else:
-            usable.append(copy)
-            continue
-        logger.info("%s is not used: %s", copy.path, reason)
-    return usable
+def _own_files(copy: Copy) -> Files:
+    """What the framework kept with a copy."""
+    with closing(SharedMemory(path=copy.path)) as memory:
+        memory.map(copy.description.staged.nbytes)
+        return _own_part(bytes(memory.buffer(*copy.description.staged.own))).get("files", {})
 
 
-def _good(tier: MemoryTier, copies: list[Copy], shards: int) -> dict[int, Copy]:
-    """Those whose content is what was written. The ranks of a node share the reading."""
-    neighbours = tier.site.peers
-    turn = neighbours.index(tier.site.rank)
-    good = {}
-    for index, copy in enumerate(copies):
-        if index % len(neighbours) != turn:
-            continue
-        if not is_good(copy):
-            continue
-        good[copy.place(shards)] = copy
-    return good
+def write(
+    asked: CheckpointRequest, source: Source, folder_of: Callable[[int], Path], step_in: Callable[[Files], int]
+) -> Path:
+    """Make a checkpoint of the copies. Collective over the world.
 
-
-def _newest_on_disk(load_dir: str | os.PathLike) -> int:
-    """The step that ``latest`` names, as rank 0 sees it; -1 if there is none that can be read."""
-    step = -1
-    if dist.get_rank() == 0:
-        try:
-            tag = names.read_latest(Path(load_dir))
-            if tag is not None:
-                step = manifest.read(Path(load_dir) / tag).global_steps
-        except (OSError, MicsCheckpointError) as error:
-            logger.warning("%s cannot be read: %s", load_dir, words(error))
-    return greatest([step])[0]
-
-
-# --------------------------------------------------------------------------------------------------
-# Bringing shards to where they are needed
-
-
-def _fetch(tier: MemoryTier, engine: Any, source: _Source, stack: ExitStack) -> tuple[memory.Assembly | None, int]:
-    """This rank's shard, on the ranks that assemble one for their node. Collective over the world.
-
-    Everybody asks for one slice at a time, each for another one, so that all who have one send at the same time.
-
-    Returns:
-        The shard, and how many ranks got something from another node.
+    Args:
+        folder_of: the folder for it, by the framework's own step.
+        step_in: that step, by some rank's files; -1 where they do not tell.
 
     Raises:
-        MicsCheckpointError: on every rank: one of them has no room for it.
+        MicsCheckpointError: on every rank: it could not be written.
     """
-    site, slices = tier.site, source.slices
-    shards = site.groups.layout.partition_size
-    assembles = site.writer == site.rank
-    first = (seam.model_parallel_rank(engine) * shards + site.shard) * slices
-    here = {}
-    for copy in source.here if assembles else ():
-        place = copy.place(shards)
-        if place in range(first, first + slices) and (place in source.own or is_good(copy)):
-            here[place] = copy
-    shard, errors, received = memory.Assembly(), list[str](), False
-    stack.callback(shard.close)
-    turn = site.groups.layout.replication_groups[site.shard].index(site.rank)
-    lacking = {number for number in range(slices) if assembles and first + number not in here}
-    wants = _wants_of_all(first, turn, lacking, slices)
-    for wave in range(slices):
-        wanted = first + (turn + wave) % slices
-        asked = [(rank, want.at(wave)) for rank, want in enumerate(wants)]
-        sends = [
-            (source.own[place], rank)
-            for rank, place in asked
-            if place is not None and source.holders[place] == site.rank
-        ]
-        lacks = wants[site.rank].at(wave) is not None
-        got = transfer(sends, source.holders[wanted] if lacks else None, errors)
-        received |= got is not None
-        if assembles and not lacks:
-            got = here[wanted].open()
-        if got is not None:
-            attempt(functools.partial(shard.add, *got), errors)
-    notes = exchange({"errors": errors, "received": received}, "fetching states from memory")
-    raise_together(notes, _FAILED, memory.REMEDY)
-    return shard if assembles else None, sum(note["received"] for note in notes)
+    Run.begin()
+    own = [_own_files(copy) for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
+    [step] = elementwise_max([max(map(step_in, own), default=-1)])
+    folder, tag, save = folder_of(step), f"global_step{source.step}", f"{Run.name}{Run.next_number():04x}"
+    staging, rank = folders.Staging(folder / tag, save), dist.get_rank()
+    shards = [(group, shard) for group in range(source.groups) for shard in range(source.shards)]
+    mine = [each for number, each in enumerate(shards) if _writer_of(number, len(shards)) == rank]
+    _start_writers(source, mine, region(asked.memory_folder, job_key(asked.job)))
+    files: dict[str, FileRecord] = {}
+
+    def write_shard(group: int, shard: int) -> None:
+        found, parts = _fetch_shard(source, group, shard, 0)
+        for name, each in found.files:
+            replay(each, staging.folder / name)
+            files[name] = manifest.seal(staging.folder / name, rank)
+        for owner, content in parts.items():
+            part = _own_part(content)
+            for name, inner in part["files"].items():
+                (folder / name).write_bytes(inner)
+            if "states" in part:
+                path = staging.folder / OWN_STATE.format(rank=owner)
+                torch.save(part["states"], path)
+                files[path.name] = manifest.seal(path, rank)
+
+    def publish(notes: Sequence[Mapping[str, Any]]) -> None:
+        described = source.describe(tag, save, manifest.from_json(note["files"] for note in notes))
+        folders.publish(staging.folder, folder / tag, described)
+        folders.write_latest(folder, tag)
+        folders.add_scripts(seam.recovery_scripts(), folder)
+
+    def together(works: Iterable[Callable[[], Any]], doing: str) -> list[dict[str, Any]]:
+        errors: list[str] = []
+        for work in works:
+            attempt(work, errors)
+        notes = exchange({"errors": errors, "files": manifest.as_json(files)}, f"{doing} {folder}")
+        raise_together(notes, "States in memory could not be written to disk.", _REMEDY)
+        return notes
+
+    try:
+        together([staging.begin] if rank == 0 else [], "preparing to write")
+        notes = together([functools.partial(write_shard, *each) for each in mine], "writing")
+        together([lambda: publish(notes)] if rank == 0 else [], "publishing")
+    except BaseException:
+        staging.abandon()
+        raise
+    staging.end()
+    log_rank0(f"{folder} was made from memory, at step {source.step}")
+    return folder
 
 
-class _Wants(NamedTuple):
-    """Which slices a rank has to get from others."""
-
-    first: int
-    """The place of the first slice of its shard."""
-    turn: int
-    """The one that it asks for first."""
-    lacking: frozenset[int]
-    slices: int
-
-    def at(self, wave: int) -> int | None:
-        """The place of what it asks for now, if that is something it lacks."""
-        number = (self.turn + wave) % self.slices
-        return self.first + number if number in self.lacking else None
-
-
-_BITS = 32
-
-
-def _wants_of_all(first: int, turn: int, lacking: set[int], slices: int) -> list[_Wants]:
-    """What each rank of the world wants, by 16 bytes and 2 bits for each slice of all of them. Collective."""
-    masks = [sum(1 << bit for bit in range(_BITS) if start + bit in lacking) for start in range(0, slices, _BITS)]
-    own = torch.tensor([first, turn, *masks], dtype=torch.int64, device=communication_device())
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    wants = []
-    for first_, turn_, *masks in torch.stack(found).tolist():
-        numbers = (_BITS * word + bit for word, mask in enumerate(masks) for bit in range(_BITS) if mask >> bit & 1)
-        wants.append(_Wants(first_, turn_, frozenset(numbers), slices))
-    return wants
-
-
-def _write(site: Site, shard: memory.Assembly | None, folder: Path, tag: str, step: int) -> None:
-    """Make a checkpoint of the copies on each node, in its memory. Collective over the world."""
-    staging = manifest.staging_folder(folder / tag)
-
-    def make() -> None:
-        memory.remove(folder)
-        memory.make_region(folder.parent)
-        staging.mkdir(parents=True)
-
-    raise_together(on_publishers(site, make, "resuming from memory"), _FAILED, memory.REMEDY)
-    note: dict[str, Any] = {"errors": [], "files": {}}
-
-    def write() -> None:
-        if shard is not None:
-            written = shard.write(staging)
-            note["files"] = manifest.noted({path.name: manifest.seal(path, site.rank) for path in written})
-            for rank, part in shard.own.items():
-                if int(rank) in site.peers:
-                    (staging / _OWN.format(rank=rank)).write_bytes(part)
-
-    attempt(write, note["errors"])
-    notes = exchange(note, "resuming from memory")
-    raise_together(notes, _FAILED, memory.REMEDY)
-
-    def publish() -> None:
-        files = manifest.recorded(notes[rank]["files"] for rank in site.peers)
-        manifest.publish(staging, folder / tag, site.describe(tag, step, files))
-
-    raise_together(on_publishers(site, publish, "resuming from memory"), _FAILED, memory.REMEDY)
-
-
-def _own_part(folder: Path) -> dict[str, Any] | None:
-    """This rank's client state and random numbers."""
-    path = folder / _OWN.format(rank=dist.get_rank())
-    return torch.load(path, weights_only=False) if path.exists() else None
-
-
-_FAILED = "States in memory could not be used."
+def _writer_of(number: int, count: int) -> int:
+    """The rank that writes a shard: they are spread over all."""
+    ranks = dist.get_world_size()
+    return number * ranks // count if count <= ranks else number % ranks

@@ -1,55 +1,53 @@
 """The process that writes a rank's part of checkpoints while that rank trains.
 
-It has the memory that the rank stages to, a pipe to the rank, and the store that all such processes share. When the
-rank dies, it ends at once, whatever it is doing: what was not published never will be.
+It has the memory that the rank copies to, a pipe to the rank, and a socket that others connect to. The owner of a shard
+fetches what the other replicas have copied, and writes the files. One save is one tree of links: sharers report to the
+owner of their shard, owners to the publisher of their folder, publishers to the first one. That one alone decides, and
+the result goes back down. When the rank dies, so does this process, whatever it is doing: what was not published never
+will be.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import queue
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import replace
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ..errors import MicsCheckpointError, words
-from . import manifest, memory, names
-from .arena import Arena
-from .board import NOTHING_PUBLISHED, Heartbeat, Round, RoundFailedError, not_saved
-from .joints import Joint, Staged
+from ..log import logger
+from . import folder, manifest
+from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read, understood
+from .links import STARTING_S, Link, Listener, LostError, Neighbour, connect_for_save, fetch
 from .manifest import FileRecord, Manifest
-from .memory import Description
-from .neighbours import Mirror, chunks, pass_on
-from .recording import Recorded, replay
+from .staging import Staged, replay
 
-_PROGRESS_S = 10.0
-_BROKEN_S = 2.0
-_FAREWELL_S = 0.5
+NOTHING_PUBLISHED = "Nothing was published, and older checkpoints are as they were."
+_PARENT_S = 0.5
+_SHOWN = 6
 
 
 class Station(NamedTuple):
-    """Where a process that writes stands among the others. Sent once."""
+    """Where this process stands. Sent once."""
 
-    host: str
-    port: int
-    """Of the store."""
     rank: int
-    ranks: int
-    patience_s: float
-
-    def connect(self, patience_s: float) -> dist.TCPStore:
-        """A new client of the store, whose waits end after so long."""
-        timeout = timedelta(seconds=patience_s)
-        return dist.TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    token: str
+    """What the ranks of the job know each other by."""
+    trainer: int
+    """The process of the rank."""
 
 
 class Publication(NamedTuple):
@@ -63,51 +61,61 @@ class Publication(NamedTuple):
     """Whether ``latest`` is to name it."""
     scripts: tuple[str, ...]
     """What is to lie beside it."""
+    export: str | None
+    """The type of weights that are to be exported too."""
+    model: str = ""
+    """The content of a Hugging Face model's ``config.json``, if it is one."""
 
 
 class Job(NamedTuple):
     """One save, as far as one process is concerned."""
 
     number: int
-    connection: int
-    """Which of the connections between the processes; another one after a failure."""
     target: str
     """The folder of the checkpoint."""
+    staging: str
+    """The folder that it is written to."""
     staged: Staged
-    sharers: tuple[int, ...]
-    """Ranks that stage a shard together."""
-    owner: int
-    """The one of them that writes it."""
-    publisher: int
-    """Whose folder this rank's files are in."""
+    """What the rank has copied."""
+    own: tuple[tuple[str, bytes], ...]
+    """Small files of this rank's own, by name."""
+    error: str
+    """What this rank could not do, after all had agreed."""
+    sharers: tuple[Neighbour, ...]
+    """Those who share the copying of a shard."""
+    parent: Neighbour | None
+    children: tuple[int, ...]
     publishers: tuple[int, ...]
-    """The first one leads."""
-    peers: int
-    """How many ranks have this publisher."""
     publication: Publication | None
     """On publishers."""
+    limit_s: float
 
 
 class Seal(NamedTuple):
-    """A copy in memory that is to be summed up and described, and sent to where it is kept too."""
+    """A copy in memory that is to be summed up and described, and those of others that are to be kept too."""
 
+    number: int
     path: str
     description: Description | None
-    """``None`` if this rank could not make one; those of others are awaited all the same."""
-    mirror: Mirror | None = None
+    """``None`` if this rank could not make one."""
+    guests: tuple[tuple[Neighbour, str, str], ...]
+    """For each, its writer, the name of its copy, and where it is to be kept."""
+    step: int
+
+
+class Serve(NamedTuple):
+    """Give the copies in this folder to other ranks."""
+
+    folder: str
 
 
 class Sealed(NamedTuple):
-    path: str
+    number: int
     error: str
-    broken: bool = False
-    """Whether a connection between the processes is."""
-    leaves: bool = False
-    """Whether this process is about to end, and another has to be started."""
 
 
 class Done(NamedTuple):
-    """The result of a job, the same on all ranks."""
+    """The result of a job."""
 
     number: int
     error: str
@@ -115,288 +123,296 @@ class Done(NamedTuple):
     seconds: float
     nbytes: int
     """Written by this process."""
-    leaves: bool = False
-    """As in :class:`Sealed`."""
 
 
-class Progress(NamedTuple):
-    number: int
-    written: int
-    nbytes: int
+class _Save:
+    """One save, in one process."""
 
+    def __init__(self, job: Job, writer: _Writer) -> None:
+        self._job, self._writer, self._rank = job, writer, writer.station.rank
+        self._deadline = time.monotonic() + job.limit_s
+        self._children: dict[int, Link] = {}
+        self._errors: list[str] = [f"rank {self._rank}: {job.error}"] if job.error else []
+        self._files: dict[str, FileRecord] = {}
+        """In the folder of this process, by it and by its children."""
+        self.written = 0
 
-class _Writer:
-    def __init__(self, pipe: Connection, arena: Arena, station: Station) -> None:
-        self._pipe, self._arena, self._station = pipe, arena, station
-        self._store = station.connect(max(station.patience_s, 10.0))
-        self._heartbeat = Heartbeat(
-            self._store, station.rank, station.ranks, station.patience_s, self._leave_if_waiting_for_peers
-        )
-        self._joining: Job | Seal | None = None
-        self._held = threading.Lock()
-        """While :attr:`_joining` changes, or is the reason to leave."""
-        self._round: Round | None = None
-        self._groups: dict[tuple[int, ...], Any] = {}
+    def run(self) -> str:
+        """Take part to the end. Returns the result: empty, or why there is no checkpoint."""
+        job, parent = self._job, list[Link]()
+        if job.parent is not None:
+            self._attempt(functools.partial(self._connect, job.parent, parent))
+        for rank in job.children:
+            self._attempt(functools.partial(self._await_child, rank))
+        if not self._errors:
+            self._attempt(self._write)
+        for rank in list(self._children):
+            self._attempt(functools.partial(self._take_report, rank))
+        result = self._decide() if job.parent is None else self._follow(parent)
+        for link in self._children.values():
+            with suppress(LostError):
+                link.send({"result": result})
+        for link in self._children.values():
+            link.await_close()  # what is sent to a process that ends meanwhile may be lost
+            link.close()
+        self._writer.listener.forget(job.number)
+        return result
 
-    def run(self, job: Job) -> Done:
-        """Do a job to its end, whatever that is."""
-        started = time.monotonic()
-        self._round = round_ = Round(self._store, job.number, self._station.ranks)
-        self._heartbeat.watch(round_)
-        written: list[FileRecord] = []
+    def _attempt(self, work: Callable[[], Any]) -> None:
         try:
-            error = self._take_part(round_, job, written)
-            round_.acknowledge()
-            if self._station.rank == job.publishers[0]:
-                Round(self._store, job.number - 1, self._station.ranks).forget(self._station.ranks)
-        except RoundFailedError as failed:
-            error = not_saved(job.target, failed)
-        except RuntimeError as gone:  # torch's errors of the store
-            error = (
-                f"Whether checkpoint {job.target} was saved is not known: the store that the writing processes share "
-                f"does not answer, as when rank 0 has ended ({words(gone)}). If it was, it is complete."
-            )
-        finally:
-            self._heartbeat.watch(None)
-            self._round = None
-        if error and job.publication is not None:
-            manifest.discard(manifest.staging_folder(Path(job.target)))
-        return Done(job.number, error, time.monotonic() - started, sum(record.bytes for record in written))
+            work()
+        except Exception as error:  # whatever it is, the others wait for a report
+            self._errors.append(words(error) if isinstance(error, LostError) else f"rank {self._rank}: {words(error)}")
 
-    def leave(self, why: str) -> None:
-        """The rank has ended, or was killed: nothing of its may appear from now on. The others need not wait."""
-        threading.Timer(_FAREWELL_S, os._exit, (0,)).start()  # the store may be gone as well
-        round_ = self._round
-        if round_ is not None:
-            with suppress(RuntimeError):
-                round_.lose(f"rank {self._station.rank} {why}")
-        os._exit(0)
+    def _connect(self, to: Neighbour, connected: list[Link]) -> None:
+        token, number = self._writer.station.token, self._job.number
+        connected.append(connect_for_save(to, token, number, self._rank, self._deadline))
 
-    def _leave_if_waiting_for_peers(self, round_: Round, failure: RoundFailedError) -> None:
-        """A transfer between processes cannot be called off. The rank starts another process for the next save."""
-        with self._held:
-            job = self._joining
-            if job is None or round_ is not self._round:  # who has gone on to the next one is not concerned
-                return
-            if isinstance(job, Seal):
-                self._pipe.send(Sealed(job.path, words(failure), leaves=True))
-            else:
-                self._pipe.send(Done(job.number, not_saved(job.target, failure), 0.0, 0, leaves=True))
-            os._exit(0)
+    def _await_child(self, rank: int) -> None:
+        self._children[rank] = self._writer.listener.await_save(self._job.number, rank, self._deadline)
 
-    @contextmanager
-    def _waiting_for_peers(self, job: Job | Seal) -> Iterator[None]:
-        with self._held:
-            self._joining = job
+    def _take_report(self, rank: int) -> None:
         try:
-            yield
-        finally:
-            with self._held:
-                self._joining = None
+            report = self._children[rank].receive()
+        except LostError:
+            self._children.pop(rank).close()
+            raise
+        self._errors += report["errors"]
+        self._files |= manifest.from_json([report["files"]])
 
-    # --------------------------------------------------------------------------- copies in memory
+    def _write(self) -> None:
+        staging = Path(self._job.staging)
+        for name, content in self._job.own:
+            (staging / name).write_bytes(content)
+            self._note(staging / name)
+        if self._job.staged.files:
+            for name, recorded in self._shard().files:
+                replay(recorded, staging / name)
+                self._note(staging / name)
 
-    def seal(self, job: Seal) -> Sealed:
-        """Sum up and describe a copy, and have it kept on another node too."""
-        path, described = Path(job.path), job.description
-        try:
-            if described is not None:
-                with memory.opened(path) as arena:
-                    arena.map(described.nbytes)
-                    described = memory.seal(path, described, arena)
-        except Exception as error:
-            described, failed = None, words(error)
-        else:
-            failed = ""
-        if job.mirror is None:
-            return Sealed(job.path, failed)
-        self._round = round_ = Round(self._store, job.mirror.number, self._station.ranks, "copy")
-        self._heartbeat.watch(round_)
-        try:
-            with self._waiting_for_peers(job):
-                group = self._group(job.mirror.connection, job.mirror.sharers)
-                pass_on(group, job.mirror, path, described, job.mirror.sharers.index(self._station.rank))
-        except Exception as error:
-            broken = isinstance(error, RuntimeError) and not isinstance(error, MicsCheckpointError)
-            return Sealed(job.path, failed or words(error), broken)
-        finally:
-            self._heartbeat.watch(None)
-            self._round = None
-        return Sealed(job.path, failed)
+    def _shard(self) -> Shard:
+        """This rank's shard, put together from what all who share it have copied."""
+        job, found = self._job, Shard()
+        for replica, sharer in enumerate(job.sharers):
+            if sharer.rank == self._rank:
+                found.add(job.staged, replica, self._writer.memory)
+            elif job.staged.shares:
+                with closing(SharedMemory()) as memory:
+                    fetch(sharer, self._writer.station.token, {"number": job.number}, memory)
+                    expected = job.staged.pieces_bytes(replica)
+                    if memory.nbytes < expected:
+                        raise MicsCheckpointError(f"rank {sharer.rank} did not copy {expected} bytes of the same shard")
+                    found.add(job.staged._replace(files=()), replica, memory)
+        return found
 
-    def _take_part(self, round_: Round, job: Job, written: list[FileRecord]) -> str:
-        files: dict[str, FileRecord] = {}
-        try:
-            with self._waiting_for_peers(job):
-                try:
-                    self._join_pieces(job)
-                except RuntimeError:
-                    self._await_the_cause(round_)
-                    raise
-            for name, record in self._write(job):
-                files[name] = record
-                written.append(record)
-        except Exception as error:  # whatever it is, the others wait
-            round_.fail(f"rank {self._station.rank}: {words(error)}")
-        else:
-            round_.report(job.publisher, manifest.noted(files) or None)
-        if job.publication is not None:
-            self._publish(round_, job, job.publication)
-        return round_.await_key("result")
+    def _note(self, path: Path) -> None:
+        self._files[path.name] = record = manifest.seal(path, self._rank)
+        self.written += record.bytes
 
-    def _await_the_cause(self, round_: Round) -> None:
-        """A connection broke. Give the rank whose process has died the time to say so first."""
-        deadline = time.monotonic() + _BROKEN_S
-        while round_.failure() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    # ------------------------------------------------------------------------------------ files
-
-    def _join_pieces(self, job: Job) -> None:
-        """Bring what several ranks have staged to the one that writes it."""
-        sharers, joints = job.sharers, job.staged.joints
-        if not joints or len(sharers) == 1:
-            return
-        group = self._group(job.connection, sharers)
-        place, owner = sharers.index(self._station.rank), sharers.index(job.owner)
-        plan = torch.tensor([len(joints), sum(joint.nbytes for joint in joints)])
-        if place != owner:
-            group.send([plan], owner, job.number).wait()
-            for joint in joints:
-                for chunk in chunks(self._arena.view(joint.piece, joint.sizes[place])):
-                    group.send([chunk], owner, job.number).wait()
-            return
-        others = [other for other in range(len(sharers)) if other != owner]
-        for other in others:
-            theirs = torch.empty_like(plan)
-            group.recv([theirs], other, job.number).wait()
-            if not torch.equal(plan, theirs):
-                raise RuntimeError(
-                    f"rank {sharers[other]} staged {theirs[1]} bytes in {theirs[0]} parts of what should be the same "
-                    f"{plan[1]} bytes in {plan[0]} parts"
-                )
-        for joint in joints:
-            self._receive(group, joint, owner, others, job.number)
-
-    def _receive(self, group: Any, joint: Joint, owner: int, others: Sequence[int], tag: int) -> None:
-        whole = self._arena.view(joint.whole, joint.nbytes)
-        if joint.shards:
-            pieces = [torch.empty(size, dtype=torch.uint8) for size in joint.sizes]
-            pieces[owner] = self._arena.view(joint.piece, joint.sizes[owner])
-        else:
-            pieces = list(whole.split(list(joint.sizes)))  # they arrive where they belong
-        waits = [group.recv([chunk], other, tag) for other in others for chunk in chunks(pieces[other])]
-        for wait in waits:
-            wait.wait()
-        joint.join(pieces, whole)
-
-    def _group(self, connection: int, sharers: tuple[int, ...]) -> Any:
-        return self._groups.get((connection, *sharers)) or self._connect(connection, sharers)
-
-    def _connect(self, connection: int, sharers: tuple[int, ...]) -> Any:
-        self._groups = {key: group for key, group in self._groups.items() if key[0] == connection}
-        patience_s = max(self._station.patience_s, 10.0) * 10
-        # A client of its own: while peers are awaited it is locked, and the heartbeat must go on.
-        store = dist.PrefixStore(f"group/{connection}/{'-'.join(map(str, sharers))}", self._station.connect(patience_s))
-        place = sharers.index(self._station.rank)
-        group = dist.ProcessGroupGloo(store, place, len(sharers), timedelta(seconds=patience_s))
-        key = (connection, *sharers)
-        self._groups[key] = group
-        return group
-
-    def _write(self, job: Job) -> Iterator[tuple[str, FileRecord]]:
-        staging = manifest.staging_folder(Path(job.target))
-        total = sum(nbytes for file in job.staged.files for _, nbytes in file.places)
-        done, told = 0, time.monotonic()
-        for file in job.staged.files:
-            storages = [self._arena.storage(start, nbytes) for start, nbytes in file.places]
-            path = staging / file.name
-            replay(Recorded(file.pickled, storages), path)
-            yield file.name, manifest.seal(path, self._station.rank)
-            done += sum(nbytes for _, nbytes in file.places)
-            if time.monotonic() - told > _PROGRESS_S:
-                told = time.monotonic()
-                self._pipe.send(Progress(job.number, done, total))
+    def _follow(self, parents: list[Link]) -> str:
+        """Report, do as the first publisher says, and return the result."""
+        if not parents:
+            return self._not_saved()
+        with closing(parents[0]) as parent:
+            try:
+                # What this process publishes itself is no concern of the first publisher.
+                elsewhere = {} if self._job.publication is not None else self._files
+                parent.send({"errors": self._errors, "files": manifest.as_json(elsewhere)})
+                while True:
+                    message = parent.receive()
+                    if "result" in message:
+                        return message["result"]
+                    parent.send({"error": self._publish(message["do"])})
+            except LostError as lost:
+                unknown = f"Whether checkpoint {self._job.target} was saved is not known"
+                return f"{unknown}: {words(lost)}. If it was, it is complete."
 
     # -------------------------------------------------------------------------------- publishing
 
-    def _publish(self, round_: Round, job: Job, publication: Publication) -> None:
-        """Turn the folder into a checkpoint, together with the other publishers, and tell everybody."""
-        leads, publishers = self._station.rank == job.publishers[0], len(job.publishers)
-        target, folder = Path(job.target), Path(publication.folder)
-        files = manifest.recorded(round_.notes(job.publisher, job.peers))
-        round_.publishers_reach("ready", publishers, leads)
-        round_.begin_publishing(leads)
-        described = replace(publication.manifest, files=files)
-
-        def publish() -> None:
-            manifest.add_scripts(publication.scripts, folder)
-            manifest.publish(manifest.staging_folder(target), target, described)
-
-        self._attempt(round_, publish)
-        round_.publishers_reach("published", publishers, leads)
-        if leads:
-            round_.set("published by all", "; ".join(round_.errors()))
-        failed = round_.await_key("published by all")
-        if failed and leads:
-            round_.set("result", f"Checkpoint {job.target} could not be saved. {failed}. {NOTHING_PUBLISHED}")
+    def _decide(self) -> str:
+        """Publish with the other publishers, if nothing is wrong anywhere. On the first publisher."""
+        target, publication = self._job.target, self._job.publication
+        assert publication is not None, "the first publisher publishes"
+        failed = "" if self._errors else self._all_publish("publish")
+        if self._errors or failed:
+            return self._not_saved(*filter(None, [failed]))
+        failed = self._all_publish("latest") if publication.latest else ""
         if failed:
-            return
-        if publication.latest:
-            self._attempt(round_, lambda: names.write_latest(folder, publication.tag))
-        round_.publishers_reach("named", publishers, leads)
-        if leads:
-            said = "; ".join(round_.errors())
-            latest = folder / manifest.LATEST
-            round_.set(
-                "result", said and f"Checkpoint {target} is complete, but {latest} could not be updated. {said}."
-            )
+            latest = Path(publication.folder) / folder.LATEST
+            return f"Checkpoint {target} is complete, but {latest} could not be updated. {failed}."
+        if publication.export:
+            _export(Path(target), publication)
+        return ""
 
-    def _attempt(self, round_: Round, work: Any) -> None:
+    def _not_saved(self, *more: str) -> str:
+        errors = list(dict.fromkeys([*self._errors, *more]))
+        said = "; ".join(errors[:_SHOWN]) + (f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else "")
+        return f"Checkpoint {self._job.target} could not be saved. {said}. {NOTHING_PUBLISHED}"
+
+    def _all_publish(self, what: str) -> str:
+        """Have all publishers do something, at the same time. Returns what went wrong."""
+        others = [self._children[rank] for rank in self._job.publishers if rank in self._children]
+        found = []
+        for link in others:
+            with suppress(LostError):  # of which the answer tells
+                link.send({"do": what})
+        found.append(self._publish(what))
+        for link in others:
+            try:
+                found.append(link.receive()["error"])
+            except LostError as lost:
+                found.append(words(lost))
+        return "; ".join(filter(None, found))
+
+    def _publish(self, what: str) -> str:
+        job, publication = self._job, self._job.publication
+        assert publication is not None, "only publishers are asked"
+        try:
+            if what == "publish":
+                folder.add_scripts(publication.scripts, Path(publication.folder))
+                described = replace(publication.manifest, files=self._files)
+                folder.publish(Path(job.staging), Path(job.target), described)
+            else:
+                folder.write_latest(Path(publication.folder), publication.tag)
+        except Exception as error:
+            return f"rank {self._rank}: {words(error)}"
+        return ""
+
+
+def _export(target: Path, publication: Publication) -> None:
+    """Export the weights of a published checkpoint, in a process of its own, because that imports DeepSpeed.
+
+    The checkpoint is complete without them, so a failure is a line in the log.
+    """
+    root = f"import sys; sys.path[0] = {sys.path[0]!r}"
+    code = f"{root}; from mics_ds.export import export_saved; export_saved(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(target), str(publication.export), publication.model]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        logger.error("the weights of %s were not exported: %s", target, done.stderr.strip()[-500:])
+
+
+class _Writer:
+    def __init__(self, memory: SharedMemory, listening: socket.socket, station: Station) -> None:
+        self.memory, self.station = memory, station
+        self._folder = ""
+        self._reached = 0
+        """The last number of which this process has what others may fetch."""
+        self._staged: tuple[int, Staged | None] = (0, None)
+        self._changed = threading.Condition()
+        self.listener = Listener(listening, station.token, self._give)
+
+    def serve(self, message: Serve) -> None:
+        with self._changed:
+            self._folder = message.folder
+            self._changed.notify_all()
+
+    def _reach(self, number: int) -> None:
+        with self._changed:
+            self._reached = number
+            self._changed.notify_all()
+
+    def save(self, job: Job) -> Done:
+        """Do a job to its end, whatever that is."""
+        started, one = time.monotonic(), _Save(job, self)
+        self.memory.map(job.staged.nbytes)
+        self._staged = job.number, job.staged
+        self._reach(job.number)
+        error = one.run()
+        if error and job.publication is not None:
+            folder.discard(Path(job.staging))
+        return Done(job.number, error, time.monotonic() - started, one.written)
+
+    def seal(self, job: Seal) -> Sealed:
+        """Sum up and describe this rank's copy, and keep those of others here too."""
+        errors: list[str] = []
+        self._attempt(functools.partial(self._seal_own, Path(job.path), job.description), errors)
+        self._reach(job.number)
+        for guest in job.guests:
+            self._attempt(functools.partial(self._keep, *guest, job), errors)
+        return Sealed(job.number, "; ".join(errors))
+
+    @staticmethod
+    def _attempt(work: Callable[[], object], errors: list[str]) -> None:
         try:
             work()
         except Exception as error:
-            round_.add_error(f"rank {self._station.rank}: {words(error)}")
+            errors.append(words(error))
+
+    def _seal_own(self, path: Path, description: Description | None) -> None:
+        if description is not None:
+            with closing(SharedMemory(path=path)) as memory:
+                memory.map(description.staged.nbytes)
+                describe(path, description, memory.checksum(description.staged.nbytes))
+
+    def _keep(self, guest: Neighbour, name: str, where: str, job: Seal) -> None:
+        path = Path(where)
+        forget(path)
+        which = {"name": name, "step": job.step, "number": job.number}
+        with closing(SharedMemory(path=path)) as memory:
+            text = fetch(guest, self.station.token, which, memory)
+        copy = understood(text, path)
+        if copy is not None:
+            describe(path, copy.description, copy.checksum)
+
+    def _give(self, link: Link, which: Mapping[str, Any]) -> None:
+        """Send what another process wants, once it is there, or nothing if it will not be."""
+        number, name = which.get("number", 0), which.get("name")
+        with self._changed:
+            self._changed.wait_for(lambda: self._reached >= number and (self._folder or not name), STARTING_S)
+        if name:
+            self._give_copy(link, name, which["step"])
+        else:
+            staged_number, staged = self._staged
+            nbytes = staged.nbytes if staged is not None and staged_number == number else 0
+            link.send({}, [self.memory.buffer(0, nbytes)])
+
+    def _give_copy(self, link: Link, name: str, step: int) -> None:
+        slots = map(read, Path(self._folder).glob(f"{os.path.basename(name)}.[01]"))
+        found = next((copy for copy in slots if copy is not None and copy.description.step == step), None)
+        if found is None:
+            link.send({})
+            return
+        with closing(SharedMemory(path=found.path)) as memory:
+            memory.map(found.description.staged.nbytes)
+            content = memory.buffer(0, found.description.staged.nbytes)
+            link.send({"description": described_by(found.path).read_text()}, [content])
+            content.release()
 
 
-def serve(pipe_descriptor: int, arena_descriptor: int) -> None:
-    """Do jobs until the pipe closes."""
+def serve(pipe_descriptor: int, memory_descriptor: int, socket_descriptor: int) -> None:
+    """Do jobs until the rank has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all processes; the rank says when to end
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(10)
     torch.set_num_threads(1)
-    pipe, arena = Connection(pipe_descriptor), Arena(arena_descriptor)
-    jobs: list[Job | Seal] = []
-    changed = threading.Condition()
+    pipe, memory = Connection(pipe_descriptor), SharedMemory(memory_descriptor)
     station: Station = pipe.recv()
-    writers: list[_Writer] = []
+    # What the rank has forked may hold the pipe open, so that its end alone does not tell.
+    threading.Thread(target=_end_with, args=(station.trainer,), name="mics parent", daemon=True).start()
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
         while True:
             try:
-                job = pipe.recv()
+                jobs.put(pipe.recv())
             except (EOFError, OSError):
-                if writers:
-                    writers[0].leave("has ended")
                 os._exit(0)
-            with changed:
-                jobs.append(job)
-                changed.notify()
 
-    # At once: when the rank is dead, the store may be too, and connecting to it would take long to fail.
-    threading.Thread(target=listen, name="mics listener", daemon=True).start()
-    writer = _Writer(pipe, arena, station)
-    writers.append(writer)
+    threading.Thread(target=listen, name="mics pipe", daemon=True).start()
+    writer = _Writer(memory, socket.socket(fileno=socket_descriptor), station)
     while True:
-        with changed:
-            changed.wait_for(lambda: jobs)
-            job = jobs.pop(0)
-        done: Done | Sealed
-        if isinstance(job, Seal):
-            done = writer.seal(job)
-        else:
-            arena.map(job.staged.nbytes)
-            done = writer.run(job)
-        with suppress(OSError):  # the listener ends this process
+        job = jobs.get()
+        if isinstance(job, Serve):
+            writer.serve(job)
+            continue
+        done = writer.seal(job) if isinstance(job, Seal) else writer.save(job)
+        with suppress(OSError):  # the other thread ends this process
             pipe.send(done)
+
+
+def _end_with(trainer: int) -> None:
+    while os.getppid() == trainer:
+        time.sleep(_PARENT_S)
+    os._exit(0)

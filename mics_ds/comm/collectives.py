@@ -162,35 +162,6 @@ def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Ten
     return rows
 
 
-def gather_to(
-    row: torch.Tensor, place: int, group: RankGroup, what: str, device: torch.device, pieces: int = 1
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Gather the rows of all ranks on one of them, piece by piece.
-
-    Args:
-        row: 1-D, of equal length on all ranks, on any device.
-        place: the rank *in* ``group`` that wants them.
-        device: where collectives of ``group`` work.
-
-    Yields:
-        On that rank, (first column, (g, width)) in ascending order, each valid until the next is asked for. Elsewhere
-        nothing; but the iterator has to be used up there too.
-    """
-    first = 0
-    for part in row.tensor_split(max(1, min(pieces, row.numel()))):
-        rows = row.new_empty(group.size, part.numel(), device=device) if group.rank == place else None
-        with naming(what, group):
-            dist.gather(
-                part.to(device).contiguous(),
-                None if rows is None else list(rows.unbind()),
-                dst=group.ranks[place],
-                group=group.group,
-            )
-        if rows is not None:
-            yield first, rows
-        first += part.numel()
-
-
 def share_out_(shares: Sequence[Sequence[torch.Tensor]], group: RankGroup, device: torch.device, what: str) -> None:
     """Overwrite every tensor with what its owner has in it: the same bits, on all ranks of the group.
 

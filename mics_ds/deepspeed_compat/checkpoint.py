@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import pickle
@@ -19,6 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
 
 from ..errors import MicsCheckpointError
+from ..log import log_rank0
 from .patching import Patches
 
 
@@ -31,8 +33,10 @@ class CheckpointFiles:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.session: Any = None
-        """With ``write(states, path, write)``, ``make(make)``, which does what may fail, ``read(path)``, and
-        ``copies_scripts``: whether what DeepSpeed leaves beside a checkpoint is to be copied there."""
+        """With ``make(make)``, which does what may fail, and ``model_states_shard``. While saving, with
+        ``write(states, path, write)`` and ``copies_scripts``: whether what DeepSpeed leaves beside a checkpoint is to
+        be copied there. While loading, with ``read(path)``, ``model``, what the file of model states has, and
+        ``weights_are_set``: whether nothing but the rest of the module is left to be loaded."""
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
@@ -96,6 +100,38 @@ def recovery_scripts() -> list[str]:
 def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
     """Names and shapes of the optimizer's parameters, per sub-group, in the order of the flat buffers."""
     return engine._get_zero_param_shapes()
+
+
+def keeps_shards_in_memory(engine: DeepSpeedEngine) -> bool:
+    """Whether all shards of parameters are in memory between steps."""
+    shards = (getattr(param, "ds_tensor", param) for param in engine.module.parameters())
+    return not engine.optimizer.params_in_nvme_and_cpu and all(shard.numel() for shard in shards)
+
+
+def set_shards(engine: DeepSpeedEngine, shards: Mapping[str, torch.Tensor]) -> None:
+    """Set this rank's shards of parameters by name; those that are not given stay.
+
+    Args:
+        shards: (partition_numel,) each, in any precision.
+    """
+    for name, param in engine.module.named_parameters():
+        if name in shards:
+            param.ds_tensor.data.view(-1).copy_(shards[name].view(-1))
+
+
+def frozen_shards(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    """This rank's shards of the parameters that the optimizer does not have, in the order of the file."""
+    shards = engine._get_zero_frozen_param_attributes(lambda param: getattr(param, "ds_tensor", param))
+    return (shard.detach() for shard in shards.values())
+
+
+def model_config(engine: DeepSpeedEngine) -> str:
+    """The content of a Hugging Face model's ``config.json``; empty for other models."""
+    config: Any = getattr(engine.module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return ""
+    # ``save_pretrained`` notes the class of the model too, and only then.
+    return json.dumps({**config.to_dict(), "architectures": [type(engine.module).__name__]}, default=str)
 
 
 def frozen_shapes(engine: DeepSpeedEngine) -> Mapping[str, torch.Size]:
@@ -162,7 +198,7 @@ class _Caught:
 
 def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
     """What ``engine.save_checkpoint`` would write into this rank's file of model states, but for frozen parameters.
-    Live. No collective.
+    Tensors of modules are in host memory, live where they are there. No collective.
 
     Raises:
         Exception: of whatever kind: DeepSpeed or a module could not say.
@@ -173,7 +209,21 @@ def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> di
         collect_states(engine, caught, "", "", client_state, optimizer_states=False, exclude_frozen_parameters=True)
     finally:
         set_writer(engine, *before)
-    return caught.states
+    return {**caught.states, "module": _in_host_memory(caught.states["module"])}
+
+
+def _in_host_memory(module: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in module.items()}
+    from .engine import device_streams, wait_for_device  # late, because this module is loaded with DeepSpeed
+
+    if device_streams() is None:
+        return found
+    on_device = {name: value for name, value in found.items() if isinstance(value, torch.Tensor) and value.numel()}
+    for name, value in on_device.items():
+        found[name] = torch.empty_like(value, device="cpu").copy_(value, non_blocking=True)
+    if on_device:
+        wait_for_device()
+    return found
 
 
 def parameter_names(engine: DeepSpeedEngine) -> frozenset[str]:
@@ -227,39 +277,46 @@ def writes_archives(engine: DeepSpeedEngine) -> bool:
     return bool(getattr(inner, "zipfile_serialization", True))
 
 
-def _model_states_of_all_mp_ranks(engine: DeepSpeedEngine, folder: str, shard: int) -> list[str]:
-    """Paths of the model states of one shard, one for each model-parallel rank that saved."""
-    pattern = engine._get_ckpt_name(folder, "", mp_placeholder="*", pp_placeholder=str(shard))
-    return sorted(glob.glob(os.path.normpath(pattern)))
-
-
 WEIGHTS_ONLY_ENV = "MICS_DS_WEIGHTS_ONLY"
 
 
-def load_states(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
+def load_states(
+    path: Any,
+    *,
+    mmap: bool = False,
+    placing: Callable[[], Any] = lambda: "cpu",
+    name: str | os.PathLike = "",
+) -> dict[str, Any]:
     """Read one of DeepSpeed's checkpoint files to host memory.
 
     Tries ``weights_only`` with the few classes that DeepSpeed itself puts there. A file with others (custom
     objects in ``client_state``, say) is unpickled as DeepSpeed would, unless ``MICS_DS_WEIGHTS_ONLY=1``.
 
     Args:
+        path: or an open file.
         mmap: leave tensors in the file until they are read. Not for what is to be kept.
+        placing: makes the ``map_location`` for ``torch.load``, once for each attempt.
+        name: of the file, for messages, if ``path`` is not what users know it by.
 
     Raises:
         MicsCheckpointError: the file needs unpickling and that is forbidden.
     """
+    name = name or path
     mapped = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
     with torch.serialization.safe_globals(_SAFE_CLASSES):
         try:
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+            return torch.load(path, map_location=placing(), mmap=mapped, weights_only=True)
         except pickle.UnpicklingError as error:
             reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not")[0].splitlines()[0]
             if os.environ.get(WEIGHTS_ONLY_ENV) == "1":
                 raise MicsCheckpointError(
-                    f"{path} holds objects that only unpickling can load, and {WEIGHTS_ONLY_ENV}=1 forbids it: "
+                    f"{name} holds objects that only unpickling can load, and {WEIGHTS_ONLY_ENV}=1 forbids it: "
                     f"{reason}. If you trust whoever wrote the file, unset the variable."
                 ) from error
-    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+    log_rank0(f"{name} holds objects that only unpickling can load, which may run code: {reason}")
+    if hasattr(path, "seek"):
+        path.seek(0)
+    return torch.load(path, map_location=placing(), mmap=mapped, weights_only=False)
 
 
 def _safe_classes() -> list[Any]:
@@ -271,27 +328,48 @@ def _safe_classes() -> list[Any]:
 
 _SAFE_CLASSES = _safe_classes()
 
-_weights_tag: ContextVar[str | None] = ContextVar("weights_tag", default=None)
+_loading: ContextVar[Any] = ContextVar("loading", default=None)
+_loading_tag: ContextVar[str | None] = ContextVar("loading_tag", default=None)
 
 
 @contextmanager
-def weights_from(tag: str) -> Iterator[None]:
-    """Have DeepSpeed read consolidated weights from the checkpoint being loaded, and not from the latest one."""
-    token = _weights_tag.set(tag)
+def loading(engine: DeepSpeedEngine, session: Any, tag: str) -> Iterator[None]:
+    """Have DeepSpeed load what a session has, and consolidated weights, if it needs any, from that tag and not from the
+    latest one."""
+    tokens = _loading.set(session), _loading_tag.set(tag)
     try:
-        yield
+        with CheckpointFiles.of(engine).through(session):
+            yield
     finally:
-        _weights_tag.reset(token)
+        _loading.reset(tokens[0])
+        _loading_tag.reset(tokens[1])
 
 
-def _tied_names(engine: DeepSpeedEngine, shard: int) -> dict[str, str]:
-    """Further names of parameters that have several, for the file of the first shard, where ``zero_to_fp32`` looks.
+def _get_all_ckpt_names(original: Any, engine: Any, folder: str, tag: str) -> list[str]:
+    """Return paths of the model states of one shard, one for each model-parallel rank that saved. States that come from
+    no file have paths too, which DeepSpeed insists on."""
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None:
+        return original(engine, folder, tag)
+    if session.model_states_shard is None:
+        return [os.devnull] * engine.mp_world_size
+    shard = str(session.model_states_shard)
+    pattern = engine._get_ckpt_name(os.path.join(folder, tag), "", mp_placeholder="*", pp_placeholder=shard)
+    return sorted(glob.glob(os.path.normpath(pattern)))
+
+
+def _get_shared_params(original: Any, engine: Any) -> dict[str, str]:
+    """Return further names of tied parameters for the file of the first shard, where ``zero_to_fp32`` looks.
 
     DeepSpeed tells on global rank 0 only, which may not be the rank that writes it.
     """
+    session = getattr(engine.checkpoint_engine, "session", None)
+    if session is None:
+        return original(engine)
     first: dict[int, str] = {}
     names = ((name, param.ds_id) for name, param in engine.module.named_parameters(remove_duplicate=False))
-    return {name: first[key] for name, key in names if first.setdefault(key, name) != name} if shard == 0 else {}
+    tied = {name: first[key] for name, key in names if first.setdefault(key, name) != name}
+    return tied if session.model_states_shard == 0 else {}
 
 
 def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +405,16 @@ def install(
     """
 
     def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
-        return consolidate(checkpoint_dir, tag or _weights_tag.get(), **kwargs)
+        session = _loading.get()
+        if session is not None and session.weights_are_set:
+            return session.model["module"]
+        return consolidate(checkpoint_dir, tag or _loading_tag.get(), **kwargs)
+
+    def load_module_state_dict(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = _loading.get()
+        if session is not None and session.weights_are_set:
+            kwargs["fetch_z3_params"] = False  # nothing of them is to be loaded
+        return original(self, *args, **kwargs)
 
     def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if runs_mics(self):
@@ -344,18 +431,9 @@ def install(
                 before_stock_loads(self, load_dir, tag)
         return original(self, load_dir, tag, *args, **kwargs)
 
-    def _get_all_ckpt_names(original: Any, self: Any, folder: str, tag: str) -> list[str]:
-        session = getattr(self.checkpoint_engine, "session", None)
-        if session is None:
-            return original(self, folder, tag)
-        return _model_states_of_all_mp_ranks(self, os.path.join(folder, tag), session.model_states_shard)
-
-    def _get_shared_params(original: Any, self: Any) -> dict[str, str]:
-        session = getattr(self.checkpoint_engine, "session", None)
-        return original(self) if session is None else _tied_names(self, session.model_states_shard)
-
     consolidate = engine_module.get_fp32_state_dict_from_zero_checkpoint
     patches.set(engine_module, "get_fp32_state_dict_from_zero_checkpoint", get_fp32_state_dict_from_zero_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "load_module_state_dict", load_module_state_dict)
     patches.wrap_method(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,6 +169,15 @@ class SliceCheckpoints:
         }
         masters = [whole_of[id(master)] for master in self._optimizer.fp32_partitioned_groups_flat]
         return {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
+
+    @contextmanager
+    def whole_shards(self, wholes: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` be that of an optimizer without slices, see :meth:`state_dict_with`."""
+        self.gathered_states = self.state_dict_with(wholes)
+        try:
+            yield
+        finally:
+            self.gathered_states = None
 
     def _rigid_load_state_dict(
         self, stock: Callable[..., None], state_dict: dict[str, Any], load_optimizer_states: bool = True

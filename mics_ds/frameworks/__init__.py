@@ -63,7 +63,16 @@ def _hook_lightning(module: ModuleType) -> None:
 
             lightning.keep_in_memory(trainer, strategy.model)
 
+    def remove_checkpoint(original: Callable[..., Any], strategy: Any, path: Any) -> None:
+        if hasattr(getattr(strategy.model, "optimizer", None), "mics_groups"):
+            from .deletions import may_delete
+
+            if not may_delete(path):
+                return
+        original(strategy, path)
+
     _wrap(getattr(module, "DeepSpeedStrategy", None), "setup", setup)
+    _wrap(getattr(module, "DeepSpeedStrategy", None), "remove_checkpoint", remove_checkpoint)
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {

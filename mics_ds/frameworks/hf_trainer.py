@@ -15,27 +15,30 @@ import functools
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint import flush
-from ..checkpoint.snapshot import Caller, called_by
-from ..checkpoint.together import attempt, exchange, raise_together
+from ..checkpoint import folder as folders
+from ..checkpoint import restart
+from ..checkpoint.background import wait_for_saves
+from ..checkpoint.coordination import attempt, exchange, raise_together
+from ..checkpoint.memory import Caller, called_by
 from ..config import CheckpointRequest
 from ..deepspeed_compat.engine import ensure_distributed
 from ..deepspeed_compat.patching import temporarily
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from ..plugin.context import read_request
+from .deletions import may_delete
 
 STATE = "trainer_state.json"
 _FOLDER = "checkpoint-{step}"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_TAG = re.compile(r"global_step(\d+)")
 _SET_ASIDE = "interrupted-"
 
 
@@ -48,10 +51,14 @@ def train(
     if asked is not None and resume_from_checkpoint:
         memory = None if _on_each_node(config) else asked
         resume_from_checkpoint = _resolve(trainer.args, memory, resume_from_checkpoint)
-    if asked is None or not asked.memory_every:
-        return original(trainer, resume_from_checkpoint, *args, **kwargs)
-    caller = Caller(trainer.args.output_dir, lambda: _files(trainer), lambda _: False)
-    with called_by(caller, trainer.model_wrapped), _copying_after_steps(trainer):
+    with ExitStack() as stack:
+        if asked is not None:
+            stack.enter_context(_minding_saves(asked, trainer))
+        if asked is not None and asked.memory_every:
+            home = trainer.args.output_dir
+            caller = Caller(home, lambda: _files(trainer), lambda _: False, lambda: marker(Path(home)))
+            stack.enter_context(called_by(caller, trainer.model_wrapped))
+            stack.enter_context(_copying_after_steps(trainer))
         return original(trainer, resume_from_checkpoint, *args, **kwargs)
 
 
@@ -123,13 +130,13 @@ def _newest(
     there, interrupted = (set().union(*(said[key] for said in notes)) for key in ("there", "interrupted"))
     usable = set.intersection(*(set(said["usable"]) for said in notes))
     newest = max(there, default=-1)
-    chosen = newest if wanted is None else wanted
-    if chosen in interrupted:
-        chosen = max((step for step in usable if step < chosen), default=-1)
+    chosen = _or_older(newest if wanted is None else wanted, usable, interrupted)
     source = None
     may_be_newer = wanted is None or wanted == newest
     if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
-        source = flush.find(memory, os.path.realpath(folder), STATE, _engine_step(folder / _FOLDER.format(step=chosen)))
+        source = restart.find(
+            memory, os.path.realpath(folder), STATE, lambda: _engine_newest(folder / _FOLDER.format(step=chosen))
+        )
     if source is None and chosen < 0 and interrupted and required:
         raise MicsCheckpointError(
             f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
@@ -137,7 +144,8 @@ def _newest(
         )
     _set_aside(args, folder, sorted(step for step in interrupted if step > chosen))
     if source is not None:
-        return flush.write(source, lambda step: folder / _FOLDER.format(step=step), _step_in)
+        assert memory is not None, "it has a source"
+        return restart.write(memory, source, lambda step: folder / _FOLDER.format(step=step), _step_in)
     return folder / _FOLDER.format(step=chosen) if chosen >= 0 else None
 
 
@@ -186,15 +194,86 @@ def _set_aside(args: Any, folder: Path, steps: list[int]) -> None:
     raise_together(exchange(note, f"looking for a checkpoint in {folder}"), "", "No state was changed.")
 
 
-def _engine_step(checkpoint: Path) -> int:
-    """The newest step that the engine has saved there, by the tags that it chooses itself; -1 if there is none."""
-    found = (_TAG.fullmatch(path.name) for path in checkpoint.glob("global_step*"))
-    return max((int(match[1]) for match in found if match), default=-1)
+def _or_older(step: int, usable: Collection[int], interrupted: Collection[int]) -> int:
+    """This step, or if its save never ended the newest before it; -1 if there is none."""
+    return max((older for older in usable if older < step), default=-1) if step in interrupted else step
+
+
+def marker(folder: Path) -> str:
+    """Of the newest checkpoint in the Trainer's folder that can be resumed from."""
+    found = _survey(folder)
+    chosen = _or_older(max(found["there"], default=-1), found["usable"], found["interrupted"])
+    return _engine_newest(folder / _FOLDER.format(step=chosen))[0]
+
+
+def _engine_newest(checkpoint: Path) -> tuple[str, int]:
+    """The marker and the step of what the engine has saved there; an empty marker and -1 if there is nothing."""
+    return folders.newest(checkpoint) if checkpoint.is_dir() else ("", -1)
 
 
 def _step_in(files: dict[str, bytes]) -> int:
     """The Trainer's step, by its files."""
     return int(json.loads(files[STATE])["global_step"]) if STATE in files else -1
+
+
+# --------------------------------------------------------------------------------------------------
+# Saves that are still under way
+
+
+class _Shutil:
+    """In place of :mod:`shutil` for the Trainer, which rotates checkpoints with it."""
+
+    def rmtree(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        if may_delete(path):
+            shutil.rmtree(path, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(shutil, name)
+
+
+@contextmanager
+def _minding_saves(asked: CheckpointRequest, trainer: Any) -> Iterator[None]:
+    """Have the Trainer delete no checkpoint that is all there is, look for the best one when it is there, and save each
+    once. With an export, weights are not gathered for a save: they are exported when it is complete."""
+    import transformers.trainer
+    import transformers.trainer_utils
+
+    load, save = transformers.trainer.deepspeed_load_checkpoint, trainer._save_checkpoint
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        wait_for_saves()
+        return load(*args, **kwargs)
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        engine, done = trainer.model_wrapped, set[str]()
+        once = engine.save_checkpoint
+
+        @functools.wraps(once)
+        def save_once(path: Any, *inner: Any, **how: Any) -> Any:
+            again = os.fspath(path) in done  # without 16-bit weights, the Trainer saves the engine in their place too
+            done.add(os.fspath(path))
+            return True if again else once(path, *inner, **how)
+
+        with _instead(engine, "save_checkpoint", save_once), ExitStack() as stack:
+            if asked.export and asked.asynchronous and not hasattr(trainer.model, "peft_config"):
+                stack.enter_context(_instead(trainer, "save_model", functools.partial(_save_without_weights, trainer)))
+            return save(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in (transformers.trainer, transformers.trainer_utils):
+            if hasattr(module, "shutil"):
+                stack.enter_context(temporarily(module, "shutil", _Shutil()))
+        stack.enter_context(temporarily(transformers.trainer, "deepspeed_load_checkpoint", load_checkpoint))
+        stack.enter_context(_instead(trainer, "_save_checkpoint", save_checkpoint))
+        yield
+
+
+def _save_without_weights(trainer: Any, output_dir: str, **_: Any) -> None:
+    """What ``Trainer.save_model`` leaves in a folder beside weights: the configuration, the tokenizer."""
+    from transformers.trainer import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, remove_dummy_checkpoint
+
+    trainer._save(output_dir, state_dict={})
+    remove_dummy_checkpoint(trainer.args.should_save, output_dir, [WEIGHTS_NAME, SAFE_WEIGHTS_NAME])
 
 
 # --------------------------------------------------------------------------------------------------

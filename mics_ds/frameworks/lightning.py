@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any
 
-from ..checkpoint.snapshot import Caller
+from ..checkpoint.memory import Caller
 from ..deepspeed_compat.patching import temporarily
 
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")

@@ -289,7 +289,7 @@ class Player:
 
     def micro_step(self, last: bool) -> None:
         """Forward and backward of one micro-batch; ``last``: at the accumulation boundary."""
-        job, zero, queues = self.job, self.job.zero, self.queues
+        zero = self.job.zero
         bucket_size = self.system.bucket_size(zero.reduce_bucket_size)
         queue, bucket, passed = 0, 0, {}
         average = last and self.costs.r > 1
@@ -335,19 +335,24 @@ class Player:
             reduced.append(self._reduce(bucket))
         for _, done in reduced:
             self._wait("hop1", done)
-        if average and job.model.trainable:
-            if self.system.hop2_beside:
-                self._average_finished(reduced)
-                if self.to_average:
-                    queues.issue("average", self.costs.average(self.to_average), self.now)
-                    self.to_average = 0
-                self._wait("hop2", queues.free["average"])
-            else:
-                everything = shard_numel(job.model.trainable, 1)
-                self._wait("hop2", queues.issue("average", self.costs.average(everything), self.now))
-        # whoever was kept beyond its last turn is released at the end
+        if average and self.job.model.trainable:
+            self._finish_average(reduced)
+        # what was kept beyond its last turn is released at the end
         self.ready.clear()
         self.live = 0
+
+    def _finish_average(self, reduced: list[tuple[int, float]]) -> None:
+        """Wait for what is left of hop 2 when a backward pass has ended, with all its reduced buckets."""
+        queues = self.queues
+        if not self.system.hop2_beside:
+            everything = shard_numel(self.job.model.trainable, 1)
+            self._wait("hop2", queues.issue("average", self.costs.average(everything), self.now))
+            return
+        self._average_finished(reduced)
+        if self.to_average:
+            queues.issue("average", self.costs.average(self.to_average), self.now)
+            self.to_average = 0
+        self._wait("hop2", queues.free["average"])
 
     def _keeps(self, param: int, index: int, passed: dict[int, int]) -> bool:
         """Whether a parameter stays gathered after its turn: the look-ahead counts on it, or it is used again soon."""

@@ -83,9 +83,9 @@ def _equip(engine: Any, mics: Any) -> None:
 
         engine.optimizer.mics_guard = Guard(mics.guard, groups, engine)
     if mics.checkpoint is not None and mics.checkpoint.memory_every:
-        from ..checkpoint.snapshot import MemoryTier
+        from ..checkpoint.memory import MemoryTier
 
-        engine.mics_memory = MemoryTier(mics.checkpoint, groups)
+        engine.mics_memory = MemoryTier(mics.checkpoint, groups, engine)
 
 
 def _resolve_auto(asked: Request, arguments: Mapping[str, Any], among: Ranks | None) -> tuple[Request, dict[str, Any]]:

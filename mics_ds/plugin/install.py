@@ -7,6 +7,7 @@ when an engine or a partitioner is built.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from importlib import import_module
 
@@ -71,6 +72,9 @@ def install() -> None:
         patches.make_instances(DeepSpeedZeroOptimizer_Stage3, _late(construct, "make_optimizer"))
         patches.make_instances(pp.GatheredParameters, _late(construct, "make_gathered_parameters"))
         patches.wrap_method(DeepSpeedEngine, "step", _step)
+        patches.wrap_method(pp.GatheredParameters, "__exit__", _changing_states)
+        # All ways to set a parameter's optimizer states find them by this method.
+        patches.wrap_method(DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _changing_states)
         patches.set(zero, "MiCS_Init", MiCS_Init)
         for module in modules_that_read_configurations():
             patches.wrap_function(module, "load_ds_config", _late(construct, "read_config"))
@@ -79,8 +83,8 @@ def install() -> None:
             runs_mics=lambda engine: hasattr(engine.optimizer, "mics_groups"),
             save=_late("mics_ds.checkpoint.save", "save"),
             load=_late("mics_ds.checkpoint.load", "load"),
-            before_stock_saves=_late("mics_ds.checkpoint.stock", "drop_stale_manifest"),
-            before_stock_loads=_late("mics_ds.checkpoint.stock", "refuse_other_shard_count"),
+            before_stock_saves=_late("mics_ds.checkpoint.coordination", "drop_stale_manifest"),
+            before_stock_loads=_late("mics_ds.checkpoint.coordination", "refuse_other_shard_count"),
         )
         if os.environ.get("MICS_DS_REPORT"):
             import_module("mics_ds.ab.recorder").record_engine(patches, DeepSpeedEngine)
@@ -100,11 +104,19 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """``engine.step()``: copies in memory follow an optimizer step."""
     before = engine.global_steps
-    result = original(engine, *args, **kwargs)
+    result = _changing_states(original, engine, *args, **kwargs)
     tier = getattr(engine, "mics_memory", None)
     if tier is not None and engine.global_steps > before:
         tier.step_ended(engine)
     return result
+
+
+def _changing_states(original: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call what may change states: copies for an asynchronous save that are still under way come before it."""
+    module = sys.modules.get("mics_ds.checkpoint.background")  # no save was asynchronous before that is imported
+    if module is not None and module.Background.current is not None:
+        module.Background.current.before_states_change()
+    return original(owner, *args, **kwargs)
 
 
 def MiCS_Init(*args: Any, **kwargs: Any) -> Any:  # noqa: N802 (the name old scripts use)

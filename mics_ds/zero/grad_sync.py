@@ -258,6 +258,13 @@ class GradSync:
         for unit in self._units.early[boundary.started :]:
             self._start(unit)
         flags = self._start_flags(self._replication)
+        if not self._units.early:
+            # The first step of a process averages the units of all later ones: how they are cut decides about the
+            # last bit of a sum, and a resumed job has to go on as if it had not been interrupted.
+            self._hop2.drain()
+            self._units.learn(self._used(flags.tolist()))
+            for unit in self._units.early:
+                self._start(unit)
         for unit in self._units.late:
             self._start(unit)
         self._hop2.drain()
@@ -276,9 +283,12 @@ class GradSync:
         """
         self._boundary.flags = None
         self.refuse_unusable(given)
-        used = {key for key, value in zip(self._units.place, given) if value}
+        used = self._used(given)
         self._units.learn(used)
         return used
+
+    def _used(self, given: Sequence[int]) -> set[int]:
+        return {key for key, value in zip(self._units.place, given) if value}
 
     @staticmethod
     def refuse_unusable(given: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: saved in the background, saved and waited for, and for one memcpy.
+"""How long training stands still for a checkpoint: saved asynchronously, saved and waited for, and for one memcpy.
 
     torchrun --nproc_per_node 4 scripts/bench/async_save.py --folder FOLDER [--gigabytes 1] [--states world]
 
@@ -67,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    from mics_ds.checkpoint.in_background import wait_for_saves
+    from mics_ds.checkpoint.background import wait_for_saves
 
     engine = engine_of(arguments.gigabytes, arguments.shard_size, arguments.states)
     parameters = sum(param.ds_numel for param in engine.module.parameters())

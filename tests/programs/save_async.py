@@ -1,7 +1,8 @@
-"""Saves in the background and ends while that is under way, in the way that is asked for."""
+"""Saves asynchronously and ends, or is ended, while that is under way, in the way that is asked for."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,35 +15,68 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-    "zero_optimization": {"stage": 3, "mics_shard_size": 1, "mics_checkpoint": {"async": True}},
-}
+SECTION = {"async": True}
+
+
+def config(folder: Path, how: str) -> dict:
+    memory = {"memory_every": 1, "memory_folder": str(folder)} if how == "stuck" else {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": 3, "mics_shard_size": 1, "mics_checkpoint": {**SECTION, **memory}},
+    }
+
+
+def fork_a_sleeper() -> int:
+    """As a DataLoader's worker: it has all descriptors that this process has."""
+    child = os.fork()
+    if not child:
+        time.sleep(100)
+        os._exit(0)
+    return child
+
+
+def terminate_a_pool() -> None:
+    """A pool ends its workers by SIGTERM."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(abs, range(4))
+        started = time.monotonic()
+    pool.join()
+    print(f"POOL {time.monotonic() - started < 10}", flush=True)
 
 
 def main(folder: Path, how: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    from mics_ds.checkpoint.background import Background
-    from mics_ds.checkpoint.in_background import wait_for_saves
+    from mics_ds.checkpoint.background import Background, wait_for_saves
 
     torch.manual_seed(0)
-    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 4), config=CONFIG)
+    folder.mkdir(exist_ok=True)
+    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config(folder, how))
     engine.save_checkpoint(str(folder), tag="first")
     wait_for_saves()
     dist.barrier()
     assert Background.current is not None
     writer = Background.current._process.pid
+    if how == "stuck":
+        print(f"WRITER {writer}", flush=True)
+        if dist.get_rank() == 0:
+            dist.barrier()  # for which nobody comes, in C++
+        os.kill(os.getppid(), signal.SIGUSR1)  # the test's
+        time.sleep(60)
     os.kill(writer, signal.SIGSTOP)
     dist.barrier()
     engine.save_checkpoint(str(folder), tag="second")
     print(f"WRITER {writer}", flush=True)
     if how == "fails":
-        shutil.rmtree(folder / ".second.partial")
+        shutil.rmtree(next(folder.glob(".second.*.partial")))
+    if how == "forked":
+        print(f"CHILD {fork_a_sleeper()}", flush=True)
+    if how == "pool":
+        terminate_a_pool()
     if how != "killed":
         subprocess.Popen(f"sleep 1; kill -CONT {writer}", shell=True)
-    if how == "killed":
+    if how in ("killed", "forked"):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "terminated":
         os.kill(os.getpid(), signal.SIGTERM)

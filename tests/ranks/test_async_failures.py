@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
@@ -19,10 +18,11 @@ from test_checkpoint_crashes import Wide, needs_root, small_disk
 from test_checkpoint_damage import Once, outcome, unforeseen
 from test_checkpoints import adamw, digest, engine_of
 
-from mics_ds.checkpoint import arena, manifest, save, staging
-from mics_ds.checkpoint.background import Background
-from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.checkpoint import copies, save, staging
+from mics_ds.checkpoint import folder as folders
+from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.errors import MicsCheckpointError
+from mics_ds.frameworks import deletions
 
 LOG = {"mics_checkpoint": {"async": True, "on_error": "log"}}
 SKIP = {"mics_checkpoint": {"async": True, "busy": "skip"}}
@@ -36,6 +36,17 @@ def stop_writers():
 def let_writers_go():
     dist.barrier()
     os.kill(writer(), signal.SIGCONT)
+
+
+def remove_staging(folder):
+    [staging] = folder.glob(".global_step2.*.partial")
+    shutil.rmtree(staging)
+
+
+def delete(folder):
+    """As a framework does."""
+    if deletions.may_delete(folder):
+        shutil.rmtree(folder)
 
 
 def saved_once(folder, zero=ASYNC, p=2):
@@ -61,11 +72,13 @@ def test_a_writer_that_is_killed(tmp_path, victim, zero):
     let_writers_go()
     train(engine, 1)
     if zero == ASYNC:
-        with pytest.raises(MicsCheckpointError, match=rf"failed in the background.*rank {victim}: the process that"):
+        with pytest.raises(
+            MicsCheckpointError, match=rf"An earlier asynchronous save failed.*rank {victim}: the process that"
+        ):
             engine.save_checkpoint(str(tmp_path))
     dist.barrier()
     assert (tmp_path / "latest").read_text() == "global_step1"
-    assert manifest.complete_tags(tmp_path) == ["global_step1"]
+    assert folders.complete_tags(tmp_path) == ["global_step1"]
     dist.barrier()
     engine.save_checkpoint(str(tmp_path))  # by a new process
     saved = digest(engine)
@@ -89,32 +102,19 @@ def test_a_writer_that_dies_between_saves_is_replaced(tmp_path):
 
 
 @pytest.mark.ranks(4)
-def test_a_writer_that_is_about_to_end_gets_no_job(tmp_path):
-    """It has given up the last save and said so, and still takes a moment to be gone."""
-    engine = saved_once(tmp_path)
-    if dist.get_rank() == 2:
-        os.kill(writer(), signal.SIGSTOP)
-        Background.current._leaves = True
-        subprocess.Popen(f"sleep 0.5; kill -KILL {writer()}", shell=True)
-    dist.barrier()
-    engine.save_checkpoint(str(tmp_path))
-    wait_for_saves()
-    dist.barrier()
-    assert (tmp_path / "latest").read_text() == "global_step2"
-
-
-@pytest.mark.ranks(4)
 def test_a_folder_that_is_taken_away(tmp_path):
     engine = saved_once(tmp_path)
     stop_writers()
     engine.save_checkpoint(str(tmp_path))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / ".global_step2.partial")
+        remove_staging(tmp_path)
     let_writers_go()
     with pytest.raises(MicsCheckpointError, match=r"global_step2 could not be saved. rank \d: .*Nothing was published"):
         wait_for_saves()
-    with pytest.raises(MicsCheckpointError, match=r"failed in the background. ranks 0, 1, 2, 3: .*save again"):
+    with pytest.raises(
+        MicsCheckpointError, match=r"An earlier asynchronous save failed. ranks 0, 1, 2, 3: .*save again"
+    ):
         engine.save_checkpoint(str(tmp_path))
     dist.barrier()
     assert (tmp_path / "latest").read_text() == "global_step1"
@@ -130,11 +130,12 @@ def test_a_save_meanwhile_waits_or_is_skipped(tmp_path):
     let_writers_go()
     wait_for_saves()
     dist.barrier()
-    assert manifest.complete_tags(tmp_path) == ["global_step1", "second"]
+    assert folders.complete_tags(tmp_path) == ["global_step1", "second"]
 
 
 @pytest.mark.ranks(2)
 def test_who_deletes_what_has_a_complete_successor_does_not_wait(tmp_path):
+    """As the frameworks do, by :func:`deletions.may_delete`."""
     engine = saved_once(tmp_path / "checkpoint-1", p=1)
     engine.save_checkpoint(str(tmp_path / "other-1"))
     train(engine, 1)
@@ -144,13 +145,13 @@ def test_who_deletes_what_has_a_complete_successor_does_not_wait(tmp_path):
     engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / "checkpoint-1")
+        delete(tmp_path / "checkpoint-1")
         assert Background.current.is_busy, "checkpoint-2 stays, and is complete"
         subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
     else:
         os.kill(writer(), signal.SIGCONT)
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / "other-1")  # nothing of its kind is newer
+        delete(tmp_path / "other-1")  # nothing of its kind is newer
         assert not Background.current.is_busy
     wait_for_saves()
     dist.barrier()
@@ -166,15 +167,14 @@ def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
     dist.barrier()
     if dist.get_rank() == 0:
         if fails:
-            shutil.rmtree(tmp_path / "checkpoint-2" / ".global_step2.partial")
+            remove_staging(tmp_path / "checkpoint-2")
         subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
-        assert fails or glob.glob(f"{tmp_path}/checkpoint-2/global_step*")
-        shutil.rmtree(tmp_path / "checkpoint-1")
+        delete(tmp_path / "checkpoint-1")
         assert not Background.current.is_busy
     else:
         os.kill(writer(), signal.SIGCONT)
     if fails:
-        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+        with pytest.raises(MicsCheckpointError, match="An earlier asynchronous save failed"):
             engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
     else:
         wait_for_saves()
@@ -192,24 +192,24 @@ def test_nobody_deletes_the_last_good_one_after_a_save_that_failed_at_once(tmp_p
     engine.save_checkpoint(str(tmp_path / "checkpoint-2"))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / "checkpoint-2" / ".global_step2.partial")
+        remove_staging(tmp_path / "checkpoint-2")
     let_writers_go()
     Background.current.wait()
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / "checkpoint-1")
+        delete(tmp_path / "checkpoint-1")
     dist.barrier()
-    assert manifest.complete_tags(tmp_path / "checkpoint-1") == ["global_step1"]
+    assert folders.complete_tags(tmp_path / "checkpoint-1") == ["global_step1"]
     dist.barrier()
     if zero == ASYNC:
-        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+        with pytest.raises(MicsCheckpointError, match="An earlier asynchronous save failed"):
             engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
     engine.save_checkpoint(str(tmp_path / "checkpoint-3"))
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp_path / "checkpoint-1")
+        delete(tmp_path / "checkpoint-1")
     wait_for_saves()
     dist.barrier()
     assert not (tmp_path / "checkpoint-1").exists()
-    assert manifest.complete_tags(tmp_path / "checkpoint-3") == ["global_step2"]
+    assert folders.complete_tags(tmp_path / "checkpoint-3") == ["global_step2"]
 
 
 def fill_the_disk(folder, space):
@@ -222,7 +222,7 @@ def fill_the_disk(folder, space):
     with pytest.raises(MicsCheckpointError, match=r"global_step2 could not be saved.*Nothing was published"):
         engine.save_checkpoint(folder)
     dist.barrier()
-    assert manifest.complete_tags(Path(folder)) == ["global_step1"]
+    assert folders.complete_tags(Path(folder)) == ["global_step1"]
     assert (Path(folder) / "latest").read_text() == "global_step1"
     dist.barrier()
     if dist.get_rank() == 0:
@@ -231,7 +231,7 @@ def fill_the_disk(folder, space):
     engine.save_checkpoint(folder)  # and goes on once there is room
     wait_for_saves()
     dist.barrier()
-    assert manifest.complete_tags(Path(folder)) == ["global_step1", "global_step3"]
+    assert folders.complete_tags(Path(folder)) == ["global_step1", "global_step3"]
 
 
 @needs_root
@@ -245,8 +245,8 @@ def test_a_full_disk(pools, tmp_path):
 def test_whatever_one_rank_raises_while_staging_is_the_error_of_all(tmp_path, states):
     engine = saved_once(tmp_path, {**ASYNC, "mics_optimizer_states": states})
     cases = {
-        "no memory": (3, arena.Arena, "reserve"),
-        "copying": (2, arena.Arena, "copy_in"),
+        "no memory": (3, copies.SharedMemory, "reserve"),
+        "copying": (2, copies.SharedMemory, "copy_in"),
         "pickling": (0, staging, "record"),
         "describing": (0, save._Save, "describe"),
         "the optimizer's states": (3, engine.optimizer, "state_dict"),
@@ -277,7 +277,7 @@ def test_ranks_that_mean_another_save_say_so_after_the_copy(tmp_path, culprit):
             {"save_dir": str(tmp_path / "elsewhere") if other else str(tmp_path)},
             "must save to the same folder",
         ),
-        "place": ({"async_save": not other}, "must save to the same place, in the background"),
+        "place": ({"async_save": not other}, "must save to the same way, asynchronous"),
         "bad tag": ({"tag": "" if other else "second"}, f"rank {culprit}: .*tag"),
         "client state": (
             {"client_state": {"f": lambda: 0} if other else {}},
@@ -293,7 +293,7 @@ def test_ranks_that_mean_another_save_say_so_after_the_copy(tmp_path, culprit):
     engine.save_checkpoint(str(tmp_path))
     wait_for_saves()
     dist.barrier()
-    assert manifest.complete_tags(tmp_path) == ["global_step1", "global_step2"]
+    assert folders.complete_tags(tmp_path) == ["global_step1", "global_step2"]
 
 
 @pytest.mark.ranks(4)
@@ -329,10 +329,10 @@ def test_a_node_that_vanishes_is_noticed_by_its_neighbour(tmp_path):
         dist.barrier()
         if dist.get_rank() == 1:
             os.kill(writer(), signal.SIGCONT)
-        with pytest.raises(MicsCheckpointError, match="failed in the background"):
+        with pytest.raises(MicsCheckpointError, match="An earlier asynchronous save failed"):
             engine.save_checkpoint(str(tmp_path))
         dist.barrier()
-        assert manifest.complete_tags(tmp_path) == ["global_step1"]
+        assert folders.complete_tags(tmp_path) == ["global_step1"]
     finally:
         del os.environ["MICS_DS_WRITER_PATIENCE"]
         Background.current.close()

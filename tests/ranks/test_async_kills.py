@@ -21,8 +21,7 @@ from test_checkpoint_crashes import SURVIVED, Events
 from test_checkpoints import engine_of
 
 from mics_ds.checkpoint import manifest
-from mics_ds.checkpoint.background import Background
-from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.errors import MicsCheckpointError
 
 KILLS = 300

@@ -17,6 +17,7 @@ from rank_pool import RankError
 from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
+from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest
 from mics_ds.errors import MicsCheckpointError
 
@@ -217,7 +218,7 @@ def fill_the_disk(folder, space):
         subprocess.run(["mount", "-o", f"remount,size={4 * space}", folder], check=True)
     dist.barrier()
     engine.save_checkpoint(folder)  # and goes on once there is room
-    assert manifest.complete_tags(Path(folder)) == ["global_step1", "global_step2"]
+    assert folders.complete_tags(Path(folder)) == ["global_step1", "global_step2"]
 
 
 needs_root = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from helpers import assert_close, assert_losses_close, build, ds_config, full_pa
 from helpers import train as train_on_batches
 from torch import nn
 
-from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.checkpoint.background import wait_for_saves
 from mics_ds.deepspeed_compat import support
 
 SEQUENCE, AUTOTP, MUON = "sequence parallel", "AutoTP", "Muon"

@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 from test_async_checkpoints import steps
 from test_checkpoints import digest, engine_of
-from test_memory_tier import EVERY, logged, nodes, remove, sealed, zero
+from test_memory_tier import EVERY, logged, nodes, remove, restarted, sealed, zero
 
-from mics_ds.checkpoint import flush, manifest
-from mics_ds.checkpoint.snapshot import Caller, called_by
+from mics_ds.checkpoint import manifest, restart
+from mics_ds.checkpoint.memory import Caller, called_by
 from mics_ds.config import CheckpointRequest
 from mics_ds.errors import MicsCheckpointError
 from mics_ds.frameworks import hf_trainer
@@ -40,7 +40,8 @@ def trained(root: Path, count: int, p: int = 2):
         mine = {f"rng_state_{dist.get_rank()}.pth": b"numbers"}
         return mine if dist.get_rank() else {**mine, hf_trainer.STATE: state(engine.global_steps)}
 
-    with called_by(Caller(str(root / "out"), files, lambda _: False)):
+    restarted()
+    with called_by(Caller(str(root / "out"), files, lambda _: False, lambda: hf_trainer.marker(root / "out"))):
         engine = engine_of(p, zero=zero())
     for _ in range(count):
         steps(engine, 1)
@@ -125,6 +126,7 @@ def test_the_engine_itself_does_not_go_on_from_memory(tmp_path):
         steps(engine, 1)
         engine.mics_memory.copy(engine)
         sealed()
+        restarted()
         with called_by(Caller(str(tmp_path / "out"), dict, lambda _: False)):
             again = engine_of(2, seed=5, zero=zero())
         again.load_checkpoint(str(tmp_path / "out" / "checkpoint-3"))
@@ -134,7 +136,7 @@ def test_the_engine_itself_does_not_go_on_from_memory(tmp_path):
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("damaged", "chosen"),
-    [("node0/*/mp0-shard1.1", 4), ("node*/*/mp0-shard1.1", 2), ("node*/*/mp0-shard1.*", 1)],
+    [("node0/*/{}.1", 4), ("node*/*/{}.1", 2), ("node*/*/{}.*", 1)],
     ids=["on one node", "the last on both", "both on both"],
 )
 def test_damaged_copies_are_not_used(tmp_path, damaged, chosen):
@@ -143,7 +145,7 @@ def test_damaged_copies_are_not_used(tmp_path, damaged, chosen):
         save(tmp_path, engine)
         trained(tmp_path, 5)
         if dist.get_rank() == 0:
-            for path in tmp_path.glob(damaged):
+            for path in tmp_path.glob(damaged.format("e0-g0-shard1-slice0of2")):
                 if path.suffix != ".json":
                     content = bytearray(path.read_bytes())
                     content[200] ^= 1
@@ -155,6 +157,7 @@ def test_damaged_copies_are_not_used(tmp_path, damaged, chosen):
 @pytest.mark.ranks(4)
 def test_memory_without_the_trainers_state_is_not_used(tmp_path):
     with nodes(tmp_path):
+        restarted()
         with called_by(Caller(str(tmp_path / "out"), dict, lambda _: False)):
             engine = engine_of(2, zero=zero())
         steps(engine, 2)
@@ -163,7 +166,7 @@ def test_memory_without_the_trainers_state_is_not_used(tmp_path):
         with logged() as said:
             assert resolved(tmp_path) is True, "the Trainer says that there is none"
         assert dist.get_rank() or any("lack trainer_state.json" in line for line in said)
-        assert flush.find(ASKED, str(tmp_path / "elsewhere"), hf_trainer.STATE, -1) is None
+        assert restart.find(ASKED, str(tmp_path / "elsewhere"), hf_trainer.STATE, lambda: ("", -1)) is None
 
 
 @pytest.mark.ranks(2)

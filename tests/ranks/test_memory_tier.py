@@ -19,9 +19,8 @@ from test_async_checkpoints import steps, writer
 from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
-from mics_ds.checkpoint import memory
-from mics_ds.checkpoint.background import Background
-from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.checkpoint import memory, restart
+from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.log import logger
 
 EVERY = 2
@@ -41,7 +40,8 @@ def nodes(root: Path, states: str = "partition"):
     """Two ranks are on a node, and each node has memory of its own."""
     original = memory.region
     with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "region", lambda folder, key: original(root / f"node{node()}", key))
+        for module in (memory, restart):
+            patched.setattr(module, "region", lambda folder, key: original(root / f"node{node()}", key))
         patched.setattr(Now, "states", states)
         yield
 
@@ -67,6 +67,11 @@ def zero(**more):
     return {"mics_checkpoint": {"memory_every": EVERY, **more}, "mics_optimizer_states": Now.states}
 
 
+def restarted():
+    """As when a process begins: its engines are counted anew."""
+    memory._Current.engines = 0
+
+
 def sealed():
     """A copy is left out while the one before is still being summed up."""
     if Background.current is not None:
@@ -76,6 +81,7 @@ def sealed():
 
 def trained(root: Path, count: int, p: int = 2, **more):
     """An engine that has begun in an empty folder and trained; its losses, and the digest of its last copy."""
+    restarted()
     engine = engine_of(p, zero=zero(**more))
     assert engine.load_checkpoint(str(root / "disk")) == (None, None)
     losses, copied = [], {}
@@ -88,6 +94,7 @@ def trained(root: Path, count: int, p: int = 2, **more):
 
 
 def resumed(root: Path, p: int = 2, **more):
+    restarted()
     engine = engine_of(p, seed=random.randrange(1000), zero=zero(**more))
     path, client_state = engine.load_checkpoint(str(root / "disk"))
     return engine, path, client_state
@@ -121,7 +128,6 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
         assert path is not None
         assert again.global_steps == 6, "the copy is newer than step 5, which is on disk"
         assert steps(again, 2) == uninterrupted[6:]
-        assert not list(tmp_path.glob("node*/*/restored"))
 
 
 @pytest.mark.ranks(4)
@@ -131,7 +137,7 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
         ("node0", "partition"),
         ("node1", "partition"),
         ("node0/*/*shard0*", "partition"),
-        ("node1/*/*shard1.0*", "partition"),
+        ("node1/*/*shard1-slice0of2.0*", "partition"),
         ("node0", "world"),
         ("node1", "world"),
         ("node0/*/*slice0of2*", "world"),
@@ -152,10 +158,10 @@ def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost, states):
 def test_content_that_changed_is_not_used(tmp_path, states):
     with nodes(tmp_path, states):
         _, _, copied = trained(tmp_path, 5)
-        name = "shard0.1" if states == "partition" else "shard0-slice1of2.1"  # steps 2 and 4 are in slots 0 and 1
+        name = "shard0-slice1of2.1"  # steps 2 and 4 are in slots 0 and 1
         for where in (1, 0):
             if dist.get_rank() == 0:
-                [path] = tmp_path.glob(f"node{where}/*/mp0-{name}")
+                [path] = tmp_path.glob(f"node{where}/*/e0-g0-{name}")
                 with open(path, "r+b") as file:
                     file.seek(200)
                     byte = file.read(1)[0]
@@ -177,7 +183,7 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, state
         saved = digest(engine)
         steps(engine, 1)
         sealed()
-        remove(tmp_path, "node*/*/mp0-shard1*" if states == "partition" else "node*/*/mp0-shard1-slice0of2*")
+        remove(tmp_path, "node*/*/e0-g0-shard1-slice0*")
         with logged() as said:
             again, _, _ = resumed(tmp_path, p)
         assert again.global_steps == 3
@@ -191,6 +197,7 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, state
 @pytest.mark.parametrize(("p", "states"), [(1, "partition"), (2, "partition"), (1, "world"), (2, "world")])
 def test_random_numbers_and_client_state_travel_with_it(tmp_path, p, states):
     with nodes(tmp_path, states):
+        restarted()
         engine = engine_of(p, zero=zero())
         engine.load_checkpoint(str(tmp_path / "disk"))
         engine.mics_memory.client_state = lambda: {"batch": 10 * engine.global_steps, "rank": dist.get_rank()}
@@ -213,11 +220,13 @@ def test_parameters_that_stay_gathered(tmp_path):
     persistent = {"stage3_param_persistence_threshold": 1_000_000, "stage3_model_persistence_threshold": 1_000_000}
     with nodes(tmp_path):
         uninterrupted = steps(engine_of(2, zero=persistent), 6)
+        restarted()
         engine = engine_of(2, zero={**zero(), **persistent})
         engine.load_checkpoint(str(tmp_path / "disk"))
         for step in range(4):
             assert steps(engine, 1) == uninterrupted[step : step + 1]
             sealed()
+        restarted()
         again = engine_of(2, seed=5, zero={**zero(), **persistent})
         again.load_checkpoint(str(tmp_path / "disk"))
         assert steps(again, 2) == uninterrupted[4:]
@@ -228,8 +237,9 @@ def test_a_run_that_begins_anew_leaves_no_copies_of_the_one_before(tmp_path):
     """Same job, same model, but nobody asked to resume: after a crash it goes on from its own copies."""
     with nodes(tmp_path):
         trained(tmp_path, 6)
+        restarted()
         engine = engine_of(2, seed=3, zero=zero())
-        engine.mics_memory.begins_in(str(tmp_path / "disk"))
+        engine.mics_memory.begins_in(str(tmp_path / "disk"), "")
         steps(engine, 3)  # a copy after step 2; those after 4 and 6 are of the run before
         sealed()
         again, _, _ = resumed(tmp_path)
@@ -272,7 +282,7 @@ def test_the_newest_copy_that_all_shards_have_is_never_written_over(tmp_path):
         engine, _, copied = trained(tmp_path, 4)
         with pytest.MonkeyPatch.context() as patched:
             if dist.get_rank() in (0, 2):  # shard 0, on both nodes
-                patched.setattr(Background, "seal", lambda self, job: None)
+                patched.setattr(Background, "seal", lambda self, job, copying: None)
             for _ in range(4):
                 steps(engine, 1)
                 sealed()
@@ -334,6 +344,7 @@ def test_memory_that_is_not_this_jobs_is_refused(tmp_path):
             "no complete set": lambda: engine_of(2, zero=zero(job="another")).load_checkpoint(str(tmp_path / "disk")),
         }
         for words, load in cases.items():
+            restarted()
             with logged() as said:
                 assert load() == (None, None), words
             if dist.get_rank() == 0:
@@ -355,6 +366,7 @@ def test_memory_that_is_not_this_jobs_is_refused(tmp_path):
 def test_a_named_job_may_resume_from_any_folder(tmp_path):
     with nodes(tmp_path):
         _, _, copied = trained(tmp_path, 2, job="mine")
+        restarted()
         engine = engine_of(2, seed=5, zero=zero(job="mine"))
         engine.load_checkpoint(str(tmp_path / "elsewhere"))
         assert digest(engine) == copied[2]
@@ -377,7 +389,7 @@ def resume_on_fewer(root, states, copied):
         for _ in range(4):
             steps(engine, 1)
             sealed()
-        assert len({path.stem for path in Path(root).glob("node0/*/mp0-shard*.1")}) in (2, 4), "no strays"
+        assert len({path.stem for path in Path(root).glob("node0/*/e0-g0-shard*.1")}) in (2, 4), "no strays"
 
 
 @pytest.mark.parametrize(

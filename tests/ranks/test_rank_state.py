@@ -14,12 +14,12 @@ from helpers import OddNet, build, ds_config, environment, train
 from test_checkpoints import RESHAPE, adamw, reshape
 from test_flush import resolved
 from test_flush import state as trainer_state
-from test_memory_tier import nodes, remove, sealed
+from test_memory_tier import nodes, remove, restarted, sealed
 from torch import nn
 
 from mics_ds.checkpoint import manifest
-from mics_ds.checkpoint.in_background import wait_for_saves
-from mics_ds.checkpoint.snapshot import Caller, called_by
+from mics_ds.checkpoint.background import wait_for_saves
+from mics_ds.checkpoint.memory import Caller, called_by
 from mics_ds.frameworks import hf_trainer
 
 STATES = ["partition", "world"]
@@ -212,6 +212,7 @@ def test_in_another_number_of_shards_by_the_command(tmp_path, old, new):
 def test_copies_in_memory_have_it(tmp_path, p, states):
     with nodes(tmp_path, states):
         section = {"mics_checkpoint": {"memory_every": 3}, "mics_optimizer_states": states}
+        restarted()
         engine = engine_of(p, **section)
         engine.load_checkpoint(str(tmp_path / "disk"))
         engine.module.extra = f"of rank {dist.get_rank()}"
@@ -220,8 +221,8 @@ def test_copies_in_memory_have_it(tmp_path, p, states):
         train(engine, 3)
         saved = differs(engine)
         sealed()
-        if p < 4:
-            remove(tmp_path, "node0")
+        remove(tmp_path, "node0")
+        restarted()
         again = engine_of(p, seed=5, **section)
         again.load_checkpoint(str(tmp_path / "disk"))
         assert again.global_steps == 3
@@ -236,6 +237,7 @@ def test_a_checkpoint_that_is_made_of_memory_has_it(tmp_path, p, states):
 
     with nodes(tmp_path, states):
         section = {"mics_checkpoint": {"memory_every": 2}, "mics_optimizer_states": states}
+        restarted()
         with called_by(Caller(str(tmp_path / "out"), files, lambda _: False)):
             engine = engine_of(p, **section)
         engine.module.extra = f"of rank {dist.get_rank()}"

@@ -1,4 +1,4 @@
-"""How a process ends that has a checkpoint under way."""
+"""How processes end that have a checkpoint under way, or copies in memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from test_launch import free_port
 
-from mics_ds.checkpoint import manifest
+from mics_ds.checkpoint import folder as folders
 
 PROGRAM = Path(__file__).resolve().parents[1] / "programs" / "save_async.py"
 
@@ -37,9 +38,14 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def number_after(word: str, text: str) -> int:
+    return int(text.partition(f"{word} ")[2].split()[0])
+
+
 def test_ends_of_a_process_with_a_save_under_way(tmp_path):
-    """It waits, at its end and when it is asked to end; a failure is its exit code; killed, it takes all along."""
-    asked = {"normal": 2, "terminated": 1, "fails": 1, "killed": 1}
+    """It waits, at its end and when it is asked to end; a failure is its exit code; killed, it takes its writer along,
+    whatever it has forked."""
+    asked = {"normal": 2, "terminated": 1, "fails": 1, "killed": 1, "forked": 1, "pool": 1}
     jobs = {how: start(tmp_path / how, how, ranks) for how, ranks in asked.items()}
     codes = {how: [process.wait(timeout=150) for process in job] for how, job in jobs.items()}
     said = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
@@ -48,20 +54,48 @@ def test_ends_of_a_process_with_a_save_under_way(tmp_path):
         "terminated": [-signal.SIGTERM],
         "fails": [1],
         "killed": [-signal.SIGKILL],
+        "forked": [-signal.SIGKILL],
+        "pool": [0],
     }, said
-    for how, tags in {
-        "normal": ["first", "second"],
-        "terminated": ["first", "second"],
-        "fails": ["first"],
-        "killed": ["first"],
-    }.items():
-        assert sorted(manifest.complete_tags(tmp_path / how)) == tags
+    for how in asked:
+        tags = ["first"] if how in ("fails", "killed") else ["first", "second"]
+        if how == "forked":  # it may have written for a moment yet
+            tags = sorted(folders.complete_tags(tmp_path / how))
+            assert tags[:1] == ["first"]
+        assert sorted(folders.complete_tags(tmp_path / how)) == tags, how
         assert (tmp_path / how / "latest").read_text() == tags[-1]
     assert "the last checkpoint was not saved: Checkpoint" in said["fails.0"]
-    writers = {name: int(text.partition("WRITER ")[2].split()[0]) for name, text in said.items()}
-    assert len(writers) == 5
+    assert "POOL True" in said["pool.0"], "a forked child's SIGTERM is its own"
+    writers = {name: number_after("WRITER", text) for name, text in said.items()}
+    assert len(writers) == 7
     os.kill(writers["killed.0"], signal.SIGCONT)  # it had been stopped
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, writers.values())):
-        assert time.monotonic() < deadline, "writers outlive their ranks"
-        time.sleep(0.05)
+    child = number_after("CHILD", said["forked.0"])
+    try:
+        assert is_alive(child)
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, writers.values())):
+            assert time.monotonic() < deadline, f"writers outlive their ranks: {writers}"
+            time.sleep(0.05)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_rank_that_is_stuck_ends_when_it_is_asked_to(tmp_path):
+    """In a collective of C++, where no handler of Python's runs, with copies in memory switched on."""
+    other_is_ready = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: other_is_ready.set())
+    ranks = start(tmp_path / "stuck", "stuck", 2)
+    try:
+        deadline = time.monotonic() + 120
+        while not other_is_ready.is_set():
+            assert time.monotonic() < deadline
+            assert [rank.poll() for rank in ranks] == [None, None], [p.read_text() for p in tmp_path.glob("stuck.*")]
+            time.sleep(0.1)
+        time.sleep(1.0)  # rank 0 is in the barrier
+        ranks[0].terminate()
+        assert ranks[0].wait(timeout=8) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

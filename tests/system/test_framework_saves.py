@@ -19,15 +19,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankError
+from safetensors.torch import load_file
 from test_frameworks import ds_config, gloo_for_accelerate, lightning_module, llama_config, on_cpu, texts
 
 from mics_ds.checkpoint import manifest
-from mics_ds.checkpoint.background import Background
-from mics_ds.checkpoint.in_background import wait_for_saves
+from mics_ds.checkpoint.background import Background, wait_for_saves
 
 P, RANKS, STEPS = 1, 2, 6
 STOPPED_S = 0.4
 ASYNC = {"async": True}
+NOTES = {"mics_latest.json"}
 
 
 def saving(section: dict[str, Any] | None, p: int = P, **extra: Any) -> dict[str, Any]:
@@ -43,15 +44,15 @@ def slow_writers(deletions: list[tuple[str, list[str]]], fails_in: int | None = 
     deleted, at the moment it is. The save of step ``fails_in`` comes to nothing."""
     submit, hooked = Background.submit, list[bool]()
 
-    def submitting(self: Background, job: Any) -> None:
+    def submitting(self: Background, job: Any, *more: Any) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
         threading.Timer(STOPPED_S, os.kill, (self._process.pid, signal.SIGCONT)).start()
-        if not hooked:  # after the one of mics_ds, which waits
+        if not hooked:
             sys.addaudithook(noting)
             hooked.append(True)
         if fails_in is not None and job.target.endswith(f"/global_step{fails_in}") and dist.get_rank() == 0:
-            shutil.rmtree(manifest.staging_folder(Path(job.target)))
-        submit(self, job)
+            shutil.rmtree(job.staging)
+        submit(self, job, *more)
 
     def noting(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "shutil.rmtree" and complete(Path(arguments[0])):
@@ -73,6 +74,20 @@ def complete(checkpoint: Path) -> bool:
         found = manifest.read(described.parent)
         return not manifest.damages(described.parent, found.files, found.files, contents=False)
     return False
+
+
+def counting_gathers() -> list[Any]:
+    """Notes each time that all 16-bit weights come to one rank."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    noted, gather = list[Any](), DeepSpeedEngine._zero3_consolidated_16bit_state_dict
+
+    def gathering(self: Any, *arguments: Any, **options: Any) -> Any:
+        noted.append(self)
+        return gather(self, *arguments, **options)
+
+    DeepSpeedEngine._zero3_consolidated_16bit_state_dict = gathering
+    return noted
 
 
 def weights(engine: Any) -> str:
@@ -143,6 +158,7 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
                 die()
 
     trainer = Trainer(model=model, args=given, train_dataset=texts(), eval_dataset=texts()[:16], callbacks=[Dying()])
+    gathered = counting_gathers()
     trainer.train(resume_from_checkpoint=resume)
     wait_for_saves()
     dist.barrier()
@@ -154,6 +170,7 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
         "kept": sorted(path.name for path in Path(folder, "out").glob("checkpoint-*")),
         "complete": sorted(path.name for path in Path(folder, "out").glob("checkpoint-*") if complete(path)),
         "deletions": deletions,
+        "gathered": len(gathered),
     }
 
 
@@ -196,6 +213,20 @@ def test_hf_goes_on_when_a_save_fails_that_is_only_logged(pools, tmp_path):
     assert [step for step, _ in found["losses"]] == list(range(1, STEPS + 1))
     assert found["deletions"] == [("checkpoint-2", ["checkpoint-6"])]
     assert found["complete"] == ["checkpoint-6"]
+
+
+def test_hf_exports_weights_beside_training(pools, tmp_path):
+    """In place of those that the Trainer gathers on rank 0 before each save."""
+    waited = run(pools, "hf", tmp_path / "sync", section=None)
+    found = run(pools, "hf", tmp_path / "async", section={**ASYNC, "export": "fp32"})
+    assert (waited["gathered"], found["gathered"]) == (3, 0)
+    assert found["complete"] == waited["kept"]
+    for name in waited["kept"]:
+        mine, theirs = tmp_path / "async" / "out" / name, tmp_path / "sync" / "out" / name
+        assert {path.name for path in mine.iterdir()} == {path.name for path in theirs.iterdir()} | NOTES
+        exported, gathered = load_file(mine / "model.safetensors"), load_file(theirs / "model.safetensors")
+        assert exported.keys() == gathered.keys()
+        assert all(torch.equal(exported[key], gathered[key]) for key in gathered)
 
 
 def test_hf_job_killed_while_it_saves(pools, tmp_path):

@@ -113,22 +113,28 @@ def test_checkpoints_have_a_section():
     def checkpoint(value):
         return split_ds_config(zero(mics_shard_size=2, mics_checkpoint=value))[0].checkpoint
 
-    assert checkpoint({}) == CheckpointRequest() == CheckpointRequest(False, "wait", "raise", 0, "/dev/shm", None)
+    assert (
+        checkpoint({}) == CheckpointRequest() == CheckpointRequest(False, "wait", "raise", 3600.0, None, 0, "/dev/shm")
+    )
     assert checkpoint({"async": True, "busy": "skip"}) == CheckpointRequest(**{"async": True}, busy="skip")
     assert "mics_checkpoint" not in MicsConfig(2).to_json()
-    section = {"async": True, "busy": "wait", "on_error": "log", "memory_every": 5, "memory_folder": "/m", "job": "j"}
+    section = {"async": True, "busy": "wait", "on_error": "log", "time_limit": 60.0, "export": "bf16"}
+    section |= {"memory_every": 5, "memory_folder": "/m", "job": "j"}
     assert MicsConfig(2, checkpoint=checkpoint(section)).to_json()["mics_checkpoint"] == section
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (True, "mics_checkpoint must be a section with some of async, busy, on_error, memory_every"),
+        (True, "mics_checkpoint must be a section with some of async, busy, on_error, time_limit"),
         ({"asynchronous": True}, "Unknown key under 'zero_optimization.mics_checkpoint': asynchronous"),
         ({"in_background": True}, "Unknown key under"),
         ({"async": 1}, "async must be a valid boolean"),
         ({"busy": "drop"}, "busy must be 'wait' or 'skip'"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'log'"),
+        ({"time_limit": 0}, "time_limit must be greater than 0"),
+        ({"time_limit": True}, "time_limit must be a valid number"),
+        ({"export": "int8"}, "export must be 'bf16', 'fp16' or 'fp32'"),
         ({"memory_every": True}, "memory_every must be a valid integer"),
         ({"memory_every": -1}, "memory_every must be greater than or equal to 0"),
         ({"memory_folder": "shm"}, r"memory_folder must match pattern '\^/'"),

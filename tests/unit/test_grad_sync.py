@@ -462,6 +462,20 @@ def test_replicas_average_the_same_units_in_the_same_order_however_their_buckets
     on_threads(REPLICAS, body)
 
 
+def test_the_first_step_averages_the_units_of_later_ones(counting):
+    """A parameter that nothing uses cuts them, in the step before which nobody knows that too."""
+
+    def body() -> None:
+        replica, found = Replica(), []
+        for _ in range(2):
+            replica.step(((10,), *BUCKETS[1:]))
+            found.append(sorted(counting.take()))
+            dist.barrier()
+        assert replica.rank or found[0] == found[1] == [(0, 3), (3, 1), (4, 5), (9, 2)], found
+
+    on_threads(REPLICAS, body)
+
+
 def test_units_follow_what_is_used_later(counting):
     def body() -> None:
         replica = Replica()

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest
 from mics_ds.checkpoint.manifest import Manifest
 from mics_ds.errors import MicsCheckpointError
@@ -15,21 +16,21 @@ from mics_ds.errors import MicsCheckpointError
 def staged(folder, tag="t", content=b"abc", steps=1):
     """A folder with one file, ready to be published, and its manifest."""
     target = folder / tag
-    staging = manifest.staging_folder(target)
+    staging = folders.staging_folder(target, "0123456789ab")
     staging.mkdir()
     (staging / "a_model_states.pt").write_bytes(content)
     files = {"a_model_states.pt": manifest.seal(staging / "a_model_states.pt", 3)}
-    return staging, target, Manifest(tag, 2, 2, 4, (2, 2), 1, steps, False, {"mics_ds": "0"}, files)
+    return staging, target, Manifest(tag, 2, 2, 4, (2, 2), 1, steps, False, {"mics_ds": "0"}, files, "0123456789ab")
 
 
 def test_what_is_published_is_read_back(tmp_path):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     assert manifest.read(target) == written
     assert written.total_bytes == 3
     assert not staging.exists()
     assert manifest.damages(target, written.files, written.files) == []
-    assert manifest.complete_tags(tmp_path) == ["t"]
+    assert folders.complete_tags(tmp_path) == ["t"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_what_is_published_is_read_back(tmp_path):
 )
 def test_damage_is_found_and_named(tmp_path, damage, words):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     damage(target / "a_model_states.pt")
     (found,) = manifest.damages(target, written.files, written.files)
     assert words in found
@@ -52,7 +53,7 @@ def test_damage_is_found_and_named(tmp_path, damage, words):
 def test_every_flipped_bit_changes_the_checksum(tmp_path):
     content = bytes(range(64))
     staging, target, written = staged(tmp_path, content=content)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     for bit in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -84,7 +85,7 @@ def test_a_damaged_manifest_is_an_error_and_not_a_checkpoint(tmp_path, text):
     (tmp_path / "t" / manifest.NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(MicsCheckpointError, match="damaged"):
         manifest.read(tmp_path / "t")
-    assert manifest.complete_tags(tmp_path) == []
+    assert folders.complete_tags(tmp_path) == []
 
 
 UNPROTECTED = {
@@ -105,7 +106,7 @@ UNPROTECTED = {
 
 def test_a_manifest_without_a_checksum_is_read(tmp_path):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     (target / manifest.NAME).write_text(json.dumps(UNPROTECTED))
     old = manifest.read(target)
     assert not old.protected
@@ -156,7 +157,7 @@ def with_record(name="a_model_states.pt", **values):
         (with_record(name="a\0"), "not the name of a file"),
         (with_record(name=""), "not the name of a file"),
         ({key: value for key, value in UNPROTECTED.items() if key != "tag"}, "tag"),
-        (changed(format=3), "format 3"),
+        (changed(format=4), "format 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -168,7 +169,7 @@ def test_values_that_no_manifest_has_are_named(tmp_path, data, words):
 
 def test_every_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     path = target / manifest.NAME
     content = path.read_bytes()
     unchanged = 0
@@ -188,7 +189,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path)
 
 def test_a_record_that_was_dropped_or_a_value_that_was_changed_is_noticed(tmp_path):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     path = target / manifest.NAME
     data = json.loads(path.read_text())
     for key in sorted(data):
@@ -205,29 +206,29 @@ def test_a_record_that_was_dropped_or_a_value_that_was_changed_is_noticed(tmp_pa
 
 def test_a_damaged_manifest_of_another_tag_hides_that_tag_only(tmp_path):
     for tag, steps in (("new", 2), ("old", 1), ("bad", 3)):
-        manifest.publish(*staged(tmp_path, tag=tag, steps=steps))
+        folders.publish(*staged(tmp_path, tag=tag, steps=steps))
     (tmp_path / "bad" / manifest.NAME).write_bytes(b"\xff")
     (tmp_path / ".left.partial").mkdir()
     (tmp_path / ".left.partial" / manifest.NAME).write_bytes((tmp_path / "new" / manifest.NAME).read_bytes())
-    assert manifest.complete_tags(tmp_path) == ["old", "new"]
+    assert folders.complete_tags(tmp_path) == ["old", "new"]
 
 
 def test_files_that_the_publisher_cannot_see_are_an_error(tmp_path):
     staging, target, written = staged(tmp_path)
     (staging / "a_model_states.pt").unlink()
     with pytest.raises(MicsCheckpointError, match=r"written by ranks \[3\].*use_node_local_storage"):
-        manifest.publish(staging, target, written)
+        folders.publish(staging, target, written)
     assert not target.exists()
 
 
 def test_saving_a_tag_again_replaces_it_and_keeps_what_others_put_there(tmp_path):
     staging, target, written = staged(tmp_path)
-    manifest.publish(staging, target, written)
+    folders.publish(staging, target, written)
     (target / "notes.txt").write_text("mine")
     (target / "zero_pp_rank_7_mp_rank_00_model_states.pt").write_text("of a larger job")
     (target / "mics_client_state_rank_7.pt").write_text("of a larger job")
     staging, target, again = staged(tmp_path, content=b"other", steps=2)
-    manifest.publish(staging, target, again)
+    folders.publish(staging, target, again)
     assert manifest.read(target) == again
     assert sorted(os.listdir(target)) == ["a_model_states.pt", manifest.NAME, "notes.txt"]
     assert os.listdir(tmp_path) == ["t"]
@@ -235,7 +236,7 @@ def test_saving_a_tag_again_replaces_it_and_keeps_what_others_put_there(tmp_path
 
 def test_a_replacement_killed_between_its_renames_is_undone(tmp_path, monkeypatch):
     staging, target, first = staged(tmp_path)
-    manifest.publish(staging, target, first)
+    folders.publish(staging, target, first)
     staging, target, second = staged(tmp_path, content=b"other")
     real, calls = os.rename, []
 
@@ -247,17 +248,17 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        manifest.publish(staging, target, second)
+        folders.publish(staging, target, second)
     monkeypatch.undo()
     assert not target.exists()
-    assert manifest.recover(target)
+    assert folders.recover(target)
     assert manifest.read(target) == first
-    assert not manifest.recover(target)
+    assert not folders.recover(target)
 
 
 def test_a_replacement_that_the_disk_refuses_brings_the_older_one_back(tmp_path, monkeypatch):
     staging, target, first = staged(tmp_path)
-    manifest.publish(staging, target, first)
+    folders.publish(staging, target, first)
     staging, target, second = staged(tmp_path, content=b"other")
     real = os.rename
 
@@ -268,18 +269,18 @@ def test_a_replacement_that_the_disk_refuses_brings_the_older_one_back(tmp_path,
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="no"):
-        manifest.publish(staging, target, second)
+        folders.publish(staging, target, second)
     assert manifest.read(target) == first
 
 
 def test_a_text_file_is_old_or_new_at_every_moment(tmp_path, monkeypatch):
     path = tmp_path / "latest"
-    manifest.write_text(path, "one")
+    folders.write_text(path, "one")
 
     def refuse(*_):
         raise OSError("no")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="no"):
-        manifest.write_text(path, "two")
+        folders.write_text(path, "two")
     assert path.read_text() == "one"

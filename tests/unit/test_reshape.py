@@ -13,6 +13,7 @@ from mics_ds.checkpoint.reshape import (
     FROZEN_SHARDS,
     SHARD_COUNT,
     ShardLayout,
+    Sharers,
     owners_of,
     regroup,
     reshape_frozen,
@@ -34,6 +35,10 @@ def cut(values, layout, group, shard):
         padded = torch.cat([values[name], torch.zeros(width * layout.shards - values[name].numel())])
         chunks.append(padded[shard * width : (shard + 1) * width])
     return torch.cat(chunks)
+
+
+def file(states):
+    return {BASE_STATE: states, "ds_version": "0"}
 
 
 def states(layout, owners, shard, momentum=True):
@@ -72,11 +77,13 @@ def test_resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes
 
     def load(shard):
         loads.append(shard)
-        return states(old, old_owners, shard, momentum)
+        return file(states(old, old_owners, shard, momentum))
 
     for shard in range(new_shards):
         expected = states(new, new_owners, shard, momentum)
-        actual = reshape_optimizer(load, old, new, shard, new_owners)
+        whole = reshape_optimizer(load, old, new, shard, new_owners)
+        actual = whole[BASE_STATE]
+        assert whole["ds_version"] == "0"
         assert all(map(torch.equal, actual[FP32_GROUPS], expected[FP32_GROUPS]))
         assert actual[BASE_STATE]["param_groups"] == expected[BASE_STATE]["param_groups"]
         assert actual[BASE_STATE]["state"].keys() == expected[BASE_STATE]["state"].keys()
@@ -108,6 +115,26 @@ def test_frozen_parameters_are_cut_anew_too():
                 assert torch.equal(actual[name], cut(VALUES, single, 0, shard)), (old, new, name)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_sharers_read_each_element_once(count):
+    """What they have, summed up, is the whole; and no two have copied the same."""
+    (old, old_owners), (new, new_owners) = grouped(2, 10), grouped(3, 10**9)
+
+    def load(shard):
+        return file(states(old, old_owners, shard))
+
+    for shard in range(3):
+        whole = reshape_optimizer(load, old, new, shard, new_owners)[BASE_STATE]
+        parts = [
+            reshape_optimizer(load, old, new, shard, new_owners, Sharers(number, count))[BASE_STATE]
+            for number in range(count)
+        ]
+        for group in range(len(new.groups)):
+            flats = torch.stack([part[FP32_GROUPS][group] for part in parts])
+            assert torch.equal(flats.sum(0), whole[FP32_GROUPS][group])
+            assert (flats != 0).sum(0).max() <= 1
+
+
 def test_state_that_is_not_elementwise_is_refused():
     old, owners = grouped(2, 10**9)
     new, new_owners = grouped(4, 10**9)
@@ -115,7 +142,7 @@ def test_state_that_is_not_elementwise_is_refused():
     def load(shard):
         item = states(old, owners, shard)
         item[BASE_STATE]["state"][0]["exp_avg_sq_row"] = torch.zeros(3)
-        return item
+        return file(item)
 
     with pytest.raises(MicsCheckpointError, match="exp_avg_sq_row"):
         reshape_optimizer(load, old, new, 0, new_owners)
@@ -125,7 +152,7 @@ def test_other_parameter_groups_are_refused():
     old, owners = grouped(2, 10**9)
     new = ShardLayout(4, [SHAPES])
     with pytest.raises(MicsCheckpointError, match="2 optimizer parameter groups and this optimizer 1"):
-        reshape_optimizer(lambda shard: states(old, owners, shard), old, new, 0, [0])
+        reshape_optimizer(lambda shard: file(states(old, owners, shard)), old, new, 0, [0])
 
 
 def test_equal_layouts():

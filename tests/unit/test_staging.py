@@ -1,32 +1,22 @@
-"""What a save in the background consists of, without ranks: recording, memory, joining, and the round on the board."""
+"""States in parts, without ranks: pickled and written later, read into given memory, copied by several replicas."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from mics_ds.comm.slices import Slices
 from torch import nn
 
-from mics_ds.checkpoint.arena import ALIGNMENT, Arena
-from mics_ds.checkpoint.board import Heartbeat, Round, RoundFailedError, RoundLostError
-from mics_ds.checkpoint.joints import Joint, shares
-from mics_ds.checkpoint.recording import Recorded, record, replay
-from mics_ds.checkpoint.writer import Seal, Sealed, _Writer
-
-# ------------------------------------------------------------------------------------- recording
+from mics_ds.checkpoint import copies
+from mics_ds.checkpoint.copies import Shard, SharedMemory
+from mics_ds.checkpoint.staging import ALIGNMENT, Image, Recorded, Share, Staged, StagedFile, Stored, record, replay
+from mics_ds.comm.packing import ChunkLayout
+from mics_ds.errors import MicsCheckpointError
 
 
 def states():
-    base = torch.arange(1000.0)
+    base = torch.arange(50_000.0)
     return {
         "view": base[10:20],
         "its base": base,
@@ -44,6 +34,9 @@ def states():
 def copies_of(recorded):
     made = [torch.UntypedStorage(storage.nbytes()).copy_(storage) for storage in recorded.storages]
     return Recorded(recorded.pickled, made)
+
+
+# ------------------------------------------------------------------------------------- record, replay
 
 
 def test_a_file_in_two_halves_is_the_file(tmp_path):
@@ -70,200 +63,202 @@ def test_what_cannot_be_pickled_says_so():
         record({"bad": lambda: None})
 
 
-# ---------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------- images
+
+
+def load(path, *, mmap, placing):
+    return torch.load(path, mmap=mmap, map_location=placing(), weights_only=False)
+
+
+def equal(one, other):
+    return {
+        key: torch.equal(value, other[key]) if torch.is_tensor(value) and not value.is_sparse else True
+        for key, value in one.items()
+    } == dict.fromkeys(one, True)
+
+
+def test_an_image_of_what_was_recorded_has_the_given_storages():
+    saved = states()
+    copied = copies_of(record(saved))
+    found = Image.of(copied).load(load)
+    assert equal(saved, found)
+    assert found["its base"].data_ptr() == copied.storages[0].data_ptr()
+    assert found["view"].data_ptr() == found["its base"][10:].data_ptr()
+    assert (found["nested"][0][1]["deep"], found["plain"], found["sparse"].to_dense().tolist()) == (
+        3,
+        saved["plain"],
+        [1.0, 2.0, 0.0],
+    )
+
+
+def test_an_image_of_a_file_has_holes_for_what_is_large(tmp_path):
+    saved, path = states(), tmp_path / "x.pt"
+    torch.save(saved, path)
+    content = path.read_bytes()
+    image = Image(len(content))
+    image.leave_holes(path)
+    holes = image.holes
+    assert sorted(hole.numel() for _, hole in holes) == [100_000, 200_000]
+    for start, hole in holes:
+        hole.copy_(torch.frombuffer(bytearray(content[start : start + hole.numel()]), dtype=torch.uint8))
+        content = content[:start] + bytes(hole.numel()) + content[start + hole.numel() :]
+    os.pwrite(image.descriptor, content, 0)
+    found = image.load(load)
+    assert equal(saved, found)
+    assert found["its base"].data_ptr() in [hole.data_ptr() for _, hole in holes]
+
+
+def test_an_image_of_what_is_no_archive(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(20_000)}, path, _use_new_zipfile_serialization=False)
+    image = Image(path.stat().st_size)
+    image.leave_holes(path)
+    assert image.holes == []
+    os.pwrite(image.descriptor, path.read_bytes(), 0)
+    assert image.load(load)["a"].tolist() == [1.0] * 20_000
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def as_bytes(tensor):
+    return tensor.view(torch.uint8)
 
 
 def test_memory_is_shared_grows_and_is_used_again():
-    ours = Arena()
+    ours = SharedMemory()
     ours.reserve(1000)
-    ours.copy_in([(64, torch.arange(10.0)), (0, torch.tensor([7], dtype=torch.int64))], lambda: None)
-    theirs = Arena(os.dup(ours.descriptor))
+    ours.copy_in([(64, as_bytes(torch.arange(10.0))), (0, as_bytes(torch.tensor([7])))], None).wait()
+    theirs = SharedMemory(os.dup(ours.descriptor))
     theirs.map(1000)
     assert theirs.view(64, 40).view(torch.float32).tolist() == list(range(10))
     assert torch.tensor([], dtype=torch.int64).set_(theirs.storage(0, 8)).tolist() == [7]
-    ours.reserve(100_000)
-    theirs.map(100_000)
-    ours.copy_in([(99_968, torch.arange(8.0))], lambda: None)
+    ours.reserve(100 << 20)
+    theirs.map(100 << 20)
+    ours.copy_in([((100 << 20) - 32, as_bytes(torch.arange(8.0)))], None)
     assert theirs.view(64, 40).view(torch.float32).tolist() == list(range(10))
-    assert theirs.view(99_968, 32).view(torch.float32).tolist() == list(range(8))
+    assert theirs.view((100 << 20) - 32, 32).view(torch.float32).tolist() == list(range(8))
     before = ours.nbytes
     ours.reserve(10)
     assert ours.nbytes == before
-    for arena in (ours, theirs):
-        arena.close()
+    for memory in (ours, theirs):
+        memory.close()
 
 
-def test_copies_are_waited_for():
-    waited = []
-    arena = Arena()
-    arena.reserve(64)
-    arena.copy_in([(0, torch.ones(4))], lambda: waited.append(arena.view(0, 16).view(torch.float32).tolist()))
-    assert waited == [[1.0] * 4]
-    arena.close()
+def test_a_little_more_takes_no_new_memory():
+    """The client state grows; mapping and pinning cost more than copying."""
+    memory = SharedMemory()
+    memory.reserve(32 << 20)
+    before = memory.view(0, 1).data_ptr()
+    memory.reserve(33 << 20)
+    assert memory.view(0, 1).data_ptr() == before
+    memory.close()
 
 
-# --------------------------------------------------------------------------------------- joining
+def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
+    memory = SharedMemory()
+    monkeypatch.setattr(copies, "host_memory_left", lambda: (100 << 20, "2.00 GB, the limit of its cgroup"))
+    with pytest.raises(OSError, match=r"1\.06 GB of host memory are needed.*0\.10 GB are left of 2\.00 GB, the limit"):
+        memory.reserve(10**9)
+    assert os.fstat(memory.descriptor).st_size == 0, "nothing was taken"
+    memory.close()
+
+
+def test_a_shard_that_does_not_fit_is_refused_with_numbers(monkeypatch):
+    monkeypatch.setattr(copies, "host_memory_left", lambda: (100, "2.00 GB, the limit of its cgroup"))
+    with pytest.raises(MicsCheckpointError, match=r"needed to put a shard together, and 0\.00 GB are left of 2\.00"):
+        Shard().add(Staged((), (Share(10**9, 2),), (0, 0), 0), 0, SharedMemory())
+
+
+@pytest.mark.parametrize(
+    ("line", "limit", "used"),
+    [
+        ("0::/job/step", "fs/cgroup/job/step/memory.max", "memory.current"),
+        ("0::/job/step", "fs/cgroup/job/memory.max", "memory.current"),
+        ("4:cpu,memory:/job", "fs/cgroup/memory/job/memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_the_limit_of_a_cgroup_is_what_is_left(tmp_path, monkeypatch, line, limit, used):
+    real = copies.Path
+
+    def path(first, *rest):
+        moved = {"/proc/self/cgroup": tmp_path / "cgroup"}.get(str(first))
+        return moved or real(str(first).replace("/sys", str(tmp_path), 1), *rest)
+
+    folder = (tmp_path / limit).parent
+    folder.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    (tmp_path / limit).write_text("3000000\n")
+    (folder / used).write_text("1200000\n")
+    (folder / "memory.stat").write_text("anon 1000000\ninactive_file 200000\n")
+    monkeypatch.setattr(copies, "Path", path)
+    assert copies.host_memory_left() == (2_000_000, "0.00 GB, the limit of its cgroup")
+
+
+# ------------------------------------------------------------------------------------- several replicas
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
 @pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000, 64 * 15])
-def test_shares_cover_everything_once(nbytes, replicas):
-    parts = shares(nbytes, replicas)
-    assert len(parts) == replicas
+def test_ranges_cover_everything_once(nbytes, replicas):
+    share = Share(nbytes, replicas)
+    parts = [share.range(replica) for replica in range(replicas)]
     assert [byte for start, stop in parts for byte in range(start, stop)] == list(range(nbytes))
     assert all(start % ALIGNMENT == 0 or start == nbytes for start, _ in parts)
     largest = max(stop - start for start, stop in parts)
     assert largest <= -(-nbytes // replicas) + ALIGNMENT
+    assert [share.piece_bytes(replica) for replica in range(replicas)] == [stop - start for start, stop in parts]
 
 
-def test_parts_are_joined_in_order():
-    whole = torch.arange(200, dtype=torch.uint8)
-    parts = [whole[start:stop].clone() for start, stop in shares(200, 3)]
-    joint = Joint(200, 0, 0, tuple(part.numel() for part in parts))
-    joined = torch.zeros(200, dtype=torch.uint8)
-    joint.join(parts, joined)
-    assert torch.equal(joined, whole)
+def put_together(share, pieces):
+    whole = torch.zeros(share.nbytes, dtype=torch.uint8)
+    for replica, piece in enumerate(pieces):
+        assert piece.numel() == share.piece_bytes(replica)
+        share.put(piece, replica, whole)
+    return whole
+
+
+def test_ranges_are_put_in_order():
+    whole, share = torch.arange(200, dtype=torch.uint8), Share(200, 3)
+    assert torch.equal(put_together(share, [whole[slice(*share.range(replica))] for replica in range(3)]), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_slices_are_joined_to_shards(dtype):
+def test_slices_are_put_into_shards(dtype):
     shards, replicas = (7, 1, 0, 12), 3
     whole = torch.arange(float(sum(shards))).to(dtype)
-    pieces = [Slices(shards, replicas, replica).take(whole).view(torch.uint8) for replica in range(replicas)]
-    joint = Joint(whole.nbytes, 0, 0, tuple(piece.numel() for piece in pieces), shards, whole.itemsize)
-    joined = torch.zeros(whole.nbytes, dtype=torch.uint8)
-    joint.join(pieces, joined)
-    assert torch.equal(joined.view(dtype), whole)
+    cut = ChunkLayout.in_rank_order(shards, replicas)
+    pieces = [cut.take(whole, replica).view(torch.uint8) for replica in range(replicas)]
+    assert torch.equal(put_together(Share(whole.nbytes, replicas, shards, whole.itemsize), pieces), as_bytes(whole))
 
 
-# ------------------------------------------------------------------------------- the round of a save
+def shard_of(lasting):
+    """A file of one shared storage and one that its owner has copied alone, put together; and its memory."""
+    shared, alone = torch.arange(32.0), torch.tensor([7.0])
+    recorded = record({"shared": shared, "alone": alone})
+    file = StagedFile("x.pt", (128, len(recorded.pickled)), (Stored(128, 0, 0), Stored(4, 64)))
+    share = Share(128, 2)
+    memories, found = [], Shard(lasting=lasting)
+    for replica in range(2):
+        memory = SharedMemory()
+        memory.reserve(10_000)
+        parts = [(0, as_bytes(shared)[slice(*share.range(replica))])]
+        parts += [(64, as_bytes(alone)), (128, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))]
+        memory.copy_in(parts, None)
+        found.add(Staged((file,) if replica == 0 else (), (share,), (0, 0), 10_000), replica, memory)
+        memories.append(memory)
+    return found, memories
 
 
-def store():
-    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-
-
-def together(*parts):
-    """Run functions as threads; their results, or what they raised."""
-
-    def run(part):
-        try:
-            return part()
-        except RoundFailedError as error:
-            return error
-
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return list(pool.map(run, parts))
-
-
-def client(server):
-    return dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=5))
-
-
-def publisher(server, number, leads, peers, publishers):
-    def act():
-        round_ = Round(client(server), number, 4)
-        me = 0 if leads else 2
-        round_.report(me, {f"file{me}": [1, 2, me]})
-        notes = round_.notes(me, peers)
-        round_.publishers_reach("ready", publishers, leads)
-        round_.begin_publishing(leads)
-        round_.publishers_reach("published", publishers, leads)
-        if leads:
-            round_.set("result", "")
-        return notes, round_.await_key("result")
-
-    return act
-
-
-def other(server, number, publisher_, note=None):
-    def act():
-        round_ = Round(client(server), number, 4)
-        round_.report(publisher_, note)
-        return round_.await_key("result")
-
-    return act
-
-
-def test_two_folders_are_published_when_all_four_are_done():
-    server = store()
-    found = together(
-        publisher(server, 1, True, 2, 2),
-        other(server, 1, 0, {"a": [1]}),
-        publisher(server, 1, False, 2, 2),
-        other(server, 1, 2),
-    )
-    assert sorted(map(str, found[0][0])) == ["{'a': [1]}", "{'file0': [1, 2, 0]}"]
-    assert found[2][0] == [{"file2": [1, 2, 2]}]
-    assert [found[1], found[3], found[0][1], found[2][1]] == [""] * 4
-
-
-def test_one_failure_is_the_one_error_of_all():
-    server = store()
-
-    def fails():
-        round_ = Round(client(server), 1, 4)
-        round_.fail("no room")
-        return round_.await_key("result")
-
-    found = together(publisher(server, 1, True, 3, 1), fails, other(server, 1, 0))
-    assert [str(error) for error in found] == ["no room"] * 3
-    assert not Round(server, 1, 4).fail("too late")
-    assert Round(server, 2, 4).failure() is None, "the next save has nothing to do with it"
-
-
-def test_who_publishes_is_not_stopped_by_a_failure_but_by_a_death():
-    server = store()
-    round_ = Round(server, 1, 2)
-    round_.begin_publishing(leads=True)
-    assert not round_.fail("too late")
-    assert round_.failure() is None
-    round_.lose("rank 1 has died")
-    assert isinstance(round_.failure(), RoundLostError)
-    with pytest.raises(RoundLostError, match="rank 1 has died"):
-        round_.await_key("result")
-    round_.set("result", "")
-    assert round_.await_key("result") == "", "what is known is known"
-
-
-def test_a_silent_neighbour_is_lost_and_everybody_hears_of_it():
-    server, heard, failed = store(), [], threading.Event()
-
-    def note(lost, error):
-        assert lost is round_
-        heard.append(str(error))
-        failed.set()
-
-    round_ = Round(server, 1, 3)
-    hearts = [Heartbeat(client(server), rank, 3, 1.5, note) for rank in (0, 2)]
-    dist.PrefixStore("heart", server).set("1", "5")  # rank 1 showed itself once, and no more
-    for heart in hearts:
-        heart.watch(round_)
-    assert failed.wait(20)
-    assert set(heard) == {"the process that writes for rank 1 has shown no sign of life for 2 s"}
-    for heart in hearts:
-        heart.watch(None)
-
-
-def test_a_failure_that_is_heard_of_late_ends_nobody_who_has_gone_on(monkeypatch):
-    """The heartbeat looks from time to time. By then a process may wait for its peers in the next save."""
-    server, pipe, ends = store(), [], []
-    monkeypatch.setattr(os, "_exit", ends.append)
-    process = object.__new__(_Writer)
-    process._pipe = SimpleNamespace(send=pipe.append)
-    process._held, process._joining = threading.Lock(), None
-    before, now = Round(server, 1, 2), Round(server, 2, 2)
-    process._round = now
-    with process._waiting_for_peers(Seal("copy", None)):
-        process._leave_if_waiting_for_peers(before, RoundFailedError("a disk is full"))
-        assert (pipe, ends) == ([], [])
-        process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
-        assert (pipe, ends) == ([Sealed("copy", "a disk is full", leaves=True)], [0])
-    process._leave_if_waiting_for_peers(now, RoundFailedError("a disk is full"))
-    assert len(ends) == 1, "who waits for nobody finds out itself"
-
-
-def test_the_process_that_writes_needs_no_deepspeed():
-    """There is one beside each rank."""
-    code = "import sys, mics_ds.checkpoint.writer; sys.exit('deepspeed' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "MICS_DS_AUTOLOAD": "0"}, check=True)
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_shard_is_put_together_from_what_its_replicas_have_copied(tmp_path, lasting):
+    found, memories = shard_of(lasting)
+    [(name, recorded)] = found.files
+    replay(recorded, tmp_path / name)
+    written = torch.load(tmp_path / name)
+    assert (written["shared"].tolist(), written["alone"].tolist()) == (list(range(32)), [7.0])
+    loaded = Image.of(recorded).load(load)
+    assert loaded["shared"].tolist() == list(range(32))
+    loaded["alone"] += 1
+    in_memory = memories[0].view(64, 4).view(torch.float32).tolist()
+    assert in_memory == ([7.0] if lasting else [8.0]), "whoever trains on has states of its own"

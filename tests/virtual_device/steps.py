@@ -144,6 +144,7 @@ class Step:
     until_first_layer: float
     """Of those, from the first collective after the optimizer's update to the first layer."""
     issued: list[Issued]
+    tasks: list[Task]
 
     @property
     def exposed(self) -> float:
@@ -167,7 +168,8 @@ def measure(case: Case) -> Step:
     play(alone)
     compute, until_first_layer = ends[1].end - ends[0].end, _until_first_layer(alone)
     play(tasks)
-    return Step(ends[1].end - ends[0].end, compute, until_first_layer, issued)
+    seconds = ends[1].end - ends[0].end
+    return Step(seconds, compute, until_first_layer, issued, [task for task in tasks if task.start >= ends[0].end])
 
 
 def _until_first_layer(tasks: list[Task]) -> float:
@@ -247,9 +249,7 @@ def planned(case: Case) -> StepTime:
 
 
 def row(case: Case, step: Step) -> str:
-    """Milliseconds, for people."""
-    return (
-        f"p = {case.p}, {case.nodes:3} nodes, {case.states:9} {case.setting:13} step {1e3 * step.seconds:6.1f} "
-        f"planned {1e3 * planned(case).total:6.1f} compute {1e3 * step.compute:6.1f} "
-        f"exposed {1e3 * step.exposed:6.2f} at least {1e3 * exposed_at_least(case, step):6.2f}"
-    )
+    """Milliseconds, for people: of the step, as planned, exposed, and exposed at least."""
+    times = (step.seconds, planned(case).total, step.exposed, exposed_at_least(case, step))
+    shown = " | ".join(f"{1e3 * seconds:.1f}" for seconds in times)
+    return f"| {case.p} | {case.nodes} | {case.setting} | {step.count(case.replicas, HOP2)} | {shown} |"

@@ -1,0 +1,484 @@
+"""All ranks save and load together, and fail together.
+
+Each rank notes what goes wrong on it. Notes are exchanged at a few places, and an error of one rank is raised on all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from .. import __version__
+from ..comm.groups import MicsGroups
+from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.engine import communication_device
+from ..errors import MicsCheckpointError, words
+from ..log import log_rank0, logger
+from . import folder as folders
+from . import manifest
+from .manifest import FileRecord, Manifest
+from .reshape import FROZEN_SHAPES, FROZEN_SHARDS, MODULE, PARAM_SHAPES, TIED_NAMES
+from .staging import MARK, bytes_of, record
+
+RESHAPE_COMMAND = "python -m mics_ds.reshape"
+UNCHANGED = "No state was changed."
+SLOW_S = 3.0
+"""From when on the log says how long something takes."""
+
+_EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
+
+
+def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
+    """Return the notes of all ranks of the world.
+
+    By a collective and not through the store, because that tells at once when a rank has died. As a rule all notes are
+    the same; then 16 bytes tell, and no rank receives those of all others.
+
+    Raises:
+        MicsCheckpointError: another rank has died.
+    """
+    return exchange_and_compare(note, None, doing)[0]
+
+
+def exchange_and_compare(note: dict[str, Any], value: Any, doing: str) -> tuple[list[dict[str, Any]], bool]:
+    """Return the notes of all ranks, and whether all have the same value, by one all-reduce as a rule.
+
+    Args:
+        note, value: something that JSON can hold.
+
+    Raises:
+        MicsCheckpointError: another rank has died.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return [note], True
+    notes: list[Any] = [None] * world
+    try:
+        numbers = [number_of(note), number_of(value)]
+        most = elementwise_max([*numbers, *(-number for number in numbers)])
+        same_note, same_value = (high == -negated_low for high, negated_low in zip(most, most[2:]))
+        if same_note:
+            return [note] * world, same_value
+        dist.all_gather_object(notes, note)
+    except RuntimeError as error:
+        raise MicsCheckpointError(
+            f"Another rank has most likely died while {doing}; its own output says why. Checkpoints that were complete "
+            f"before are untouched."
+        ) from error
+    return notes, same_value
+
+
+def number_of(value: Any) -> int:
+    """A digest of something that JSON can hold: 56 bits, and room for a sign."""
+    body = json.dumps(value, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(body).digest()[:7], "little")
+
+
+def elementwise_max(values: list[int]) -> list[int]:
+    """The greatest of all ranks, place by place. Collective over the world."""
+    said = torch.tensor(values, dtype=torch.int64, device=communication_device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+    return said.tolist()
+
+
+def shared_store() -> dist.Store:
+    """The store of the job's process group, for what few ranks have to read."""
+    return dist.PrefixStore("mics_ds/checkpoint", c10d._get_default_store())
+
+
+class Run:
+    """This run of the job: random words that all ranks know, and numbers that are the same on all of them."""
+
+    world: Any = None
+    name = ""
+    """Tells its saves from those of any other run."""
+    token = ""
+    """What its processes know each other by; no file has it."""
+    _last = 0
+
+    @classmethod
+    def begin(cls) -> None:
+        """Agree on the words. Collective over the world, once for each process group of it."""
+        if cls.world is dist.group.WORLD:
+            return
+        said: list[Any] = [secrets.token_hex(6), secrets.token_hex(16)]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(said, src=0)
+        cls.world, (cls.name, cls.token) = dist.group.WORLD, said
+
+    @classmethod
+    def next_number(cls) -> int:
+        cls._last += 1
+        return cls._last
+
+
+def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> None:
+    """Raise the same error on all ranks if any of them noted errors."""
+    by_message: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        for message in note["errors"]:
+            by_message.setdefault(message, []).append(rank)
+    if by_message:
+        said = "; ".join(
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}"
+            f"{' and more' if len(ranks) > 8 else ''}: {message}"
+            for message, ranks in list(by_message.items())[:6]
+        )
+        more = f"; and {len(by_message) - 6} more" if len(by_message) > 6 else ""
+        raise MicsCheckpointError(f"{failed} {said}{more}. {remedy}")
+
+
+def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = words) -> None:
+    """Do what may fail on this rank only: note the error, of whatever kind, for :func:`raise_together` later.
+
+    Raised here, it would be known to this rank alone, and the others would wait for it.
+    """
+    try:
+        work()
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):  # the other ranks have no use for where it happened
+            logger.error("on this rank:", exc_info=True)
+        errors.append(say(error))
+
+
+class Roles:
+    """Who does what in saving and loading, from this rank's point of view.
+
+    The *owner* of a shard writes its files. The *publisher* of a folder turns it into a checkpoint.
+    """
+
+    def __init__(self, groups: MicsGroups, node_local: bool) -> None:
+        self.rank = dist.get_rank()
+        self.groups = groups
+        self.node_local = node_local
+        self.shard = groups.partition.rank
+        self.replicas = groups.layout.replication_groups[self.shard]
+        """Global ranks that hold this rank's shard."""
+
+    @cached_property
+    def peers(self) -> list[int]:
+        """Global ranks that see the same folder."""
+        nodes = self.groups.node_of
+        return [rank for rank, node in nodes.items() if not self.node_local or node == nodes[self.rank]]
+
+    @cached_property
+    def publisher(self) -> int:
+        """Global rank that publishes where this rank's files are."""
+        return self.peers[0]
+
+    @property
+    def publishes(self) -> bool:
+        return self.rank == self.publisher
+
+    @cached_property
+    def publishers(self) -> list[int]:
+        """Global ranks that publish: one, or with node-local folders one on each node."""
+        return [self.publisher] if not self.node_local else self._first_of_each_node(self.groups.node_of)
+
+    @cached_property
+    def owner(self) -> int:
+        """Global rank that writes the files of this rank's shard, where this rank can see them."""
+        layout = self.groups.layout
+        if not self.node_local:  # shard i by replica i mod r, so that replicas share the writing
+            return self.replicas[self.shard % layout.replication_size]
+        return self.sharers[0]
+
+    @property
+    def owns(self) -> bool:
+        return self.rank == self.owner
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Global ranks that write the files of this rank's shard: one, or with node-local folders one on each node."""
+        return [self.owner] if not self.node_local else self._first_of_each_node(self.replicas)
+
+    @cached_property
+    def sharers(self) -> list[int]:
+        """Global ranks that hold this rank's shard and see the folder that :attr:`owner` writes it to."""
+        return [rank for rank in self.replicas if rank in self.peers]
+
+    @cached_property
+    def parent(self) -> int | None:
+        """Whose writer hears from this rank's: an owner from sharers, a publisher from owners, the first from all."""
+        way_up = [self.owner, self.publisher, self.publishers[0]]
+        return next((rank for rank in way_up if rank != self.rank), None) if self.rank != way_up[-1] else None
+
+    @cached_property
+    def children(self) -> list[int]:
+        """Whose writers report to this rank's."""
+        found = set(self.sharers) if self.owns else set()
+        found |= set(self._owners_here()) if self.publishes else set()
+        found |= set(self.publishers) if self.rank == self.publishers[0] else set()
+        return sorted(found - {self.rank})
+
+    def _owners_here(self) -> Iterator[int]:
+        """Global ranks that write to this rank's folder, those of other model-parallel ranks among them."""
+        layout, peers = self.groups.layout, set(self.peers)
+        for offset in self.offsets:
+            for shard, replicas in enumerate(layout.replication_groups):
+                ranks = [rank + offset for rank in replicas]
+                if self.node_local:
+                    yield from [rank for rank in ranks if rank in peers][:1]
+                else:
+                    yield ranks[shard % len(ranks)]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """How far each data-parallel group is from this rank's. All have the same spacing."""
+        ranks, left, found = self.groups.layout.ranks, set(range(dist.get_world_size())), list[int]()
+        while left:
+            found.append(min(left) - ranks[0])
+            left -= {rank + found[-1] for rank in ranks}
+        return found
+
+    def _first_of_each_node(self, ranks: Any) -> list[int]:
+        nodes = self.groups.node_of
+        return sorted({nodes[rank]: rank for rank in reversed(list(ranks))}.values())
+
+    def describe(self, tag: str, steps: int, save: str, files: Mapping[str, FileRecord]) -> Manifest:
+        """A checkpoint of this job, as this rank's folder has it."""
+        layout = self.groups.layout
+        return Manifest(
+            tag=tag,
+            shards=layout.partition_size,
+            replicas=layout.replication_size,
+            ranks=layout.world_size,
+            ranks_per_node=tuple(Counter(layout.nodes).values()),
+            model_parallel=dist.get_world_size() // layout.world_size,
+            global_steps=steps,
+            node_local=self.node_local,
+            versions=versions(),
+            files=dict(files),
+            save=save,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what a checkpoint depends on."""
+    return {"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
+
+
+def roles_of(engine: Any) -> Roles:
+    return Roles(engine.optimizer.mics_groups, engine.use_node_local_storage())
+
+
+def on_publishers(roles: Roles, work: Callable[[], Any], doing: str) -> list[dict[str, Any]]:
+    """Do something on the ranks that publish, and tell all ranks how it went."""
+    errors: list[str] = []
+    if roles.publishes:
+        attempt(work, errors)
+    return exchange({"errors": errors}, doing)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which checkpoint
+
+
+def agree_on_tag(roles: Roles, load_dir: Any, tag: Any) -> str | None:
+    """The tag to load, the same on all ranks; ``None`` if there is no latest one.
+
+    ``latest`` is replaced after everything else, node by node on local folders. If that was interrupted, the
+    newer checkpoint is complete on all nodes, and is taken.
+    """
+    note: dict[str, Any] = {"asked": None, "latest": None, "steps": -1, "errors": []}
+
+    def look() -> None:
+        folder = Path(load_dir)
+        if tag is not None:
+            note["asked"] = str(tag)
+            folders.check_tag(note["asked"])
+        if roles.publishes:
+            for remains in folders.interrupted_saves(folder):
+                log_rank0(f"{remains} is left from an interrupted save; it is not a checkpoint and is ignored")
+        if tag is None:
+            note["latest"] = folders.read_latest(folder)
+        wanted = note["latest"] if tag is None else note["asked"]
+        if wanted and roles.publishes and folders.recover(folder / wanted):
+            log_rank0(f"{folder / wanted} was being replaced when that was interrupted; the older one is back")
+        if wanted and tag is None and roles.node_local and (folder / wanted / manifest.NAME).is_file():
+            note["steps"] = manifest.read(folder / wanted).global_steps
+
+    attempt(look, note["errors"])
+    folder, asked = load_dir, note["asked"]
+    notes = exchange(note, f"looking for a checkpoint in {folder}")
+    raise_together(notes, f"No checkpoint can be loaded from {folder}.", UNCHANGED)
+    if len({item["asked"] for item in notes}) > 1:
+        raise MicsCheckpointError(
+            f"All ranks must load the same tag, got {', '.join(repr(item['asked']) for item in notes[:8])} in rank "
+            f"order. Give every rank the same one."
+        )
+    if asked is not None:
+        return asked
+    found = {item["latest"] for item in notes}
+    if len(found) == 1:
+        return note["latest"]
+    seeing = [rank for rank, item in enumerate(notes) if item["latest"] is not None]
+    if not roles.node_local:
+        raise MicsCheckpointError(
+            f"{Path(folder) / folders.LATEST} says "
+            + "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(item["latest"] for item in notes))
+            + ". The folder has to be on storage that all nodes share; for folders local to each node set "
+            '"checkpoint": {"use_node_local_storage": true}.'
+        )
+    newest = max((notes[rank] for rank in seeing), key=lambda item: item["steps"])["latest"]
+    log_rank0(f"nodes disagree on the latest checkpoint in {folder}, as after an interrupted save; taking {newest}")
+    return newest
+
+
+def refuse_lost_manifest(folder: Path, shard: int) -> None:
+    """See to it that a folder without a manifest never had one, as far as the files of one shard tell.
+
+    Raises:
+        MicsCheckpointError: MiCS wrote it, and ``MICS_DS_ALLOW_UNCHECKED=1`` is not set.
+    """
+    if os.environ.get(manifest.ALLOW_UNCHECKED_ENV) == "1":
+        return
+    for path in sorted(folder.glob(f"*zero_pp_rank_{shard}_mp_rank_*_optim_states.pt")):
+        version = seam.load_states(path, mmap=True).get(MARK)
+        if version is not None:
+            raise MicsCheckpointError(
+                f"{folder} was written by mics_ds {version}, and its {manifest.NAME} is gone: nothing tells whether "
+                f"its files are those that were written. Restore that file, or load another checkpoint, or set "
+                f"{manifest.ALLOW_UNCHECKED_ENV}=1 on all ranks to load this one unchecked"
+            )
+
+
+def tell_speed(target: Path, nbytes: int, started: float) -> None:
+    """Say how long a save or a load took, if it was long."""
+    seconds = time.monotonic() - started
+    if seconds > SLOW_S:
+        log_rank0(f"{target}: {nbytes / 1e9:.2f} GB in {seconds:.1f} s, {nbytes / 1e6 / seconds:.0f} MB/s")
+
+
+# --------------------------------------------------------------------------------------------------
+# Engines without MiCS, in folders where MiCS has saved
+
+
+def drop_stale_manifest(engine: Any, save_dir: str, tag: str) -> None:
+    """Remove the manifest of a checkpoint that a stock engine is about to write over, and that would be wrong then."""
+    if dist.get_rank() != 0 or not folders.is_tag(tag):
+        return
+    folders.forget_note(Path(save_dir))
+    (Path(save_dir) / tag / manifest.NAME).unlink(missing_ok=True)
+
+
+def refuse_other_shard_count(engine: Any, load_dir: str, tag: str | None) -> None:
+    """See to it that a stock engine can load what MiCS saved.
+
+    Raises:
+        MicsCheckpointError: in another number of shards than it has ranks; or its manifest or ``latest`` is damaged.
+    """
+    folder = Path(load_dir)
+    tag = folders.read_latest(folder) if tag is None else tag
+    if tag is None or not folders.is_tag(tag) or not (folder / tag / manifest.NAME).is_file():
+        return
+    saved, ranks = manifest.read(folder / tag), engine.seq_dp_world_size
+    if saved.shards != ranks:
+        raise MicsCheckpointError(
+            f"Checkpoint {folder / tag} was saved by MiCS in {saved.shards} shards, and stock ZeRO-3 on {ranks} ranks "
+            f"needs {ranks}. Cut it with {RESHAPE_COMMAND} {folder / tag} NEW_FOLDER --shards {ranks}, or load it "
+            f'under MiCS with "mics_shard_size": {ranks} and "mics_reshape_checkpoint": true.'
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# What of model states is a rank's own. Stock ZeRO-3 writes one file of model states for each rank. Under MiCS the
+# replicas of a shard have one between them, so a rank whose own state differs from that of the file's writer keeps what
+# differs in a small file.
+
+_SECTIONS = {MODULE: "module_instead_of", "client_state": "instead_of"}
+"""Sections of the file, buffers and all else, each with the list of what does not hold for the rank. Before there were
+buffers in it, the file had a client state only."""
+_OF_MODEL = (PARAM_SHAPES, FROZEN_SHAPES, FROZEN_SHARDS, TIED_NAMES)
+"""Shards, and what describes parameters. Of tied names DeepSpeed tells on global rank 0 only."""
+
+Fingerprint = dict[str, dict[str, str]]
+"""By section and name, the digest of each value."""
+
+
+class RankState(NamedTuple):
+    """What one rank has of its own beside its shard: buffers of modules, schedulers, samplers, the client state."""
+
+    values: dict[str, dict[Any, Any]]
+    """By section and name."""
+    fingerprint: Fingerprint
+
+    @classmethod
+    def within(
+        cls, states: Mapping[str, Any], parameters: frozenset[str], given: frozenset[str] = frozenset()
+    ) -> RankState:
+        """The part of model states that is not sharded.
+
+        Args:
+            states: with tensors in host memory.
+            parameters: names of parameters, whose shards are elsewhere.
+            given: names in the client state, to say so if one of them cannot be pickled.
+
+        Raises:
+            MicsCheckpointError: something in the client state cannot be pickled.
+        """
+        module = {name: _alone(value) for name, value in (states[MODULE] or {}).items() if name not in parameters}
+        rest = {key: value for key, value in states.items() if key != MODULE and key not in _OF_MODEL}
+        values = {MODULE: module, "client_state": rest}
+        fingerprint: Fingerprint = {section: {} for section in values}
+        for section, held in values.items():
+            for key, value in held.items():
+                try:
+                    fingerprint[section][str(key)] = _digest(value)
+                except Exception as error:  # what pickle raises depends on the object
+                    if key in given:
+                        raise MicsCheckpointError(f"client_state cannot be pickled, {words(error)}") from error
+                    raise
+        return cls(values, fingerprint)
+
+    def beside(self, others: Fingerprint) -> dict[str, Any] | None:
+        """The content of the file that this rank needs beside model states with another fingerprint, if any."""
+        if self.fingerprint == others:
+            return None
+        content: dict[str, Any] = {}
+        for section, instead_of in _SECTIONS.items():
+            mine, theirs = self.fingerprint[section], others.get(section, {})
+            content[section] = {
+                key: value for key, value in self.values[section].items() if theirs.get(str(key)) != mine[str(key)]
+            }
+            content[instead_of] = sorted(name for name, digest in theirs.items() if mine.get(name) != digest)
+        return content
+
+
+def restore_own(states: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Replace in model states what a rank has of its own, by the content of its file."""
+    for section, instead_of in _SECTIONS.items():
+        held = states[MODULE] if section == MODULE else states
+        for key in [key for key in held or () if str(key) in own.get(instead_of, ())]:
+            del held[key]
+        if own.get(section):
+            held.update(own[section])
+
+
+def _alone(value: Any) -> Any:
+    """A tensor without what else is in its storage."""
+    is_part = isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes
+    return value.clone() if is_part else value
+
+
+def _digest(value: Any) -> str:
+    recorded = record(value)
+    found = hashlib.sha256(recorded.pickled)
+    for storage in recorded.storages:
+        found.update(bytes_of(storage).cpu().numpy().data)
+    return found.hexdigest()[:32]

@@ -1,0 +1,495 @@
+"""A folder of checkpoints: tags and ``latest``, and how a checkpoint comes to be there, complete or not at all.
+
+    DIR/.TAG.SAVE.partial/   being written by one save; never looked at by anybody who loads
+    DIR/.TAG.lock            held while a save of that tag is under way, with the name of its job inside
+    DIR/TAG/                 published by one rename, with the manifest inside
+    DIR/.TAG.replaced/       an older checkpoint of the same tag, for the moment between two renames
+    DIR/latest               the tag and nothing else, as DeepSpeed's own tools read it; replaced after everything else
+    DIR/mics_latest.json     the same tag, with a checksum; absent while ``latest`` changes, and where others wrote it
+
+A damaged ``latest`` would otherwise often name another checkpoint that is good (``global_step10`` for
+``global_step11``), and nobody would notice. Plain files: no ranks, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from ..errors import MicsCheckpointError, words
+from ..log import log_rank0, logger
+from . import manifest
+from .manifest import Manifest
+
+LATEST = "latest"
+NOTE = "mics_latest.json"
+_READS = 5
+_PATIENCE_S, _POLL_S = 30.0, 0.02
+_SHOWN = 80
+_LONGEST = 1024
+_LONGEST_PART = 255  # bytes, on all file systems of Linux
+_PARTIAL, _REPLACED, _LOCK = ".partial", ".replaced", ".lock"
+_OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$|^weights$")
+_REMAINS = re.compile(r"\.(?P<tag>.+?)(\.[0-9a-f]{8,})?(\.new)?\.(partial|lock)")
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tags and latest
+
+
+def check_tag(tag: str) -> None:
+    """See to it that a tag is the name of something inside the folder of checkpoints.
+
+    Raises:
+        MicsCheckpointError: it is not.
+    """
+    parts = tag.split("/")
+    if len(tag) > _LONGEST:
+        problem = "it is too long"
+    elif all(part in ("", ".") for part in parts):
+        problem = "it names no folder"
+    elif tag.startswith("/"):
+        problem = "it is an absolute path"
+    elif ".." in parts:
+        problem = "'..' leaves the folder of the checkpoints"
+    elif "\0" in tag:
+        problem = "no file name has a NUL character"
+    elif not _is_utf8(tag):
+        problem = "it has half of a surrogate pair, which UTF-8 cannot express"
+    elif max(len(part.encode()) for part in parts) > _LONGEST_PART:
+        problem = "it is too long for a file name"
+    elif tag != tag.strip():
+        problem = f"{LATEST!r} keeps no white space around it"
+    elif is_remains(Path(tag).name):
+        problem = "such names are those of checkpoints that are not complete"
+    else:
+        return
+    shown = ascii(tag) if len(tag) <= _SHOWN else f"{tag[:_SHOWN]!a}..."
+    raise MicsCheckpointError(
+        f"{shown} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
+        f"checkpoints are kept in, global_step100 say"
+    )
+
+
+def _is_utf8(tag: str) -> bool:
+    try:
+        tag.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_tag(tag: str) -> bool:
+    """Whether MiCS can have written that tag."""
+    try:
+        check_tag(tag)
+    except MicsCheckpointError:
+        return False
+    return True
+
+
+def read_latest(folder: Path) -> str | None:
+    """Read the tag that ``latest`` names; ``None`` if nothing has been saved yet.
+
+    Raises:
+        MicsCheckpointError: ``latest`` is gone or damaged, or is not what MiCS wrote.
+        OSError: it cannot be read.
+    """
+    path = folder / LATEST
+    found = _content(path)
+    for _ in range(_READS):
+        noted = _noted(folder)
+        before, found = found, _content(path)
+        if found == before:
+            return _tag_in(folder, found, noted)
+    raise MicsCheckpointError(f"{path} changed {_READS} times while it was read. Load a checkpoint by its tag")
+
+
+def _tag_in(folder: Path, found: bytes | None, noted: str | None) -> str | None:
+    path, note = folder / LATEST, folder / NOTE
+    remedy = f"Load a checkpoint by its tag, or write its tag into {path} and remove {note}"
+    wrote = "" if noted is None else f", where MiCS wrote {noted!r}"
+    if found is None:
+        if noted is None:
+            return None
+        raise MicsCheckpointError(f"{path} is missing{wrote}. {remedy}")
+    try:
+        tag = found.decode().strip()
+        check_tag(tag)
+    except (UnicodeDecodeError, MicsCheckpointError) as error:
+        raise MicsCheckpointError(f"{path} is damaged{wrote} ({error}). {remedy}") from error
+    if noted is None or tag == noted:
+        return tag
+    if (folder / tag).is_dir() and not (folder / tag / manifest.NAME).exists():
+        # Saved by a job that knows nothing of MiCS and of the note. If MiCS wrote it after all, its files tell.
+        log_rank0(f"{path} names {tag}, which has no manifest; taken for one that stock ZeRO-3 saved after {noted}")
+        return tag
+    state = "" if (folder / tag).is_dir() else ", which does not exist"
+    raise MicsCheckpointError(f"{path} is damaged, or was changed by hand: it names {tag!r}{state}{wrote}. {remedy}")
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _noted(folder: Path) -> str | None:
+    """What MiCS wrote into ``latest``, if that is known. A damaged note says nothing."""
+    path = folder / NOTE
+    try:
+        note = json.loads(path.read_bytes())
+        tag = note["tag"]
+        if note == _note_on(tag):
+            return tag
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass  # said below, as for a note that is merely wrong
+    log_rank0(f"{path} is damaged; {LATEST} is used without it. It is written anew by the next save")
+    return None
+
+
+def _note_on(tag: str) -> dict[str, str | int]:
+    return {"tag": tag, "crc32": zlib.crc32(tag.encode())}
+
+
+def write_latest(folder: Path, tag: str) -> None:
+    """Name a published checkpoint in ``latest``, which at any moment has its old or its new content."""
+    lock = FileLock(folder / f".{LATEST}{_LOCK}", (f"another job is updating {folder / LATEST}", "Save again"))
+    lock.take(patience_s=_PATIENCE_S)  # another job may be saving another tag, and the two files belong together
+    try:
+        forget_note(folder)
+        write_text(folder / LATEST, tag)
+        write_text(folder / NOTE, json.dumps(_note_on(tag)) + "\n")
+    finally:
+        lock.release()
+
+
+def forget_note(folder: Path) -> None:
+    """Remove the note beside ``latest``, which another writer of ``latest`` makes obsolete."""
+    (folder / NOTE).unlink(missing_ok=True)
+
+
+def marker(tag: str, save: str) -> str:
+    """What ``latest`` stands for: another save of the same tag has another marker."""
+    return f"{tag} {save}"
+
+
+def newest(folder: Path) -> tuple[str, int]:
+    """The marker and the step of the checkpoint that ``latest`` names; an empty marker and -1 if there is none.
+
+    Raises:
+        MicsCheckpointError, OSError: it cannot be read.
+    """
+    tag = read_latest(folder)
+    if tag is None:
+        return "", -1
+    try:
+        found = manifest.read(folder / tag)
+    except FileNotFoundError:
+        return marker(tag, ""), -1
+    return marker(tag, found.save or f"of {found.global_steps}"), found.global_steps
+
+
+def newest_marker(folder: Path) -> str:
+    """The marker of the checkpoint that ``latest`` names, as far as that can be read."""
+    try:
+        return newest(folder)[0]
+    except (OSError, MicsCheckpointError):
+        return ""
+
+
+def complete_tags(folder: Path) -> list[str]:
+    """Tags in ``folder`` with a manifest that can be read, oldest training step first."""
+    found = []
+    for path in folder.glob(f"*/{manifest.NAME}"):
+        if is_remains(path.parent.name):
+            continue
+        try:
+            found.append((manifest.read(path.parent).global_steps, path.parent.name))
+        except (OSError, MicsCheckpointError):
+            continue
+    return [tag for _, tag in sorted(found)]
+
+
+# --------------------------------------------------------------------------------------------------
+# One save on its way into the folder
+
+
+def is_remains(name: str) -> bool:
+    """Whether a name is not that of a checkpoint, but of one on its way to become one or to be removed."""
+    return name.startswith(".") and name.endswith((_PARTIAL, _REPLACED, _LOCK))
+
+
+def staging_folder(target: Path, save: str) -> Path:
+    """Where the save of that name writes the checkpoint that will be ``target``."""
+    return target.with_name(f".{target.name}.{save}{_PARTIAL}")
+
+
+class Staging:
+    """The folder that one save writes to, and the lock on its tag. On the rank that publishes.
+
+    Args:
+        target: where the checkpoint will be.
+        save: names the save, unlike any other.
+    """
+
+    def __init__(self, target: Path, save: str) -> None:
+        self.target, self.folder = target, staging_folder(target, save)
+        self._lock = _lock_on(target)
+        self._new_folders: list[Path] = []
+        """Made on the way, innermost first."""
+
+    def begin(self) -> None:
+        """Take the lock, remove what dead saves have left, and make an empty folder, by a rename as publishing does.
+
+        Raises:
+            MicsCheckpointError: another job is saving the same tag, or folders cannot be renamed there.
+            OSError: the disk refused.
+        """
+        self._new_folders = [folder for folder in self.folder.parents if not folder.exists()]
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
+        _remove_what_died(self.folder.parent, self.target)
+        made = self.folder.with_name(self.folder.name.replace(_PARTIAL, f".new{_PARTIAL}"))
+        made.mkdir()
+        (made / "trial").touch()  # some mounts rename empty folders only
+        try:
+            os.rename(made, self.folder)
+        except OSError as error:
+            discard(made)
+            raise MicsCheckpointError(
+                f"folders cannot be renamed in {made.parent} ({_file_system(made.parent)}: {error.strerror}), and a "
+                f"checkpoint is published by a rename. Save to a file system that can, and copy checkpoints to an "
+                f"object store from there"
+            ) from error
+        (self.folder / "trial").unlink()
+
+    def abandon(self) -> None:
+        """Remove what was made for nothing, as far as that is possible."""
+        discard(self.folder)
+        self._lock.release()
+        with suppress(OSError):  # there is something else in it
+            for folder in self._new_folders:
+                folder.rmdir()
+
+    def end(self) -> None:
+        """Let others save that tag. The folder was published, or is gone."""
+        self._lock.release()
+
+
+class FileLock:
+    """A POSIX lock on a file: it ends with the process that holds it, whatever that has forked.
+
+    Args:
+        busy: what to say if another process holds it, before and after the holder is named.
+    """
+
+    def __init__(self, path: Path, busy: tuple[str, str]) -> None:
+        self._path, self._busy = path, busy
+        self._descriptor: int | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its file was removed."""
+        return self._descriptor is None or not os.fstat(self._descriptor).st_nlink
+
+    def take(self, patience_s: float = 0.0) -> bool:
+        """Take the lock, or return ``False`` if this file system has none.
+
+        Args:
+            patience_s: how long to wait for another process that holds it.
+
+        Raises:
+            MicsCheckpointError: another process holds it.
+        """
+        deadline = time.monotonic() + patience_s
+        while self.is_lost:  # also if its last holder has removed it meanwhile
+            self._close()
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+                os.close(descriptor)
+                if error.errno in _CANNOT_LOCK:
+                    log_rank0(f"{self._path.parent} has no locks: see to it that no two jobs save the same tag there")
+                    return False
+                if time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
+                    continue
+                before, after = self._busy
+                raise MicsCheckpointError(f"{before}, {holder}. {after}") from error
+            self._descriptor = descriptor
+        assert self._descriptor is not None, "taken"
+        text = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            with suppress(OSError):
+                self._path.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _lock_on(target: Path) -> FileLock:
+    busy = f"another job is saving {target}", "Wait until it has ended, or save elsewhere"
+    return FileLock(target.with_name(f".{target.name}{_LOCK}"), busy)
+
+
+def interrupted_saves(folder: Path) -> list[Path]:
+    """Folders of saves that have not ended, or never will."""
+    return sorted(folder.glob(f".*{_PARTIAL}"))
+
+
+def _remove_what_died(folder: Path, own: Path) -> None:
+    """Remove what interrupted saves have left, each unless its job is alive."""
+    left: dict[str, list[Path]] = {}
+    for path in [*interrupted_saves(folder), *folder.glob(f".*{_LOCK}")]:
+        match = _REMAINS.fullmatch(path.name)
+        if match:
+            left.setdefault(match["tag"], []).append(path)
+    for tag, paths in left.items():
+        lock = _lock_on(folder / tag)
+        with suppress(MicsCheckpointError, OSError):
+            if tag == own.name or lock.take():
+                for path in paths:
+                    if path.name.endswith(_PARTIAL):
+                        log_rank0(f"an earlier save of tag {tag} was interrupted; its remains in {path} are removed")
+                        discard(path)
+        lock.release()
+
+
+def discard(folder: Path) -> None:
+    """Remove what will not become a checkpoint, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file_system(folder: Path) -> str:
+    mounts = [item for item in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(item.mountpoint)]
+    return max(mounts, key=lambda item: len(item.mountpoint)).fstype if mounts else "unknown file system"
+
+
+def publish(staging: Path, target: Path, described: Manifest) -> None:
+    """Turn a folder with all its files into a checkpoint.
+
+    Files in an older ``target`` that were not part of that checkpoint move into the new one.
+
+    Raises:
+        MicsCheckpointError: files are missing in ``staging`` or have other sizes than their writers saw.
+        OSError: the disk refused. Whatever was there before is still there.
+    """
+    absent = [
+        name
+        for name, record in described.files.items()
+        if not (staging / name).is_file() or (staging / name).stat().st_size != record.bytes
+    ]
+    if absent:
+        writers = sorted({described.files[name].writer for name in absent})
+        raise MicsCheckpointError(
+            f"{', '.join(sorted(absent)[:4])}{' and more' if len(absent) > 4 else ''}, written by ranks {writers}, "
+            f"cannot be seen in {staging} by the rank that publishes it. The folder has to be on storage that all "
+            f'nodes share; for folders local to each node set "checkpoint": {{"use_node_local_storage": true}}.'
+        )
+    write_text(staging / manifest.NAME, described.dumps())
+    _sync_folder(staging)
+    replaced = _replaced_folder(target)
+    strangers: list[str] = []
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        strangers = _strangers(target)
+        os.rename(target, replaced)
+    try:
+        os.rename(staging, target)
+    except Exception:
+        recover(target)
+        raise
+    try:
+        _sync_folder(target.parent)
+        for name in strangers:
+            if not (target / name).exists():
+                os.rename(replaced / name, target / name)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+    except Exception as error:  # of whatever kind: there is nothing to take back
+        logger.warning("%s is complete; cleaning up failed: %s", target, words(error))
+
+
+def _replaced_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_REPLACED}")
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files in a checkpoint's folder that were not part of the checkpoint."""
+    try:
+        own = {manifest.NAME, *manifest.read(folder).files}
+    except (FileNotFoundError, MicsCheckpointError):
+        own = {manifest.NAME}
+    return [entry.name for entry in folder.iterdir() if entry.name not in own and not _OURS.search(entry.name)]
+
+
+def recover(target: Path) -> bool:
+    """Undo a publication that was killed between its two renames. Returns whether there was one."""
+    replaced = _replaced_folder(target)
+    if target.exists() or not replaced.exists():
+        return False
+    os.rename(replaced, target)
+    return True
+
+
+def add_scripts(scripts: Iterable[str | os.PathLike], folder: Path) -> None:
+    """Copy scripts to the folder that checkpoints are in, as DeepSpeed does, to be run there."""
+    for script in scripts:
+        target = folder / os.path.basename(script)
+        shutil.copyfile(script, target)
+        target.chmod(target.stat().st_mode | stat.S_IEXEC)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by one with this text; at any moment it has its old or its new content."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial-file")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a folder to the disk, where its file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
