@@ -1,4 +1,4 @@
-"""``python -m mics_ds.export CHECKPOINT OUT``: the weights of a stage 3 checkpoint as a folder of safetensors.
+"""``mics-ds export CHECKPOINT OUT``: the weights of a stage 3 checkpoint as a folder of safetensors.
 
 With a Hugging Face model's ``config.json`` the folder is what ``save_pretrained`` would have made of the trained model:
 its names, tied weights and shards, for ``from_pretrained``. Without one, weights have the names that the module gives
@@ -7,13 +7,12 @@ them. One file of weights is in memory at a time. Works on MiCS's and on stock Z
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import manifest
 from .checkpoint import reshape as cutting
-from .checkpoint.coordination import refuse_lost_manifest
+from .checkpoint.coordination import SLOW_S, refuse_lost_manifest, tell_speed
 from .checkpoint.folder import discard
 from .deepspeed_compat.checkpoint import load_states
 from .deepspeed_compat.patching import temporarily
@@ -68,7 +67,8 @@ def export(
     discard(partial)
     partial.mkdir()
     try:
-        with tqdm(total=weights.nbytes, unit="B", unit_scale=True, desc=str(out), delay=3.0) as weights.bar:
+        started = time.monotonic()
+        with tqdm(total=weights.nbytes, unit="B", unit_scale=True, desc=str(out), delay=SLOW_S) as weights.bar:
             unknown = "" if described is None else _save_pretrained(weights, described, partial, max_shard_size)
             if unknown and model is not None:
                 raise MicsCheckpointError(f"{unknown}. Leave the model out to have the names that the module gives.")
@@ -77,6 +77,7 @@ def export(
             if unknown or described is None:
                 _save_as_named(weights, partial, max_shard_size)
         _replace(out, partial)
+        tell_speed(out, weights.nbytes, started)
     finally:
         discard(partial)
     return out
@@ -265,34 +266,3 @@ def _replace(out: Path, partial: Path) -> None:
     for path in out.glob("model*.safetensors*"):
         if path.name not in new:
             path.unlink()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mics_ds.export", description="Export the weights of a ZeRO-3 or MiCS checkpoint as safetensors."
-    )
-    parser.add_argument("checkpoint", type=Path, help="folder of one tag, for example checkpoints/global_step100")
-    parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the weights (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help=f"folder with the {CONFIG} of a Hugging Face model")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file (default: %(default)s)")
-    parser.add_argument("--unchecked", action="store_true", help="do not compare files with their checksums first")
-    given = parser.parse_args(arguments)
-    try:
-        export(
-            given.checkpoint,
-            given.out,
-            given.dtype,
-            model=given.model,
-            max_shard_size=given.max_shard_size,
-            check=not given.unchecked,
-        )
-    except (MicsCheckpointError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{given.out} has the weights of {given.checkpoint}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``python -m mics_ds.reshape OLD NEW --shards P``: cut a stage 3 checkpoint into another number of shards.
+"""``mics-ds reshape OLD NEW --shards P``: cut a stage 3 checkpoint into another number of shards.
 
 From MiCS to ZeRO-3 (P = number of ranks), from ZeRO-3 to MiCS (P = ``mics_shard_size``), or between
 partition sizes. The result is a checkpoint as DeepSpeed itself would have written it on P ranks. OLD is
@@ -7,12 +7,11 @@ not changed. Runs in one process, with one new shard in memory at a time.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import secrets
 import shutil
-import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from .checkpoint import folder as folders
 from .checkpoint import manifest
 from .checkpoint import reshape as cutting
-from .checkpoint.coordination import RankState, refuse_lost_manifest, restore_own, versions
+from .checkpoint.coordination import SLOW_S, RankState, refuse_lost_manifest, restore_own, tell_speed, versions
 from .checkpoint.manifest import OWN_STATE, FileRecord, Manifest
 from .checkpoint.staging import marked
 from .deepspeed_compat.checkpoint import load_states
@@ -60,12 +59,13 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
     target = save_dir / source.name
     saving = folders.Staging(target, secrets.token_hex(8))
     saving.begin()
-    staging = saving.folder
+    staging, started = saving.folder, time.monotonic()
     try:
         files: dict[str, FileRecord] = {}
         parts = [match for match in map(_OPTIMIZER_FILE.match, _names(source)) if match is not None]
-        steps = 0
-        with tqdm(total=shards * len(parts), unit="shard", desc=f"{old_shards} -> {shards}") as bar:
+        steps, nbytes = 0, sum(path.stat().st_size for path in source.glob("*_states.pt"))
+        words = f"{old_shards} -> {shards} shards"
+        with tqdm(total=nbytes, unit="B", unit_scale=True, desc=words, delay=SLOW_S) as bar:
             for part in parts:
                 ranks = _ranks(old_manifest, part["mp"], old_shards)
                 job = _Part(source, part["prefix"], part["mp"], old_shards, shards, sub_group_size, ranks, old_manifest)
@@ -74,8 +74,8 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
                     for name, states in job.files(shard):
                         torch.save(states, staging / name)
                         files[name] = manifest.seal(staging / name, ranks[shard % len(ranks)])
+                        bar.update(files[name].bytes)
                         del states
-                    bar.update()
         described = _describe(source.name, old_shards, shards, len(parts), steps, old_manifest, files)
         folders.publish(staging, target, described)
     except BaseException:
@@ -83,6 +83,7 @@ def reshape(source: Path, save_dir: Path, shards: int, *, sub_group_size: int | 
         raise
     folders.write_latest(save_dir, source.name)
     saving.end()
+    tell_speed(target, described.total_bytes, started)
     for name in _COPIED:
         if (source.parent / name).is_file():
             shutil.copy2(source.parent / name, save_dir / name)
@@ -236,29 +237,7 @@ def _describe(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mics_ds.reshape",
-        description="Cut a ZeRO-3 or MiCS checkpoint into another number of shards, without changing the old one.",
-    )
-    parser.add_argument("old", type=Path, help="folder of one tag, for example checkpoints/global_step100")
-    parser.add_argument("new", type=Path, help="folder to save into; gets the same tag, and becomes its latest")
-    parser.add_argument(
-        "--shards", type=int, required=True, help="mics_shard_size of the job that will load it; all ranks for ZeRO-3"
-    )
-    parser.add_argument(
-        "--sub-group-size", type=float, help="sub_group_size of that job, if it is another than that of the old one"
-    )
-    given = parser.parse_args(arguments)
-    size = None if given.sub_group_size is None else int(given.sub_group_size)
-    try:
-        target = reshape(given.old, given.new, given.shards, sub_group_size=size)
-    except (MicsCheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{target} is complete")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from .cli.old_names import run
+
+    run("python -m mics_ds.reshape", "reshape")

@@ -1,6 +1,6 @@
 """Run train_gpt.py twice from one MiCS JSON, as stock ZeRO-3 and as MiCS, and compare.
 
-    python scripts/ab_gpt.py configs/mics_node_fp32.json --ranks 4
+    python scripts/ab_gpt.py scripts/configs/mics_node_fp32.json --ranks 4
 
 The first run has MICS_DS_DISABLE=1 in its environment and nothing else changed. Exits with 1 if the losses
 differ by more than --tolerance.
@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mics_ds.cli import output
 from mics_ds.config import parse_ds_json
-from mics_ds.formatting import columns
 
 HERE = Path(__file__).resolve().parent
 SHOWN = ("step ", "GPT ", "final ", "  partition", "  replication", "  nodes", "  parameter")
@@ -53,9 +53,11 @@ def run(config: Path, ranks: int, port: int, more: list[str], disable: bool) -> 
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Right-aligned columns, with a line under the first row."""
-    rule = tuple("-" * max(map(len, cells)) for cells in zip(*rows))
-    return "\n".join(columns([rows[0], rule, *rows[1:]], right=True))
+    """Columns under a first row of names, all but the first aligned to the right."""
+    made = output.table(*rows[0], right=True)
+    for row in rows[1:]:
+        made.add_row(*map(output.cell, row))
+    return output.rendered(made)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python scripts/gpu_check.py [--only WORDS]
 
-First `python -m mics_ds.check`, on all GPUs of this machine. Then four processes share one GPU and run some of its
+First `mics-ds check`, on all GPUs of this machine. Then four processes share one GPU and run some of its
 checks again. NCCL refuses several ranks on one device, so they talk through gloo, by way of a *test-only* shim
 (:class:`Shim`) that moves the data through host memory and hands results over late; the streams of DeepSpeed and
 mics_ds stay real. Ends by itself within 8 minutes. Without a GPU this says so and succeeds.
@@ -52,7 +52,7 @@ COLLECTIVES: dict[str, tuple[str, str]] = {
 }
 
 WANTED = ("parity,fp32", "parity,bf16", "hierarchical", "flat", "late")
-"""What four ranks on one device check, in the words of ``python -m mics_ds.check --only``."""
+"""What four ranks on one device check, in the words of ``mics-ds check``."""
 
 
 Measure = tuple[str, float, float]
@@ -245,7 +245,7 @@ def late_results_show(rank: Rank) -> list[Measure]:
 
 @job
 def checked(rank: Rank, name: str) -> list[Measure]:
-    """One check of ``python -m mics_ds.check``, with results that come late."""
+    """One check of ``mics-ds check``, with results that come late."""
     (check,) = [check for check in all_checks() if check.name == name]
     rank.shim.delay = DELAY_CYCLES
     try:
@@ -361,11 +361,11 @@ class Runner:
 
     def users_commands(self) -> None:
         """The check and the calibration as users start them, with a rank on each GPU of this machine."""
-        self._command("-m", "mics_ds.check")
+        self._command("-m", "mics_ds", "check")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(torch.cuda.device_count()))
         with tempfile.TemporaryDirectory() as folder:
             profile = os.path.join(folder, "profile.json")
-            self._command(*launcher, "-m", "mics_ds.planner.calibrate", "--out", profile, "--budget", "20")
+            self._command(*launcher, "-m", "mics_ds", "calibrate", "--out", profile, "--budget", "20")
 
     def _command(self, *arguments: str) -> None:
         self.done += 1

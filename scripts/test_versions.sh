@@ -2,6 +2,7 @@
 # The core tests on several versions of DeepSpeed. Sets everything up; each version is installed to a folder of its own.
 # Arguments: the versions, by default all that mics_ds takes. Prints a matrix at the end.
 set -uo pipefail
+# shellcheck source=scripts/setup_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test,plot
 versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=(0.19.6 0.19.7 0.19.8)

@@ -1,6 +1,6 @@
 """Train a small byte-level GPT on the source code of Python's standard library, under any DeepSpeed JSON.
 
-    deepspeed --num_gpus 4 scripts/train_gpt.py --deepspeed_config configs/mics_node_fp32.json
+    deepspeed --num_gpus 4 scripts/train_gpt.py --deepspeed_config scripts/configs/mics_node_fp32.json
 
 Nothing here knows about MiCS: whether it runs is decided by the JSON. The text is on every machine that
 has Python, so nothing is downloaded.

@@ -1,1 +1,4 @@
-"""A/B of somebody's own training command: ``compare`` runs it twice, ``recorder`` writes down each step from inside."""
+"""Comparison of a training command under stock ZeRO-3 and under MiCS.
+
+``compare`` runs the command twice; ``recorder`` records each step from inside.
+"""

@@ -1,5 +1,11 @@
-"""``python -m mics_ds.ab``: see :mod:`mics_ds.ab.compare`."""
+"""``python -m mics_ds.ab``, the old name of ``mics-ds ab``."""
 
-from .compare import main
+
+def main() -> None:
+    """Run the command under its new name."""
+    from ..cli.old_names import run
+
+    run("python -m mics_ds.ab", "ab")
+
 
 main()

@@ -1,18 +1,7 @@
-"""Run somebody's own training command twice, as stock ZeRO-3 and as MiCS, and compare.
-
-    python -m mics_ds.ab -- deepspeed --num_gpus 4 train.py --deepspeed_config ds_config.json
-
-The command is run unchanged, first with ``MICS_DS_DISABLE=1`` in its environment and then without. It
-has to use DeepSpeed with a configuration that has ``mics_shard_size``, and to end by itself. A command
-that begins with a ``.py`` file gets the ``deepspeed`` launcher in front.
-
-Under the multi-node launcher, list ``MICS_DS_DISABLE`` and ``MICS_DS_REPORT`` in ``.deepspeed_env``, or start
-the command on each node yourself; the report folder must be one that all nodes share.
-"""
+"""Run a training command as stock ZeRO-3 and as MiCS, and summarise what its ranks recorded (``mics-ds ab``)."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,14 +9,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import DISABLE_ENV
-from ..formatting import columns
 from .recorder import REPORT_ENV
 
 NAMES = ("stock ZeRO-3", "MiCS")
+
+
+class RunFailedError(RuntimeError):
+    """One of the two runs failed or recorded too little."""
 
 
 def summarise(folder: Path, skip: int) -> dict[str, Any]:
@@ -68,64 +61,49 @@ def summarise(folder: Path, skip: int) -> dict[str, Any]:
     }
 
 
-def compare(stock: dict[str, Any], mics: dict[str, Any]) -> str:
-    """The two summaries as text."""
-    interfaces = sorted({*stock["sent"], *mics["sent"]})
-    rows = [("", "step, s", "ratio", "final loss", *(f"{name}, MB/step" for name in interfaces))]
-    for name, run in zip(NAMES, (stock, mics)):
-        loss = run["losses"][-1]
-        rows.append(
-            (
-                name,
-                f"{run['seconds']:.4f}",
-                f"{stock['seconds'] / run['seconds']:.2f}x",
-                "-" if loss is None else f"{loss:.6f}",
-                *(f"{run['sent'].get(interface, 0) / 1e6:.2f}" for interface in interfaces),
-            )
-        )
-    lines = columns(rows, right=True)
+def worst_loss_difference(stock: dict[str, Any], mics: dict[str, Any]) -> tuple[float, int] | None:
+    """Return the largest relative difference of two losses and the number of steps that have both."""
     pairs = [(a, b) for a, b in zip(stock["losses"], mics["losses"]) if a is not None and b is not None]
-    if pairs:
-        worst = max(abs(a - b) / max(abs(a), 1e-12) for a, b in pairs)
-        lines.append(f"largest relative loss difference in {len(pairs)} steps: {worst:.1e}")
-    lines.append(
-        f"{stock['ranks']} ranks; medians of {stock['steps']} and {mics['steps']} steps, without the first ones"
-    )
-    return "\n".join(lines)
+    return (max(abs(a - b) / max(abs(a), 1e-12) for a, b in pairs), len(pairs)) if pairs else None
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip", type=int, default=5, help="steps to leave out of the medians (default 5)")
-    parser.add_argument("--keep", type=Path, help="keep the records in this new folder")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command to run")
-    arguments = parser.parse_args(argv)
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    if not command:
-        parser.error("give the command to run after --, for example: -- deepspeed --num_gpus 4 train.py ...")
+def run_both(
+    command: Sequence[str], skip: int, keep: Path | None, announce: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a command as stock ZeRO-3, then as MiCS. Returns the summary of each run.
+
+    Args:
+        command: a command; one that begins with a ``.py`` file gets the ``deepspeed`` launcher in front.
+        keep: a new folder to keep the records in.
+        announce: called before each run with its name and command.
+
+    Raises:
+        RunFailedError: a run failed, or recorded no more than ``skip`` steps.
+    """
+    command = list(command)
     if command[0].endswith(".py"):
         command = [shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed")), *command]
-    if arguments.keep is not None and arguments.keep.exists():
-        parser.error(f"{arguments.keep} exists already; --keep takes a folder that is yet to be made")
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="mics_ab_"))
+    folder = keep or Path(tempfile.mkdtemp(prefix="mics_ab_"))
     try:
-        runs = []
-        for name, disable in zip(NAMES, ("1", "0")):
-            print(f"--- {name}: {' '.join(command)}", flush=True)
-            records = folder / ("mics" if disable == "0" else "stock")
-            environment = {**os.environ, DISABLE_ENV: disable, REPORT_ENV: str(records)}
-            code = subprocess.run(command, env=environment).returncode
-            if code != 0:
-                sys.exit(f"the {name} run ended with exit code {code}; its output above says why")
-            try:
-                runs.append(summarise(records, arguments.skip))
-            except ValueError as error:
-                sys.exit(f"the {name} run left nothing to compare: {error}")
-        print("\n" + compare(*runs))
+        stock, mics = (
+            _run(name, command, folder / records, disable, skip, announce)
+            for name, records, disable in zip(NAMES, ("stock", "mics"), ("1", "0"))
+        )
+        return stock, mics
     finally:
-        if arguments.keep is None:
+        if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-if __name__ == "__main__":
-    main()
+def _run(
+    name: str, command: Sequence[str], records: Path, disable: str, skip: int, announce: Callable[[str], None]
+) -> dict[str, Any]:
+    announce(f"{name}: {' '.join(command)}")
+    environment = {**os.environ, DISABLE_ENV: disable, REPORT_ENV: str(records)}
+    code = subprocess.run(command, env=environment).returncode
+    if code != 0:
+        raise RunFailedError(f"the {name} run ended with exit code {code}; its output above says why")
+    try:
+        return summarise(records, skip)
+    except ValueError as error:
+        raise RunFailedError(f"the {name} run left nothing to compare: {error}") from error

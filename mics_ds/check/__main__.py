@@ -1,5 +1,11 @@
-"""``python -m mics_ds.check``: see :mod:`mics_ds.check.command`."""
+"""``python -m mics_ds.check``, the old name of ``mics-ds check``."""
 
-from .command import run_and_exit
 
-run_and_exit()
+def main() -> None:
+    """Run the command under its new name."""
+    from ..cli.old_names import run
+
+    run("python -m mics_ds.check", "check")
+
+
+main()

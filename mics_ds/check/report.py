@@ -35,6 +35,19 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "measures": [list(item) for item in self.measures]}
 
+    def summary(self) -> str:
+        """Return the measures in words; of what has to be exact, and is, one measure stands for all."""
+        shown: list[str] = []
+        exact = 0
+        for item in self.measures:
+            if self.state == OK and item.limit == 0 and shown:
+                exact += 1
+            else:
+                shown.append(f"{item.what} {item.value:.2g}" + ("" if item.is_right else f" (limit {item.limit:g})"))
+        if exact:
+            shown.append(f"{exact} more exact")
+        return ", ".join(shown) or self.words
+
 
 def judge(name: str, said: Sequence[Said | None], seconds: float) -> Result:
     """What all ranks together say of a check. One that fails on any of them has failed."""
@@ -72,21 +85,6 @@ def _detail(said: Sequence[Said | None], rank: int | None) -> str:
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {shown}"
-
-
-def line(result: Result, width: int) -> str:
-    """One line of the table. Of what has to be exact, and is, one measure stands for all."""
-    shown: list[str] = []
-    exact = 0
-    for item in result.measures:
-        if result.state == OK and item.limit == 0 and shown:
-            exact += 1
-        else:
-            shown.append(f"{item.what} {item.value:.2g}" + ("" if item.is_right else f" (limit {item.limit:g})"))
-    if exact:
-        shown.append(f"{exact} more exact")
-    words = ", ".join(shown) or result.words
-    return f"{result.state:<7}  {result.name:<{width}}  {result.seconds:5.1f} s  {words}".rstrip()
 
 
 def verdict(results: Sequence[Result], seconds: float, untested: str | None) -> list[str]:

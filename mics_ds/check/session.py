@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import logging
@@ -15,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,33 @@ from .report import NOT_RUN, SKIPPED, Result
 from .runs import Measure, Place
 
 
+@dataclass(frozen=True)
+class Request:
+    """What to check, and how."""
+
+    sizes: tuple[int, ...] = ()
+    """Partition sizes; by default those of :func:`mics_ds.check.checks.default_sizes`."""
+    only: tuple[str, ...] = ()
+    """Run only checks whose name has all comma-separated words of one of these."""
+    folder: Path | None = None
+    """For checkpoints; all ranks have to see it. By default a temporary one."""
+    json: Path | None = None
+    """File for the results."""
+    timeout: float = 120.0
+    """Seconds for each check."""
+    verbose: bool = False
+    """Whether to show what DeepSpeed and mics_ds log."""
+
+
 class Session:
     """Brings the ranks up, runs the checks, and tells rank 0's terminal.
 
     Args:
-        given: as parsed by :mod:`mics_ds.check.command`.
+        show: prints a result; called on rank 0 with the result and the length of the longest name.
     """
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self._given = given
+    def __init__(self, given: Request, show: Callable[[Result, int], None]) -> None:
+        self._given, self._show = given, show
         self._worker = Worker()
         self._began = time.monotonic()
         self._results: list[Result] = []
@@ -205,8 +222,9 @@ class Session:
                 result = self._run_one(check, f"{self._run}/{index}")
             in_step = in_step and result.can_go_on
             self._results.append(result)
-            if in_step or result.state != NOT_RUN:
-                self._say(report.line(result, width))
+            if self._place.rank == 0 and (in_step or result.state != NOT_RUN):
+                self._show(result, width)
+                sys.stdout.flush()
             if result.detail:
                 self._say("".join(f"    | {line}\n" for line in result.detail.splitlines()).rstrip())
 
@@ -304,7 +322,7 @@ class Session:
             layout = MicsLayout(tuple(range(n)), here.nodes, p)
             reason = layout.why_not_hierarchical
             way = "in two stages" if reason is None else f"flat ({reason})"
-            self._say(f"  p={p:<4} {layout.replication_size} replicas x {p} shards, gathers {way}")
+            self._say(f"  p={p}: {layout.replication_size} replicas x {p} shards, gathers {way}")
         if self._untested is not None:
             self._said.append(
                 f"DeepSpeed {self._untested} is not among the tested versions; for this run, "
@@ -312,7 +330,7 @@ class Session:
             )
         if n == 1:
             self._said.append(
-                "one rank has nobody to talk to, so this shows little; `DS_ACCELERATOR=cpu python -m mics_ds.check` "
+                "one rank has nobody to talk to, so this shows little; `DS_ACCELERATOR=cpu mics-ds check` "
                 "tries four ranks on the CPU"
             )
         for note in self._said:

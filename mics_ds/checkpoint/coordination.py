@@ -34,7 +34,7 @@ from .manifest import FileRecord, Manifest
 from .reshape import FROZEN_SHAPES, FROZEN_SHARDS, MODULE, PARAM_SHAPES, TIED_NAMES
 from .staging import MARK, bytes_of, record
 
-RESHAPE_COMMAND = "python -m mics_ds.reshape"
+RESHAPE_COMMAND = "mics-ds reshape"
 UNCHANGED = "No state was changed."
 SLOW_S = 3.0
 """From when on the log says how long something takes."""

@@ -398,7 +398,7 @@ class MemoryTier:
             discard(self.folder)
         else:
             logger.info(
-                "%s keeps the states of step %d, which are on no disk; python -m mics_ds.memory lists and removes them",
+                "%s keeps the states of step %d, which are on no disk; mics-ds memory lists and removes them",
                 self.folder,
                 max(kept),
             )

@@ -47,7 +47,7 @@ from .staging import Image, replay
 
 Files = dict[str, bytes]
 _NOBODY = 1 << 40
-_REMEDY = "Remove the memory of this job (python -m mics_ds.memory --remove) to resume from disk."
+_REMEDY = "Remove the memory of this job (mics-ds memory --remove) to resume from disk."
 
 
 class Source(NamedTuple):
@@ -112,12 +112,12 @@ def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterato
             return
         here = [copy for copy in usable if copy.description.step == newest]
         # An older copy may be of a time when the disk said this; the newest one tells that it was set back since.
-        if elementwise_max([int(any(marker not in copy.description.homes.get(home, [marker]) for copy in here))]) == [
-            1
-        ]:
+        if elementwise_max([int(not all(_fits(copy, home, marker) for copy in here))]) == [1]:
             log_rank0(
-                f"memory at step {newest} is not used: {home} has another newest checkpoint than the job left "
-                f"there: it was set back, or removed"
+                f"memory at step {newest} is not used: {home} has another newest checkpoint than it had then (saved "
+                f"since, set back, or removed)"
+                if below == NEVER
+                else "no complete set of copies in memory"
             )
             return
         source = _vouched_for(newest, engine, here)
@@ -164,12 +164,18 @@ def _is_good(copy: Copy) -> bool:
     return True
 
 
-def _usable(path: Path, engine: int, home: str, named: bool, layout: str | None) -> list[Copy]:
+def _fits(copy: Copy, home: str, marker: int) -> bool:
+    """Whether the disk says what it said when a copy was made. A named job may resume from any folder."""
+    return marker in copy.description.homes.get(home, [marker])
+
+
+def _usable(path: Path, engine: int, home: str, marker: int, named: bool, layout: str | None) -> list[Copy]:
     """Copies on this node that this job may go on from, if the disk says what it said.
 
     Args:
         engine: which of the job's.
         home: the folder that is resumed from.
+        marker: what its disk says now, as a number.
         named: whether the job was given a name.
         layout: of the model, if that is known.
     """
@@ -193,7 +199,7 @@ def _usable(path: Path, engine: int, home: str, named: bool, layout: str | None)
             )
         else:
             usable.append(copy)
-    for reason in sorted(reasons) if not usable else ():
+    for reason in sorted(reasons) if not any(_fits(copy, home, marker) for copy in usable) else ():
         log_rank0(f"memory in {path} is not used: {reason}")
     return usable
 
@@ -288,7 +294,7 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
     """
     started, home = time.monotonic(), os.path.realpath(load_dir)
     marker, on_disk = _on_disk(lambda: folders.newest(Path(load_dir)))
-    usable = _usable(tier.folder, tier.engine_index, home, tier.request.job is not None, tier.layout)
+    usable = _usable(tier.folder, tier.engine_index, home, marker, tier.request.job is not None, tier.layout)
     source = next(_sources(usable, tier.engine_index, home, marker), None)
     if source is None:
         return None
@@ -357,7 +363,7 @@ def find(asked: CheckpointRequest, home: str, needed: str, look: Callable[[], tu
     """
     marker, on_disk = _on_disk(look)
     path = region(asked.memory_folder, job_key(asked.job))
-    for source in _sources(_usable(path, 0, home, asked.job is not None, None), 0, home, marker):
+    for source in _sources(_usable(path, 0, home, marker, asked.job is not None, None), 0, home, marker):
         if source.step <= on_disk:
             log_rank0(f"memory has step {source.step}, {home} has step {on_disk}, which is resumed from")
             return None

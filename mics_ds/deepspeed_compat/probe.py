@@ -103,7 +103,7 @@ def check_deepspeed() -> None:
     if untested_version() is not None and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
         raise MicsCompatError(
             f"mics_ds was tested with DeepSpeed {', '.join(TESTED_VERSIONS)}, but this is {deepspeed.__version__}. "
-            f"Install a tested version. To know whether yours works, run `python -m mics_ds.check` under your "
+            f"Install a tested version. To know whether yours works, run `-m mics_ds check` under your "
             f"launcher; if it passes, set {ALLOW_UNTESTED_ENV}=1 on all ranks (docs/versions.md)."
         )
 

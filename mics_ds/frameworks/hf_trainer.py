@@ -254,9 +254,11 @@ def _minding_saves(asked: CheckpointRequest, trainer: Any) -> Iterator[None]:
             done.add(os.fspath(path))
             return True if again else once(path, *inner, **how)
 
-        with _instead(engine, "save_checkpoint", save_once), ExitStack() as stack:
+        with temporarily(engine, "save_checkpoint", save_once), ExitStack() as stack:
             if asked.export and asked.asynchronous and not hasattr(trainer.model, "peft_config"):
-                stack.enter_context(_instead(trainer, "save_model", functools.partial(_save_without_weights, trainer)))
+                stack.enter_context(
+                    temporarily(trainer, "save_model", functools.partial(_save_without_weights, trainer))
+                )
             return save(*args, **kwargs)
 
     with ExitStack() as stack:
@@ -264,7 +266,7 @@ def _minding_saves(asked: CheckpointRequest, trainer: Any) -> Iterator[None]:
             if hasattr(module, "shutil"):
                 stack.enter_context(temporarily(module, "shutil", _Shutil()))
         stack.enter_context(temporarily(transformers.trainer, "deepspeed_load_checkpoint", load_checkpoint))
-        stack.enter_context(_instead(trainer, "_save_checkpoint", save_checkpoint))
+        stack.enter_context(temporarily(trainer, "_save_checkpoint", save_checkpoint))
         yield
 
 
@@ -317,7 +319,7 @@ def _files(trainer: Any) -> dict[str, bytes]:
             (trainer, "save_model", lambda *args, **kwargs: None),
             (engine, "save_checkpoint", functools.wraps(engine.save_checkpoint)(lambda *args, **kwargs: True)),
         ):
-            stack.enter_context(_instead(owner, name, value))
+            stack.enter_context(temporarily(owner, name, value))
         for name, setting in (("push_to_hub", False), ("save_total_limit", None)):
             stack.enter_context(temporarily(trainer.args, name, setting))
         stack.enter_context(temporarily(state, "best_model_checkpoint", state.best_model_checkpoint))
@@ -326,13 +328,3 @@ def _files(trainer: Any) -> dict[str, bytes]:
         finally:
             state.stateful_callbacks = kept
         return {path.name: path.read_bytes() for path in sorted(inner.iterdir()) if path.is_file()}
-
-
-@contextmanager
-def _instead(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Another method for one instance, inside the ``with`` block."""
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)

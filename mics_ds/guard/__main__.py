@@ -1,5 +1,11 @@
-import sys
+"""``python -m mics_ds.guard``, the old name of ``mics-ds guard``."""
 
-from .command import main
 
-sys.exit(main())
+def main() -> None:
+    """Run the command under its new name."""
+    from ..cli.old_names import run
+
+    run("python -m mics_ds.guard", "guard")
+
+
+main()

@@ -1,8 +1,8 @@
 """Memory and throughput for any partition size, at any scale, before you pay.
 
 ``machine`` -> ``model`` -> ``workload`` -> ``timeline`` -> ``memory`` -> ``plan`` are arithmetic and need no torch;
-``trace`` describes modules, ``calibrate`` measures a cluster, ``auto`` decides for ``mics_shard_size: "auto"``, and
-``cli`` is the command ``mics-plan``.
+``trace`` describes modules, ``job`` reads what users give, ``calibrate`` measures a cluster, and ``auto`` decides for
+``mics_shard_size: "auto"``. The command is ``mics-ds plan``.
 """
 
 from . import presets  # noqa: F401  (names the machines)

@@ -1,7 +1,11 @@
-"""``python -m mics_ds.planner``: the command ``mics-plan``."""
+"""``python -m mics_ds.planner``, the old name of ``mics-ds plan``."""
 
-import sys
 
-from .cli import command
+def main() -> None:
+    """Run the command under its new name."""
+    from ..cli.old_names import run
 
-sys.exit(command())
+    run("python -m mics_ds.planner", "plan")
+
+
+main()

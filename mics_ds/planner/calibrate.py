@@ -1,7 +1,6 @@
 """Measure this cluster, so that plans and ``mics_shard_size: "auto"`` know it.
 
-    torchrun --nnodes 4 --nproc_per_node 8 ... -m mics_ds.planner.calibrate --out cluster.json
-    deepspeed --module mics_ds.planner.calibrate --out cluster.json
+    torchrun --nnodes 4 --nproc_per_node 8 ... -m mics_ds calibrate --out cluster.json
 
 Runs the collectives that training would run, on the very groups it would run them on and on all of them at once:
 for each partition size, all-gather and reduce-scatter over the partition groups, flat and in two stages, and the
@@ -11,13 +10,11 @@ forward and backward. Sizes grow until the time allotted to a sweep is used up. 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,13 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from ..comm.groups import MicsGroups, build_groups
 from ..config import MicsConfig
-from ..errors import MicsError, MicsPlanError
+from ..errors import MicsPlanError
 from .cases import Case, buffer, cases, device
-from .machine import OPERATIONS, Link, Machine, Sweep, machine_from_json, ranks_per_node
+from .machine import Link, Machine, Sweep, machine_from_json, ranks_per_node
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
 """Bytes of the full buffer, 16 KB to 1 GB."""
@@ -42,6 +38,8 @@ REPEATS = 5
 SHORT_S = 0.1
 """Collectives that take longer are run three times at most, and not warmed up."""
 DEFAULT_BUDGET_S = 120.0
+
+Progress = Callable[[int, int, str], None]
 
 
 def synchronize() -> None:
@@ -210,7 +208,7 @@ def calibrate(
     name: str = "calibrated",
     hidden: int = 0,
     sequence: int = 1024,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Machine:
     """Measure the cluster of the running job. Collective over the world; every rank gets the same machine.
 
@@ -219,6 +217,7 @@ def calibrate(
         partitions: partition sizes to measure; by default those that fit the nodes evenly, up to eight.
         budget_s: seconds for all sweeps together. They end sooner where the sizes run out.
         hidden: width of the layer whose speed is measured; by default 4096 on a GPU and 256 on a CPU.
+        progress: called before each sweep with the number of sweeps done, their total, and the next one's name.
 
     Raises:
         MicsPlanError: a partition size does not divide the number of ranks, ranks are placed unevenly, or the budget
@@ -275,13 +274,13 @@ def _groups(partitions: Sequence[int] | None) -> tuple[dict[int, MicsGroups], in
     return {p: build_groups(replace(config, shard_size=p), world, streams=device_streams()) for p in wanted}, k
 
 
-def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress: bool) -> list[Sweep]:
+def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress: Progress | None) -> list[Sweep]:
     # Those inside nodes first: what they leave of their share goes to the slow ones.
     todo.sort(key=lambda case: case.form.nodes > 1)
     began, sweeps = time.monotonic(), []
-    bar = tqdm(todo, disable=not progress or dist.get_rank() != 0, desc="calibrating", unit="sweep", file=sys.stderr)
-    for index, case in enumerate(bar):
-        bar.set_postfix_str(str(case))
+    for index, case in enumerate(todo):
+        if progress is not None:
+            progress(index, len(todo), str(case))
         left = budget_s - slowest(time.monotonic() - began)
         sweeps.append(sweep(case, left / (len(todo) - index), sizes))
         gc.collect()
@@ -306,90 +305,6 @@ def _memory_bandwidth() -> float:
     tensor = buffer(1 << 24 if torch.cuda.is_available() else 1 << 22)
     tensor.mul_(1.0)
     return 2 * tensor.nbytes / timed(lambda: tensor.mul_(1.0), 3, 3)
-
-
-def describe(machine: Machine) -> str:
-    """What was found, readable."""
-    lines = [
-        f"{machine.name}: {machine.gpus_per_node} ranks per node, {machine.backend}",
-        f"  inside a node   {machine.intra.bandwidth / 1e9:.3f} GB/s, {machine.intra.latency * 1e6:.0f} us per step",
-        f"  between nodes   {machine.inter.bandwidth / 1e9:.4f} GB/s, {machine.inter.latency * 1e6:.0f} us per step",
-        "  compute         "
-        + ", ".join(f"{speed / 1e12:.3g} TFLOPS {precision}" for precision, speed in machine.flops.items()),
-    ]
-    order = {operation: index for index, operation in enumerate(OPERATIONS)}
-    for item in sorted(machine.sweeps, key=lambda item: (order[item.operation], item.form.size, item.staged)):
-        size, seconds = item.payload[-1], item.seconds[-1]
-        factor = (item.form.size - 1) / item.form.size * (2 if item.operation == "all_reduce" else 1)
-        form = f"{item.form.nodes}x{item.form.per_node}"
-        lines.append(
-            f"  {item.operation:<21} {form:>7} {'staged' if item.staged else '':<7} {item.payload[0] / 1e3:7.0f} kB"
-            f" {item.seconds[0] * 1e3:9.2f} ms   {size / 1e6:7.1f} MB {seconds * 1e3:9.1f} ms"
-            f" {factor * size / seconds / 1e9:8.3f} GB/s"
-        )
-    return "\n".join(lines)
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mics_ds.planner.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="where to write the profile (rank 0)")
-    parser.add_argument("--name", default="calibrated", help="of the cluster, in plans")
-    parser.add_argument("--p", help="partition sizes to measure, with commas (default: those that fit the nodes)")
-    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET_S, help="seconds (default %(default)s)")
-    parser.add_argument("--largest", type=float, default=SIZES[-1] / 1e6, help="largest buffer in MB (%(default).0f)")
-    parser.add_argument("--hidden", type=int, default=0, help="width of the layer whose speed is measured")
-    parser.add_argument("--sequence", type=int, default=1024, help="its sequence length (default %(default)s)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if not given.budget > 0:
-        parser.error(f"--budget is in seconds and positive, got {given.budget}")
-    if not given.largest * 1e6 >= SIZES[0]:
-        parser.error(f"--largest is in MB and at least {SIZES[0] / 1e6}, got {given.largest}")
-    if given.hidden < 0 or given.sequence < 1:
-        parser.error("--hidden and --sequence must be positive")
-    try:
-        given.partitions = [int(word) for word in given.p.split(",")] if given.p else None
-    except ValueError:
-        parser.error(f"--p takes numbers with commas, got {given.p!r}")
-    return given
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse_arguments(arguments)
-    if "RANK" not in os.environ:
-        print("Start this with torchrun or deepspeed on all nodes of the cluster, one rank per GPU.", file=sys.stderr)
-        return 2
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        check_out(given.out)
-        machine = calibrate(
-            sizes=[size for size in SIZES if size <= given.largest * 1e6],
-            partitions=given.partitions,
-            budget_s=given.budget,
-            name=given.name,
-            hidden=given.hidden,
-            sequence=given.sequence,
-        )
-    except MicsError as error:
-        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr)
-        return 1
-    written = True
-    if dist.get_rank() == 0:
-        print(describe(machine))
-        try:
-            write(machine, given.out)
-            print(f"written to {given.out}; use it with: mics-plan --cluster {given.out} --model ...")
-        except OSError as error:
-            print(f"--out {given.out} cannot be written: {error}", file=sys.stderr)
-            written = False
-    return int(slowest(float(not written)))  # all ranks end alike
 
 
 def check_out(path: Path) -> None:
@@ -418,10 +333,12 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def main() -> None:
+    """Run ``mics-ds calibrate`` under its old name."""
+    from ..cli.old_names import run
+
+    run("python -m mics_ds.planner.calibrate", "calibrate")
+
+
 if __name__ == "__main__":
-    code = main()
-    if dist.is_initialized() and torch.cuda.is_available():
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's threads may abort an interpreter that ends in order
+    main()

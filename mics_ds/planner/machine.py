@@ -370,7 +370,7 @@ def load_machine(source: str) -> Machine:
     if not path.is_file():
         raise MicsPlanError(
             f"{source!r} is neither a preset nor a file. Presets: {', '.join(PRESETS)}. A file comes from "
-            f"`python -m mics_ds.planner.calibrate` run on the cluster, or is written by hand."
+            f"`mics-ds calibrate` run on the cluster, or is written by hand."
         )
     try:
         data = json.loads(path.read_text())

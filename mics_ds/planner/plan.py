@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MicsPlanError
-from ..formatting import columns
 from .machine import Machine
 from .memory import Memory, memory
 from .timeline import Scheme, StepTime, step_time
@@ -252,14 +251,14 @@ def explain(rows: Sequence[Row], chosen: Row | None) -> str:
     if chosen is None:
         least = min(considered, key=lambda row: row.memory.peak)
         return (
-            f"no partition size fits: the least is {_gb(least.memory.peak)} per GPU at {_name(least)}, and "
-            f"{_gb(least.capacity)} may be used. Use more GPUs, a smaller micro-batch, activation checkpointing or "
+            f"no partition size fits: the least is {gb(least.memory.peak)} per GPU at {_name(least)}, and "
+            f"{gb(least.capacity)} may be used. Use more GPUs, a smaller micro-batch, activation checkpointing or "
             f"offload"
         )
     too_large = [_name(row) for row in considered if not row.fits]
     others = [row for row in considered if row.fits and row is not chosen]
     parts = [
-        f"{_name(chosen)}: {chosen.time.total:.3g} s per step, {_gb(chosen.memory.peak)} of {_gb(chosen.capacity)} per "
+        f"{_name(chosen)}: {chosen.time.total:.3g} s per step, {gb(chosen.memory.peak)} of {gb(chosen.capacity)} per "
         f"GPU, limited by {LIMITS[chosen.time.limit]}"
     ]
     if others:
@@ -278,7 +277,7 @@ def _name(row: Row) -> str:
     return f"p = {row.p}{' with world-sharded optimizer states' if row.system.world_states else ''}"
 
 
-def _gb(value: float) -> str:
+def gb(value: float) -> str:
     return f"{value / 1e9:.3g} GB"
 
 
@@ -300,7 +299,7 @@ def scaling(
         strong: keep the samples of a step as they are at the first number of GPUs, with fewer micro-steps where
             there are more GPUs. Otherwise the work of a GPU stays the same (weak scaling).
         world_states: of MiCS.
-        progress: wraps the points to show how far it is, like ``tqdm``.
+        progress: wraps the points to show how far it is.
 
     Raises:
         MicsPlanError: under strong scaling, a number of GPUs leaves less than one micro-step.
@@ -325,25 +324,3 @@ def scaling(
         base = first[0].tokens_per_second if first else row.tokens_per_second
         first.append(replace(row, linear=row.tokens_per_second / base))
     return curves
-
-
-def render(rows: Sequence[Row]) -> str:
-    """A table for people."""
-    unit = "tokens/s" if rows and rows[0].job.model.tokens > 1 else "samples/s"
-    head = ("system", "fits", "memory", "host", "s/step", f"{unit}/GPU", "TFLOPS", "MFU", "% linear", "limited by")
-    body = [
-        (
-            row.label,
-            "yes" if row.fits else "NO",
-            _gb(row.memory.peak),
-            _gb(row.memory.host) if row.memory.host else "-",
-            f"{row.time.total:.3g}",
-            f"{row.tokens_per_second:,.4g}",
-            f"{row.tflops:.1f}",
-            "-" if row.mfu is None else f"{row.mfu:.1%}",
-            "-" if row.linear is None else f"{row.linear:.1%}",
-            LIMITS[row.time.limit],
-        )
-        for row in rows
-    ]
-    return "\n".join(columns([head, *body]))

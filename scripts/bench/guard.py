@@ -4,7 +4,7 @@
 
 Bytes are counted at torch's operators: what each reads and writes of tensors larger than 1/256 of the data. Times are
 the best of several in this process, digest and copy in turn. The share is that ratio times the time in which a device
-copies the states of one rank of `mics-plan`'s 13 B example, once in 100 steps.
+copies the states of one rank of `mics-ds plan`'s 13 B example, once in 100 steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ab_gpt import table  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mics_ds.guard.digest import digests  # noqa: E402
-from mics_ds.planner.cli import build_job, parse_arguments  # noqa: E402
+from mics_ds.planner.job import build_job  # noqa: E402
 from mics_ds.planner.plan import choose, make_plan  # noqa: E402
 from mics_ds.planner.presets import PRESETS  # noqa: E402
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=256, help="megabytes of data")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device-gb-s", type=float, default=1555.0, help="memory of the planned device (A100)")
-    parser.add_argument("--step-s", type=float, help="planned step; by default by mics-plan for the 13 B example")
+    parser.add_argument("--step-s", type=float, help="planned step; by default by mics-ds plan for the 13 B example")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = [["dtype", "bytes, digest : copy", "time, digest : copy"]]
@@ -103,18 +103,7 @@ def main() -> None:
 
 def example() -> tuple[float, float]:
     """Bytes of states on a GPU, and seconds of a step, of docs/planner.md's example with its recommended size."""
-    words = [
-        "--model",
-        "llama-13b",
-        "--cluster",
-        "p4d.24xlarge",
-        "--gpus",
-        "64",
-        "--micro-steps",
-        "4",
-        "--checkpointing",
-    ]
-    machine, job = PRESETS["p4d.24xlarge"], build_job(parse_arguments(words), 64)
+    machine, job = PRESETS["p4d.24xlarge"], build_job("llama-13b", 64, micro_steps=4, checkpointing=True)
     chosen = choose(make_plan(machine, job, 64))
     assert chosen is not None, "the example fits"
     return job.model.numel * (job.itemsize + 12) / chosen.p, chosen.time.total

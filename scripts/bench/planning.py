@@ -32,6 +32,8 @@ if __name__ == "__main__":
 from bench.formula import Shape
 from bench.job import EmulatedJob
 from bench.systems import Spec, deepspeed_config
+from mics_ds.cli.calibrate import description
+from mics_ds.cli.output import rendered
 from mics_ds.planner import plan as planning
 from mics_ds.planner.machine import Machine, load_machine
 from mics_ds.planner.model import Block, Model, Unit
@@ -65,11 +67,10 @@ def calibrate_all(shapes: Sequence[str], rates: Sequence[str], budget: float, fo
                     sizes=[1 << power for power in range(14, 25, 2)],
                     budget_s=budget,
                     name=f"emulated {text} at {session.rate}",
-                    progress=False,
                 )
                 if rank == 0:
                     calibrate.write(machine, path)
-                return calibrate.describe(machine)
+                return rendered(description(machine))
 
             plan = Session(shape, None if rate == "none" else rate, EmulatedJob(), (), 0, 0, 0, 300.0, work=work)
             print(run(plan, lambda text: print(text, flush=True))[0], flush=True)

@@ -1,4 +1,4 @@
-"""``python -m mics_ds.check`` on two ranks, one of them broken as the argument says. Prints the exit code of each."""
+"""``mics-ds check`` on two ranks, one of them broken as the argument says. Prints the exit code of each."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ CHECK = "parity,fp32,p=1,overlap_comm=true,micro_steps=3"
 
 def broken_rank() -> None:
     from mics_ds.comm import collectives
-    from mics_ds.deepspeed_compat import support
+    from mics_ds.deepspeed_compat import probe
 
     def fails(*_, **__):
         raise RuntimeError("broken on purpose")
@@ -25,7 +25,7 @@ def broken_rank() -> None:
             super().__init__(tensor, replication)
 
     if HOW == "untested":
-        support.TESTED_VERSIONS = ("0.0.1",)
+        probe.TESTED_VERSIONS = ("0.0.1",)
     elif RANK == "1":
         collectives.ReplicaAverage = {"sum": Sum, "raise": fails, "kill": dies}[HOW]
 
@@ -48,7 +48,6 @@ if RANK is None:
     sys.exit(max(codes))
 else:
     broken_rank()
-    from mics_ds.check import command
+    from mics_ds.cli.app import main
 
-    sys.argv = ["check", "--timeout", "60", "--only", CHECK]
-    command.run_and_exit()
+    main(["check", "--timeout", "60", CHECK])

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from helpers import environment
 
+from mics_ds.cli import app
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import calibrate
 from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
@@ -23,7 +24,7 @@ SIZES = (1 << 14, 1 << 16)
 @pytest.mark.ranks(4)
 def test_every_group_that_training_would_use_is_measured():
     with environment(MICS_DS_RANKS_PER_NODE="2"):
-        machine = calibrate.calibrate(sizes=SIZES, budget_s=8, hidden=32, sequence=16, progress=False)
+        machine = calibrate.calibrate(sizes=SIZES, budget_s=8, hidden=32, sequence=16)
     found = {(item.operation, item.form, item.staged) for item in machine.sweeps}
     pair, grid, across, world = GroupForm(1, 2), GroupForm(2, 2), GroupForm(2, 1, 2), GroupForm(2, 2)
     assert found == {
@@ -47,14 +48,14 @@ def test_every_group_that_training_would_use_is_measured():
 @pytest.mark.ranks(4)
 def test_a_partition_size_that_does_not_divide_is_refused_on_every_rank():
     with pytest.raises(MicsPlanError, match="must divide the 4 ranks"):
-        calibrate.calibrate(partitions=[3], progress=False)
+        calibrate.calibrate(partitions=[3])
     dist.barrier()
 
 
 @pytest.mark.ranks(4)
 def test_a_budget_that_shows_nothing_is_refused():
     with pytest.raises(MicsPlanError, match="measured at two sizes"):
-        calibrate.calibrate(sizes=SIZES, partitions=[2], budget_s=1e-6, hidden=32, sequence=16, progress=False)
+        calibrate.calibrate(sizes=SIZES, partitions=[2], budget_s=1e-6, hidden=32, sequence=16)
     dist.barrier()
 
 
@@ -70,7 +71,8 @@ def test_the_command_leaves_a_profile_that_plans_use(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [
         "-m",
-        "mics_ds.planner.calibrate",
+        "mics_ds",
+        "calibrate",
         "--out",
         str(out),
         "--budget",
@@ -89,7 +91,8 @@ def test_the_command_leaves_a_profile_that_plans_use(tmp_path):
     plan = [
         sys.executable,
         "-m",
-        "mics_ds.planner",
+        "mics_ds",
+        "plan",
         "--cluster",
         str(out),
         "--model",
@@ -105,22 +108,22 @@ def test_the_command_leaves_a_profile_that_plans_use(tmp_path):
 
 def test_without_a_launcher_it_says_how_to_start(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert calibrate.main(["--out", str(tmp_path / "x.json")]) == 2
+    assert app.run(["calibrate", "--out", str(tmp_path / "x.json")]) == 2
     assert "torchrun or deepspeed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--out", "x.json", "--hidden", "-1"], "must be positive"),
-        (["--out", "x.json", "--budget", "0"], "--budget is in seconds"),
-        (["--out", "x.json", "--p", "two"], "numbers with commas"),
-        (["--out", "x.json", "--largest", "0"], "--largest is in MB"),
+        (["--out", "x.json", "--hidden", "-1"], "Invalid value for '--hidden'"),
+        (["--out", "x.json", "--budget", "0"], "'--budget': must be positive, got 0"),
+        (["--out", "x.json", "--p", "two"], "'--p': takes positive numbers with commas, got 'two'"),
+        (["--out", "x.json", "--largest", "0"], "Invalid value for '--largest'"),
+        ([], "Missing option '--out'"),
     ],
 )
 def test_senseless_arguments(arguments, match, capsys):
-    with pytest.raises(SystemExit):
-        calibrate.parse_arguments(arguments)
+    assert app.run(["calibrate", *arguments]) == 2
     assert match in capsys.readouterr().err
 
 

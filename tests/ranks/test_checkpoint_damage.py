@@ -389,7 +389,7 @@ def test_whatever_one_rank_raises_while_loading_is_the_error_of_all(tmp_path):
         "latest": (1, folders, "read_latest", unforeseen),
         "checking": (3, manifest, "damages", unforeseen),
         "reading": (2, load, "_pread", unforeseen),
-        "putting into place": (1, load, "_scatter", unforeseen),
+        "putting into place": (1, load.Image, "fill", unforeseen),
         "the archive": (0, load.Image, "leave_holes", unforeseen),
         "unpickling": (1, load.seam, "load_states", unforeseen),
         "the model": (3, load, "_misfits", unforeseen),

@@ -202,7 +202,7 @@ def test_resume_on_other_ranks_in_other_shards(pools, tmp_path):
 
 def reshape(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "mics_ds.reshape", *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "mics_ds", "reshape", *map(str, arguments)], capture_output=True, text=True, timeout=120
     )
 
 
@@ -214,7 +214,7 @@ def test_from_mics_to_stock_zero3_and_back_by_the_command(tmp_path, sub_group_si
     train(engine, 4)
     engine.save_checkpoint(str(tmp_path / "mics"))
     expected = train(engine, 4)
-    with pytest.raises(MicsCheckpointError, match=r"in 2 shards, and stock ZeRO-3 on 4 ranks.*mics_ds.reshape"):
+    with pytest.raises(MicsCheckpointError, match=r"in 2 shards, and stock ZeRO-3 on 4 ranks.*mics-ds reshape"):
         engine_of(None).load_checkpoint(str(tmp_path / "mics"))
     if dist.get_rank() == 0:
         for source, target, shards in (("mics", "stock", 4), ("stock", "one", 1)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import deepspeed
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from mics_ds.checkpoint.background import wait_for_saves
+from mics_ds.cli import app
 from mics_ds.errors import MicsCheckpointError
-from mics_ds.export import export, main
+from mics_ds.export import Weights, export
 
 SIZES = {
     "vocab_size": 61,
@@ -93,7 +95,7 @@ def test_the_folder_is_what_save_pretrained_makes(tmp_path, kind, p, states):
             engine.module.save_pretrained(tmp_path / "reference", max_shard_size="20KB")
     if dist.get_rank() == 0:
         arguments = [str(tmp_path / "saved" / "t"), str(tmp_path / "out"), "--dtype", "fp32"]
-        assert main([*arguments, "--model", str(tmp_path / "reference"), "--max-shard-size", "20KB"]) == 0
+        assert app.run(["export", *arguments, "--model", str(tmp_path / "reference"), "--max-shard-size", "20KB"]) == 0
         if kind != "Mixtral":  # whose experts are one tensor, which transformers splits after it has made up files
             assert files_of(tmp_path / "out") == files_of(tmp_path / "reference")
         assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -105,6 +107,32 @@ def test_the_folder_is_what_save_pretrained_makes(tmp_path, kind, p, states):
             name: path for path in sorted(set(index.values())) for name in load_file(tmp_path / "out" / path)
         }
         assert torch.equal(logits(loaded(tmp_path / "out", torch.float32)), expected)
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("named", [False, True])
+def test_one_file_of_weights_is_in_memory_at_a_time(tmp_path, named):
+    engine = language_model("untied Llama", 2)
+    engine.save_checkpoint(str(tmp_path / "saved"), tag="t")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        alive, most, read = weakref.WeakSet(), [0], Weights.read
+
+        def reading(self, name):
+            found = read(self, name)
+            alive.add(found.untyped_storage())
+            most[0] = max(most[0], sum(storage.nbytes() for storage in alive))
+            return found
+
+        if named:
+            config_of("untied Llama").save_pretrained(tmp_path / "out")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Weights, "read", reading)
+            export(tmp_path / "saved" / "t", tmp_path / "out", "fp32", max_shard_size="12KB")
+        sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+        assert len(sizes) > 3
+        assert 0 < most[0] <= 12_000
     dist.barrier()
 
 
@@ -203,5 +231,5 @@ def test_what_cannot_be_exported_is_refused_and_what_was_there_stays(tmp_path):
             with pytest.raises(MicsCheckpointError, match=words):
                 export(saved, out, **arguments)
             assert files_of(out) == before
-        assert main([str(tmp_path / "nothing"), str(out)]) == 1
+        assert app.run(["export", str(tmp_path / "nothing"), str(out)]) == 1
     dist.barrier()

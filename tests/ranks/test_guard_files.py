@@ -1,4 +1,4 @@
-"""``python -m mics_ds.guard``: checkpoints of MiCS and of stock ZeRO-3, whole and damaged."""
+"""``mics-ds guard``: checkpoints of MiCS and of stock ZeRO-3, whole and damaged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from helpers import build, ds_config, train
 
-from mics_ds.guard.command import DIFFERENT, NOTHING_TO_COMPARE, SAME, compare_files, main
+from mics_ds.cli import app
+from mics_ds.cli.checkpoints import DIFFERENT, NOTHING_TO_COMPARE, SAME
+from mics_ds.guard.files import compare_files
 
 
 def edit(path, change) -> None:
@@ -23,7 +25,7 @@ def run(*arguments: str) -> tuple[int, str]:
     """Exit code, and all that was said."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return main(arguments), said.getvalue()
+        return app.run(["guard", *arguments]), said.getvalue()
 
 
 @pytest.mark.ranks(4)
@@ -44,7 +46,7 @@ def test_weights_against_masters(p, dtype, tmp_path):
         assert bare[0] == NOTHING_TO_COMPARE, bare
         elements = sum(param.ds_numel for param in engine.module.parameters())
         assert compare_files(folder).compared == elements
-        assert main([str(folder)]) == SAME
+        assert run(str(folder))[0] == SAME
         weights = folder / "pytorch_model.bin"
         away = tmp_path / "model.safetensors"
         held = torch.load(weights)
@@ -52,8 +54,8 @@ def test_weights_against_masters(p, dtype, tmp_path):
 
         save_file({name: value.clone() for name, value in held.items()}, away)
         weights.unlink()
-        assert main([str(folder)]) == NOTHING_TO_COMPARE
-        assert main([str(folder), "--weights", str(away)]) == SAME
+        assert run(str(folder))[0] == NOTHING_TO_COMPARE
+        assert run(str(folder), str(away))[0] == SAME
 
         held["middle.1.weight"].view(-1)[7] += 1
         held["frozen.weight"].view(-1)[:3] *= -1
@@ -66,7 +68,7 @@ def test_weights_against_masters(p, dtype, tmp_path):
 
         (states, *_) = sorted(folder.glob("*zero_pp_rank_1_*optim_states.pt"))
         edit(states, lambda item: item["optimizer_state_dict"]["fp32_flat_groups"][0].data.fill_(torch.nan))
-        code, said = run(str(folder), "--weights", str(away))
+        code, said = run(str(folder), str(away))
         assert code == DIFFERENT
         assert "masters of sub-group 0 are no numbers" in said
         states.unlink()

@@ -1,4 +1,4 @@
-"""The A/B of somebody's own script."""
+"""``mics-ds ab``: a training script of the user's, as stock ZeRO-3 and as MiCS."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 from helpers import ds_config
 from test_launch import BIN, PROGRAM, finish, free_port, start
 
-from mics_ds.ab.compare import compare, summarise
+from mics_ds.ab.compare import summarise
 from mics_ds.ab.recorder import nic_bytes
+from mics_ds.cli.ab import comparison
+from mics_ds.cli.output import rendered
 
 
 def records(folder: Path, seconds: list[float], loss: float, sent: int) -> Path:
@@ -28,7 +30,7 @@ def test_summary_takes_the_slowest_rank_and_leaves_out_the_warm_up(tmp_path):
     assert run["losses"] == [1.5] * 5
     assert run["sent"] == {"eth0": 2000}
     other = summarise(records(tmp_path / "mics", [0.5] * 5, 1.0, 100), skip=2)
-    text = compare(run, other)
+    text = rendered(comparison(run, other))
     assert "4.00x" in text
     assert "largest relative loss difference in 5 steps: 0.0e+00" in text
 
@@ -51,7 +53,7 @@ def test_interface_counters_are_read_from_the_right_column():
 def test_a_script_of_ones_own_is_run_twice_and_compared():
     program = [PROGRAM, "--config", json.dumps(ds_config(2)), "--steps", "8"]
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
-    code, output = finish(start([sys.executable, "-m", "mics_ds.ab", "--skip", "2", "--", *launcher, *program]))
+    code, output = finish(start([sys.executable, "-m", "mics_ds", "ab", "--skip", "2", "--", *launcher, *program]))
     assert code == 0, output[-5000:]
     assert "MICS_DS_DISABLE is set" in output
     assert "DeepSpeedZeroOptimizer_Stage3" in output
@@ -62,7 +64,7 @@ def test_a_script_of_ones_own_is_run_twice_and_compared():
 
 def test_a_failing_script_is_an_error():
     code, output = finish(
-        start([sys.executable, "-m", "mics_ds.ab", "--", sys.executable, "-c", "raise SystemExit(3)"])
+        start([sys.executable, "-m", "mics_ds", "ab", "--", sys.executable, "-c", "raise SystemExit(3)"])
     )
     assert code != 0
     assert "the stock ZeRO-3 run ended with exit code 3" in output

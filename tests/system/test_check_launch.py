@@ -1,4 +1,4 @@
-"""``python -m mics_ds.check`` as users start it, and with one rank broken."""
+"""``mics-ds check`` as users start it, and with one rank broken."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def torchrun(n: int, *command: str) -> list[str]:
 def test_under_a_launcher_a_table_a_verdict_and_exit_code_0(tmp_path):
     report = tmp_path / "report.json"
     checks = ["parity,fp32,p=2,micro_steps=1", "bytes,p=2", "parity,fp16,p=2", "checkpoint,p=2,fp32"]
-    code, output = run(torchrun(2, "-m", "mics_ds.check", "--json", str(report), "--only", *checks))
+    code, output = run(torchrun(2, "-m", "mics_ds", "check", "--json", str(report), *checks))
     assert code == 0, output[-5000:]
     lines = output.splitlines()
     assert any(line.startswith("2 ranks on 1 node, cpu, backend gloo") for line in lines)
@@ -92,7 +92,7 @@ def test_an_untested_deepspeed_is_checked_all_the_same_and_told_of():
 
 @pytest.mark.slow
 def test_everything_on_four_ranks_started_without_a_launcher():
-    code, output = run(["-m", "mics_ds.check", "--timeout", "60"])
+    code, output = run(["-m", "mics_ds", "check", "--timeout", "60"])
     assert code == 0, output[-5000:]
     assert output.startswith("starting 4 ranks on this machine")
     assert "FAILED" not in output

@@ -1,4 +1,4 @@
-"""``python -m mics_ds.check``: its arguments, its list, how ranks come to a verdict, and the table."""
+"""``mics-ds check``: its arguments, its list, how ranks come to a verdict, and the table."""
 
 from __future__ import annotations
 
@@ -9,38 +9,47 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from mics_ds.check import checks, command, local, ranks
+from mics_ds.check import checks, local, ranks
 from mics_ds.check.checks import Surroundings
 from mics_ds.check.ranks import ERROR, MEASURES, STUCK, LostError, RollCall, Worker
-from mics_ds.check.report import FAILED, OK, SKIPPED, Result, judge, line, passed, verdict
+from mics_ds.check.report import FAILED, OK, SKIPPED, Result, judge, passed, verdict
 from mics_ds.check.runs import Measure, Setup
+from mics_ds.cli import app
+from mics_ds.cli.check import show
 
 # ------------------------------------------------------------------------------------ arguments
+
+
+def check(*arguments: str) -> int:
+    """Exit code of ``mics-ds check``."""
+    return app.run(["check", *arguments])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--timeout", "0"], "--timeout is in seconds and positive"),
-        (["--ranks", "0"], "--ranks is at least 1"),
-        (["--partition-sizes", "2,x"], "--partition-sizes takes numbers with commas, got '2,x'"),
-        (["--partition-sizes", "0"], "--partition-sizes takes numbers with commas"),
+        (["--timeout", "0"], "'--timeout': must be positive, got 0"),
+        (["--ranks", "0"], "Invalid value for '--ranks'"),
+        (["--partition-sizes", "2,x"], "'--partition-sizes': takes positive numbers with commas, got '2,x'"),
+        (["--partition-sizes", "0"], "'--partition-sizes': takes positive numbers with commas, got '0'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command.parse_arguments(arguments)
-    assert ended.value.code == 2
+    assert check(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_launchers_may_add_a_local_rank_and_say_how_many_ranks(monkeypatch, capsys):
-    assert command.parse_arguments(["--local_rank=1", "--partition-sizes", "4,2"]).sizes == (2, 4)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert command.parse_arguments(["--ranks", "4"]).ranks == 4, "as the ranks get it that were started so"
+    listing = ["--list", "--ranks", "4", "--partition-sizes", "4,2", "bytes"]
+    assert app.run(["--local_rank=0", "check", *listing]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines() == ["hierarchical bytes p=4", "bytes p=2", "bytes p=4"]
+    assert check("--local_rank=0", *listing) == 0
+    assert capsys.readouterr().out == said
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        command.parse_arguments(["--ranks", "4"])
+    assert check("--ranks", "4") == 2
     assert "here the launcher says how many" in capsys.readouterr().err
 
 
@@ -48,7 +57,7 @@ def test_a_partition_size_that_does_not_divide_is_one_error_with_the_choices(mon
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "6")
-        assert command.main(["--partition-sizes", "2,4"]) == 2
+        assert check("--partition-sizes", "2,4") == 2
     said = capsys.readouterr().err
     assert said == "--partition-sizes: 4 must divide the 6 ranks. Choose from 1, 2, 3, 6.\n"
 
@@ -56,13 +65,13 @@ def test_a_partition_size_that_does_not_divide_is_one_error_with_the_choices(mon
 def test_started_by_srun_without_ranks_it_does_not_start_ranks_in_each_process(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert command.main([]) == 2
+    assert check() == 2
     assert "Set RANK, LOCAL_RANK" in capsys.readouterr().err
 
 
 def test_the_list_can_be_had_alone(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
-    assert command.main(["--list", "--only", "bytes", "checkpoint,p=4"]) == 0
+    assert check("--list", "bytes", "checkpoint,p=4") == 0
     assert capsys.readouterr().out.splitlines() == [
         "hierarchical bytes p=4",
         "bytes p=1",
@@ -196,14 +205,14 @@ def test_a_result_survives_the_way_through_the_store():
     assert Result.from_json(result.to_json()) == result
 
 
-def test_lines_show_what_is_wrong_and_sum_up_what_is_exact():
+def test_lines_show_what_is_wrong_and_sum_up_what_is_exact(capsys):
     exact = [Measure("replicas", 0.0, 0.0), Measure("bytes", 0.0, 0.0)]
-    assert (
-        line(Result("x", OK, [Measure(*GOOD), *exact], seconds=1.2), 3)
-        == "ok       x      1.2 s  losses 1e-07, 2 more exact"
-    )
-    wrong = Result("x", FAILED, [Measure(*GOOD), Measure("bytes", 3.0, 0.0)], seconds=1.2)
-    assert line(wrong, 1) == "FAILED   x    1.2 s  losses 1e-07, bytes 3 (limit 0)"
+    show(Result("x", OK, [Measure(*GOOD), *exact], seconds=1.2), 3)
+    show(Result("x y", FAILED, [Measure(*GOOD), Measure("bytes", 3.0, 0.0)], seconds=12.3), 3)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "ok       x      1.2 s  losses 1e-07, 2 more exact",
+        "FAILED   x y   12.3 s  losses 1e-07, bytes 3 (limit 0)",
+    ]
 
 
 def test_the_verdict_names_what_failed_and_says_what_to_do():

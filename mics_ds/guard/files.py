@@ -1,15 +1,12 @@
-"""``python -m mics_ds.guard CHECKPOINT``: are the weights of a checkpoint what its masters say? Files only, no ranks.
+"""Compare the weights of a checkpoint with its masters (``mics-ds guard``). Reads files and needs no ranks.
 
-A stage 3 checkpoint has fp32 masters, in shards. 16-bit weights are beside it where somebody saved them for inference
-(``save_16bit_model``, or a framework's final save). Where both are there, each weight has to be its master, rounded. In
-any case masters and optimizer states have to be numbers.
+A stage 3 checkpoint has fp32 masters, in shards. 16-bit weights are beside it after ``save_16bit_model`` or a
+framework's final save. Each weight has to be its master, rounded. Masters and optimizer states have to be finite.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +19,7 @@ from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
 from .compare import bits, cast_violations
 
-SAME, DIFFERENT, NOTHING_TO_COMPARE = 0, 1, 2
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-_SHOWN = 10
 
 
 class Comparison(NamedTuple):
@@ -38,7 +33,8 @@ class Comparison(NamedTuple):
 
 
 def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
-    """
+    """Compare each weight with its master, and look for masters and states that are not finite.
+
     Args:
         folder: of one tag.
         weights: files with 16-bit weights; by default those in the folder.
@@ -156,37 +152,3 @@ def _load_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return
     held = load_states(path, mmap=True)
     yield from ((name, value) for name, value in held.items() if isinstance(value, torch.Tensor))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mics_ds.guard",
-        description="Compare the 16-bit weights of a ZeRO-3 or MiCS checkpoint with its fp32 masters.",
-        epilog="Exit code: 0 equal, 1 something is wrong, 2 there are no weights to compare masters with.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="folder of one tag, for example checkpoints/global_step100")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="files with the weights of the same step (.bin, .safetensors); by default those in that folder",
-    )
-    given = parser.parse_args(arguments)
-    try:
-        result = compare_files(given.checkpoint, given.weights)
-    except (MicsCheckpointError, OSError, KeyError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIFFERENT
-    print(f"{result.checked:,} elements of masters and optimizer states looked at")
-    print(f"{result.compared:,} weights compared with them")
-    for finding in result.findings[:_SHOWN]:
-        print(f"  {finding}")
-    if len(result.findings) > _SHOWN:
-        print(f"  and {len(result.findings) - _SHOWN} more")
-    if result.findings:
-        return DIFFERENT
-    if not result.compared:
-        print("There are no 16-bit weights in that folder. Name their files with --weights.")
-        return NOTHING_TO_COMPARE
-    return SAME
