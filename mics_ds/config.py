@@ -128,6 +128,9 @@ class MicsConfig:
     optimizer_states: Literal["partition", "world", "auto"] = "partition"
     """Which ranks fp32 masters and optimizer states are sharded over: the partition group, so that every replica has
     them all, or all data-parallel ranks. ``"auto"`` until the planner has chosen."""
+    replica_wire: Literal["full", "bf16", "int8", "int4", "auto"] = "full"
+    """How gradients travel between replicas in hop 2: in the type that they accumulate in, in bf16, or as integers with
+    feedback. Sums are in fp32. ``"auto"`` lets the planner choose between the first two."""
     plan: Union[PlanRequest, None] = None
     """What the planner is told for ``"auto"``."""
     guard: Annotated[Union[GuardRequest, None], BeforeValidator(_switch)] = None
@@ -143,12 +146,12 @@ class MicsConfig:
     @property
     def is_undecided(self) -> bool:
         """Whether anything is for the planner to choose when an engine is built."""
-        return self.is_auto or self.optimizer_states == AUTO
+        return AUTO in (self.shard_size, self.optimizer_states, self.replica_wire)
 
     @property
     def of_parameters(self) -> MicsConfig:
-        """What of it concerns parameters: not where optimizer states are."""
-        return replace(self, optimizer_states="partition")
+        """What of it concerns parameters: neither where optimizer states are nor how gradients travel."""
+        return replace(self, optimizer_states="partition", replica_wire="full")
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as the JSON keys that produce it."""
@@ -167,9 +170,10 @@ def _keys_of(kind: Any) -> tuple[str, ...]:
 KNOWN_KEYS = _keys_of(MicsConfig)
 
 
-def with_choice(ds_config: Mapping[str, Any], p: int, states: str) -> dict[str, Any]:
-    """Return a copy of a DeepSpeed configuration with a partition size and a kind of states in place of ``"auto"``."""
-    chosen = {KEY_PREFIX + "shard_size": p, KEY_PREFIX + "optimizer_states": states}
+def with_choice(ds_config: Mapping[str, Any], p: int, states: str, wire: str) -> dict[str, Any]:
+    """Return a copy of a DeepSpeed configuration with a partition size, states and a wire in place of ``"auto"``."""
+    chosen = {"shard_size": p, "optimizer_states": states, "replica_wire": wire}
+    chosen = {KEY_PREFIX + key: value for key, value in chosen.items()}
     return {**ds_config, ZERO_SECTION: {**ds_config[ZERO_SECTION], **chosen}}
 
 

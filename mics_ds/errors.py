@@ -45,7 +45,7 @@ class MicsPlanError(MicsError, ValueError):
     """The planner was given a machine or a job that makes no sense, or that fits nowhere."""
 
 
-def words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in a note to the other ranks; one of ours needs no introduction."""
     said = str(error) if isinstance(error, MicsCheckpointError) else f"{type(error).__name__}: {error}"
     return said.encode(errors="backslashreplace").decode().strip().rstrip(".")

@@ -164,7 +164,8 @@ def index() -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([*_`<>\[\]|])", r"\\\1", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # \\< is no escape in MkDocs
+    return re.sub(r"([*_`\[\]])", r"\\\1", text)
 
 
 def shown() -> str:

@@ -129,7 +129,7 @@ def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tens
     """Train one more step and count what this rank's collectives have to send, in bytes by kind."""
     try:
         from mics_ds.check.meter import CommMeter
-        from mics_ds.comm.collectives import HOP2_SCATTER, UPDATES
+        from mics_ds.comm.collectives import HOP2_EXCHANGE, HOP2_GATHER, HOP2_SCATTER, UPDATES
     except ImportError:  # stock DeepSpeed without the plugin
         return {}
     with CommMeter() as meter:
@@ -138,8 +138,9 @@ def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tens
     traffic = dict.fromkeys([*names.values(), "other"], 0.0)
     for item in meter.collectives:
         small = item.payload <= 64  # agreeing on a norm or a loss
-        # with world-sharded optimizer states these two take the place of hop 2's all-reduce
-        kind = "all_reduce" if item.label in (HOP2_SCATTER, UPDATES) else item.kind
+        # with world-sharded optimizer states, or in fewer bytes, these take the place of hop 2's all-reduce
+        of_hop2 = item.label in (HOP2_SCATTER, UPDATES, HOP2_EXCHANGE, HOP2_GATHER)
+        kind = "all_reduce" if of_hop2 else item.kind
         traffic["other" if small else names.get(kind, "other")] += item.bytes_sent
     return traffic
 

@@ -18,8 +18,8 @@ def estimator(role: str) -> object:
         role=role,
         instance_type="ml.p4d.24xlarge",
         instance_count=4,
-        framework_version="2.5",
-        py_version="py311",
+        framework_version="2.8",
+        py_version="py312",
         distribution={"torch_distributed": {"enabled": True}},
         environment={"FI_EFA_USE_HUGE_PAGE": "0"},
     )

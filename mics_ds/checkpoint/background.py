@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch.distributed as dist
 
 from ..deepspeed_compat.engine import device_streams
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
 from .coordination import Run, attempt, exchange, raise_together, shared_store
 from .copies import Copying, SharedMemory
@@ -173,7 +173,7 @@ class Background:
             except OSError:  # and the thread that listens may have looked before there was a job
                 self._gone()
             except Exception as error:  # of the device
-                failed = f"rank {self._rank}: states could not be copied, {words(error)}"
+                failed = f"rank {self._rank}: states could not be copied, {describe_error(error)}"
                 if isinstance(message, Seal):
                     self._sealed(Sealed(message.number, failed))
                 else:

@@ -26,7 +26,7 @@ from .. import __version__
 from ..comm.groups import MicsGroups
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
 from . import folder as folders
 from . import manifest
@@ -143,7 +143,7 @@ def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> Non
         raise MicsCheckpointError(f"{failed} {said}{more}. {remedy}")
 
 
-def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = words) -> None:
+def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = describe_error) -> None:
     """Do what may fail on this rank only: note the error, of whatever kind, for :func:`raise_together` later.
 
     Raised here, it would be known to this rank alone, and the others would wait for it.
@@ -442,7 +442,7 @@ class RankState(NamedTuple):
                     fingerprint[section][str(key)] = _digest(value)
                 except Exception as error:  # what pickle raises depends on the object
                     if key in given:
-                        raise MicsCheckpointError(f"client_state cannot be pickled, {words(error)}") from error
+                        raise MicsCheckpointError(f"client_state cannot be pickled, {describe_error(error)}") from error
                     raise
         return cls(values, fingerprint)
 

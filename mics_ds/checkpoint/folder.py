@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
 from . import manifest
 from .manifest import Manifest
@@ -435,7 +435,7 @@ def publish(staging: Path, target: Path, described: Manifest) -> None:
         if replaced.exists():
             shutil.rmtree(replaced)
     except Exception as error:  # of whatever kind: there is nothing to take back
-        logger.warning("%s is complete; cleaning up failed: %s", target, words(error))
+        logger.warning("%s is complete; cleaning up failed: %s", target, describe_error(error))
 
 
 def _replaced_folder(target: Path) -> Path:

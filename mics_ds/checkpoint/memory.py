@@ -25,7 +25,7 @@ from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import device_streams, steps_taken
-from ..errors import MicsCheckpointError, MicsConfigError, words
+from ..errors import MicsCheckpointError, MicsConfigError, describe_error
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
@@ -159,7 +159,7 @@ class MemoryTier:
             try:
                 attempt()
             except Exception as error:
-                errors.append(words(error))
+                errors.append(describe_error(error))
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))
         [most] = elementwise_max([max(needs, default=0)])
@@ -244,7 +244,7 @@ class MemoryTier:
             work()
         except Exception as error:
             if not self._complained:
-                logger.warning("states could not be copied to memory: %s", words(error))
+                logger.warning("states could not be copied to memory: %s", describe_error(error))
             self._complained = True
 
     def _newest(self, engine: Any) -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
 from . import folder as folders
 from . import manifest
@@ -159,7 +159,7 @@ def _is_good(copy: Copy) -> bool:
             memory.map(copy.description.staged.nbytes)
             copy.require_same(memory)
         except (OSError, MicsCheckpointError) as error:
-            logger.warning("%s", words(error))
+            logger.warning("%s", describe_error(error))
             return False
     return True
 
@@ -182,7 +182,7 @@ def _usable(path: Path, engine: int, home: str, marker: int, named: bool, layout
     try:
         found = list(copies(path))
     except (OSError, MicsCheckpointError) as error:
-        logger.warning("memory of earlier runs is not used: %s", words(error))
+        logger.warning("memory of earlier runs is not used: %s", describe_error(error))
         return []
     usable, reasons = [], set()
     for copy in found:
@@ -341,7 +341,7 @@ def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
             marker, step = look()
             number = number_of(marker)
         except (OSError, MicsCheckpointError) as error:
-            logger.warning("the newest checkpoint cannot be read: %s", words(error))
+            logger.warning("the newest checkpoint cannot be read: %s", describe_error(error))
     number, step = elementwise_max([number, step])
     return number, step
 

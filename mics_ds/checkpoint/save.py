@@ -23,7 +23,7 @@ from ..comm.packing import ChunkLayout
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device, device_streams, steps_taken
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0
 from . import folder, manifest
 from .background import Background
@@ -158,7 +158,9 @@ class _Save:
             self.owners_fingerprint = self.own.fingerprint
 
         attempt(understand, self.errors)
-        attempt(take_client_state, self.errors, lambda error: f"client_state cannot be pickled, {words(error)}")
+        attempt(
+            take_client_state, self.errors, lambda error: f"client_state cannot be pickled, {describe_error(error)}"
+        )
         attempt(look_at_own_state, self.errors)
 
     @property
@@ -278,14 +280,14 @@ class _Files:
             self.records[name] = manifest.seal(Path(path), self._rank)
 
         # torch reports a full disk as RuntimeError, pickle has several kinds
-        attempt(seal, self.errors, lambda error: f"{path}: {words(error)} ({_free(os.path.dirname(path))})")
+        attempt(seal, self.errors, lambda error: f"{path}: {describe_error(error)} ({_free(os.path.dirname(path))})")
 
 
 def _free(path: str) -> str:
     try:
         return f"{shutil.disk_usage(path).free / 1e6:.1f} MB free there"
     except OSError as error:
-        return f"the folder: {words(error)}"
+        return f"the folder: {describe_error(error)}"
 
 
 def _save_and_wait(original: Callable[..., bool], one: _Save) -> None:
@@ -307,7 +309,7 @@ def _save_and_wait(original: Callable[..., bool], one: _Save) -> None:
                 exclude_frozen_parameters=one.exclude_frozen,
             )
     except RuntimeError as error:  # of a collective, when another rank has died
-        raise MicsCheckpointError(f"{one.failed} {words(error)}. {NOTHING_PUBLISHED}") from error
+        raise MicsCheckpointError(f"{one.failed} {describe_error(error)}. {NOTHING_PUBLISHED}") from error
     own = one.own_file()
     if own is not None:
         session.write(own[1], str(one.staging / own[0]), torch.save)
@@ -488,13 +490,5 @@ def collect(
         if not roles.owns and not exclude_frozen:
             for held in seam.frozen_shards(engine):
                 stager.stand_in(held)
-        seam.collect_states(
-            engine,
-            stager,
-            path,
-            tag,
-            client_state,
-            model_states=roles.owns,
-            optimizer_states=shares,
-            exclude_frozen_parameters=exclude_frozen,
-        )
+        which = {"model_states": roles.owns, "optimizer_states": shares, "exclude_frozen_parameters": exclude_frozen}
+        seam.collect_states(engine, stager, path, tag, client_state, **which)

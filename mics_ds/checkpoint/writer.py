@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import MicsCheckpointError, words
+from ..errors import MicsCheckpointError, describe_error
 from ..log import logger
 from . import folder, manifest
 from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read, understood
@@ -162,7 +162,9 @@ class _Save:
         try:
             work()
         except Exception as error:  # whatever it is, the others wait for a report
-            self._errors.append(words(error) if isinstance(error, LostError) else f"rank {self._rank}: {words(error)}")
+            self._errors.append(
+                describe_error(error) if isinstance(error, LostError) else f"rank {self._rank}: {describe_error(error)}"
+            )
 
     def _connect(self, to: Neighbour, connected: list[Link]) -> None:
         token, number = self._writer.station.token, self._job.number
@@ -225,7 +227,7 @@ class _Save:
                     parent.send({"error": self._publish(message["do"])})
             except LostError as lost:
                 unknown = f"Whether checkpoint {self._job.target} was saved is not known"
-                return f"{unknown}: {words(lost)}. If it was, it is complete."
+                return f"{unknown}: {describe_error(lost)}. If it was, it is complete."
 
     # -------------------------------------------------------------------------------- publishing
 
@@ -261,7 +263,7 @@ class _Save:
             try:
                 found.append(link.receive()["error"])
             except LostError as lost:
-                found.append(words(lost))
+                found.append(describe_error(lost))
         return "; ".join(filter(None, found))
 
     def _publish(self, what: str) -> str:
@@ -275,7 +277,7 @@ class _Save:
             else:
                 folder.write_latest(Path(publication.folder), publication.tag)
         except Exception as error:
-            return f"rank {self._rank}: {words(error)}"
+            return f"rank {self._rank}: {describe_error(error)}"
         return ""
 
 
@@ -337,7 +339,7 @@ class _Writer:
         try:
             work()
         except Exception as error:
-            errors.append(words(error))
+            errors.append(describe_error(error))
 
     def _seal_own(self, path: Path, description: Description | None) -> None:
         if description is not None:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -48,8 +48,8 @@ def cell(text: object) -> Text:
 
 def progress_bar(*, disable: bool) -> Progress:
     """Return a progress bar on standard error that disappears at its end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    return Progress(*columns, TimeRemainingColumn(), console=errors, transient=True, disable=disable)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True, disable=disable)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from .output import cell, errors, exit_with, out, progress_bar, table
 Precision = Literal["bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "adam", "fusedadam", "deepspeedcpuadam", "adagrad", "lion", "sgd", "sgd_momentum"]
 States = Literal["partition", "world", "both"]
+Wire = Literal["full", "bf16", "int8", "int4", "all"]
 Scaling = Literal["weak", "strong"]
 NOTHING_FITS = 3
 
@@ -50,6 +51,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="Default: one node.")] = None,
     p: Annotated[Any, typer.Option(parser=numbers, metavar="P,P", help="Default: sizes that fit the nodes.")] = None,
     optimizer_states: Annotated[States, typer.Option(help="Values of mics_optimizer_states.")] = "both",
+    replica_wire: Annotated[Wire, typer.Option(help="Values of mics_replica_wire.")] = "full",
     ds_config: Annotated[Path | None, _option("DeepSpeed JSON with batch, precision and limits.")] = None,
     sequence: Annotated[int, _option("Tokens per sample.", min=1)] = 2048,
     micro_batch: Annotated[int | None, _option("Samples per GPU and micro-step. Default: 1.", min=1)] = None,
@@ -86,8 +88,9 @@ def plan(
             raise typer.BadParameter(f"{option} is needed (--list shows what there is)")
     job = {name: value for name, value in locals().items() if name in _JOB}
     states = planning.STATES if optimizer_states == "both" else [optimizer_states]
+    wires = planning.WIRES if replica_wire == "all" else [replica_wire]
     with exit_with(2, MicsPlanError):
-        found = Plan(cluster, gpus, model, job, p, states, reserve, quiet=as_json)
+        found = Plan(cluster, gpus, model, job, p, {"states": states, "wires": wires}, reserve, quiet=as_json)
         if scaling or plots:
             found.add_curves(strong=scaling == "strong")
     if as_json:
@@ -119,7 +122,7 @@ class Plan:
         model: str,
         job: Mapping[str, Any],
         sizes: Sequence[int] | None,
-        states: Sequence[str],
+        keys: Mapping[str, Sequence[str]],
         reserve: float,
         *,
         quiet: bool,
@@ -130,7 +133,7 @@ class Plan:
         planning.check_ranks(self.machine, self.gpus)
         with ExitStack() as stack:
             self.job = build_job(model, self.gpus, progress=self._layers(stack), **job)
-        self.rows = planning.make_plan(self.machine, self.job, self.gpus, sizes, states=states, reserve=reserve)
+        self.rows = planning.make_plan(self.machine, self.job, self.gpus, sizes, **keys, reserve=reserve)
         self.chosen = planning.choose(self.rows)
         self.reason = planning.explain(self.rows, self.chosen)
         self.curves: dict[str, list[planning.Row]] = {}
@@ -156,6 +159,7 @@ class Plan:
                 counts,
                 strong=strong,
                 world_states=best.system.world_states,
+                wire=best.system.wire,
                 reserve=self._reserve,
                 progress=lambda points: bar.track(points, description="scaling"),
             )
@@ -169,6 +173,7 @@ class Plan:
             "gpus": self.gpus,
             "chosen_p": self.chosen.p if self.chosen else None,
             "chosen_optimizer_states": self.chosen.states if self.chosen else None,
+            "chosen_replica_wire": self.chosen.system.wire if self.chosen else None,
             "reason": self.reason,
             "rows": [row.to_json() for row in self.rows],
             "scaling": {name: [row.to_json() for row in curve] for name, curve in self.curves.items()},

@@ -8,6 +8,7 @@
 |   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
 | all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
 |   as a reduce-scatter     | replication          | with world-sharded states         | (r-1)/r · M/p              |
+|   in fewer bytes          | replication          | with a wire of w bytes per a      | 2(r-1)/r · w/a · M/p       |
 | all-gather of updates     | replication          | after the step, with those        | (r-1)/r · M/p              |
 
 Functions with a :class:`mics_ds.comm.async_exec.Stages` argument run in an executor, which says where stages wait.
@@ -35,6 +36,8 @@ HOP1 = "gradient reduce-scatter (hop 1)"
 HOP1_INTER = "inter-node gradient reduce-scatter (hop 1)"
 HOP2 = "gradient all-reduce (hop 2)"
 HOP2_SCATTER = "gradient reduce-scatter (hop 2)"
+HOP2_EXCHANGE = "exchange of encoded gradients (hop 2)"
+HOP2_GATHER = "all-gather of encoded means (hop 2)"
 UPDATES = "all-gather of updated weights"
 GATHER = "all-gather of parameters"
 GATHER_INTER = "inter-node all-gather"
@@ -260,6 +263,17 @@ def all_gather_whole_hierarchical(shard: torch.Tensor, groups: NodeGroups, stage
             handle.wait()
         stages.record_stream(shard, column, full)
     return full
+
+
+def start_exchange(received: torch.Tensor, rows: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
+    """Start to send row i of ``rows``, (g, width), to rank i, whose row for this rank becomes row i of ``received``."""
+    return Collective(
+        what,
+        _OPERATOR["all_to_all"],
+        rows,
+        group,
+        lambda: dist.all_to_all_single(received, rows, group=group.group, async_op=True),
+    )
 
 
 # --------------------------------------------------------------------------------------------------

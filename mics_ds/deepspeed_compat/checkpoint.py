@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from ..errors import MicsCheckpointError
 from ..log import log_rank0
 from .patching import Patches
+
+RESIDUALS = "mics_residuals"
+"""Where residuals of hop 2 are in a file of model states, each rank's in its own."""
 
 
 class CheckpointFiles:
@@ -380,6 +384,42 @@ def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     return session.make(lambda: original(engine, *args, **kwargs))
 
 
+def _save_checkpoint(
+    original: Any, engine: Any, save_dir: Any, tag: Any, client_state: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Put residuals of hop 2 into the model states of a rank."""
+    if hasattr(engine.optimizer, "mics_groups"):
+        from .replica_wire import saved_residuals  # late, because this module is loaded with DeepSpeed
+
+        client_state = {**(client_state or {}), **saved_residuals(engine.optimizer)}
+    return _in_session(original, engine, save_dir, tag, client_state, *args, **kwargs)
+
+
+def _load_checkpoint(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take residuals of hop 2 out of the model states again, and use them if optimizer states are loaded."""
+    path, client_state = original(engine, *args, **kwargs)
+    asked = inspect.signature(original).bind(engine, *args, **kwargs)
+    asked.apply_defaults()
+    saved = client_state.pop(RESIDUALS, None) if client_state else None
+    states = asked.arguments["load_optimizer_states"] and not asked.arguments["load_module_only"]
+    if path is not None and states and hasattr(engine.optimizer, "mics_groups"):
+        from .replica_wire import restore_residuals  # late, because this module is loaded with DeepSpeed
+
+        folder = os.path.join(asked.arguments["load_dir"], asked.arguments["tag"])
+        restore_residuals(engine.optimizer, saved, lambda: list(_residuals_in(folder)))
+    return path, client_state
+
+
+def _residuals_in(folder: str) -> Iterator[Any]:
+    """Yield the residuals of all ranks that saved a checkpoint, each in the file of its shard or in one of its own."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.pt"))):
+        if not path.endswith("_optim_states.pt"):
+            states = load_states(path, mmap=True)
+            for held in (states, states.get("client_state")):
+                if isinstance(held, dict) and RESIDUALS in held:
+                    yield held[RESIDUALS]
+
+
 def _copy_recovery_script(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     session = getattr(engine.checkpoint_engine, "session", None)
     if session is None or session.copies_scripts:
@@ -438,6 +478,7 @@ def install(
     patches.wrap_method(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_get_all_ckpt_names", _get_all_ckpt_names)
     patches.wrap_method(DeepSpeedEngine, "_get_shared_params", _get_shared_params)
-    for name in ("_save_checkpoint", "_save_zero_checkpoint"):
-        patches.wrap_method(DeepSpeedEngine, name, _in_session)
+    patches.wrap_method(DeepSpeedEngine, "_save_checkpoint", _save_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "_load_checkpoint", _load_checkpoint)
+    patches.wrap_method(DeepSpeedEngine, "_save_zero_checkpoint", _in_session)
     patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)

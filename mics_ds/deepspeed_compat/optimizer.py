@@ -33,6 +33,7 @@ from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
 from .muon import MuonSharing, refuse_early_muon, uses_muon
 from .patching import temporarily
+from .replica_wire import chosen_wire, encoded_mean
 from .world_states import WorldStates
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -118,9 +119,12 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def _make_sync(self) -> GradSync:
         groups, device = self.mics_groups, communication_device()
         shards, part = self.gradient_ranges(), self.reduce_bucket_size // groups.partition.size
+        wire = chosen_wire(self, groups)
         reducer: ReplicaReducer | None = None
         if self.world_states is not None:
-            reducer = self.world_states.make_reducer(list(shards.values()), part)
+            reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
+        elif groups.replication is not None and wire is not None:
+            reducer = encoded_mean(self, shards, groups.replication, part, wire)
         elif groups.replication is not None:
             reducer = AllReduceMean(
                 lambda: self.gradient_shards, list(shards.values()), groups.replication, device, part
@@ -345,7 +349,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._order_reduction_stream()
         with self._working_on_gradients():
             super().step(closure)
-        self.sync.next_boundary()
+        self.sync.next_boundary(discarded=self.overflow)
         if self.mics_guard is not None:
             self.mics_guard.step_ended(self)
 

@@ -83,6 +83,7 @@ def states_of(optimizer: Any, replicated: bool) -> list[State]:
                 State(WEIGHTS, NO_GROUP, param.ds_tensor.detach().view(-1), tuple(_pieces([param], names)), replicated)
             )
     found += _loss_scale(optimizer, replicated)
+    found += _residuals(optimizer, names)
     return found
 
 
@@ -136,6 +137,34 @@ def _optimizer_states(
             numbers.append((owner, "step"))
         if numbers:
             yield _numbers(f"sub-group {group}", group, numbers, replicated)
+
+
+def _residuals(optimizer: Any, names: dict[int, str]) -> Iterator[State]:
+    """Yield what hop 2 has rounded off. Each rank has its own."""
+    sync = getattr(optimizer, "sync", None)
+    for name, tensor in ({} if sync is None else sync.residuals()).items():
+        pieces, start = [], 0
+        for key, first, numel, width in residual_extents(optimizer, name):
+            if numel:
+                pieces.append(Piece(names[key], start, start + numel, first))
+            start += width
+        yield State(f"{name} residual", NO_GROUP, tensor, tuple(pieces), replicated=False)
+
+
+def residual_extents(optimizer: Any, name: str) -> Iterator[tuple[int, int, int, int]]:
+    """Yield for each parameter, in the order of a residual: its ``ds_id``, the first element that is there, how many
+    there are, and how many there are with padding."""
+    params = {param.ds_id: param for group in optimizer.fp16_groups for param in group}
+    groups = optimizer.mics_groups
+    for key, (start, end) in optimizer.gradient_ranges().items():
+        first = groups.partition.rank * (end - start)
+        numel = max(0, min(end - start, params[key].ds_numel - first))
+        if name == "unsent":
+            yield key, first, numel, end - start
+        else:
+            cut = ChunkLayout.in_rank_order([numel], groups.replication.size)
+            real = cut.real(0, groups.replication.rank)
+            yield key, first + real[0], real[1] - real[0], cut.width
 
 
 def _loss_scale(optimizer: Any, replicated: bool) -> Iterator[State]:

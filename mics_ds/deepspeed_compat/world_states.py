@@ -21,10 +21,12 @@ from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
-from ..zero.replica_reducers import ScatterToSlices
+from ..comm.wire import Wire
+from ..zero.replica_reducers import ReplicaReducer, ScatterToSlices
 from ..zero.weight_gather import WeightGather
 from .engine import communication_device
 from .patching import replace_methods, temporarily
+from .replica_wire import encoded_slices
 from .slice_access import GRADIENTS, SliceAccess, SliceCheckpoints
 
 MOST_PEERS = 32
@@ -90,13 +92,15 @@ class WorldStates:
 
     # --------------------------------------------------------------------- gradients
 
-    def make_reducer(self, shards: list[tuple[int, int]], part: int) -> ScatterToSlices:
+    def make_reducer(self, shards: list[tuple[int, int]], part: int, wire: Wire | None) -> ReplicaReducer:
         """Return how hop 2 is done, for shards at these places of the buffer of gradients."""
         optimizer = self._optimizer
         like = optimizer.gradient_shards
         cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.replication.size)
         means = torch.zeros(cut.width, dtype=like.dtype, device=like.device)
         self._mean_slices = get_accelerator().pin_memory(means) if optimizer.offload_optimizer_pin_memory else means
+        if wire is not None:
+            return encoded_slices(optimizer, lambda: self._mean_slices, shards, self.replication, part, wire)
         return ScatterToSlices(
             lambda: optimizer.gradient_shards,
             lambda: self._mean_slices,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import MicsConfigError
@@ -15,11 +15,15 @@ LOADERS = GIB
 STATE_BYTES = 12
 """Of fp32 masters and both moments of Adam, for each parameter."""
 REFUSED = {
-    "zero_quantized_gradients": "set it to false",
-    "zero_quantized_weights": "set it to false",
-    "zero_quantized_nontrainable_weights": "set it to false",
-    "zenflow": "remove the section",
+    "zero_optimization.zero_quantized_gradients": "set it to false",
+    "zero_optimization.zero_quantized_weights": "set it to false",
+    "zero_optimization.zero_quantized_nontrainable_weights": "set it to false",
+    "zero_optimization.zenflow": "remove the section",
+    "compile.deepcompile": "set it to false; engine.compile() works",
+    "expert_parallel.enabled": "remove the section",
+    "hybrid_engine.enabled": "set it to false",
 }
+"""Keys that MiCS refuses at start, as far as a JSON alone tells, and what to do."""
 
 
 def findings(node: Node, job: Job) -> Iterator[Finding]:
@@ -80,9 +84,11 @@ def _batch(job: Job) -> Iterator[Finding]:
 def _refused(job: Job) -> Iterator[Finding]:
     if job.mics is None:
         return
-    for name, remedy in REFUSED.items():
-        if job.zero.get(name):
-            yield Finding("configuration", f"no {name} beside mics_shard_size", "it is on", f"To train, {remedy}.")
+    for path, remedy in REFUSED.items():
+        section, name = path.split(".")
+        values = job.config.get(section)
+        if isinstance(values, Mapping) and values.get(name):
+            yield Finding("configuration", f"no {path} beside mics_shard_size", "it is on", f"To train, {remedy}.")
     offload = job.zero.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device") == "nvme":
         yield Finding("configuration", "offload_optimizer to cpu", "offload_optimizer to nvme", 'Set "device": "cpu".')

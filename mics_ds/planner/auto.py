@@ -1,4 +1,4 @@
-"""``mics_shard_size: "auto"`` and ``mics_optimizer_states: "auto"``: what the planner chooses, one for all ranks.
+"""``"auto"`` for the shard size, the optimizer states and the wire: what the planner chooses, one for all ranks.
 
 Every rank tells what it sees (its memory, its node, its model), rank 0 plans from the least memory and tells the rest.
 """
@@ -168,6 +168,8 @@ class Choice(NamedTuple):
     p: int
     states: str
     """Of ``mics_optimizer_states``."""
+    wire: str
+    """Of ``mics_replica_wire``."""
 
 
 class Report(NamedTuple):
@@ -202,8 +204,7 @@ def choose(config: MicsConfig, facts: Facts, model: Model, everyone: RankGroup) 
     if everyone.rank == 0:
         try:
             choice, reason = decide(config, facts, model, assess(reports, facts, everyone.ranks))
-            asked = "mics_shard_size" if config.is_auto else "mics_optimizer_states"
-            log_rank0(f'{asked} "auto": {reason}.')
+            log_rank0(f'{_asked(config)} "auto": {reason}.')
         except Exception as failure:  # the others wait for an answer
             error = failure
     said = exchange((choice, None if error is None else str(error)), everyone, "choice of the planner")
@@ -213,6 +214,12 @@ def choose(config: MicsConfig, facts: Facts, model: Model, everyone: RankGroup) 
     if choice is None:
         raise MicsAgreementError(f"The planner's choice was refused on rank {everyone.ranks[0]}: {why_not}")
     return choice
+
+
+def _asked(config: MicsConfig) -> str:
+    """Return the first key that is left to the planner."""
+    names = ("shard_size", "optimizer_states", "replica_wire")
+    return "mics_" + next(name for name in names if getattr(config, name) == "auto")
 
 
 def assess(reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None) -> Situation:
@@ -276,7 +283,9 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
     job = Workload(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
     sizes = planning.candidates(machine, n) if config.is_auto else [int(config.shard_size)]
     kinds = ["partition", "world"] if config.optimizer_states == "auto" else [config.optimizer_states]
-    systems = [as_configured(config, system) for system in planning.choices(machine, job, n, sizes, kinds)]
+    # Integers need more memory and more trust than a plan may take for granted.
+    wires = ["full", "bf16"] if config.replica_wire == "auto" else [config.replica_wire]
+    systems = [as_configured(config, system) for system in planning.choices(machine, job, n, sizes, kinds, wires)]
     rows = [planning.predict(machine, job, system, n, reserve=reserve) for system in systems]
     stock = planning.predict(machine, job, planning.zero3(machine, job), n, reserve=reserve)
     chosen = planning.choose(rows)
@@ -287,7 +296,7 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
         raise MicsPlanError(
             f'mics_shard_size "auto" on {n} ranks of {machine.name!r}: {reason}; or set a number to try it.'
         )
-    return Choice(chosen.p, chosen.states), "; ".join([reason, f"on {machine.name}", *notes])
+    return Choice(chosen.p, chosen.states, chosen.system.wire), "; ".join([reason, f"on {machine.name}", *notes])
 
 
 def as_configured(config: MicsConfig, system: Scheme) -> Scheme:

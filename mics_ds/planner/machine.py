@@ -8,8 +8,8 @@
     over nodes         T = (g-N)·alpha_intra + (N-1)·alpha_inter + (g-1)/g · M · c / B_node
                        c: such groups side by side on a node
     all-reduce         twice that; with trees, its latency is 2·(log2(g/N)·alpha_intra + log2(N)·alpha_inter) if less
-    on gloo            its own reduce-scatter sends what an all-reduce does, and the all-to-all that MiCS uses in its
-                       place sends k·(g-k)/g · M from a node with k of the group's ranks
+    all-to-all         sends k·(g-k)/g · M from a node with k of the group's ranks
+    on gloo            its own reduce-scatter sends what an all-reduce does; MiCS uses an all-to-all in its place
 
 A ring enters and leaves each node once, whatever the number of its members there, so a group that has all
 ranks of its nodes has c = 1, and k replication groups of one rank per node have c = k. In two stages (gather:
@@ -37,8 +37,9 @@ from typing import Any
 from ..comm.sizes import Sizes, sizes_of
 from ..errors import MicsPlanError
 
-OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce")
-"""``stock_reduce_scatter`` is the backend's own, which ZeRO-3 uses; ``reduce_scatter`` is what MiCS uses there."""
+OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_scatter", "all_reduce", "all_to_all")
+"""``stock_reduce_scatter`` is the backend's own, which ZeRO-3 uses; ``reduce_scatter`` is what MiCS uses there. On gloo
+that is an ``all_to_all``."""
 
 GB, GIB = 10**9, 2**30
 
@@ -215,6 +216,8 @@ class Machine:
         """
         if form.size == 1 or payload <= 0:
             return 0.0
+        if operation == "all_to_all" and self.backend == "gloo":
+            operation = "reduce_scatter"  # the same, and measured by that name
         ideal = self.formula(operation, payload, form, staged)
         sweep = self._nearest(operation, form, staged)
         if sweep is None:
@@ -232,13 +235,15 @@ class Machine:
             inner = self.formula(operation, payload, GroupForm(1, form.per_node))
             return outer + inner
         g, gloo = form.size, self.backend == "gloo"
+        if gloo and operation == "reduce_scatter":
+            operation = "all_to_all"
         if g == 1:
             return 0.0
         times = 2 if operation == "all_reduce" or (gloo and operation == "stock_reduce_scatter") else 1
         volume = payload * (g - 1) / g
         transfer = volume / self.intra.bandwidth if form.per_node > 1 or form.nodes == 1 else 0.0
         if form.nodes > 1:
-            if gloo and operation == "reduce_scatter":
+            if operation == "all_to_all":
                 volume = payload * form.per_node * (g - form.per_node) / g
             transfer = max(transfer, volume * form.beside / self.inter.bandwidth)
         return times * (self.latency(operation, form) + transfer)

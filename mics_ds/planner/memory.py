@@ -9,6 +9,8 @@ shard has c = ceil(numel / p) elements, padding included:
 | gradients         | Σ c · a, trainable                        a: bytes of the accumulation dtype  | host if offloaded|
 | master            | Σ c · 4, trainable, in fp32 as well                                           | host if offloaded|
 | optimizer         | Σ c · 4 · (states of the optimizer), 4 for the step counter of each sub-group | host if offloaded|
+| residuals         | Σ c · 4 + ceil(c / r) · 8, trainable, with mics_replica_wire int8 or int4; of | host if optimizer|
+|                   | the second part nothing with world-sharded states                             | is offloaded     |
 | gradient exchange | Σ c · 4, trainable, with an offloaded optimizer only                          | host             |
 | persistent        | Σ c · p · b of parameters that stay gathered                                  | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 
 from ..comm.sizes import AHEAD, sizes_of
 from .model import shard_numel, sliced_numel
-from .timeline import Scheme, StepTime
+from .timeline import WIRE_BYTES, Scheme, StepTime
 from .workload import OPTIMIZERS, Workload
 
 MASTER_ITEMSIZE = 4
@@ -120,7 +122,7 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     groups = sub_groups(job, p)
 
     parameters = all_shards * b
-    gradients = (trained + (kept if system.slices(n) > 1 else 0)) * accumulation
+    gradients = (trained + (kept if system.slices(n) > 1 else 0)) * accumulation + _residuals(job, system, n)
     master = kept * MASTER_ITEMSIZE
     optimizer = kept * MASTER_ITEMSIZE * needs.states + (4 * groups if needs.counter else 0)
     host = 0
@@ -163,12 +165,24 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     )
 
 
+def _residuals(job: Workload, system: Scheme, n: int) -> int:
+    """What rounding leaves in hop 2, in two copies."""
+    if system.wire not in ("int8", "int4"):
+        return 0
+    p, model = system.partition_size(n), job.model
+    published = 0 if system.world_states else sliced_numel(model.trainable, p, n // p)
+    return 4 * shard_numel(model.trainable, p) + 8 * published
+
+
 def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
     """What one task of hop 2, or of the gather of updated weights, holds on an accelerator beside the gradients."""
     p = system.partition_size(n)
     if p < n and job.zero.offload_optimizer:  # by way of the device, in parts
         return system.bucket_size(job.zero.reduce_bucket_size) // p * (job.accumulation_itemsize or job.itemsize)
-    return sizes_of(True).unit if system.slices(n) > 1 else 0
+    unit = sizes_of(True).unit
+    if system.wire != "full":  # encoded rows, sent, received and gathered; and fp32 copies while they are made
+        return round(unit / (job.accumulation_itemsize or job.itemsize) * (3 * WIRE_BYTES[system.wire] + 8))
+    return unit if system.slices(n) > 1 else 0
 
 
 def _step_bytes(job: Workload, system: Scheme, n: int, trained: int) -> int:

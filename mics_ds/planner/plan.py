@@ -22,6 +22,9 @@ LEVEL = 0.005
 STATES = ("partition", "world")
 """Values of ``mics_optimizer_states``."""
 
+WIRES = ("full", "bf16", "int8", "int4")
+"""Values of ``mics_replica_wire``."""
+
 LIMITS = {
     "compute": "compute",
     "gathers": "parameter gathers",
@@ -84,6 +87,7 @@ class Row:
             "p": self.p,
             "replicas": self.n // self.p,
             "optimizer_states": self.states,
+            "replica_wire": self.system.wire,
             "fits": self.fits,
             "memory_bytes": self.memory.peak,
             "memory_parts": self.memory.parts(),
@@ -137,7 +141,7 @@ def check_size(machine: Machine, n: int, p: int) -> None:
         raise MicsPlanError(f"The partition size must divide the {n} GPUs, got {p}. Among others: {divisors}.")
 
 
-def mics(machine: Machine, job: Workload, n: int, p: int, *, world_states: bool = False) -> Scheme:
+def mics(machine: Machine, job: Workload, n: int, p: int, *, world_states: bool = False, wire: str = "full") -> Scheme:
     """MiCS with its defaults: in two stages where the placement allows it, both hops beside the backward pass unless
     ``overlap_comm`` is off. Hop 2 of offloaded gradients follows at once, after it."""
     staged, beside = machine.can_stage(n, p), job.zero.overlap_comm
@@ -153,6 +157,7 @@ def mics(machine: Machine, job: Workload, n: int, p: int, *, world_states: bool 
         hop2_beside=beside and not job.zero.offload_optimizer,
         bucket_limit=limit,
         world_states=world_states and p < n,
+        wire=wire if p < n else "full",
     )
 
 
@@ -177,7 +182,7 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
         label = "ZeRO-3 + hpZ" if system.secondary else "ZeRO-3"
     else:
         label = f"MiCS p={p}" + ("" if system.staged_gather or not machine.can_stage(n, p) else ", flat")
-        label += ", world states" if system.world_states else ""
+        label += _suffix(system.world_states, system.wire)
     return Row(
         label=label,
         system=system,
@@ -192,6 +197,10 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
     )
 
 
+def _suffix(world_states: bool, wire: str) -> str:
+    return (", world states" if world_states else "") + (f", {wire} wire" if wire != "full" else "")
+
+
 def make_plan(
     machine: Machine,
     job: Workload,
@@ -199,18 +208,20 @@ def make_plan(
     sizes: Iterable[int] | None = None,
     *,
     states: Sequence[str] = ("partition",),
+    wires: Sequence[str] = ("full",),
     reserve: float = RESERVE,
 ) -> list[Row]:
     """ZeRO-3 first, then MiCS by partition size. Each with its throughput relative to one group of its own.
 
     Args:
-        states: which values of ``mics_optimizer_states`` to plan.
+        states: values of ``mics_optimizer_states`` to plan.
+        wires: values of ``mics_replica_wire`` to plan.
     """
     check_ranks(machine, n)
     sizes = list(sizes or candidates(machine, n))
     for p in sizes:
         check_size(machine, n, p)
-    systems = [zero3(machine, job), *choices(machine, job, n, sizes, states)]
+    systems = [zero3(machine, job), *choices(machine, job, n, sizes, states, wires)]
     rows = []
     for system in systems:
         row = predict(machine, job, system, n, reserve=reserve)
@@ -218,31 +229,36 @@ def make_plan(
         if alone >= n or n % alone:
             base = row
         else:
-            world = system.world_states
-            smaller = system if system.p is None else mics(machine, job, alone, system.p, world_states=world)
+            kind: dict[str, Any] = {"world_states": system.world_states, "wire": system.wire}
+            smaller = system if system.p is None else mics(machine, job, alone, system.p, **kind)
             base = predict(machine, job, smaller, alone, reserve=reserve)
         rows.append(replace(row, linear=base.time.total / row.time.total))
     return rows
 
 
-def choices(machine: Machine, job: Workload, n: int, sizes: Iterable[int], states: Sequence[str]) -> list[Scheme]:
-    """MiCS of each size, with each kind of optimizer states. For p = n there is one kind."""
+def choices(
+    machine: Machine, job: Workload, n: int, sizes: Iterable[int], states: Sequence[str], wires: Sequence[str]
+) -> list[Scheme]:
+    """MiCS of each size, with each kind of optimizer states and each wire. For p = n there is one kind."""
     return [
-        mics(machine, job, n, p, world_states=kind == "world")
+        mics(machine, job, n, p, world_states=kind == "world", wire=wire)
         for p in sizes
         for kind in states
-        if p < n or kind == states[0]
+        for wire in wires
+        if p < n or (kind, wire) == (states[0], wires[0])
     ]
 
 
 def choose(rows: Sequence[Row]) -> Row | None:
     """The fastest MiCS that fits; of those that are level with it, the one with the smallest groups, which depends
-    least on the network, and then the one that keeps optimizer states in the partition group. ``None`` if none fits."""
+    least on the network, then the one that keeps optimizer states in the partition group, and then the wire with the
+    most bits. ``None`` if none fits."""
     fitting = [row for row in rows if row.system.p is not None and row.fits]
     if not fitting:
         return None
     fastest = min(row.time.total for row in fitting)
-    return min((row for row in fitting if row.time.total <= fastest * (1 + LEVEL)), key=lambda row: (row.p, row.states))
+    level = (row for row in fitting if row.time.total <= fastest * (1 + LEVEL))
+    return min(level, key=lambda row: (row.p, row.states, WIRES.index(row.system.wire)))
 
 
 def explain(rows: Sequence[Row], chosen: Row | None) -> str:
@@ -274,7 +290,9 @@ def explain(rows: Sequence[Row], chosen: Row | None) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"p = {row.p}{' with world-sharded optimizer states' if row.system.world_states else ''}"
+    more = ["world-sharded optimizer states"] if row.system.world_states else []
+    more += [f"the {row.system.wire} wire"] if row.system.wire != "full" else []
+    return f"p = {row.p}{' with ' * bool(more)}{' and '.join(more)}"
 
 
 def gb(value: float) -> str:
@@ -289,6 +307,7 @@ def scaling(
     *,
     strong: bool = False,
     world_states: bool = False,
+    wire: str = "full",
     reserve: float = RESERVE,
     progress: Any = None,
 ) -> dict[str, list[Row]]:
@@ -298,7 +317,7 @@ def scaling(
         systems: partition sizes; ``None`` for ZeRO-3.
         strong: keep the samples of a step as they are at the first number of GPUs, with fewer micro-steps where
             there are more GPUs. Otherwise the work of a GPU stays the same (weak scaling).
-        world_states: of MiCS.
+        world_states, wire: of MiCS.
         progress: wraps the points to show how far it is.
 
     Raises:
@@ -317,8 +336,9 @@ def scaling(
                     f"{job.micro_batch} cannot share evenly. Start from more micro-steps, or scale weakly."
                 )
             scaled = replace(job, micro_steps=micro_steps)
-        system = zero3(machine, scaled) if p is None else mics(machine, scaled, n, p, world_states=world_states)
-        name = "ZeRO-3" if p is None else f"MiCS p={p}{', world states' if world_states else ''}"
+        kind: dict[str, Any] = {"world_states": world_states, "wire": wire}
+        system = zero3(machine, scaled) if p is None else mics(machine, scaled, n, p, **kind)
+        name = "ZeRO-3" if p is None else f"MiCS p={p}{_suffix(world_states, wire)}"
         row = predict(machine, scaled, system, n, reserve=reserve)
         first = curves.setdefault(name, [])
         base = first[0].tokens_per_second if first else row.tokens_per_second

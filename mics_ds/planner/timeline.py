@@ -38,6 +38,10 @@ from .model import shard_numel, sliced_numel
 from .turns import Visit, compute_seconds, number_parameters, visits
 from .workload import OPTIMIZERS, Workload
 
+WIRE_BYTES = {"bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 128}
+"""Bytes of an element in hop 2, its share of a scale included."""
+ENCODING_BYTES = {"bf16": 20.0, "int8": 60.0, "int4": 70.0}
+"""Bytes of memory traffic for each element of a shard that is encoded, decoded and added up."""
 SCALAR_BYTES = 8
 """A norm or a flag, agreed on by an all-reduce whose bytes do not matter."""
 
@@ -62,6 +66,8 @@ class Scheme:
     """Elements of the largest bucket, where that is less than ``reduce_bucket_size``."""
     world_states: bool = False
     """Optimizer states are sharded over all ranks, not over a partition group."""
+    wire: str = "full"
+    """``mics_replica_wire``."""
     secondary: bool = False
     """ZeRO++ hpZ: in the backward pass, parameters are gathered from a second copy inside the node."""
 
@@ -139,7 +145,7 @@ class Costs:
         self.world = machine.partition_form(n, n)
         self.p, self.r = p, n // p
         self.system = system
-        self._cache: dict[tuple[str, int, int, GroupForm], _Cost] = {}
+        self._cache: dict[tuple[str, int, float, GroupForm], _Cost] = {}
 
     def gather(self, numel: int, backward: bool = False) -> _Cost:
         if backward and self.system.secondary:
@@ -152,17 +158,29 @@ class Costs:
 
     def average(self, numel: int) -> _Cost:
         """Hop 2 of the shards of ``numel`` elements."""
+        if self.system.wire != "full":
+            return self._average_encoded(-(-numel // self.p))
         itemsize = self.job.accumulation_itemsize or self.job.itemsize
         operation = "all_reduce"
         if self.system.world_states:
             operation = "stock_reduce_scatter" if self.system.native_scatter else "reduce_scatter"
         return self._cost(operation, -(-numel // self.p), itemsize, self.replication, False)
 
+    def _average_encoded(self, numel: int) -> _Cost:
+        """Hop 2 with a wire: an exchange, and a gather unless states are sharded over all ranks."""
+        itemsize = WIRE_BYTES[self.system.wire]
+        parts = [self._cost("all_to_all", numel, itemsize, self.replication, False)]
+        if not self.system.world_states:
+            parts.append(self._cost("all_gather", numel, itemsize, self.replication, False))
+        whole = sum(part.whole for part in parts)
+        whole += numel * ENCODING_BYTES[self.system.wire] / self.machine.memory_bandwidth
+        return _Cost(whole, sum(part.inter for part in parts), sum(part.intra for part in parts), whole)
+
     def update(self, numel: int) -> _Cost:
         """The all-gather of updated shards of ``numel`` elements."""
         return self._cost("all_gather", -(-numel // self.p), self.job.itemsize, self.replication, False)
 
-    def _cost(self, operation: str, numel: int, itemsize: int, form: GroupForm, staged: bool) -> _Cost:
+    def _cost(self, operation: str, numel: int, itemsize: float, form: GroupForm, staged: bool) -> _Cost:
         key = (operation, numel, itemsize, form)
         if key not in self._cache:
             payload = float(numel * itemsize)

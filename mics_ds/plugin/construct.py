@@ -112,7 +112,7 @@ def _resolve_auto(asked: Request, arguments: Mapping[str, Any], among: Ranks | N
         model = auto.describe(arguments["model"], facts, mics.plan)
     group: Any = dist.group.WORLD if among is None else engines.data_parallel_group(arguments.get("mpu"))
     choice = auto.choose(mics, facts, model, RankGroup.of(group))
-    chosen: Any = {"shard_size": choice.p, "optimizer_states": choice.states}
+    chosen: Any = {"shard_size": choice.p, "optimizer_states": choice.states, "replica_wire": choice.wire}
     return asked._replace(mics=replace(mics, **chosen)), with_choice(ds_config, *choice)
 
 

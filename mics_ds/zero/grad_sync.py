@@ -178,6 +178,8 @@ class GradSync:
             boundary.given[key] = max(given, boundary.given.get(key, Given.NOTHING))
             if overwriting:
                 boundary.old.pop(key, None)
+                if self._reducer is not None:
+                    self._reducer.overwritten(self._units.place[key])
             elif key not in boundary.fresh:
                 aside.append(key)
             boundary.fresh.add(key)
@@ -224,6 +226,10 @@ class GradSync:
         assert self._reducer is not None, "there are replicas"
         return self._reducer.mean(self._units.place[key])
 
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """Return what hop 2 has rounded off so far, by name: 1-D and live. See :mod:`mics_ds.zero.replica_wire`."""
+        return {} if self._reducer is None else self._reducer.residuals()
+
     def end_pass(self, last: bool) -> bool:
         """End a backward pass, and do hop 2 if it was the last one before the step, as far as can be known.
 
@@ -255,6 +261,7 @@ class GradSync:
         stale = [key for key in self._units.place if key not in boundary.fresh]
         self._set_aside(stale)
         boundary.fresh.update(stale)
+        leave_alone = self._reducer.protect([at for key, at in self._units.place.items() if key not in boundary.given])
         for unit in self._units.early[boundary.started :]:
             self._start(unit)
         flags = self._start_flags(self._replication)
@@ -269,6 +276,7 @@ class GradSync:
             self._start(unit)
         self._hop2.drain()
         boundary.flags, boundary.started, boundary.is_mean = flags, 0, True
+        leave_alone(flags)
         self._add_old_means(flags)
         return True
 
@@ -312,8 +320,10 @@ class GradSync:
         self._boundary.given[key] = Given.WRITTEN
         self._boundary.fresh.add(key)
         self._boundary.old.pop(key, None)
+        if self._reducer is not None:
+            self._reducer.replaced(self._units.place[key])
 
-    def next_boundary(self) -> None:
+    def next_boundary(self, *, discarded: bool = False) -> None:
         """Begin a new accumulation: the gradients of this one were used, or discarded.
 
         Raises:
@@ -323,6 +333,8 @@ class GradSync:
             self.look(self._boundary.flags.tolist())
         self._passes_per_step = max(1, self._boundary.passes)
         self._boundary = _Boundary()
+        if self._reducer is not None:
+            self._reducer.end_step(discarded=discarded)
 
     def _start(self, unit: Unit, after: Handle[None] | None = None) -> None:
         """Start hop 2 on a unit, once what it is ``after`` is done."""

@@ -3,11 +3,12 @@
 :class:`AllReduceMean` replaces partial gradients by their mean, on every replica. :class:`ScatterToSlices` leaves them
 as they are, and gives each replica its slice of the mean, in a buffer of its own. Both may be repeated: averaging what
 is equal on all replicas changes nothing, and partial gradients that were kept give the same mean again.
+:mod:`mics_ds.zero.replica_wire` has a third way, which rounds values and remembers what rounding has left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +23,19 @@ from .units import Unit
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     """Return whether collectives on ``device`` can work on a tensor as it is."""
     return tensor.device == device
+
+
+def stretches(unit: Unit, shards: Sequence[tuple[int, int]], part: int) -> Iterator[range]:
+    """Divide the shards of a unit into stretches of at most ``part`` elements, and of one shard at least."""
+    places, held = range(unit.places.start, unit.places.start), 0
+    for place in unit.places:
+        start, end = shards[place]
+        if places and held + end - start > part:
+            yield places
+            places, held = range(place, place), 0
+        places, held = range(places.start, place + 1), held + end - start
+    if places:
+        yield places
 
 
 class ReplicaReducer(Protocol):
@@ -42,8 +56,35 @@ class ReplicaReducer(Protocol):
         """Yield what to run in an executor, one after another, in the same order on all replicas."""
         ...
 
+    # Rounding leaves residuals, which have to follow what becomes of gradients. Exact reducers ignore the rest.
 
-class AllReduceMean:
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """Return what training continues from beside weights and optimizer states, by name: 1-D and live."""
+        return {}
+
+    def protect(self, places: Sequence[int]) -> Callable[[torch.Tensor], None]:
+        """Prepare shards that this replica has no gradient for, before their units are reduced.
+
+        Returns:
+            To be called with the flags of all replicas after hop 2: leaves those shards alone that no replica has a
+            gradient for.
+        """
+        return lambda flags: None
+
+    def overwritten(self, place: int) -> None:
+        """Note that a gradient is about to be written over a shard, whatever hop 2 has made of it."""
+        return
+
+    def replaced(self, place: int) -> None:
+        """Note that a shard and its mean were set to one value, after hop 2."""
+        return
+
+    def end_step(self, *, discarded: bool) -> None:
+        """Note that an optimizer step has used the means, or has discarded them."""
+        return
+
+
+class AllReduceMean(ReplicaReducer):
     """Hop 2 as an all-reduce: partial gradients become means.
 
     Args:
@@ -96,7 +137,7 @@ class AllReduceMean:
         return average
 
 
-class ScatterToSlices:
+class ScatterToSlices(ReplicaReducer):
     """Hop 2 as a reduce-scatter: each replica gets its slice of every shard's mean.
 
     Args:
@@ -135,16 +176,8 @@ class ScatterToSlices:
     def tasks(self, unit: Unit) -> Iterator[Task[None]]:
         if is_on(self._buffer(), self._like.device):
             yield self._task(unit.places)
-            return
-        places, held = range(unit.places.start, unit.places.start), 0
-        for place in unit.places:
-            start, end = self._shards[place]
-            if places and held + end - start > self._part:
-                yield self._task(places)
-                places, held = range(place, place), 0
-            places, held = range(places.start, place + 1), held + end - start
-        if places:
-            yield self._task(places)
+        else:
+            yield from map(self._task, stretches(unit, self._shards, self._part))
 
     def _task(self, places: range) -> Task[None]:
         def scatter(stages: Stages) -> None:

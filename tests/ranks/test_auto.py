@@ -302,10 +302,28 @@ def test_states_of_the_world_where_the_size_is_given_and_nothing_else_fits():
     for p, states in ((2, "world"), (8, "partition")):
         request = replace(config(cluster="p4d.24xlarge", checkpointing=True, sequence=2048), shard_size=p)
         choice, reason = decide(replace(request, optimizer_states="auto"), subject, model, situation)
-        assert choice == (p, states), reason
+        assert choice == (p, states, "full"), reason
     choice, reason = decide(replace(request, shard_size=1, optimizer_states="auto"), subject, model, situation)
-    assert choice == (1, "world")
+    assert choice == (1, "world", "full")
     assert "no partition size fits" in reason
+
+
+@pytest.mark.parametrize(
+    ("bits_per_second", "accumulation", "wire"),
+    [(10e9, 4, "bf16"), (10e9, None, "full"), (400e9 * 8, None, "full")],
+    ids=["fp32 sums on a slow network", "16-bit sums", "fast network"],
+)
+def test_fewer_bytes_where_they_make_a_step_shorter(tmp_path, bits_per_second, accumulation, wire):
+    """16-bit gradients take as many bytes either way. Integers are never chosen."""
+    cluster = tmp_path / "cluster.json"
+    link = {"bandwidth": bits_per_second / 8, "latency": 1e-5}
+    cluster.write_text(json.dumps({"preset": "p5.48xlarge", "name": "subject", "inter": link}))
+    model, subject = NAMED["llama-13b"].model(2048), facts(32, accumulation_itemsize=accumulation)
+    request = config(cluster=str(cluster), checkpointing=True, sequence=2048)
+    request = replace(request, shard_size=8, replica_wire="auto")
+    choice, reason = decide(request, subject, model, Situation(32, 8, 80 * 2**30, 1e12))
+    assert choice == (8, "partition", wire), reason
+    assert ("the bf16 wire" in reason.split(":")[0]) == (wire == "bf16")
 
 
 @pytest.mark.parametrize("gib", [20.0, 40.0, 80.0, 140.0])
@@ -324,7 +342,7 @@ def test_never_a_size_that_does_not_fit_its_own_estimate(gib, n):
         with pytest.raises(MicsPlanError, match="no partition size fits"):
             decide(request, subject, model, situation)
         return
-    (p, _), reason = decide(request, subject, model, situation)
+    (p, _, _), reason = decide(request, subject, model, situation)
     fastest = min(row.time.total for row in fitting)
     assert p == min(row.p for row in fitting if row.time.total <= fastest * (1 + LEVEL))
     assert f"p = {p}" in reason

@@ -40,6 +40,14 @@ SYSTEMS: dict[str, tuple[int | None, int]] = {  # p, ranks per node
 }
 WORLD: dict[str, tuple[int | None, int]] = {"p=1 world": (1, 4), "p=2 world": (2, 4)}
 """With world-sharded optimizer states."""
+WIRED: dict[str, tuple[int | None, int]] = {
+    "p=1 int8": (1, 4),
+    "p=2 int4": (2, 4),
+    "p=2 bf16": (2, 4),
+    "p=1 world int4": (1, 4),
+    "p=2 world int8": (2, 4),
+}
+"""With hop 2 in fewer bytes."""
 
 
 @dataclass
@@ -64,11 +72,12 @@ def engine_of(
         synchronized: whether DeepSpeed's throughput timer waits for the device. Then nothing that is too early between
             two steps can be seen.
     """
-    p, per_node = {**SYSTEMS, **WORLD}[system]
+    p, per_node = {**SYSTEMS, **WORLD, **WIRED}[system]
     zero = dict(config.pop("zero", {}))
     if p is not None:
         zero["mics_reduce_scatter"] = method
-        zero["mics_optimizer_states"] = "world" if system in WORLD else "partition"
+        zero["mics_optimizer_states"] = "world" if "world" in system else "partition"
+        zero["mics_replica_wire"] = system.split()[-1] if system in WIRED else "full"
     if synchronized:
         config["timers"] = {"throughput": {"synchronized": True}}
     with (
@@ -168,6 +177,12 @@ def test_the_same_of_world_sharded_states(scenario):
     no_more_than_stock(scenario, ["zero3", *WORLD])
 
 
+@pytest.mark.ranks(4, virtual=True)
+@pytest.mark.parametrize("scenario", scenarios("fp16", "offload"))
+def test_the_same_in_fewer_bytes(scenario):
+    no_more_than_stock(scenario, ["zero3", *WIRED])
+
+
 def no_more_than_stock(scenario: str, systems: Iterable[str]) -> None:
     settings = dict(SCENARIOS[scenario])
     work = settings.pop("work", None)
@@ -182,7 +197,7 @@ def no_more_than_stock(scenario: str, systems: Iterable[str]) -> None:
         assert not seen.growth, f"{system}: {seen.growth}"
         added, missing = more_than(seen.waits, stock.waits), more_than(stock.waits, seen.waits)
         assert added.total() <= missing.total() + ALLOWED.get(scenario, 0), f"{system}: {added}"
-        if system in WORLD and not settings.get("synchronized"):
+        if "world" in system and not settings.get("synchronized"):
             updates_wait = [place for place in seen.waits if place.startswith("synchronize device")]
             assert not updates_wait, f"{system}: the host waits for weights on their way: {updates_wait}"
         assert torch.tensor(seen.losses).isfinite().all()

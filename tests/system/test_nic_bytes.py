@@ -17,6 +17,7 @@ N, K = 2, 2  # nodes, ranks on each
 # the last layer from the one to the other, however small the limits, if it may gather ahead.
 STRICT = "stage3_max_live_parameters=1:stage3_prefetch_bucket_size=0"
 FLAT = "mics_hierarchical_params_gather=false:mics_hierarchical_grad_scatter=false"
+WIRES = {"bf16": 2, "int8": 1.015625, "int4": 0.53125}
 
 # Bytes that one node sends per optimizer step. A ring crosses each link once per chunk: (p-1)/p of M; in an
 # all-to-all each of the k ranks of a node sends 1/p of M to each of the p-k ranks elsewhere.
@@ -25,6 +26,12 @@ EXPECTED = {
     f"mics:2:{STRICT}": K * 2 * (M / 2) / 2,
     # the same, as a reduce-scatter of gradients and an all-gather of weights, (r-1)/r of M/p each
     f"mics:2:{STRICT}:mics_optimizer_states=world": K * 2 * (M / 2) / 2,
+    # the same in fewer bytes: of 2, 1 + 4/256 and 1/2 + 4/128 bytes in place of 4, and weights as they are
+    **{f"mics:2:{STRICT}:mics_replica_wire={wire}": K * 2 * (M / 2) / 2 * size / 4 for wire, size in WIRES.items()},
+    **{
+        f"mics:2:{STRICT}:mics_optimizer_states=world:mics_replica_wire={wire}": K * (M / 2) / 2 * (size / 4 + 1)
+        for wire, size in WIRES.items()
+    },
     # p over two nodes: 2 gathers and 1 reduce-scatter per micro-step, all of it in two stages
     f"mics:4:{STRICT}": 3 * S * M * (4 - K) / 4,
     # flat: rings for the gathers; gloo's own reduce-scatter moves twice what a ring should
@@ -43,6 +50,7 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(tmp_path):
     out = tmp_path / "results.jsonl"
     command = [sys.executable, BENCHMARK, "--shape", f"{N}x{K}", "--rate", "none"]
     command += ["--systems", ",".join(EXPECTED), "--layer-ms", "0", "--rounds", "1", "--steps", "3", "--warmup", "2"]
+    command += ["--tolerance", "1e-3"]  # int4 rounds
     result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     measured = [json.loads(line)["nic_bytes"] for line in out.read_text().splitlines()]

@@ -11,6 +11,7 @@ import pytest
 
 from mics_ds import __version__
 from mics_ds.cli import app
+from mics_ds.cli.output import progress_bar
 
 OLD_NAMES = {
     "mics_ds.check": ("check", ["--list", "--only", "bytes,p=2", "checkpoint,bf16"]),
@@ -113,3 +114,11 @@ def test_whoever_reads_the_output_may_stop():
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_a_progress_bar_can_begin_before_its_length_is_known():
+    with progress_bar(disable=False) as bar:
+        task = bar.add_task("running the model", total=None)
+        bar.refresh()
+        bar.update(task, completed=1, total=3)
+        assert [column.render(bar.tasks[0]).plain for column in bar.columns if hasattr(column, "separator")] == ["1/3"]

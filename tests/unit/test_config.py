@@ -58,11 +58,20 @@ def test_wrong_sizes_are_refused(size):
         "mics_hierarchical_grad_scatter",
         "mics_reduce_scatter",
         "mics_optimizer_states",
+        "mics_replica_wire",
     ],
 )
 def test_wrong_modes_are_refused(key, value):
     with pytest.raises(MicsConfigError, match=f"{key} must be"):
         split_ds_config(zero(mics_shard_size=2, **{key: value}))
+
+
+@pytest.mark.parametrize("wire", ["full", "bf16", "int8", "int4", "auto"])
+def test_a_wire_between_replicas_is_no_concern_of_parameters(wire):
+    mics, _ = split_ds_config(zero(mics_shard_size=2, mics_replica_wire=wire))
+    assert mics.replica_wire == wire
+    assert mics.of_parameters == split_ds_config(zero(mics_shard_size=2))[0]
+    assert mics.is_undecided == (wire == "auto")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

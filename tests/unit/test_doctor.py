@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mics_ds.cli import app
-from mics_ds.deepspeed_compat import probe
-from mics_ds.doctor.configuration import GIB
+from mics_ds.deepspeed_compat import probe, support
+from mics_ds.doctor.configuration import GIB, REFUSED
 from mics_ds.doctor.environment import TESTED_DEEPSPEED, VARIABLES
 from mics_ds.doctor.examination import examine, facts
 from mics_ds.doctor.job import Job, describe, read_hostfile
@@ -154,7 +154,14 @@ FAULTS: dict[str, tuple[Callable[[Machine], None], str]] = {
         lambda machine: machine.config.update(train_batch_size=64, gradient_accumulation_steps=1),
         "train_batch_size = micro-batch x micro-steps x ranks = 32",
     ),
-    "quantised gradients": (_zero(zero_quantized_gradients=True), "no zero_quantized_gradients beside"),
+    "quantised gradients": (
+        _zero(zero_quantized_gradients=True),
+        "no zero_optimization.zero_quantized_gradients beside",
+    ),
+    "DeepCompile": (
+        lambda machine: machine.config.update(compile={"deepcompile": True}),
+        "no compile.deepcompile beside",
+    ),
     "the optimizer on NVMe": (
         _zero(offload_optimizer={"device": "nvme", "nvme_path": "/scratch"}),
         "offload_optimizer to cpu",
@@ -268,6 +275,13 @@ def test_the_doctor_knows_the_variables_and_versions_of_the_package():
     source = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if "doctor" not in path.parts)
     assert set(re.findall(r"\bMICS_DS_[A-Z_]+[A-Z]\b", source)) == VARIABLES
     assert TESTED_DEEPSPEED == probe.TESTED_VERSIONS
+
+
+def test_what_the_doctor_refuses_is_refused_at_start():
+    refused = " ".join(item.name for item in support.FEATURES if item.switch_off is None)
+    for path in REFUSED:
+        section, name = path.split(".")
+        assert (section if name == "enabled" else name) in refused, path
 
 
 def test_this_machine_is_described_and_a_fault_is_in_the_json_and_the_exit_code(capsys, tmp_path, monkeypatch):

@@ -23,13 +23,16 @@ from mics_ds.comm import collectives
 from mics_ds.comm.async_exec import INLINE, Executor, StreamExecutor
 from mics_ds.comm.packing import ChunkLayout
 from mics_ds.comm.rank_group import RankGroup
+from mics_ds.comm.wire import Cast, Wire
 from mics_ds.errors import MicsUsageError
 from mics_ds.zero import replica_reducers
 from mics_ds.zero.grad_sync import GradSync
-from mics_ds.zero.replica_reducers import AllReduceMean, ScatterToSlices
+from mics_ds.zero.replica_reducers import AllReduceMean, ReplicaReducer, ScatterToSlices
+from mics_ds.zero.replica_wire import EncodedMean, EncodedSlices
 from mics_ds.zero.units import UnitPlan
 
 CPU = torch.device("cpu")
+LOSSLESS = Cast(torch.float32)
 REPLICAS = 2
 SHARDS = {10: (0, 3), 11: (3, 4), 12: (4, 9), 13: (9, 11)}
 BUCKETS = ((10, 11), (12,), (13,))
@@ -99,7 +102,7 @@ def _tensors_of_a_device_with_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-each_reducer = pytest.mark.parametrize("sliced", [False, True], ids=["all-reduce", "slices"])
+each_reducer = pytest.mark.parametrize("kind", ["all-reduce", "slices", "encoded", "encoded slices"])
 
 
 @dataclass
@@ -111,7 +114,9 @@ class Replica:
 
     executor: str = "inline"
     early: bool = True
-    sliced: bool = False
+    kind: str = "all-reduce"
+    wire: Wire = LOSSLESS
+    """Of encoded reducers: by default one that rounds nothing."""
 
     def __post_init__(self) -> None:
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
@@ -123,18 +128,27 @@ class Replica:
         self.old = torch.zeros(11)
         """The means of the boundary before."""
         self.micro_step = 0
+        self.loss_scale = 1.0
         self.group = RankGroup.of(dist.group.WORLD)
         self.hop1, hop2 = EXECUTORS[self.executor](), EXECUTORS[self.executor]()
         shards = list(SHARDS.values())
         self.cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.n)
         self.slices = torch.zeros(self.cut.width)
-        reducer = (
-            ScatterToSlices(lambda: self.buffer, lambda: self.slices, shards, self.group, CPU, 4, method="all_to_all")
-            if self.sliced
-            else AllReduceMean(lambda: self.buffer, shards, self.group, CPU, 4)
-        )
-        self.sync = GradSync(SHARDS, self.group, self.hop1, hop2, reducer, CPU, unit_numel=UNIT, early=self.early)
+        self.reducer = self.make_reducer(shards)
+        self.sync = GradSync(SHARDS, self.group, self.hop1, hop2, self.reducer, CPU, unit_numel=UNIT, early=self.early)
         self.draws = random.Random(self.rank)
+
+    def make_reducer(self, shards: list[tuple[int, int]]) -> ReplicaReducer:
+        common = shards, self.group, CPU, 4
+        numels = [end - start for start, end in shards]
+        encoded = shards, numels, self.group, CPU, 4, self.wire, lambda: self.loss_scale
+        if self.kind == "all-reduce":
+            return AllReduceMean(lambda: self.buffer, *common)
+        if self.kind == "slices":
+            return ScatterToSlices(lambda: self.buffer, lambda: self.slices, *common, method="all_to_all")
+        if self.kind == "encoded":
+            return EncodedMean(lambda: self.buffer, *encoded)
+        return EncodedSlices(lambda: self.slices, lambda: self.buffer, *encoded)
 
     def backward(self, buckets: Buckets, last: bool) -> bool:
         for ids in buckets:
@@ -170,7 +184,7 @@ class Replica:
 
     def mean(self) -> torch.Tensor:
         """All of it, on every rank."""
-        if not self.sliced:
+        if "slices" not in self.kind:
             return self.buffer
         mean = torch.empty_like(self.buffer)
         rows = collectives.all_gather_rows(self.slices, self.group, "slices")
@@ -298,12 +312,12 @@ def test_what_no_replica_has_used_is_late_and_cuts_units():
 @each_reducer
 @each_executor
 @pytest.mark.parametrize("repeated", [None, *BUCKETS], ids=str)
-def test_every_order_of_buckets_with_early_hop2(sliced, executor, repeated):
+def test_every_order_of_buckets_with_early_hop2(kind, executor, repeated):
     """Three optimizer steps of two micro-steps, each bucket order against each other one, and a repeated bucket."""
 
     def body() -> None:
         for first, second in itertools.product(itertools.permutations(BUCKETS), repeat=2):
-            replica = Replica(executor, sliced=sliced)
+            replica = Replica(executor, kind=kind)
             again = () if repeated is None else (repeated,)
             for _ in range(3):
                 assert not replica.backward((*first, *again), last=False)
@@ -316,10 +330,10 @@ def test_every_order_of_buckets_with_early_hop2(sliced, executor, repeated):
 
 @each_reducer
 @each_executor
-def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(sliced, executor):
+def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(kind, executor):
     def body() -> None:
         for late in [subset for n in (1, 2) for subset in itertools.combinations(BUCKETS, n)]:
-            replica = Replica(executor, sliced=sliced)
+            replica = Replica(executor, kind=kind)
             some = [bucket for bucket in BUCKETS if bucket not in late]
             for _ in range(3):
                 replica.step(BUCKETS, some)
@@ -330,10 +344,10 @@ def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(slice
 @each_reducer
 @each_executor
 @pytest.mark.parametrize("early", [True, False])
-def test_a_read_between_micro_steps_changes_nothing(sliced, executor, early):
+def test_a_read_between_micro_steps_changes_nothing(kind, executor, early):
     def body() -> None:
         for reads in itertools.product([False, True], repeat=3):
-            replica = Replica(executor, early, sliced)
+            replica = Replica(executor, early, kind)
             for _ in range(3):
                 for number, read in enumerate(reads):
                     last = number == len(reads) - 1
@@ -348,11 +362,11 @@ def test_a_read_between_micro_steps_changes_nothing(sliced, executor, early):
 
 
 @each_reducer
-def test_a_boundary_that_only_the_step_knows(sliced):
+def test_a_boundary_that_only_the_step_knows(kind):
     """Unmanaged accumulation: no backward pass is the last one, and a script reads before the step."""
 
     def body() -> None:
-        replica = Replica(sliced=sliced)
+        replica = Replica(kind=kind)
         for _ in range(3):
             for _ in range(3):
                 replica.backward(BUCKETS, last=False)
@@ -370,11 +384,11 @@ def test_a_boundary_that_only_the_step_knows(sliced):
 @each_executor
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_replicas_that_use_any_subset_in_any_order(sliced, executor, early, replicas):
+def test_replicas_that_use_any_subset_in_any_order(kind, executor, early, replicas):
     """Also a parameter that nobody uses in a step, one that a replica uses first in a later micro-step, and reads."""
 
     def body() -> None:
-        replica = Replica(executor, early, sliced)
+        replica = Replica(executor, early, kind)
         common, mine = random.Random(7), random.Random(1000 + replica.rank)
         for _ in range(30):
             micro_steps = common.choice([1, 1, 2, 3])
@@ -393,11 +407,11 @@ def test_replicas_that_use_any_subset_in_any_order(sliced, executor, early, repl
 
 @each_reducer
 @pytest.mark.parametrize("early", [True, False])
-def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(sliced, early):
+def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(kind, early):
     """The smallest case: step 2 is a text-only batch on replica 1."""
 
     def body() -> None:
-        replica = Replica(early=early, sliced=sliced)
+        replica = Replica(early=early, kind=kind)
         replica.step(BUCKETS)
         replica.step(BUCKETS if replica.rank == 0 else BUCKETS[:2])
 
@@ -406,11 +420,11 @@ def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(s
 
 @each_reducer
 @pytest.mark.parametrize("first", [0, 1])
-def test_accumulation_that_replicas_begin_at_different_micro_steps(sliced, first):
+def test_accumulation_that_replicas_begin_at_different_micro_steps(kind, first):
     """One replica writes over the old mean in micro-step 0, the other one adds in micro-step 1 to nothing."""
 
     def body() -> None:
-        replica = Replica(sliced=sliced)
+        replica = Replica(kind=kind)
         replica.step(BUCKETS, BUCKETS)
         without = BUCKETS[1:]
         replica.step(*((BUCKETS, without) if replica.rank == first else (without, BUCKETS)))
@@ -520,11 +534,11 @@ def test_a_parameter_that_comes_twice_is_not_averaged_before_the_pass_ends(count
 
 @each_reducer
 @pytest.mark.parametrize("looks", [True, False], ids=["for the norm", "after an overflow"])
-def test_a_second_gradient_after_hop2_has_started_is_refused_on_every_replica(sliced, looks):
+def test_a_second_gradient_after_hop2_has_started_is_refused_on_every_replica(kind, looks):
     """Where a step is skipped, nobody has looked before it ends: what is left would differ between replicas."""
 
     def body() -> None:
-        replica = Replica(sliced=sliced)
+        replica = Replica(kind=kind)
         replica.step(BUCKETS)
         again = (BUCKETS[0],) if replica.rank == 1 else ()
         replica.backward((*BUCKETS, *again), last=True)
@@ -588,9 +602,9 @@ def test_steps_of_one_and_two_passes_by_turns(counting):
 @each_reducer
 @each_executor
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_any_number_of_passes_with_any_subset(sliced, executor, replicas):
+def test_any_number_of_passes_with_any_subset(kind, executor, replicas):
     def body() -> None:
-        replica = Replica(executor, sliced=sliced)
+        replica = Replica(executor, kind=kind)
         common, mine = random.Random(3), random.Random(2000 + replica.rank)
         for _ in range(30):
             for _ in range(common.choice([1, 1, 2, 3])):
@@ -627,7 +641,7 @@ def test_slices_by_way_of_another_device(monkeypatch):
     monkeypatch.setattr(replica_reducers, "is_on", lambda *_: False)
 
     def body() -> None:
-        replica = Replica(early=False, sliced=True)
+        replica = Replica(early=False, kind="slices")
         mine = random.Random(replica.rank)
         for _ in range(6):
             replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
@@ -637,7 +651,7 @@ def test_slices_by_way_of_another_device(monkeypatch):
 
 def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
     def body() -> None:
-        replica = Replica(sliced=True)
+        replica = Replica(kind="slices")
         replica.step(BUCKETS)
         replica.backward(BUCKETS, last=False)
         replica.sync.average()

@@ -15,13 +15,14 @@ from torch import nn
 from mics_ds.cli import app
 from mics_ds.comm.layout import MicsLayout
 from mics_ds.comm.sizes import Sizes
+from mics_ds.comm.wire import wire_of
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import machine as planner_machine
 from mics_ds.planner import plan as planning
 from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
 from mics_ds.planner.memory import memory
 from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
-from mics_ds.planner.timeline import Costs, Queues, Scheme, StepTime, step_time
+from mics_ds.planner.timeline import ENCODING_BYTES, WIRE_BYTES, Costs, Queues, Scheme, StepTime, step_time
 from mics_ds.planner.trace import model_from_module
 from mics_ds.planner.workload import Workload, ZeroSettings
 
@@ -305,6 +306,40 @@ def test_world_sharded_states_where_nothing_is_gathered():
     time = step_time(subject, staying, Scheme(2, world_states=True), 4)
     assert time.updates == pytest.approx(subject.time("all_gather", 4 * 3 * 50, GroupForm(2, 1, 2)))
     assert time.counts["update"] == 1
+
+
+def test_bytes_of_wires_are_those_of_encoded_rows():
+    many = 1 << 20
+    assert {name: wire_of(name, torch.float32).nbytes(many) / many for name in WIRE_BYTES} == WIRE_BYTES
+    assert set(planning.WIRES) == {"full", *WIRE_BYTES} == {"full", *ENCODING_BYTES}
+
+
+@pytest.mark.parametrize("world", [False, True])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+def test_hop2_with_a_wire_is_an_exchange_and_a_gather(wire, world):
+    subject = machine(2, memory_bandwidth=1e9)
+    job = Workload(layers(1, 1000), precision="fp32", zero=NO_LIMITS)
+    cost = Costs(subject, job, Scheme(2, world_states=world, wire=wire), 8).average(1000)
+    form, sent = GroupForm(4, 1, 2), 500 * WIRE_BYTES[wire]
+    expected = [subject.time("all_to_all", sent, form), *([] if world else [subject.time("all_gather", sent, form)])]
+    assert cost.whole == pytest.approx(sum(expected) + 500 * ENCODING_BYTES[wire] / 1e9)
+    assert cost.inter == pytest.approx(sum(expected))
+
+
+def test_an_exchange_between_replicas_on_shared_nodes_leaves_the_node_once_for_each():
+    """Four replicas on two nodes: half of what each of a node's two has goes to the other node."""
+    subject = machine(2, backend="nccl")
+    ring, flat = (subject.formula(name, 1e12, GroupForm(2, 2)) for name in ("reduce_scatter", "all_to_all"))
+    assert flat / ring == pytest.approx(4 / 3, rel=1e-3)
+
+
+def test_residuals_take_memory_in_two_copies():
+    job = Workload(layers(3, 1000), precision="fp32", zero=NO_LIMITS)
+    full, bf16, int8, world, world_int8 = (
+        memory(job, Scheme(2, wire=wire, world_states=world), 8, StepTime()).gradients
+        for wire, world in (("full", False), ("bf16", False), ("int8", False), ("full", True), ("int8", True))
+    )
+    assert (bf16, int8 - full, world_int8 - world) == (full, 3 * (500 * 4 + 125 * 8), 3 * 500 * 4)
 
 
 def test_13_billion_on_64_gpus_of_40_gb():
