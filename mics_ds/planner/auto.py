@@ -218,8 +218,9 @@ def choose(config: MicsConfig, facts: Facts, model: Model, everyone: RankGroup) 
 
 def _asked(config: MicsConfig) -> str:
     """Return the first key that is left to the planner."""
-    names = ("shard_size", "optimizer_states", "replica_wire")
-    return "mics_" + next(name for name in names if getattr(config, name) == "auto")
+    names = ("shard_size", "replica_wire")
+    # If it is neither, it was the states, which an optimizer that must not be sliced has settled already.
+    return "mics_" + next((name for name in names if getattr(config, name) == "auto"), "optimizer_states")
 
 
 def assess(reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None) -> Situation:

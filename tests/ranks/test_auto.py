@@ -357,7 +357,7 @@ def test_a_measured_network_is_believed_over_the_formula(tmp_path):
         path.write_text(json.dumps(machine.to_json()))
         request = config(cluster=str(path), activations_gb=0)
         model = NAMED["bert-10b"].model(128)
-        found.append(decide(request, facts(4, micro_steps=1), model, Situation(4, 2, 1e11, 1e12))[0].p)
+        found.append(decide(request, facts(4, micro_steps=1), model, Situation(4, 2, 2e11, 1e12))[0].p)
     assert found[0] == 2
     assert found[1] != 2
 
