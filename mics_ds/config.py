@@ -40,7 +40,7 @@ _SECTION = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_SECTION)
 class PlanRequest:
-    """What ``"auto"`` is decided from, beside what the ranks find out themselves: ``mics_plan``."""
+    """Facts for ``"auto"`` beside what the ranks find out themselves: ``mics_plan``."""
 
     cluster: Union[Text, None] = None
     """A preset of :mod:`mics_ds.planner`, or the file of a calibrated profile (needed on rank 0's node only).
@@ -64,7 +64,7 @@ class GuardRequest:
     every: Count = 100
     """Optimizer steps between two checks; 0 is off."""
     action: Union[Literal["repair", "stop", "warn"], None] = None
-    """What follows a difference. By default repair where there are three copies or more, else stop."""
+    """Reaction to a difference. By default repair where there are three copies or more, else stop."""
     repairs: Count = 3
     """A rank that is repaired more often than this is named as suspect hardware."""
     forensics: Union[Text, None] = None
@@ -75,12 +75,12 @@ class GuardRequest:
 
 @dataclass(frozen=True, config=_SECTION)
 class CheckpointRequest:
-    """How checkpoints are saved, see :mod:`mics_ds.checkpoint`: ``mics_checkpoint``."""
+    """Settings of checkpoints, see :mod:`mics_ds.checkpoint`: ``mics_checkpoint``."""
 
     asynchronous: Annotated[Flag, Field(alias="async")] = False
     """``async``: training waits for a copy to host memory only."""
     busy: Literal["wait", "skip"] = "wait"
-    """What a save does while another is being written."""
+    """Behaviour of a save while another is being written."""
     on_error: Literal["raise", "log"] = "raise"
     """Whether the save after an asynchronous one that failed raises that error."""
     time_limit: Annotated[float, Field(strict=True, gt=0)] = 3600.0
@@ -90,9 +90,9 @@ class CheckpointRequest:
     memory_every: Count = 0
     """Optimizer steps between two copies of the states in memory that outlives the process; 0 is off."""
     memory_folder: Annotated[Text, Field(pattern="^/")] = "/dev/shm"
-    """Where, on each node: a file system in memory, by an absolute path."""
+    """Folder on each node: a file system in memory, by an absolute path."""
     job: Union[Annotated[Text, Field(min_length=1)], None] = None
-    """Whose memory it is: what a restarted job is recognised by. By default its command and folder."""
+    """Name by which a restarted job is recognised. By default its command and folder."""
 
 
 def _switch(value: Any) -> Any:
@@ -105,7 +105,7 @@ _KEYS = ConfigDict(extra="forbid", alias_generator=lambda name: KEY_PREFIX + nam
 
 @dataclass(frozen=True, config=_KEYS)
 class MicsConfig:
-    """What the user asked of MiCS. Immutable; comparing two of them compares the requests.
+    """Request of the user to MiCS. Immutable; comparing two of them compares the requests.
 
     Field names are the JSON keys without their ``mics_`` prefix.
     """
@@ -120,37 +120,37 @@ class MicsConfig:
     hierarchical_grad_scatter: AutoBool = "auto"
     """Reduce-scatter gradients in two stages, inside each node and then between nodes. As above."""
     reduce_scatter: Literal["auto", "native", "all_to_all"] = "auto"
-    """How hop 1 moves gradients: the backend's own reduce-scatter, or an all-to-all and a local sum.
+    """Method by which hop 1 moves gradients: the backend's own reduce-scatter, or an all-to-all and a local sum.
     ``"auto"`` takes the one that sends fewer bytes on this backend."""
     reshape_checkpoint: Flag = False
     """Let a checkpoint that was saved in another number of shards be loaded, cutting it anew on the way.
     Without it, that is an error."""
     optimizer_states: Literal["partition", "world", "auto"] = "partition"
-    """Which ranks fp32 masters and optimizer states are sharded over: the partition group, so that every replica has
+    """Ranks over which fp32 masters and optimizer states are sharded: the partition group, so that every replica has
     them all, or all data-parallel ranks. ``"auto"`` until the planner has chosen."""
     replica_wire: Literal["full", "bf16", "int8", "int4", "auto"] = "full"
-    """How gradients travel between replicas in hop 2: in the type that they accumulate in, in bf16, or as integers with
-    feedback. Sums are in fp32. ``"auto"`` lets the planner choose between the first two."""
+    """Type in which gradients travel between replicas in hop 2: that of their accumulation, bf16, or integers with
+    feedback. Encoded gradients are summed in fp32. ``"auto"`` lets the planner choose between the first two."""
     plan: Union[PlanRequest, None] = None
-    """What the planner is told for ``"auto"``."""
+    """Facts for the planner, for ``"auto"``."""
     guard: Annotated[Union[GuardRequest, None], BeforeValidator(_switch)] = None
-    """How copies that must be equal are compared, and what follows. ``None`` is off."""
+    """Settings of the replica guard, which compares copies that must be equal. ``None`` is off."""
     checkpoint: Union[CheckpointRequest, None] = None
-    """How checkpoints are saved. ``None`` is all defaults."""
+    """Settings of checkpoints. ``None`` is all defaults."""
 
     @property
     def is_auto(self) -> bool:
-        """Whether the partition size is for the planner to choose."""
+        """Return whether the partition size is for the planner to choose."""
         return self.shard_size == AUTO
 
     @property
     def is_undecided(self) -> bool:
-        """Whether anything is for the planner to choose when an engine is built."""
+        """Return whether anything is for the planner to choose when an engine is built."""
         return AUTO in (self.shard_size, self.optimizer_states, self.replica_wire)
 
     @property
     def of_parameters(self) -> MicsConfig:
-        """What of it concerns parameters: neither where optimizer states are nor how gradients travel."""
+        """Return the part that concerns parameters: neither where optimizer states are nor how gradients travel."""
         return replace(self, optimizer_states="partition", replica_wire="full")
 
     def to_json(self) -> dict[str, Any]:

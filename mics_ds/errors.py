@@ -38,7 +38,7 @@ class MicsGuardError(MicsError, RuntimeError):
     """Copies that must be equal are not, and nobody can or may repair them. Raised on every rank."""
 
     findings: tuple = ()
-    """Of :class:`mics_ds.guard.report.Finding`, those of all ranks."""
+    """Findings of all ranks, of :class:`mics_ds.guard.report.Finding`."""
 
 
 class MicsPlanError(MicsError, ValueError):

@@ -11,12 +11,12 @@ from .checkpoint.copies import PREFIX, copies
 
 
 class Region(NamedTuple):
-    """What one job keeps on this node."""
+    """Memory that one job keeps on this node."""
 
     path: Path
     nbytes: int
     steps: tuple[int, ...]
-    """Of copies that are complete."""
+    """Steps of copies that are complete."""
     age_s: float
     """Since it was last written."""
 

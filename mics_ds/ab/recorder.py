@@ -1,4 +1,4 @@
-"""What an A/B of somebody's own script needs to know of each step, written down from inside.
+"""Records of the steps of a user's own script, written from inside it for an A/B comparison.
 
 Active only when ``MICS_DS_REPORT`` names a folder; :mod:`mics_ds.ab` sets it. Each rank appends one
 JSON line per optimizer step to a file of its own, and nothing is sent anywhere, so that both runs of the

@@ -15,12 +15,12 @@ from .runs import Measure, Place, Setup
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What decides which checks there are. Equal on all ranks."""
+    """Facts that decide which checks run. They are equal on all ranks."""
 
     nodes: tuple[int, ...]
     """Node of each rank."""
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
-    """What DeepSpeed trains in on this device."""
+    """Precisions in which DeepSpeed trains on this device."""
     folder_problem: str = ""
     """Why there is no folder that all ranks see, if there is none."""
 
@@ -40,13 +40,13 @@ class Check:
     """Why it cannot be done here, if it cannot."""
 
     def matches(self, asked: Sequence[str]) -> bool:
-        """Whether it has all comma-separated words of one of ``asked``; without any, it has."""
+        """Return whether it has all comma-separated words of one of ``asked``; without any, it has."""
         words = self.name.split()
         return not asked or any(all(word in words for word in item.split(",")) for item in asked)
 
 
 def supported_dtypes() -> tuple[str, ...]:
-    """What DeepSpeed trains in on this device."""
+    """Return the precisions in which DeepSpeed trains on this device."""
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     return tuple(name for name, is_supported in supported.items() if is_supported)
@@ -150,7 +150,7 @@ def _checkpoints(here: Surroundings, sizes: Sequence[int], middle: int) -> Itera
 
 
 def _late_results(here: Surroundings, sizes: Sequence[int]) -> Iterator[Check]:
-    """With one and with two replicas: see :func:`mics_ds.check.parity.late_results`."""
+    """Check late results with one and with two replicas, see :func:`mics_ds.check.parity.late_results`."""
     n = here.size
     dtype = "fp16" if "fp16" in here.dtypes else "bf16"
     staged, why_not = _staged(here)

@@ -15,7 +15,7 @@ from .ranks import GRACE_S
 
 POLL_S = 0.1
 END_S = 3.0
-"""For ranks to clean up after Ctrl-C."""
+"""Seconds that ranks have to clean up after Ctrl-C."""
 
 
 def run_ranks(n: int, command: Sequence[str]) -> int:

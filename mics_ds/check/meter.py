@@ -1,4 +1,4 @@
-"""Counting what collectives move, whoever issues them.
+"""Counters of the bytes that collectives move, for all callers.
 
 :class:`CommMeter` sees every ``torch.distributed`` collective of the process, DeepSpeed's and ours,
 and can therefore compare stock ZeRO-3 with MiCS by one yardstick.
@@ -78,7 +78,7 @@ class CommMeter:
     def select(
         self, kind: str | None = None, ranks: tuple[int, ...] | None = None, label: str | None = None
     ) -> list[Collective]:
-        """Those of one kind, group and label; ``None`` stands for any."""
+        """Return the collectives of one kind, group and label; ``None`` stands for any."""
         return [
             item
             for item in self.collectives

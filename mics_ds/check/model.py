@@ -1,4 +1,4 @@
-"""What the checks train: small networks of awkward shapes, and their data."""
+"""Small networks of awkward shapes that the checks train, and their data."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Chain(nn.Module):
 
 
 def no_pause() -> None:
-    """In place of :func:`pause`, where nothing shall be late."""
+    """Do nothing, in place of :func:`pause`, so that no result is late."""
 
 
 def pause(device: torch.device, rank: int) -> Callable[[], None]:

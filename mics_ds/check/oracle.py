@@ -1,4 +1,4 @@
-"""What stock ZeRO-3 needs to be an oracle: it must not race."""
+"""Make stock ZeRO-3 an oracle: its gathers must not race."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same numbers: as stock ZeRO-3, on all replicas, and whatever arrives late."""
+"""Checks that numbers equal those of stock ZeRO-3, on all replicas, also when results arrive late."""
 
 from __future__ import annotations
 

@@ -24,14 +24,13 @@ from .runs import Measure
 T = TypeVar("T")
 
 GRACE_S = 10.0
-"""How long ranks may go on after the first one failed, and how long the others wait for the word of rank 0 after it
-should have come."""
+"""Seconds that ranks may go on after the first one failed, and that they wait beyond the time for rank 0's word."""
 POLL_S = 0.25
 LONGEST_TEXT = 6000
 
 MEASURES, ERROR, STUCK = "measures", "error", "stuck"
 Said = dict[str, Any]
-"""What a rank says of a check: its measures, an error, or where it was stuck."""
+"""Report of a rank on a check: its measures, an error, or where it was stuck."""
 
 
 class LostError(MicsError, RuntimeError):
@@ -48,7 +47,7 @@ class Worker:
         return self._threads.submit(work)
 
     def stack(self) -> str:
-        """Where the thread is."""
+        """Return the stack of the thread."""
         thread = next(iter(self._threads._threads), None)
         frame = sys._current_frames().get(thread.ident or 0) if thread is not None else None
         return "".join(traceback.format_stack(frame)) if frame is not None else "(not started)"

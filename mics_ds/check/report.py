@@ -1,4 +1,4 @@
-"""How a check ended, as a line of the table and as JSON; and what it all comes to."""
+"""Results of checks as lines of a table and as JSON, and the verdict over all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OK, FAILED, SKIPPED, NOT_RUN = "ok", "FAILED", "skipped", "not run"
 
 @dataclass
 class Result:
-    """How one check ended on all ranks."""
+    """Result of one check on all ranks."""
 
     name: str
     state: str
@@ -50,7 +50,7 @@ class Result:
 
 
 def judge(name: str, said: Sequence[Said | None], seconds: float) -> Result:
-    """What all ranks together say of a check. One that fails on any of them has failed."""
+    """Judge a check by the reports of all ranks. A check that fails on any rank has failed."""
     silent = [rank for rank, item in enumerate(said) if item is None]
     errors = {rank: item[ERROR] for rank, item in enumerate(said) if item is not None and ERROR in item}
     stuck = {rank: item[STUCK] for rank, item in enumerate(said) if item is not None and STUCK in item}

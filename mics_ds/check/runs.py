@@ -23,7 +23,7 @@ from .model import DTYPES, OddNet, batch
 
 
 class Measure(NamedTuple):
-    """What was measured, and the largest value that is right."""
+    """Measured value, and the largest value that is right."""
 
     what: str
     value: float
@@ -36,7 +36,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """How to train. Equal setups give equal runs."""
+    """Settings of a training run. Equal setups give equal runs."""
 
     p: int | None = None
     """Partition size; ``None`` for stock ZeRO-3."""
@@ -102,12 +102,12 @@ class Outcome:
     """One training run. Tensors are on the host."""
 
     losses: list[float]
-    """Of each step, over all ranks."""
+    """Losses of each step, over all ranks."""
     initial: dict[str, torch.Tensor]
     params: dict[str, torch.Tensor]
-    """As the model has them, whole."""
+    """Full parameters, as the model has them."""
     masters: dict[str, torch.Tensor]
-    """As the optimizer has them, in fp32, whole."""
+    """Full parameters, as the optimizer has them in fp32."""
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ class Outcome:
 
 @dataclass
 class Place:
-    """What a check knows of the rank it runs on."""
+    """Facts about the rank that a check runs on."""
 
     rank: int
     size: int
@@ -128,7 +128,7 @@ class Place:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """How far losses and parameters may be from stock's, relatively.
+        """Relative deviation that losses and parameters may have from stock's.
 
         fp32 is the promise. A GPU adds up in blocks, and so in an order that depends on sizes. In 16 bits one addition
         in another order moves a value by half a unit in the last place, and every step carries that on.
@@ -214,7 +214,7 @@ def train(setup: Setup, place: Place, model: Callable[[], nn.Module] = OddNet) -
 
 
 def stock_run(setup: Setup, place: Place) -> Outcome:
-    """What stock ZeRO-3 makes of this setup. Remembered.
+    """Return the run of stock ZeRO-3 with this setup. It is cached.
 
     Raises:
         RuntimeError: its parameters did not move, so there is nothing to compare with.
@@ -274,7 +274,7 @@ def _largest(values: Iterable[float]) -> float:
 
 
 def unequal_replicas(place: Place, tensors: Mapping[str, torch.Tensor]) -> float:
-    """How many host tensors differ in any bit from those of rank 0. Collective."""
+    """Return how many host tensors differ in any bit from those of rank 0. Collective."""
     mine = torch.stack([_fingerprint(tensor) for tensor in tensors.values()]).to(place.device)
     reference = mine.clone()
     dist.broadcast(reference, 0)

@@ -41,14 +41,14 @@ from .runs import Measure, Place
 
 @dataclass(frozen=True)
 class Request:
-    """What to check, and how."""
+    """Selection of checks, and the settings they run with."""
 
     sizes: tuple[int, ...] = ()
     """Partition sizes; by default those of :func:`mics_ds.check.checks.default_sizes`."""
     only: tuple[str, ...] = ()
     """Run only checks whose name has all comma-separated words of one of these."""
     folder: Path | None = None
-    """For checkpoints; all ranks have to see it. By default a temporary one."""
+    """Folder for checkpoints, which all ranks have to see. By default a temporary one."""
     json: Path | None = None
     """File for the results."""
     timeout: float = 120.0
@@ -143,7 +143,7 @@ class Session:
         self._roll = RollCall(store, self._place.rank, self._place.size)
 
     def _look_around(self) -> Surroundings:
-        """What all ranks together know of where they are.
+        """Return what all ranks together know about their nodes and devices.
 
         Raises:
             MicsError: they cannot be checked together; the same on every rank.

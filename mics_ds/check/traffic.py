@@ -24,8 +24,11 @@ NO_REUSE = (
 
 
 def bytes_by_formula(place: Place, setup: Setup) -> list[Measure]:
-    """With M bytes of parameters and s micro-steps, per rank and step: 2s all-gathers and s reduce-scatters of M in
-    the partition group, nothing outside of it before the boundary, and there one all-reduce of M/p."""
+    """Return the traffic by the formula, per rank and step, for M bytes of parameters and s micro-steps.
+
+    2s all-gathers and s reduce-scatters of M stay in the partition group. Nothing leaves it before the boundary, where
+    one all-reduce of M/p does.
+    """
     assert setup.p is not None, "stock ZeRO-3 has other formulas"
     p, r, s = setup.p, place.size // setup.p, MICRO_STEPS
     width = p * -(-16 // p)

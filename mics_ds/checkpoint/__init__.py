@@ -10,7 +10,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``wait_for_saves``, for scripts, without an import of DeepSpeed by whoever wants anything else here."""
+    """Import ``wait_for_saves`` when a script asks for it: other users of this package need no DeepSpeed."""
     if name == "wait_for_saves":
         from .background import wait_for_saves
 

@@ -78,7 +78,7 @@ class Background:
 
     @classmethod
     def is_there(cls) -> bool:
-        """Whether there is one of this process group. The same on all ranks."""
+        """Return whether there is one of this process group. The same on all ranks."""
         return cls.current is not None and cls.current._world is dist.group.WORLD
 
     @classmethod

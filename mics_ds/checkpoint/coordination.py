@@ -37,7 +37,7 @@ from .staging import MARK, bytes_of, record
 RESHAPE_COMMAND = "mics-ds reshape"
 UNCHANGED = "No state was changed."
 SLOW_S = 3.0
-"""From when on the log says how long something takes."""
+"""Seconds after which the log says how long something takes."""
 
 _EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 
@@ -108,7 +108,7 @@ class Run:
     name = ""
     """Tells its saves from those of any other run."""
     token = ""
-    """What its processes know each other by; no file has it."""
+    """Secret by which the processes of the run recognise each other. It is in no file."""
     _last = 0
 
     @classmethod
@@ -157,7 +157,7 @@ def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception
 
 
 class Roles:
-    """Who does what in saving and loading, from this rank's point of view.
+    """Roles of ranks in saving and loading, from this rank's point of view.
 
     The *owner* of a shard writes its files. The *publisher* of a folder turns it into a checkpoint.
     """
@@ -214,13 +214,16 @@ class Roles:
 
     @cached_property
     def parent(self) -> int | None:
-        """Whose writer hears from this rank's: an owner from sharers, a publisher from owners, the first from all."""
+        """Global rank whose writer this rank's writer reports to.
+
+        Sharers report to the owner, owners to the publisher, publishers to the first of them.
+        """
         way_up = [self.owner, self.publisher, self.publishers[0]]
         return next((rank for rank in way_up if rank != self.rank), None) if self.rank != way_up[-1] else None
 
     @cached_property
     def children(self) -> list[int]:
-        """Whose writers report to this rank's."""
+        """Global ranks whose writers report to this rank's writer."""
         found = set(self.sharers) if self.owns else set()
         found |= set(self._owners_here()) if self.publishes else set()
         found |= set(self.publishers) if self.rank == self.publishers[0] else set()
@@ -239,7 +242,7 @@ class Roles:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """How far each data-parallel group is from this rank's. All have the same spacing."""
+        """Distances of all data-parallel groups from this rank's group. All groups have the same spacing."""
         ranks, left, found = self.groups.layout.ranks, set(range(dist.get_world_size())), list[int]()
         while left:
             found.append(min(left) - ranks[0])
@@ -251,7 +254,7 @@ class Roles:
         return sorted({nodes[rank]: rank for rank in reversed(list(ranks))}.values())
 
     def describe(self, tag: str, steps: int, save: str, files: Mapping[str, FileRecord]) -> Manifest:
-        """A checkpoint of this job, as this rank's folder has it."""
+        """Return the manifest of a checkpoint of this job, as this rank's folder has it."""
         layout = self.groups.layout
         return Manifest(
             tag=tag,
@@ -269,7 +272,7 @@ class Roles:
 
 
 def versions() -> dict[str, str]:
-    """Of what a checkpoint depends on."""
+    """Return the versions of the packages that a checkpoint depends on."""
     return {"mics_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
 
 
@@ -408,14 +411,14 @@ _OF_MODEL = (PARAM_SHAPES, FROZEN_SHAPES, FROZEN_SHARDS, TIED_NAMES)
 """Shards, and what describes parameters. Of tied names DeepSpeed tells on global rank 0 only."""
 
 Fingerprint = dict[str, dict[str, str]]
-"""By section and name, the digest of each value."""
+"""Digest of each value, by section and name."""
 
 
 class RankState(NamedTuple):
-    """What one rank has of its own beside its shard: buffers of modules, schedulers, samplers, the client state."""
+    """State of one rank beside its shard: buffers of modules, schedulers, samplers, the client state."""
 
     values: dict[str, dict[Any, Any]]
-    """By section and name."""
+    """Values by section and name."""
     fingerprint: Fingerprint
 
     @classmethod

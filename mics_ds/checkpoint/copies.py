@@ -69,7 +69,7 @@ class SharedMemory:
     """
 
     _stream: Any = None
-    """On which all copies of this process from the device are made."""
+    """Stream of all copies from the device that this process makes."""
 
     def __init__(self, descriptor: int | None = None, path: Path | None = None) -> None:
         if path is not None:
@@ -82,7 +82,7 @@ class SharedMemory:
         self._pinned = False
 
     def is_lost(self) -> bool:
-        """Whether its file was removed, so that nobody will find what is copied there."""
+        """Return whether its file was removed, so that nobody will find what is copied there."""
         try:
             return self.path is not None and not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except FileNotFoundError:
@@ -105,8 +105,10 @@ class SharedMemory:
                 logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
 
     def _grow(self, size: int, wanted: int) -> None:
-        """In steps, because the other ranks of the node take theirs at the same time. An error now is better than
-        SIGBUS, or the end of the process, later."""
+        """Grow in steps, because the other ranks of the node take their memory at the same time.
+
+        An error now is better than SIGBUS, or the end of the process, later.
+        """
         while size < wanted:
             step = min(_STEP, wanted - size)
             left, of = host_memory_left()
@@ -147,7 +149,7 @@ class SharedMemory:
         return self._bytes[start : start + nbytes]
 
     def buffer(self, start: int, nbytes: int) -> memoryview:
-        """The same, for what knows nothing of torch."""
+        """Return (nbytes,) bytes of the memory as a buffer, for code that does not use torch."""
         return memoryview(b"" if self._map is None else self._map)[start : start + nbytes]
 
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
@@ -263,10 +265,10 @@ def _require_host_memory(nbytes: int) -> None:
 
 
 class Place(NamedTuple):
-    """Which part of the states: whose, and how they were cut."""
+    """Place of a slice in the states of the job: its group, its shard, and how the states were cut."""
 
     group: int
-    """Of data-parallel ranks, by its first rank; there are several with model parallelism."""
+    """First rank of the data-parallel group. There are several groups with model parallelism."""
     shard: int
     slice: int
     shards: int
@@ -276,7 +278,7 @@ class Place(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Among all places that are cut so."""
+        """Number of this place among all places with the same cut."""
         return (self.group * self.shards + self.shard) * self.slices + self.slice
 
     def name(self, engine: int) -> str:
@@ -285,13 +287,13 @@ class Place(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What is in one copy."""
+    """Description of the content of one copy."""
 
     format: Literal[3]
     step: int
     """Optimizer steps before it."""
     engine: int
-    """Which of the job's engines, in the order in which they were made."""
+    """Index of the engine among those of the job, in the order in which they were made."""
     place: Place
     rank: int
     layout: str
@@ -329,7 +331,7 @@ def described_by(path: Path) -> Path:
 
 
 def forget(path: Path) -> None:
-    """From now on the content of a copy may be anything."""
+    """Mark the content of a copy as undefined."""
     described_by(path).unlink(missing_ok=True)
 
 
@@ -371,8 +373,10 @@ def copies(region: Path) -> Iterator[Copy]:
 
 
 def job_key(name: str | None) -> str:
-    """What a job and its restarts have in common: the name it was given, or else its job in the cluster, its command
-    and its folder."""
+    """Return what a job and its restarts have in common.
+
+    That is the name it was given, or else its job in the cluster, its command and its folder.
+    """
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     run = "" if run == "none" or _RANDOM_ID.fullmatch(run) else run  # torchrun makes one up for each start
     # The deepspeed launcher tells each rank its number by an argument.
@@ -386,7 +390,8 @@ def region(folder: str | os.PathLike, key: str) -> Path:
 
 
 def require_own(path: Path) -> None:
-    """
+    """Check that no other user can write to ``path``.
+
     Raises:
         MicsCheckpointError: it belongs to another user, who could have put anything there.
     """

@@ -96,7 +96,7 @@ def _is_utf8(tag: str) -> bool:
 
 
 def is_tag(tag: str) -> bool:
-    """Whether MiCS can have written that tag."""
+    """Return whether MiCS can have written that tag."""
     try:
         check_tag(tag)
     except MicsCheckpointError:
@@ -149,7 +149,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _noted(folder: Path) -> str | None:
-    """What MiCS wrote into ``latest``, if that is known. A damaged note says nothing."""
+    """Return what MiCS wrote into ``latest``, or ``None`` if that is not known. A damaged note says nothing."""
     path = folder / NOTE
     try:
         note = json.loads(path.read_bytes())
@@ -186,7 +186,7 @@ def forget_note(folder: Path) -> None:
 
 
 def marker(tag: str, save: str) -> str:
-    """What ``latest`` stands for: another save of the same tag has another marker."""
+    """Return what identifies the save that ``latest`` names: another save of the same tag has another marker."""
     return f"{tag} {save}"
 
 
@@ -232,12 +232,12 @@ def complete_tags(folder: Path) -> list[str]:
 
 
 def is_remains(name: str) -> bool:
-    """Whether a name is not that of a checkpoint, but of one on its way to become one or to be removed."""
+    """Return whether a name is not that of a checkpoint, but of one on its way to become one or to be removed."""
     return name.startswith(".") and name.endswith((_PARTIAL, _REPLACED, _LOCK))
 
 
 def staging_folder(target: Path, save: str) -> Path:
-    """Where the save of that name writes the checkpoint that will be ``target``."""
+    """Return the folder in which the save of that name writes the checkpoint that will be ``target``."""
     return target.with_name(f".{target.name}.{save}{_PARTIAL}")
 
 
@@ -306,7 +306,7 @@ class FileLock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its file was removed."""
+        """Return whether its file was removed."""
         return self._descriptor is None or not os.fstat(self._descriptor).st_nlink
 
     def take(self, patience_s: float = 0.0) -> bool:

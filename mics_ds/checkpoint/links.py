@@ -27,7 +27,7 @@ from .copies import SharedMemory
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 STARTING_S = 120.0
-"""How long a process may take from its start to its first sign of life; it imports torch."""
+"""Seconds that a process may take from its start to its first sign of life; it imports torch."""
 _BACKLOG = 4096
 _BEAT_S = 1.0
 _CHUNK = 16 << 20

@@ -230,7 +230,7 @@ class _Reader:
         self.sharers = Sharers(self._place, self._size, self._incomplete.append)
 
     def read(self, path: Path, record: FileRecord, errors: list[str]) -> dict[str, Any]:
-        """What is in a file, compared with its record. Collective over the replicas.
+        """Return the content of a file, compared with its record. Collective over the replicas.
 
         Args:
             errors: for what is wrong with it, and for what this rank alone could not do.
@@ -349,7 +349,7 @@ class _Loading:
 
     @property
     def weights_are_set(self) -> bool:
-        """Whether only the rest of the module is left to load."""
+        """Return whether only the rest of the module is left to load."""
         return self.weights is not None
 
     def make(self, make: Callable[[], Any]) -> None:
@@ -432,7 +432,7 @@ def _report(roles: Roles, saved: _Saved) -> None:
 
 
 def _states(reader: _Reader, saved: _Saved, path: Path, errors: list[str]) -> dict[str, Any]:
-    """What is in a file, read together and compared with its record, if it has one and that was not done before."""
+    """Return the content of a file. It is read together, and compared with its record once, if it has one."""
     record = saved.records.get(path.name)
     if record is not None and saved.shards == saved.groups.partition.size:
         return reader.read(path, record, errors)

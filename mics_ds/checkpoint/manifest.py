@@ -1,4 +1,4 @@
-"""What a complete checkpoint consists of: a manifest with sizes and checksums, and how files are compared with it.
+"""Manifests of checkpoints: sizes and checksums of all files, and the comparison of files with them.
 
 A folder with a manifest was complete once; the manifest tells whether it still is. It has a checksum of its own and a
 strict schema. Checksums of files are CRC-32. Plain files and JSON: no ranks, no DeepSpeed.
@@ -26,13 +26,13 @@ from ..errors import MicsCheckpointError
 NAME = "mics_manifest.json"
 FORMAT: Literal[3] = 3
 _WITHOUT_SAVE: Literal[2] = 2
-"""From before a manifest named the save that wrote it. Read, never written."""
+"""Version of manifests that do not name the save that wrote them. Read, never written."""
 _UNPROTECTED: Literal[1] = 1
-"""From before manifests had a checksum of their own. Read, never written."""
+"""Version of manifests without a checksum of their own. Read, never written."""
 ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
 """Load what MiCS wrote although its manifest is gone."""
 OWN_STATE = "mics_client_state_rank_{rank}.pt"
-"""What a rank has of its own. The name is from before anything but the client state was in it."""
+"""File with the state of one rank. The name is from before anything but the client state was in it."""
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -48,14 +48,14 @@ class FileRecord:
 
     bytes: Size
     crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
-    """Of the whole content. Finds every change of up to 32 neighbouring bits, at several GB/s."""
+    """CRC-32 of the whole content. It finds every change of up to 32 neighbouring bits, at several GB/s."""
     writer: Size
     """Global rank."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a published checkpoint consists of, and the job that wrote it."""
+    """Files of a published checkpoint, and the job that wrote it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -74,7 +74,7 @@ class Manifest:
     """Whether this folder has the shards of one node only."""
     versions: dict[str, str]
     files: dict[str, FileRecord]
-    """By name, relative to the folder."""
+    """Files by name, relative to the folder."""
     save: str = ""
     """Names the save that wrote it, unlike that of any other save."""
     format: Literal[1, 2, 3] = FORMAT
@@ -91,7 +91,7 @@ class Manifest:
 
     @property
     def protected(self) -> bool:
-        """Whether it was read with a checksum of its own, which was right."""
+        """Return whether it was read with a checksum of its own, which was right."""
         return self.format != _UNPROTECTED
 
     @property
@@ -235,7 +235,7 @@ def file_checksum(path: Path) -> tuple[int, int]:
 
 
 def written_checksum(path: Path) -> tuple[int, int]:
-    """The same of a file that this process has just written, from the CRCs in it where it is an archive of torch.
+    """Return the checksum of a file that this process has just written, from its own CRCs if torch wrote an archive.
 
     What is summed up for a large record is what was in memory; if the disk has something else, the result differs from
     that of :func:`file_checksum`.
@@ -265,7 +265,7 @@ def large_records(path: Path, file: BinaryIO) -> Iterator[tuple[zipfile.ZipInfo,
 
 
 def _sums_are_kept() -> bool:
-    """Whether torch writes real CRCs, which users can switch off."""
+    """Return whether torch writes real CRCs, which users can switch off."""
     from torch import serialization  # here: tools that only read manifests need no torch
 
     return bool(getattr(serialization, "get_crc32_options", lambda: True)())

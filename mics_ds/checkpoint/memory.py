@@ -62,11 +62,11 @@ class Caller(NamedTuple):
     home: str
     """The folder that it resumes from, if it is always the same."""
     files: Callable[[], dict[str, bytes]]
-    """What it needs beside the engine's states, on this rank."""
+    """Files that the framework needs beside the engine's states, on this rank."""
     takes_memory_for: Callable[[str], bool]
     """Whether ``load_checkpoint`` of this folder may go on from memory."""
     marker: Callable[[], str] = lambda: ""
-    """Of the newest checkpoint in the folder that it resumes from."""
+    """Marker of the newest checkpoint in the folder that a framework resumes from."""
 
 
 class _Current:
@@ -87,7 +87,7 @@ def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
 
 
 _regions: dict[Path, FileLock] = {}
-"""Those that this process holds, to its end."""
+"""Regions that this process holds until it ends."""
 
 
 class MemoryTier:
@@ -138,7 +138,7 @@ class MemoryTier:
         at_end.append(self.end)
 
     def place_of(self, rank: int) -> Place:
-        """What a rank of the job copies."""
+        """Return the place of the slice that a rank of the job copies."""
         layout = self.groups.layout
         for group, offset in enumerate(self.roles.offsets):
             if rank - offset in layout.ranks:
@@ -150,7 +150,7 @@ class MemoryTier:
         return self.place_of(rank).name(self.engine_index)
 
     def _can_be_on(self, engine: Any) -> bool:
-        """Whether no other job is using the region, and there is room. Collective over the world."""
+        """Return whether no other job is using the region, and there is room. Collective over the world."""
         errors, needs = list[str](), list[int]()
         attempts: list[Callable[[], Any]] = [lambda: needs.append(self._plan(engine, {}).staged.nbytes)]
         if self.roles.rank == self.on_node[0]:
@@ -272,12 +272,12 @@ class MemoryTier:
         return {path: -1 if copy is None else copy.description.step for path, copy in found.items()}
 
     def _next_slot(self, name: str, kept: int) -> Path:
-        """Where the next copy of that name goes: over the older one, but never over the step that is kept."""
+        """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept."""
         steps = self._steps(name)
         return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
 
     def _own(self, engine: Any) -> _Own:
-        """What belongs to this rank alone."""
+        """Return the state that belongs to this rank alone."""
         client_state = dict(self.client_state() if self.client_state is not None else {})
         files = {} if self.caller is None else self.caller.files()
         alone = {"client_state": client_state, "random": random_states(), "files": files}
@@ -286,7 +286,7 @@ class MemoryTier:
         return _Own(alone, own, pickled(alone))
 
     def _plan(self, engine: Any, client_state: Mapping[str, Any], own: bytes = b"") -> Plan:
-        """What this rank copies, with what is its own."""
+        """Return the plan of this rank's copy, with the state that is its own."""
         roles, streams = self.roles, device_streams()
         stager = Stager(roles.shard, len(roles.replicas), roles.replicas.index(roles.rank), roles.owns, streams)
         collect(engine, stager, roles, str(self.folder), "memory", client_state, exclude_frozen=False)
@@ -383,8 +383,10 @@ class MemoryTier:
             self.homes = {home: markers[-1:] for home, markers in self.homes.items()}
 
     def may_resume(self, load_dir: str | os.PathLike, with_scheduler: bool) -> bool:
-        """Whether what is in memory may be loaded in place of this folder. A framework that does not have the engine's
-        scheduler loaded keeps one itself."""
+        """Return whether what is in memory may be loaded in place of this folder.
+
+        A framework that does not have the engine's scheduler loaded keeps one itself.
+        """
         if not self.is_on:
             return False
         return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
@@ -405,15 +407,15 @@ class MemoryTier:
 
 
 class _Own(NamedTuple):
-    """What belongs to one rank alone."""
+    """State that belongs to one rank alone."""
 
     alone: dict[str, Any]
     states: RankState
     pickled: bytes
-    """Of ``alone``."""
+    """``alone`` as ``torch.save`` writes it."""
 
     def with_states(self) -> _Own:
-        """With its model states beside the shard too, where those of the ranks differ."""
+        """Return this state with the model states beside the shard too, where the ranks differ in them."""
         whole = {**self.alone, "states": self.states.beside({})}
         return _Own(whole, self.states, pickled(whole))
 
@@ -449,7 +451,7 @@ def _room(path: Path) -> int:
 
 
 def random_states() -> dict[str, Any]:
-    """Of all generators of random numbers that training uses by default."""
+    """Return the states of all generators of random numbers that training uses by default."""
     found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device_streams() is not None:
         found["device"] = get_accelerator().get_rng_state()

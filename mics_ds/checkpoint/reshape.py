@@ -46,7 +46,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where each parameter lies in flat sub-group buffers of ``shards`` shards."""
+    """Places of parameters in the flat sub-group buffers of ``shards`` shards."""
 
     shards: int
     groups: Shapes
@@ -76,7 +76,7 @@ class ShardLayout:
         return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
 
     def same_as(self, other: ShardLayout) -> bool:
-        """Whether shards of the one are shards of the other."""
+        """Return whether shards of the one are shards of the other."""
         return self.shards == other.shards and [
             [(name, tuple(shape)) for name, shape in group.items()] for group in self.groups
         ] == [[(name, tuple(shape)) for name, shape in group.items()] for group in other.groups]
@@ -136,7 +136,7 @@ def copies(old: ShardLayout, old_shard: int, new: ShardLayout, new_shard: int) -
 
 
 class Sharers(NamedTuple):
-    """Those who want the same shard: each copies another part of it, and has zeros elsewhere."""
+    """Ranks that want the same shard: each copies another part of it, and has zeros elsewhere."""
 
     place: int = 0
     size: int = 1
@@ -223,7 +223,7 @@ def reshape_optimizer(
 
 
 def _flats(states: Mapping[str, Any]) -> Flats:
-    """What an optimizer state has one value per element of: the masters, and what the optimizer keeps."""
+    """Return the tensors with one value per element: the masters, and the states of the optimizer."""
     kept = states[BASE_STATE]["state"]
     return [
         {FP32_GROUPS: flat, **{key: value for key, value in kept.get(number, {}).items() if _fits(value, flat)}}
@@ -326,7 +326,7 @@ class Parameters(NamedTuple):
     """Parameters by name, with their shapes."""
 
     trained: Mapping[str, Sequence[int]]
-    """Those that the optimizer has."""
+    """Parameters that the optimizer has."""
     frozen: Mapping[str, Sequence[int]] | None
     """All others; ``None`` if they were not saved."""
 
@@ -385,7 +385,7 @@ def why_not_these(here: Parameters, there: Parameters) -> list[str]:
 
 
 def _renamed(mine: Iterable[str], theirs: Iterable[str]) -> str:
-    """What to say if all names of one side have a prefix that those of the other have not."""
+    """Return an explanation if all names of one side have a prefix that the other side lacks."""
     one, other = sorted(mine, key=len), sorted(theirs, key=len)
     for longer, shorter, places in (
         (one, other, ("here", "in the checkpoint")),
@@ -418,13 +418,16 @@ def _some(said: Sequence[str], count: int = 2) -> str:
 
 
 def why_not_these_weights(here: Parameters, there: Parameters) -> list[str]:
-    """The same for weights alone, whose optimizer states begin anew: it does not matter which are frozen."""
+    """Return why a checkpoint's weights alone do not fit.
+
+    It does not matter which parameters are frozen: optimizer states begin anew.
+    """
     mine, theirs = Parameters(here.shapes, {}), Parameters(there.shapes, {})
     return why_not_these(mine, theirs._replace(frozen=None) if there.frozen is None else theirs)
 
 
 def what_else_it_is(target: Path) -> str:
-    """What a folder is that has no files of ZeRO stage 3."""
+    """Return what a folder holds that has no files of ZeRO stage 3."""
     inner = sorted(path.parent.name for path in target.glob("*/*_model_states.pt"))
     if list(target.glob("mp_rank_*_model_states.pt")):
         return (

@@ -55,16 +55,16 @@ class Source(NamedTuple):
 
     step: int
     engine: int
-    """Which of the job's engines."""
+    """Index of the engine among those of the job."""
     shards: int
     slices: int
     """Into how many each shard is cut."""
     groups: int
     """Data-parallel groups: one, or with model parallelism several."""
     holders: list[int]
-    """By number of place, the rank that vouches for its copy."""
+    """Rank that vouches for the copy of each place, by number of place."""
     here: dict[int, list[Copy]]
-    """By number of place, copies on this node."""
+    """Copies on this node, by number of place."""
 
     def of_rank(self, rank: int) -> Iterator[int]:
         """Numbers of the places that a rank vouches for."""
@@ -133,7 +133,7 @@ def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterato
 
 
 def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
-    """Who vouches for which copy; ``None`` if nobody does for some. Collective over the world."""
+    """Return the rank that vouches for each copy, or ``None`` if a copy has none. Collective over the world."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     cuts = [(place.slices, place.shards, place.group + 1) for place in (copy.description.place for copy in here)]
     slices, shards, groups = elementwise_max([max(numbers, default=0) for numbers in zip(*cuts)] or [0, 0, 0])
@@ -153,7 +153,7 @@ def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
 
 
 def _is_good(copy: Copy) -> bool:
-    """Whether the content of a copy is what was written. If not, the log says so."""
+    """Return whether the content of a copy is what was written. If not, the log says so."""
     with closing(SharedMemory(path=copy.path)) as memory:
         try:
             memory.map(copy.description.staged.nbytes)
@@ -165,7 +165,7 @@ def _is_good(copy: Copy) -> bool:
 
 
 def _fits(copy: Copy, home: str, marker: int) -> bool:
-    """Whether the disk says what it said when a copy was made. A named job may resume from any folder."""
+    """Return whether the disk says what it said when a copy was made. A named job may resume from any folder."""
     return marker in copy.description.homes.get(home, [marker])
 
 
@@ -280,7 +280,7 @@ class Restored(NamedTuple):
     own: dict[str, Any] | None
     """This rank's client state and random numbers, if a copy had them."""
     words: str
-    """Where they came from."""
+    """Source of the states."""
 
 
 def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
@@ -375,7 +375,7 @@ def find(asked: CheckpointRequest, home: str, needed: str, look: Callable[[], tu
 
 
 def _own_files(copy: Copy) -> Files:
-    """What the framework kept with a copy."""
+    """Return the files that the framework kept with a copy."""
     with closing(SharedMemory(path=copy.path)) as memory:
         memory.map(copy.description.staged.nbytes)
         return _own_part(bytes(memory.buffer(*copy.description.staged.own))).get("files", {})

@@ -47,7 +47,7 @@ from .writer import NOTHING_PUBLISHED, Job, Publication
 
 _AGREED = {"tag": "tag", "folder": "folder", "asynchronous": "way, asynchronous (async_save) or not"}
 _SLICE_ELEMENTS = 4 << 20
-"""Of the slice of each replica, on the device at a time."""
+"""Elements of each replica's slice that are on the device at a time."""
 
 
 def save(
@@ -332,7 +332,7 @@ def _post(one: _Save, records: Mapping[str, FileRecord]) -> None:
 
 
 def _posted(one: _Save) -> dict[str, FileRecord]:
-    """What all ranks have written to this rank's folder; all have posted it by now."""
+    """Return the records of all files in this rank's folder. All ranks have posted theirs by now."""
     store, key = shared_store(), f"files/{one.name}/{one.roles.publisher}"
     notes = []
     for place in range(1, store.add(key, 0) + 1):

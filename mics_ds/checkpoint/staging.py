@@ -41,11 +41,11 @@ def marked(states: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Recorded(NamedTuple):
-    """What :func:`torch.save` would write."""
+    """Bytes and storages that :func:`torch.save` would write."""
 
     pickled: bytes
     storages: list[torch.UntypedStorage]
-    """In the order of the file, on whatever device they are. Live."""
+    """Storages in the order of the file, on any device. They are live."""
 
 
 class _RecordedError(Exception):
@@ -115,7 +115,7 @@ def _module(pickler: type) -> Any:
 
 
 def pickled(value: Any) -> bytes:
-    """What ``torch.save`` would write, of something small."""
+    """Return the bytes that ``torch.save`` would write of a small object."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -221,7 +221,7 @@ class Share(NamedTuple):
     """One storage that all replicas of a shard copy together: consecutive ranges of bytes, or slices of shards."""
 
     nbytes: int
-    """Of the whole."""
+    """Bytes of the whole storage."""
     replicas: int
     shards: tuple[int, ...] = ()
     """Elements of each shard, if replicas hold packed slices of them."""
@@ -241,7 +241,7 @@ class Share(NamedTuple):
         return stop - start
 
     def place(self, replica: int, whole: torch.Tensor) -> torch.Tensor | None:
-        """Where in the whole the piece of a replica belongs, if that is in one place."""
+        """Return where in the whole the piece of a replica belongs, if that is in one place."""
         return None if self.shards else whole[slice(*self.range(replica))]
 
     def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ class Stored(NamedTuple):
 
     nbytes: int
     start: int
-    """Where it is in memory, if the owner has copied it alone."""
+    """Place in memory, if the owner has copied the storage alone."""
     share: int = -1
     """Else the number of the share that it is made of."""
 
@@ -283,12 +283,12 @@ class StagedFile(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """What one rank has copied to memory: first its piece of each share, in order, then all else."""
+    """Copies of one rank in memory: first its piece of each share, in order, then all else."""
 
     files: tuple[StagedFile, ...]
-    """On the owner of the shard."""
+    """Files of the shard; on its owner only."""
     shares: tuple[Share, ...]
-    """The same on all replicas of the shard."""
+    """Shares of the shard, equal on all its replicas."""
     own: tuple[int, int]
     """Start and bytes of what belongs to the rank alone."""
     nbytes: int
@@ -419,4 +419,4 @@ class Plan(NamedTuple):
 
     staged: Staged
     parts: list[tuple[int, torch.Tensor]]
-    """Where each begins, and what is to be copied there: live, contiguous."""
+    """Start of each part, and the tensor to copy there: live, contiguous."""

@@ -41,17 +41,17 @@ _SHOWN = 6
 
 
 class Station(NamedTuple):
-    """Where this process stands. Sent once."""
+    """Position of a writer among the writers of the job. Sent once."""
 
     rank: int
     token: str
-    """What the ranks of the job know each other by."""
+    """Secret by which the ranks of the job recognise each other."""
     trainer: int
     """The process of the rank."""
 
 
 class Publication(NamedTuple):
-    """What a rank that publishes needs."""
+    """Instructions for a rank that publishes."""
 
     manifest: Manifest
     """Without the files."""
@@ -60,7 +60,7 @@ class Publication(NamedTuple):
     latest: bool
     """Whether ``latest`` is to name it."""
     scripts: tuple[str, ...]
-    """What is to lie beside it."""
+    """Files to write beside the checkpoint."""
     export: str | None
     """The type of weights that are to be exported too."""
     model: str = ""
@@ -76,18 +76,18 @@ class Job(NamedTuple):
     staging: str
     """The folder that it is written to."""
     staged: Staged
-    """What the rank has copied."""
+    """Copies that the rank has made."""
     own: tuple[tuple[str, bytes], ...]
     """Small files of this rank's own, by name."""
     error: str
-    """What this rank could not do, after all had agreed."""
+    """Errors of this rank after all ranks had agreed."""
     sharers: tuple[Neighbour, ...]
-    """Those who share the copying of a shard."""
+    """Ranks that share the copying of a shard."""
     parent: Neighbour | None
     children: tuple[int, ...]
     publishers: tuple[int, ...]
     publication: Publication | None
-    """On publishers."""
+    """Set on publishers only."""
     limit_s: float
 
 
@@ -99,7 +99,7 @@ class Seal(NamedTuple):
     description: Description | None
     """``None`` if this rank could not make one."""
     guests: tuple[tuple[Neighbour, str, str], ...]
-    """For each, its writer, the name of its copy, and where it is to be kept."""
+    """Writer, name and destination of each copy."""
     step: int
 
 

@@ -23,7 +23,7 @@ COMMANDS = {
     CHECKPOINTS: (checkpoints.reshape, checkpoints.export, checkpoints.guard, checkpoints.memory),
 }
 _FOREIGN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-"""For a subcommand whose arguments are a command of the user's own."""
+"""Settings of a subcommand whose arguments are a user's command."""
 
 
 class GroupedHelp(TyperGroup):

@@ -113,7 +113,7 @@ _JOB = {
 
 
 class Plan:
-    """What was asked, and the rows that answer it."""
+    """Question to the planner, and the rows that answer it."""
 
     def __init__(
         self,

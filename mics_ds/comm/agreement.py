@@ -1,4 +1,4 @@
-"""Do all ranks mean the same? Asked through the rendezvous store, before any collective.
+"""Agreement of all ranks through the rendezvous store, before any collective.
 
 A collective cannot ask this question. If one rank runs MiCS and another does not, they issue different collectives on
 the same group and wait for each other forever. The store that brought the process group up has no such problem.
@@ -42,9 +42,9 @@ from .layout import Ranks
 TIMEOUT_ENV = "MICS_DS_AGREEMENT_TIMEOUT"
 _REMIND_AFTER_S = 30.0
 _GRACE_S = 30.0
-"""How much longer ranks wait while one of them looks who is missing."""
+"""Further seconds that ranks wait while one of them finds out which ranks are missing."""
 _LATECOMERS_S = 5.0
-"""How long a difference waits for ranks that have yet to come, to name more of them."""
+"""Seconds that a rank with a difference waits for further ranks, so that the error names more of them."""
 _AGREED = "ok"
 _CHUNK = 64
 """Keys that are looked for in one request."""

@@ -32,7 +32,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Streams(Protocol):
-    """What an executor needs of an accelerator. DeepSpeed's ``get_accelerator()`` is one."""
+    """Part of an accelerator that an executor needs. DeepSpeed's ``get_accelerator()`` has it."""
 
     def Stream(self) -> Any: ...  # noqa: N802 (DeepSpeed's name)
 
@@ -57,7 +57,7 @@ class Handle(Protocol[T_co]):
 
 
 class Stages:
-    """Where the stages of a task run. This class: where the task does, on memory that it allocates itself."""
+    """Places where the stages of a task run. This class runs both where the task runs, on memory of the task's own."""
 
     def wait_stage(self) -> AbstractContextManager:
         """Enter the wait stage: code inside may wait for collectives that were issued outside of it."""

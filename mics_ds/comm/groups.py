@@ -51,21 +51,21 @@ class MicsGroups:
     scatter_hierarchy: NodeGroups | None
     """Set when gradients are reduced in two stages. See :attr:`scatter`."""
     reduce_scatter: ReduceScatterMethod
-    """How hop 1 moves gradients."""
+    """Method by which hop 1 moves gradients."""
     node_of: Mapping[int, int]
     """Node of every rank of :attr:`everyone`, by global rank."""
     sizes: Sizes
     gather_executor: Executor
-    """Where hierarchical gathers run. One for all engines that share the process groups."""
+    """Executor of hierarchical gathers, one for all engines that share the process groups."""
     scatter_executor: Executor
-    """Where hop 1 runs."""
+    """Executor of hop 1."""
     replica_executor: Executor
-    """Where hop 2 runs, and where updated weights are gathered with world-sharded states. The main thread may use
+    """Executor of hop 2, and with world-sharded states of gathers of updated weights. The main thread may use
     :attr:`replication` once this is drained."""
 
     @property
     def spreads_states(self) -> bool:
-        """Whether optimizer states are sharded over the replicas as well."""
+        """Return whether optimizer states are sharded over the replicas as well."""
         return self.replication is not None and self.config.optimizer_states == "world"
 
 

@@ -1,4 +1,4 @@
-"""What one process remembers of the job it is in."""
+"""State that one process keeps about its job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Job:
     """Process groups that this rank has tried to make, by description and ranks."""
     executors: dict[Any, Any] = field(default_factory=dict)
     said: set[Any] = field(default_factory=set)
-    """What was logged already, see :meth:`is_news`."""
+    """Messages that were logged already, see :meth:`is_news`."""
 
     def is_news(self, what: Any) -> bool:
         """Return whether this is the first call with ``what``, so that it is logged once."""

@@ -1,4 +1,4 @@
-"""Which rank belongs to which group. Pure arithmetic: no process group, no torch.
+"""Groups of ranks by arithmetic: no process group, no torch.
 
 Ranks are the *data-parallel* ranks of the job in their data-parallel order, given as global ranks;
 under tensor parallelism that is a strided subset of the world. With n of them and a partition size
@@ -105,7 +105,7 @@ class MicsLayout:
         return dict(zip(self.ranks, self.nodes))
 
     def node_counts(self, group: Ranks) -> dict[int, int]:
-        """How many ranks of ``group`` run on each node, in order of first appearance."""
+        """Return how many ranks of ``group`` run on each node, in order of first appearance."""
         return dict(Counter(self._node_of[rank] for rank in group))
 
     @cached_property

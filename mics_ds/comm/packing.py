@@ -1,4 +1,4 @@
-"""How tensors are cut into chunks, one for each rank of a group, and how chunks lie in the buffers of collectives.
+"""Chunks of tensors, one for each rank of a group, and their places in the buffers of collectives.
 
 A tensor is cut into g chunks of ``ceil(numel / g)`` elements, the last ones padded with zeros, as ZeRO-3 shards a
 parameter. A buffer is (g, width): one row for each rank, with its chunk of one tensor after the other.
@@ -54,12 +54,12 @@ class ChunkLayout:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where the chunks of each tensor begin in a row, and last where they end."""
+        """Starts of each tensor's chunks in a row, and the end of the last."""
         return tuple(accumulate([0, *self.widths]))
 
     @cached_property
     def flat_starts(self) -> tuple[int, ...]:
-        """Where each tensor begins if all lie in one flat tensor, and last where they end."""
+        """Starts of the tensors if all lie in one flat tensor, and the end of the last."""
         return tuple(accumulate([0, *self.numels]))
 
     @property

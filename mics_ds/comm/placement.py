@@ -1,4 +1,4 @@
-"""On which node does this rank run, and do all ranks tell a consistent story?
+"""Nodes of ranks, as the launcher tells them, and a check that all ranks tell a consistent story.
 
 The launcher knows; every launcher says it in its own variable. Nothing here communicates: each rank
 makes a :class:`Claim`, :mod:`mics_ds.comm.groups` collects the claims, and :func:`resolve` turns them
@@ -24,7 +24,7 @@ _NODE_INDEX_ENVS = ("CROSS_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
 
 @dataclass(frozen=True)
 class Claim:
-    """What one rank says of where it runs."""
+    """Statement of one rank about the node it runs on."""
 
     source: str
     """The environment variable that was believed, or ``"hostname"``."""

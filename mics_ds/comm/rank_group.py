@@ -42,6 +42,6 @@ class NodeGroups:
 
     @cached_property
     def nodes_follow_each_other(self) -> bool:
-        """Whether the partition group is one node's ranks after another's, and not nodes by turns."""
+        """Return whether the partition group is one node's ranks after another's, and not nodes by turns."""
         k, p = self.intra.size, len(self.chunk_of_slot)
         return self.chunk_of_slot == tuple(rank for place in range(k) for rank in range(place, p, k))

@@ -1,4 +1,4 @@
-"""How large collectives should be.
+"""Sizes of collectives, by one rule.
 
 A collective costs a latency before its first byte arrives, and bytes at some bandwidth after it. Below latency times
 bandwidth the latency is the larger part, so collectives are made several times as large; and no larger than that,

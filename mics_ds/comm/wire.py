@@ -1,4 +1,4 @@
-"""How values travel between replicas in fewer bytes than they have in memory: pure functions of tensors.
+"""Encodings of values that travel between replicas in fewer bytes than they have in memory: pure functions of tensors.
 
 | wire   | an element is                                     | bytes per element, scales included |
 |--------|---------------------------------------------------|------------------------------------|
@@ -28,7 +28,7 @@ class Wire(Protocol):
 
     @property
     def feedback(self) -> bool:
-        """Whether the error of rounding is kept, and added to the next values."""
+        """Return whether the error of rounding is kept, and added to the next values."""
         ...
 
     def nbytes(self, width: int) -> int:

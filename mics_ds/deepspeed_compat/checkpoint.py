@@ -25,7 +25,7 @@ from ..log import log_rank0
 from .patching import Patches
 
 RESIDUALS = "mics_residuals"
-"""Where residuals of hop 2 are in a file of model states, each rank's in its own."""
+"""Key of hop 2's residuals in a file of model states. Each rank has its own."""
 
 
 class CheckpointFiles:
@@ -95,7 +95,7 @@ def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None
 
 
 def recovery_scripts() -> list[str]:
-    """What DeepSpeed leaves beside a checkpoint, to be run there."""
+    """Return the scripts that DeepSpeed leaves beside a checkpoint, to be run there."""
     folder = os.path.join(os.path.dirname(deepspeed.__file__), "utils")
     found = (os.path.join(folder, name) for name in ("zero_to_fp32.py", "zero_to_torch.py"))
     return [path for path in found if os.path.exists(path)]
@@ -107,7 +107,7 @@ def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
 
 
 def keeps_shards_in_memory(engine: DeepSpeedEngine) -> bool:
-    """Whether all shards of parameters are in memory between steps."""
+    """Return whether all shards of parameters are in memory between steps."""
     shards = (getattr(param, "ds_tensor", param) for param in engine.module.parameters())
     return not engine.optimizer.params_in_nvme_and_cpu and all(shard.numel() for shard in shards)
 
@@ -150,7 +150,7 @@ def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
 
 
 def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bool) -> None:
-    """Which files of its shard this rank writes at the next save."""
+    """Set which files of its shard this rank writes at the next save."""
     engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = model_states, optimizer_states
 
 
@@ -201,7 +201,8 @@ class _Caught:
 
 
 def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``engine.save_checkpoint`` would write into this rank's file of model states, but for frozen parameters.
+    """Return what ``engine.save_checkpoint`` would write into this rank's model states, without frozen parameters.
+
     Tensors of modules are in host memory, live where they are there. No collective.
 
     Raises:
@@ -270,12 +271,12 @@ def _fragments(engine: DeepSpeedEngine, session: Any) -> Iterator[None]:
 
 
 def model_parallel_rank(engine: DeepSpeedEngine) -> int:
-    """As in the names of files."""
+    """Return the model-parallel rank, as in the names of files."""
     return int(model_states_name(engine, 0).split("_mp_rank_")[1].split("_")[0])
 
 
 def writes_archives(engine: DeepSpeedEngine) -> bool:
-    """Whether files are archives, as ``torch.save`` has written them since 1.6."""
+    """Return whether files are archives, as ``torch.save`` has written them since 1.6."""
     inner = engine.checkpoint_engine
     inner = inner.inner if isinstance(inner, CheckpointFiles) else inner
     return bool(getattr(inner, "zipfile_serialization", True))

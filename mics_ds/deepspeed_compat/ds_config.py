@@ -37,7 +37,7 @@ def load_ds_config(source: Any) -> Mapping[str, Any] | None:
 
 
 def is_readable(source: Any) -> bool:
-    """Whether DeepSpeed can read this configuration; whether it likes it is another question."""
+    """Return whether DeepSpeed can read this configuration; whether it likes it is another question."""
     if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike)):
         return True
     try:

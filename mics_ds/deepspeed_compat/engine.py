@@ -1,4 +1,4 @@
-"""What is read off an engine and its arguments, and what is done around it in DeepSpeed's name."""
+"""Access to engines of DeepSpeed and their arguments, and work around an engine in DeepSpeed's name."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def device_streams() -> Any | None:
 
 
 def communication_device() -> torch.device:
-    """Where collectives of this rank work."""
+    """Return the device on which collectives of this rank work."""
     return torch.device(get_accelerator().current_device_name())
 
 
@@ -167,7 +167,7 @@ def steps_taken(engine: Any) -> int:
 
 
 def is_fresh(engine: Any) -> bool:
-    """Whether nothing was trained or loaded yet."""
+    """Return whether nothing was trained or loaded yet."""
     return int(engine.global_steps) == 0 and int(engine.micro_steps) == 0
 
 

@@ -1,4 +1,4 @@
-"""What users find of gradients between ``backward()`` and ``step()``: means over all ranks, or an error.
+"""Gradients that users read between ``backward()`` and ``step()``: means over all ranks, or an error.
 
 docs/coverage.md lists the ways.
 """
@@ -94,7 +94,8 @@ class PassWatch:
         stock(*args, **kwargs)
 
     def refuse_after_interruption(self) -> None:
-        """
+        """Refuse to go on after a backward pass that an exception has ended.
+
         Raises:
             MicsUsageError: the last pass did not end as it should.
         """

@@ -22,7 +22,7 @@ from .support import MUON_FOLLOWS_GRADIENTS
 _MOMENTUM = "momentum_buffer"
 
 Item = tuple[Any, int, torch.Tensor]
-"""What DeepSpeed hands to Muon: a parameter, where in the sub-group its momentum starts, its full gradient."""
+"""Work that DeepSpeed hands to Muon: a parameter, where in the sub-group its momentum starts, its full gradient."""
 
 
 def uses_muon(optimizer: Any) -> bool:

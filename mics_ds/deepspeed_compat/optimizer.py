@@ -65,7 +65,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     """
 
     mics_build: Any
-    """What it is built for: has ``groups(dp_process_group)`` and the context ``active()``."""
+    """The build that the optimizer belongs to: has ``groups(dp_process_group)`` and the context ``active()``."""
     mics_groups: MicsGroups
     mics_guard: Any = None
     """The replica guard, if there is one."""
@@ -235,7 +235,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def _reduces_beside(self) -> bool:
-        """Whether hop 1 runs beside the backward pass.
+        """Return whether hop 1 runs beside the backward pass.
 
         DeepSpeed waits for its own stream before it looks at gradients in host memory, so they are written on that.
         """

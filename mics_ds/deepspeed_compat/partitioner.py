@@ -195,7 +195,7 @@ class MicsPartitioner(pp.Init):
             super()._allgather_params_coalesced(param_list, *args, **kwargs)
 
     def _gathers(self, params: Sequence[ZeroParam]) -> bool:
-        """Whether these are gathered here, and not by DeepSpeed."""
+        """Return whether these are gathered here, and not by DeepSpeed."""
         if self.mics_groups.replication is None and self.mics_groups.hierarchy is None:
             return False  # ZeRO-3 to the letter
         if self.allgather_sequential or self.use_all_reduce_for_fetch_params:
@@ -240,7 +240,7 @@ def unshare(param: ZeroParam) -> None:
 
 
 class _Gather:
-    """What DeepSpeed waits on for a gather.
+    """Handle of a gather that DeepSpeed waits on.
 
     Args:
         fulls: waits, and returns each parameter, flat, with its padding or without.
@@ -356,7 +356,7 @@ class MicsParamManager(DeepSpeedZeRoOffload):
     """DeepSpeed's parameter manager. Used by the optimizer, and alone when there is none (evaluation)."""
 
     mics_groups: MicsGroups
-    """Of the parameters; the optimizer checks that they are its own too."""
+    """Groups of the parameters. The optimizer checks that they are its own too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which wire hop 2 of an optimizer uses, and its reducers for DeepSpeed's buffers."""
+"""Choice of the wire for hop 2 of an optimizer, and its reducers for DeepSpeed's buffers."""
 
 from __future__ import annotations
 

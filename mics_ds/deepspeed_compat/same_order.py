@@ -19,8 +19,10 @@ from .engine import communication_device
 from .patching import replace_methods, temporarily
 
 PATIENCE_S = 120.0
-"""How long a rank that leaves the recorded order of modules waits for its partition group to leave it too. They are as
-close to each other as their last common gather."""
+"""Seconds that a rank waits for its partition group after it has left the recorded order of modules.
+
+The ranks are as close to each other as their last common gather.
+"""
 
 
 class SameOrder:

@@ -1,4 +1,4 @@
-"""How users and checkpoints reach masters, states and gradients of which a rank has slices only."""
+"""Access of users and checkpoints to masters, states and gradients of which a rank has slices only."""
 
 from __future__ import annotations
 

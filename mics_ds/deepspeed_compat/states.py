@@ -1,4 +1,4 @@
-"""What one rank keeps from step to step: shards of weights, fp32 masters, optimizer states, as plain named tensors."""
+"""States that one rank keeps from step to step, as named tensors: shards of weights, masters, optimizer states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..comm.packing import ChunkLayout
 
 WEIGHTS, MASTER, NUMBERS = "weights", "master", "numbers"
 NO_GROUP = -1
-"""In place of a sub-group, for parameters that the optimizer does not train."""
+"""Stands in place of a sub-group, for parameters that the optimizer does not train."""
 
 
 class Piece(NamedTuple):
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     start: int
     stop: int
     offset: int
-    """Of the first element, in the flat parameter."""
+    """Index of the first element in the flat parameter."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class State:
     group: int
     """Sub-group, or :data:`NO_GROUP`."""
     tensor: torch.Tensor
-    """1-D and live: whoever writes to it changes the state."""
+    """1-D and live: writing to it changes the state."""
     pieces: tuple[Piece, ...]
-    """In ascending order."""
+    """Pieces in ascending order."""
     replicated: bool
     """Whether the other ranks of the replication group must have the same bits."""
     made_from_it: State | None = field(default=None, compare=False)
-    """Of a master that is a slice, the weights of that slice: a copy."""
+    """Weights of the slice, as a copy, where the state is a slice of a master."""
     put_back: Callable[[], None] = field(default=lambda: None, compare=False)
-    """To be called after writing to :attr:`tensor`, which is a copy for :data:`NUMBERS`."""
+    """Function to call after writing to :attr:`tensor`, which is a copy for :data:`NUMBERS`."""
 
     @property
     def layout(self) -> tuple[str, int, str, int]:
-        """What has to be equal on all copies before their values can be compared."""
+        """Return what has to be equal on all copies before their values can be compared."""
         return self.name, self.group, str(self.tensor.dtype), self.tensor.numel()
 
 

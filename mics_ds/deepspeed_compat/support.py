@@ -1,4 +1,4 @@
-"""Does a configuration or a model ask for something that MiCS cannot do, or does in another way?"""
+"""Features of a configuration or a model that MiCS refuses, or does in another way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Feature(NamedTuple):
 
     name: str
     instead: str
-    """What to do about a refusal, or what serves the purpose."""
+    """Remedy for a refusal, or the feature that serves the purpose."""
     is_asked_for: Callable[[DeepSpeedConfig], bool]
     switch_off: Callable[[DeepSpeedConfig], None] | None = None
     """Changes a parsed configuration. ``None`` for a refusal."""
@@ -56,7 +56,7 @@ def autotp_size(config: DeepSpeedConfig) -> int:
 
 @functools.cache
 def can_swap() -> bool:
-    """Whether DeepSpeed can be built to read and write files by libaio. Compiles a few lines to find out."""
+    """Return whether DeepSpeed can be built to read and write files by libaio. Compiles a few lines to find out."""
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     return builder is not None and bool(builder.is_compatible(verbose=False))
 
@@ -148,7 +148,7 @@ FEATURES = (
 
 
 def swaps(ds_config: DeepSpeedConfig) -> bool:
-    """Whether parameters are to be kept on NVMe."""
+    """Return whether parameters are to be kept on NVMe."""
     return offload_device(ds_config.zero_config.offload_param) == "nvme"
 
 

@@ -83,7 +83,7 @@ class WorldStates:
 
     @property
     def replica(self) -> int:
-        """Whose slices are this rank's."""
+        """Index of the replica that this rank belongs to, and of its slices."""
         return self.replication.rank
 
     def cut_of(self, param: Any) -> ChunkLayout:

@@ -13,7 +13,7 @@ GIB = 1 << 30
 LOADERS = GIB
 """Bytes of /dev/shm that data loaders of a usual job need. Docker gives 64 MB."""
 STATE_BYTES = 12
-"""Of fp32 masters and both moments of Adam, for each parameter."""
+"""Bytes of the fp32 master and both moments of Adam, for each parameter."""
 REFUSED = {
     "zero_optimization.zero_quantized_gradients": "set it to false",
     "zero_optimization.zero_quantized_weights": "set it to false",

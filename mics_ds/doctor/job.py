@@ -13,12 +13,12 @@ from ..errors import MicsError
 from .node import Finding, Node
 
 HOSTFILE = Path("/job/hostfile")
-"""Where the deepspeed launcher looks."""
+"""Path at which the deepspeed launcher looks."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is known of a job before it starts."""
+    """Facts about a job before it starts."""
 
     config: Mapping[str, Any]
     mics: MicsConfig | None
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether it runs on more than one node, as far as is known."""
+        """Return whether it runs on more than one node, as far as is known."""
         nodes = self.nodes
         return len(self.hosts) > 1 or (nodes is not None and len(set(nodes)) > 1)
 

@@ -38,7 +38,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _is_asked_for(ds_config: Any) -> bool:
-    """Whether a parsed configuration says something of checkpoints to MiCS."""
+    """Return whether a parsed configuration says something of checkpoints to MiCS."""
     zero: Any = ds_config.get("zero_optimization") if hasattr(ds_config, "get") else None
     return hasattr(zero, "keys") and "mics_checkpoint" in zero
 

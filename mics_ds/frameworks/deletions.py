@@ -34,8 +34,10 @@ def may_delete(path: str | Path) -> bool:
 
 
 def _is_newest(folder: Path) -> bool:
-    """Whether a folder has a complete checkpoint, and no newer complete one lies beside it with a name that is the same
-    but for numbers: checkpoints of something else in the same place are no substitute."""
+    """Return whether a folder has a complete checkpoint, and no newer complete one of its kind lies beside it.
+
+    Names of one kind differ in their numbers only. Checkpoints of another kind are no substitute.
+    """
     step = max(_steps(folder), default=-1)
     kind = re.sub(r"\d+", "", folder.name)
     beside = (
@@ -47,7 +49,7 @@ def _is_newest(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> Iterator[int]:
-    """Of complete checkpoints in a folder, or of the one that it is. Of what cannot be understood, 0."""
+    """Return the steps of the complete checkpoints in a folder, or of the one that it is; 0 for damaged ones."""
     try:
         described = [inner for inner in (folder, *folder.iterdir()) if (inner / manifest.NAME).is_file()]
     except OSError:

@@ -87,7 +87,7 @@ def _request(ds_config: Any) -> CheckpointRequest | None:
 
 
 def _on_each_node(ds_config: Mapping[str, Any]) -> bool:
-    """Whether each node has checkpoints of its own: then there is none that could be made of all copies."""
+    """Return whether each node has checkpoints of its own: then there is none that could be made of all copies."""
     return bool((ds_config.get("checkpoint") or {}).get("use_node_local_storage"))
 
 
@@ -98,7 +98,7 @@ def _on_each_node(ds_config: Mapping[str, Any]) -> bool:
 def _resolve(
     args: Any, memory: CheckpointRequest | None, wanted: Literal[True] | str | os.PathLike
 ) -> Literal[True] | str | os.PathLike:
-    """What to resume from in place of what the script wants. Collective over the world.
+    """Return the checkpoint to resume from in place of the one that the script names. Collective over the world.
 
     Raises:
         MicsCheckpointError: on every rank: that was never complete, and nothing older is.
@@ -200,7 +200,7 @@ def _or_older(step: int, usable: Collection[int], interrupted: Collection[int]) 
 
 
 def marker(folder: Path) -> str:
-    """Of the newest checkpoint in the Trainer's folder that can be resumed from."""
+    """Return the marker of the newest checkpoint in the Trainer's folder that can be resumed from."""
     found = _survey(folder)
     chosen = _or_older(max(found["there"], default=-1), found["usable"], found["interrupted"])
     return _engine_newest(folder / _FOLDER.format(step=chosen))[0]
@@ -221,7 +221,7 @@ def _step_in(files: dict[str, bytes]) -> int:
 
 
 class _Shutil:
-    """In place of :mod:`shutil` for the Trainer, which rotates checkpoints with it."""
+    """Stand-in for :mod:`shutil` in the Trainer, which rotates checkpoints with it."""
 
     def rmtree(self, path: Any, *args: Any, **kwargs: Any) -> None:
         if may_delete(path):
@@ -271,7 +271,7 @@ def _minding_saves(asked: CheckpointRequest, trainer: Any) -> Iterator[None]:
 
 
 def _save_without_weights(trainer: Any, output_dir: str, **_: Any) -> None:
-    """What ``Trainer.save_model`` leaves in a folder beside weights: the configuration, the tokenizer."""
+    """Write what ``Trainer.save_model`` leaves in a folder beside weights: the configuration, the tokenizer."""
     from transformers.trainer import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, remove_dummy_checkpoint
 
     trainer._save(output_dir, state_dict={})
@@ -308,7 +308,7 @@ def _copying_after_steps(trainer: Any) -> Iterator[None]:
 
 
 def _files(trainer: Any) -> dict[str, bytes]:
-    """What this rank would write into a checkpoint's folder now, the engine's part and the weights apart."""
+    """Return what this rank would write into a checkpoint's folder now, without the engine's part and the weights."""
     state, engine = trainer.state, trainer.model_wrapped
     kept = copy.deepcopy(state.stateful_callbacks)
     with tempfile.TemporaryDirectory(prefix="mics_ds-trainer-") as root, ExitStack() as stack:

@@ -17,7 +17,7 @@ from ..deepspeed_compat.patching import temporarily
 
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
 _ELSEWHERE = ("state_dict", "optimizer_states")
-"""In a checkpoint of Lightning, and in the engine's part of it."""
+"""Key in a checkpoint of Lightning, and in the engine's part of it."""
 
 
 def keep_in_memory(trainer: Any, engine: Any) -> None:
@@ -31,7 +31,7 @@ def keep_in_memory(trainer: Any, engine: Any) -> None:
 
 
 def _is_last(folder: str) -> bool:
-    """Whoever names another checkpoint means what is in it."""
+    """Return whether a folder is named as the last checkpoint. A script that names another one gets its content."""
     return _LAST.fullmatch(os.path.basename(os.path.normpath(folder))) is not None
 
 

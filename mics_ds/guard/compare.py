@@ -1,4 +1,4 @@
-"""Which copy is right: by majority, or by the rule that ties weights to their masters."""
+"""Verdicts on which copy is right: by majority, or by the rule that ties weights to their masters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..deepspeed_compat.states import MASTER, WEIGHTS, State
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one block of all copies."""
+    """Verdict on one block of all copies."""
 
     good: int | None
     """Replica that the others can be repaired from, or ``None`` where nothing tells which is right."""
     bad: tuple[int, ...]
     """Replicas that differ from it; without a good one, from replica 0."""
     by: str = ""
-    """What decided."""
+    """Rule that decided."""
 
 
 def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict | None:
@@ -49,7 +49,7 @@ def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict |
 
 
 def partner(state: State, states: Sequence[State]) -> State | None:
-    """Of weights their masters, of masters their weights: element by element, and in memory of their own."""
+    """Return the masters of weights, or the weights of masters: element by element, in memory of their own."""
     if state.made_from_it is not None:
         return state.made_from_it
     other = {WEIGHTS: MASTER, MASTER: WEIGHTS}.get(state.name)
@@ -59,8 +59,10 @@ def partner(state: State, states: Sequence[State]) -> State | None:
 
 
 def cast_violations(weights: torch.Tensor, masters: torch.Tensor) -> torch.Tensor:
-    """Where weights are not what DeepSpeed's step makes of their masters: a copy into the narrower type, rounded to
-    nearest. A NaN is as good as another."""
+    """Return where weights are not what DeepSpeed's step makes of their masters.
+
+    That is a copy into the narrower type, rounded to nearest. All NaNs are equal.
+    """
     cast = masters.to(weights.device, weights.dtype)
     return (bits(cast) != bits(weights)) & ~(cast.isnan() & weights.isnan())
 
@@ -72,5 +74,5 @@ def violations(state: State, other: State, start: int, stop: int) -> torch.Tenso
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers."""
+    """Return the same memory as integers."""
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

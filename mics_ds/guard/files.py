@@ -23,7 +23,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 class Comparison(NamedTuple):
-    """What was looked at, and what was found."""
+    """Result of comparing the files of a checkpoint: what was compared, and the findings."""
 
     compared: int
     """Elements of weights that have masters, or frozen shards."""
@@ -116,7 +116,7 @@ def _look_at_states(states: dict[str, Any], shard: int, layout: ShardLayout, fin
 
 
 def _real(layout: ShardLayout, group: int, shard: int) -> torch.Tensor:
-    """Which elements of a shard of a sub-group are no padding, which holds anything."""
+    """Return which elements of a sub-group's shard are not padding, which may hold anything."""
     marks = torch.zeros(layout.length(group), dtype=torch.bool)
     for its_group, start, numel in layout.places.values():
         if its_group == group:

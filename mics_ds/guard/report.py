@@ -1,4 +1,4 @@
-"""What was found, in words and as JSON."""
+"""Findings of the guard, in words and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sample:
 
     parameter: str
     element: int
-    """In the flat parameter."""
+    """Index in the flat parameter."""
     found: float
     found_bits: str
     expected: float
@@ -50,7 +50,7 @@ class Finding:
     reference: int
     """Global rank of the copy this was compared with; its own, where weights were compared with masters."""
     by: str
-    """How it is known which copy is right: ``majority`` or ``cast``. Empty if it is not."""
+    """Rule by which a copy is known to be right: ``majority`` or ``cast``. Empty if none is."""
     samples: tuple[Sample, ...]
 
     def words(self) -> str:

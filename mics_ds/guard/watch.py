@@ -1,4 +1,4 @@
-"""When the guard looks, and what follows from what it sees.
+"""Checks of the replica guard during training, and what follows from a fault.
 
 | what travels                        | over              | when                         | bytes sent per rank       |
 |-------------------------------------|-------------------|------------------------------|---------------------------|
@@ -210,7 +210,7 @@ class Guard:
         return damages, None
 
     def _holds(self, states: Sequence[State], index: int, block: int) -> bool | None:
-        """Whether this rank's copy of a block keeps the cast rule, if there is one."""
+        """Return whether this rank's copy of a block keeps the cast rule, if there is one."""
         other = partner(states[index], states)
         if other is None:
             return None
@@ -286,7 +286,7 @@ def _layout_word(states: Sequence[State]) -> int:
 
 
 def copies_differ(optimizer: Any, groups: MicsGroups, block_bytes: int = GuardRequest().block_bytes) -> bool:
-    """Whether any state of any rank has another copy with other bits. Collective; changes nothing. For tests."""
+    """Return whether any state of any rank has another copy with other bits. Collective; changes nothing. For tests."""
     guard = Guard(GuardRequest(block_bytes=block_bytes), groups)
     states = states_of(optimizer, replicated=groups.replication is not None)
     return guard._anybody_sees(states, guard._digests(states), stepped=False)

@@ -32,7 +32,7 @@ from .trace import model_from_module
 from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
 
 UNKNOWN_ACTIVATIONS = 0.25
-"""Fraction of the memory that is set aside for activations nobody told the size of."""
+"""Fraction of the memory that is set aside for activations of unknown size."""
 
 # What a GPU calls itself, with its memory in GiB at most, and the cluster that such GPUs are usually found in.
 _KNOWN_GPUS: tuple[tuple[str, float, str], ...] = (
@@ -71,12 +71,12 @@ _UNKNOWN_CPUS = Machine(
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank sees."""
+    """Facts that one rank sees."""
 
     ranks: tuple[int, ...]
     """Global ranks of its data-parallel group."""
     place: placement.Claim
-    """Where it runs."""
+    """Node on which it runs."""
     memory: float
     """Bytes of its GPU that it can use. On a CPU, what it shares with the other ranks of the node."""
     host_memory: float
@@ -148,12 +148,12 @@ def facts_of(engine_arguments: Mapping[str, Any], rank: int) -> Facts:
 
 @dataclass(frozen=True)
 class Situation:
-    """What all ranks see, put together."""
+    """Facts of all ranks, put together."""
 
     n: int
     """Data-parallel ranks."""
     per_node: int
-    """Of one data-parallel group, on a node."""
+    """Ranks of one data-parallel group on a node."""
     memory: float
     """Bytes that the rank with the least can use."""
     host_memory: float
@@ -163,17 +163,17 @@ class Situation:
 
 
 class Choice(NamedTuple):
-    """What was to be chosen, and what was given."""
+    """Values of the keys that were left to the planner, and of those that were given."""
 
     p: int
     states: str
-    """Of ``mics_optimizer_states``."""
+    """Value of ``mics_optimizer_states``."""
     wire: str
-    """Of ``mics_replica_wire``."""
+    """Value of ``mics_replica_wire``."""
 
 
 class Report(NamedTuple):
-    """What one rank tells the others, for ``"auto"``."""
+    """Facts that one rank tells the others, for ``"auto"``."""
 
     place: placement.Claim
     first: int

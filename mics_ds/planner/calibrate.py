@@ -142,7 +142,7 @@ def layer_speed(dtype: torch.dtype, hidden: int, sequence: int) -> float:
 
 
 def host_slowdown() -> float:
-    """How many times longer a fixed piece of Python takes while all ranks run it than while one does."""
+    """Measure how many times longer a fixed piece of Python takes while all ranks run it than while one does."""
 
     def work() -> float:
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def host_slowdown() -> float:
 
 
 def memory_bytes(k: int) -> int:
-    """What one rank can use: the device's memory, or its part of the host's."""
+    """Return the memory that one rank can use: the device's, or its part of the host's."""
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else host_bytes() // k
 
 

@@ -1,4 +1,4 @@
-"""What calibration measures: the collectives of training, on the groups that training would use."""
+"""Measurements of calibration: the collectives of training, on the groups that training would use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Case:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """Return the device of this rank's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

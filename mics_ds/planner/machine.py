@@ -46,7 +46,7 @@ GB, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Link:
-    """What one hop over a kind of link costs."""
+    """Cost of one hop over a kind of link."""
 
     bandwidth: float
     """Bytes per second, one way. Inside a node: what one GPU sends. Between nodes: what one node sends."""
@@ -62,7 +62,7 @@ class Link:
 
 @dataclass(frozen=True)
 class GroupForm:
-    """How a process group lies on the nodes. All that a collective's cost depends on."""
+    """Form in which a process group lies on the nodes. A collective's cost depends on nothing else of the group."""
 
     nodes: int
     """N: nodes that the group spans."""
@@ -83,7 +83,7 @@ class Sweep:
     operation: str
     form: GroupForm
     staged: bool
-    """In two stages."""
+    """Whether the collective runs in two stages."""
     payload: tuple[int, ...]
     """M: bytes of the full buffer, ascending."""
     seconds: tuple[float, ...]
@@ -142,7 +142,7 @@ class Machine:
 
     @property
     def sizes(self) -> Sizes:
-        """How large collectives are made on such devices."""
+        """Return the sizes of collectives on such devices."""
         return sizes_of(self.streams)
 
     step_overhead: float = 0.0
@@ -150,13 +150,13 @@ class Machine:
     issue_overhead: float = 0.0
     """Seconds of host work for each gather and reduce-scatter. It costs time only where ranks share processors."""
     host_slowdown: float = 1.0
-    """How many times longer work on the host takes while all ranks of the machine are busy with it."""
+    """Factor by which work on the host takes longer while all ranks of the machine are busy with it."""
     nodes_measured: int = 0
     """Nodes that a calibration saw; 0 for machines that were described. One that saw a single node knows nothing of
     the links between nodes."""
     sweeps: tuple[Sweep, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Where each value is from."""
+    """Source of each value."""
 
     def __post_init__(self) -> None:
         positive = ("gpus_per_node", "memory", "efficiency", "memory_bandwidth", "host_link", "host_memory")
@@ -200,7 +200,7 @@ class Machine:
         return GroupForm(-(-r // per_node), per_node, min(p, k))
 
     def can_stage(self, n: int, p: int) -> bool:
-        """Whether collectives over the partition group may run in two stages: an N x k grid with N, k > 1."""
+        """Return whether collectives over the partition group may run in two stages: an N x k grid with N, k > 1."""
         form = self.partition_form(n, p)
         return form.nodes > 1 and form.per_node > 1 and form.size == p and form.beside == 1
 
@@ -292,12 +292,12 @@ class Machine:
     # ------------------------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
-        """As :func:`load_machine` reads it."""
+        """Return the machine as :func:`load_machine` reads it."""
         return asdict(self)
 
 
 def ranks_per_node(nodes: Sequence[int]) -> int:
-    """How many consecutive ranks each node has.
+    """Return how many consecutive ranks each node has.
 
     Args:
         nodes: node of each rank, in the order of ranks.
@@ -385,7 +385,8 @@ def load_machine(source: str) -> Machine:
 
 
 def find_preset(name: Any) -> Machine:
-    """
+    """Return the preset of that name.
+
     Raises:
         MicsPlanError: there is none of that name.
     """

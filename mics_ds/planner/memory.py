@@ -53,13 +53,13 @@ class Memory:
     buckets: int
     activations: int
     step: int
-    """What the optimizer's step needs beyond the states."""
+    """Bytes that the optimizer's step needs beyond the states."""
     other: int
-    """What the user said is held besides."""
+    """Bytes that something else holds, as the user gave them."""
     host: int
-    """On the host, for offloaded states."""
+    """Bytes on the host, for offloaded states."""
     bucket: int = 0
-    """Of :attr:`buckets`, what is held all the time."""
+    """Part of :attr:`buckets` that is held all the time."""
 
     STATES = ("parameters", "gradients", "master", "optimizer")
     PARTS = (*STATES, "persistent", "live", "buckets", "activations", "step", "other")
@@ -71,7 +71,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """At the fullest moment: in the backward pass, or in the optimizer's step."""
+        """Return the bytes at the fullest moment: in the backward pass, or in the optimizer's step."""
         always = self.states + self.persistent + self.other
         return always + max(self.live + self.buckets + self.activations, self.bucket + self.step)
 
@@ -87,7 +87,7 @@ class Memory:
 
 
 def sub_groups(job: Workload, p: int) -> int:
-    """How many sub-groups DeepSpeed makes of one parameter group with the parameters in the order of their use.
+    """Return how many sub-groups DeepSpeed makes of one parameter group with the parameters in the order of their use.
 
     It closes one when it has reached ``sub_group_size``.
     """
@@ -166,7 +166,7 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
 
 
 def _residuals(job: Workload, system: Scheme, n: int) -> int:
-    """What rounding leaves in hop 2, in two copies."""
+    """Return the bytes of what rounding leaves in hop 2, in two copies."""
     if system.wire not in ("int8", "int4"):
         return 0
     p, model = system.partition_size(n), job.model
@@ -175,7 +175,10 @@ def _residuals(job: Workload, system: Scheme, n: int) -> int:
 
 
 def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
-    """What one task of hop 2, or of the gather of updated weights, holds on an accelerator beside the gradients."""
+    """Return the bytes that one task of hop 2, or of the gather of updated weights, holds on an accelerator.
+
+    The gradients are not among them.
+    """
     p = system.partition_size(n)
     if p < n and job.zero.offload_optimizer:  # by way of the device, in parts
         return system.bucket_size(job.zero.reduce_bucket_size) // p * (job.accumulation_itemsize or job.itemsize)
@@ -186,7 +189,7 @@ def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
 
 
 def _step_bytes(job: Workload, system: Scheme, n: int, trained: int) -> int:
-    """What is needed between the backward pass and the end of the step, for ``trained`` elements of this rank."""
+    """Return the bytes needed between the backward pass and the end of the step, for ``trained`` elements of a rank."""
     p, zero, b = system.partition_size(n), job.zero, job.itemsize
     if zero.offload_optimizer:
         return 0

@@ -1,4 +1,4 @@
-"""What is trained: parameters in the order they are used, operations and activations.
+"""Models to plan with: parameters in the order of their use, operations and activations.
 
 A :class:`Model` is made from a transformer's description, from a module on the meta device, or from an HF
 configuration. All three give the same thing: :class:`Unit` s, in forward order, joined into
@@ -51,7 +51,7 @@ class Block:
     activations: float = 0.0
     """Bytes that one repetition keeps for the backward pass, for one sample, in the job's precision."""
     input_bytes: float = 0.0
-    """Of those, what is left of it under activation checkpointing."""
+    """Part of the activations that stays under activation checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Model:
 
     @cached_property
     def trainable(self) -> Counter[int]:
-        """How many parameters of each number of elements are trained."""
+        """Return how many parameters of each number of elements are trained."""
         return self._count(False)
 
     @cached_property
     def frozen(self) -> Counter[int]:
-        """How many are not."""
+        """Return how many parameters of each number of elements are frozen."""
         return self._count(True)
 
     def _count(self, frozen: bool) -> Counter[int]:
@@ -98,11 +98,11 @@ class Model:
 
     @cached_property
     def recomputed_flops(self) -> float:
-        """Of those, what activation checkpointing does twice."""
+        """Return the operations that activation checkpointing does twice."""
         return sum(unit.flops * block.repeat for block in self.blocks if block.checkpointed for unit in block.units)
 
     def without_training(self) -> Model:
-        """The same with all parameters frozen, for evaluation."""
+        """Return the model with all parameters frozen, for evaluation."""
         blocks = tuple(
             replace(
                 block,
@@ -113,7 +113,7 @@ class Model:
         return replace(self, blocks=blocks)
 
     def with_activations(self, per_sample: float) -> Model:
-        """The same with a known sum of activations, in bytes for one sample, in place of an estimate."""
+        """Return the model with a known sum of activations, in bytes for one sample, in place of an estimate."""
         blocks = tuple(replace(block, activations=0.0, input_bytes=0.0) for block in self.blocks)
         return replace(self, blocks=(*blocks, Block((), activations=per_sample)))
 
@@ -216,7 +216,8 @@ class Transformer:
         return Block(units, self.layers, True, True, kept, s * itemsize * h)
 
     def model(self, sequence: int, itemsize: int = 2) -> Model:
-        """
+        """Return the model of this description.
+
         Args:
             sequence: tokens per sample.
             itemsize: bytes of an activation's element.

@@ -52,7 +52,7 @@ class Row:
     """Bytes of host memory per rank."""
     job: Workload
     peak_flops: float | None
-    """Of one GPU in the job's precision; ``None`` where compute was measured and nobody asked for a peak."""
+    """Peak of one GPU in the job's precision; ``None`` where compute was measured and no peak is known."""
     linear: float | None = None
     """Throughput per GPU as a fraction of the same system's on one partition group, or on one node."""
 
@@ -112,7 +112,8 @@ def candidates(machine: Machine, n: int) -> list[int]:
 
 
 def check_ranks(machine: Machine, n: int) -> None:
-    """
+    """Check that ``machine`` can have n ranks.
+
     Raises:
         MicsPlanError: n ranks do not fill nodes evenly.
     """
@@ -132,7 +133,8 @@ def check_ranks(machine: Machine, n: int) -> None:
 
 
 def check_size(machine: Machine, n: int, p: int) -> None:
-    """
+    """Check that n ranks can have partition groups of p.
+
     Raises:
         MicsPlanError: p does not divide n.
     """

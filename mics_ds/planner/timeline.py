@@ -1,4 +1,4 @@
-"""How long one optimizer step takes, and what it waits for.
+"""Time of one optimizer step, and what it waits for.
 
 [Note: the rules of overlap]
 
@@ -48,7 +48,7 @@ SCALAR_BYTES = 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which system runs the job, and how."""
+    """System that runs the job, and its settings."""
 
     p: int | None
     """Partition size; ``None`` for stock ZeRO-3."""
@@ -77,7 +77,7 @@ class Scheme:
         return "stock_reduce_scatter" if self.p is None or self.native_scatter else "reduce_scatter"
 
     def slices(self, n: int) -> int:
-        """How many ranks share the masters and optimizer states of a shard."""
+        """Return how many ranks share the masters and optimizer states of a shard."""
         return n // self.partition_size(n) if self.world_states else 1
 
     def partition_size(self, n: int) -> int:
@@ -103,9 +103,9 @@ class StepTime:
     optimizer: float = 0.0
     overhead: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
-    """How long each kind of collective was under way, waited for or not."""
+    """Seconds that each kind of collective was under way, waited for or not."""
     counts: dict[str, int] = field(default_factory=dict)
-    """How many there were."""
+    """Number of collectives of each kind."""
     live_numel: int = 0
     """Elements of parameters that are gathered or on their way, at most."""
     bucket_numel: int = 0
@@ -119,7 +119,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """What limits the step: its largest part."""
+        """Return what limits the step: its largest part."""
         return max(self.PARTS, key=lambda part: getattr(self, part))
 
     def parts(self) -> dict[str, float]:
@@ -135,7 +135,7 @@ class _Cost(NamedTuple):
 
 
 class Costs:
-    """What the collectives of one system cost, by elements."""
+    """Costs of the collectives of one system, by elements."""
 
     def __init__(self, machine: Machine, job: Workload, system: Scheme, n: int) -> None:
         p = system.partition_size(n)
@@ -268,7 +268,7 @@ class Player:
         return () if visit.unit is None else self.params[visit.unit]
 
     def _next_uses(self) -> list[dict[int, int]]:
-        """For each visit, where its parameters are used next."""
+        """Return, for each visit, where its parameters are used next."""
         upcoming: dict[int, int] = {}
         found: list[dict[int, int]] = []
         for index in range(len(self.visits) - 1, -1, -1):
@@ -296,7 +296,10 @@ class Player:
         return buckets, {param: number for number, bucket in enumerate(buckets) for param in bucket}
 
     def _updates_arrive(self, params: Iterable[int]) -> float:
-        """When these parameters' updated shards are there. What comes before them and one bucket more has been sent."""
+        """Return when these parameters' updated shards are there.
+
+        What comes before them and one bucket more has been sent.
+        """
         needed = max((self.bucket_of[param] for param in params if param in self.bucket_of), default=-1)
         while self.sent < min(needed + 2, len(self.not_updated)):
             bucket = self.not_updated[self.sent]
@@ -373,7 +376,10 @@ class Player:
         self._wait("hop2", queues.free["average"])
 
     def _keeps(self, param: int, index: int, passed: dict[int, int]) -> bool:
-        """Whether a parameter stays gathered after its turn: the look-ahead counts on it, or it is used again soon."""
+        """Return whether a parameter stays gathered after its turn.
+
+        The look-ahead counts on it, or it is used again soon.
+        """
         if passed.get(param, -1) > index:
             return True
         following = self.next_use[index].get(param)

@@ -1,4 +1,4 @@
-"""What is asked of a model: batch, precision, optimizer, and the DeepSpeed settings that decide memory and time."""
+"""Jobs to plan: batch, precision, optimizer, and the DeepSpeed settings that decide memory and time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Optimizer(NamedTuple):
-    """What an optimizer needs beside the master weights."""
+    """Needs of an optimizer beside the master weights."""
 
     states: int
     """fp32 tensors per element that it keeps."""
@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def optimizer_kind(name: str, torch_adam: bool = False) -> str:
-    """What DeepSpeed builds for an optimizer's name: its fused Adam, unless told otherwise."""
+    """Return the optimizer that DeepSpeed builds for a name: its fused Adam, unless told otherwise."""
     name = name.lower()
     return "fusedadam" if name in ("adam", "adamw") and not torch_adam else name
 
@@ -73,7 +73,7 @@ class ZeroSettings:
 
     @classmethod
     def from_ds(cls, zero: Mapping[str, Any]) -> ZeroSettings:
-        """From the ``zero_optimization`` section of a DeepSpeed JSON. Values ``"auto"`` are left at the default."""
+        """Read the ``zero_optimization`` section of a DeepSpeed JSON. Values ``"auto"`` are left at the default."""
         names = {
             "stage3_prefetch_bucket_size": "prefetch_bucket_size",
             "stage3_max_live_parameters": "max_live_parameters",
@@ -150,5 +150,5 @@ class Workload:
 
     @property
     def hardware_flops(self) -> float:
-        """Those, and what activation checkpointing does twice."""
+        """Return the operations, with those that activation checkpointing does twice."""
         return self.model_flops + (self.model.recomputed_flops * self.samples if self.checkpointing else 0.0)

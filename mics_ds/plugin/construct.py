@@ -1,4 +1,4 @@
-"""What runs in place of DeepSpeed's constructors: each asks whether the configuration at hand has ``mics_`` keys."""
+"""Replacements of DeepSpeed's constructors: each asks whether the configuration at hand has ``mics_`` keys."""
 
 from __future__ import annotations
 

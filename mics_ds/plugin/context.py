@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration asks of MiCS: parsed once, and handed on to whatever is built from it.
+"""The request of a DeepSpeed configuration to MiCS: parsed once, and handed on to whatever is built from it.
 
 DeepSpeed parses its JSON wherever it builds something: the configuration object, the engine, ``zero.Init``, the
 optimizer. Here it is parsed where the first of them is made. A :class:`Build` then carries the request, and the
@@ -43,7 +43,7 @@ class Request(NamedTuple):
 
     @property
     def is_undecided(self) -> bool:
-        """Whether MiCS is on and something of it is still to be chosen, at the latest for the engine."""
+        """Return whether MiCS is on and something of it is still to be chosen, at the latest for the engine."""
         return self.is_on and self.mics is not None and self.mics.is_undecided
 
 

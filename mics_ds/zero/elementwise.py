@@ -1,4 +1,4 @@
-"""Which optimizers update each element by itself, so that it does not matter how tensors are cut."""
+"""Optimizers that update each element by itself, so that it does not matter how tensors are cut."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ USE_NON_REENTRANT = (
 
 
 class Given(enum.IntEnum):
-    """What a shard got since the last boundary. Of all replicas, the greatest holds."""
+    """Kind of gradient that a shard got since the last boundary. The greatest over all replicas holds."""
 
     NOTHING = 0
     ADDED = 1
@@ -73,7 +73,7 @@ class Given(enum.IntEnum):
 
 @dataclass
 class _Boundary:
-    """What is known of the gradients since the last optimizer step."""
+    """State of the gradients since the last optimizer step."""
 
     given: dict[int, Given] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)
@@ -130,7 +130,7 @@ class GradSync:
         self._repeated: set[int] = set()
         """Parameters that ever got two gradients in one pass: hop 2 on them waits for the end of the pass."""
         self._passes_per_step = 1
-        """Of the last step: several backward passes may precede one (policy and value losses, say)."""
+        """Backward passes before the last step: several may precede one (policy and value losses, say)."""
         self._boundary = _Boundary()
 
     # ---------------------------------------------------------------------------------------- hop 1
@@ -206,14 +206,14 @@ class GradSync:
 
     @property
     def _is_last_pass(self) -> bool:
-        """Whether this pass is the last one before the step, as far as the last step tells."""
+        """Return whether this pass is the last one before the step, as far as the last step tells."""
         return self._boundary.passes + 1 >= self._passes_per_step
 
     # ---------------------------------------------------------------------------------------- hop 2
 
     @property
     def is_mean(self) -> bool:
-        """Whether every shard is the mean over all ranks. The same on all replicas."""
+        """Return whether every shard is the mean over all ranks. The same on all replicas."""
         return self._boundary.is_mean
 
     @property
@@ -300,7 +300,8 @@ class GradSync:
 
     @staticmethod
     def refuse_unusable(given: Sequence[int]) -> None:
-        """
+        """Raise an error if a gradient cannot be used.
+
         Args:
             given: the values of :attr:`flags`.
 

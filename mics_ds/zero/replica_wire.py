@@ -44,7 +44,7 @@ UNSENT_DTYPE = torch.bfloat16
 
 
 class Residual:
-    """What rounding has left of values, in two copies, see [Note: residuals].
+    """Residual that rounding has left of values, in two copies, see [Note: residuals].
 
     Args:
         numel: elements.
@@ -69,7 +69,7 @@ class Residual:
 
 
 class _Encoded(ReplicaReducer):
-    """What both ways have in common: the exchange.
+    """The exchange of encoded rows, which both reducers share.
 
     Args:
         buffer: returns the buffer of partial gradients, 1-D.

@@ -19,7 +19,7 @@ UNSENT, UNPUBLISHED = "unsent", "unpublished"
 
 
 class Place(NamedTuple):
-    """Whose residuals they are."""
+    """Shard and replica that residuals belong to."""
 
     shards: int
     shard: int

@@ -1,4 +1,4 @@
-"""Which gradient shards hop 2 averages together, the same on all replicas."""
+"""Units of gradient shards that hop 2 averages together, the same on all replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Unit:
     """Shards that follow each other in the buffer of gradients, averaged together."""
 
     places: range
-    """Of the shards, counted in the order of the buffer."""
+    """Places of the shards, counted in the order of the buffer."""
     start: int
     end: int
     """Elements [start, end) of the buffer."""

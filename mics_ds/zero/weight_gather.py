@@ -1,4 +1,4 @@
-"""From the slices that replicas have updated to whole shards on all of them, beside the next forward pass."""
+"""The gather of updated slices to whole shards on all replicas, beside the next forward pass."""
 
 from __future__ import annotations
 
