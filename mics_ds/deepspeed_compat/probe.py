@@ -1,4 +1,4 @@
-"""Is this a DeepSpeed we know, and has it what our classes replace?
+"""Probes of the installed DeepSpeed: its version, and every method that our classes replace.
 
 The names are read off the classes themselves: methods marked with ``@override``, and the ``REPLACED`` methods of
 strategies. So a method that a DeepSpeed has renamed is a refusal at start, and never an override that nobody calls.
