@@ -7,8 +7,9 @@ collectives, the *wait stage* waits for them and works on what they bring. What 
   current when the task is submitted, the wait stage on a stream of the executor's own (:class:`StreamExecutor`). So the
   issue stage of the next task is not held up by the wait stage of this one.
 - On a CPU it stops the thread, so the executor has a thread (:class:`ThreadExecutor`), on which both stages run. All
-  ranks have to issue the collectives of a group in the same order, and two threads cannot agree on one. Hence one
-  thread, a first-in-first-out queue, and process groups of its own (:mod:`mics_ds.comm.groups`).
+  ranks have to issue the collectives of a group in the same order. Hence a first-in-first-out queue, and process groups
+  of the executor's own (:mod:`mics_ds.comm.groups`). Where the two stages use different groups, a second thread runs
+  the issue stage of the next task during the wait stage of this one.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ class _StreamStages(Stages):
         self._wait = wait
 
     def wait_stage(self) -> AbstractContextManager:
+        if self._wait is not self._issue:
+            self._wait.wait_stream(self._issue)  # what the wait stage issues may need what the issue stage has packed
         return self._executor.streams.stream(self._wait)
 
     def record_stream(self, *tensors: torch.Tensor) -> None:
@@ -240,27 +243,80 @@ class _ThreadHandle(Future[T]):
     def wait(self) -> T:
         return self.result()
 
-    def run(self, task: Task[T]) -> None:
+    def run(self, task: Task[T], stages: Stages) -> None:
         try:
-            self.set_result(task(INLINE))
+            self.set_result(task(stages))
         except BaseException as error:  # raised by wait()
             self.set_exception(error)
 
 
+class _Turns:
+    """What the threads of an executor share. Each stage is one thread's at a time, in the order of the tasks."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[tuple[_ThreadHandle, Task] | None] = SimpleQueue()
+        self.issuing, self.waiting = threading.Lock(), threading.Lock()
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        """Run tasks until the queue says ``None``."""
+        torch.set_grad_enabled(False)
+        while True:
+            self.issuing.acquire()
+            submitted = self.queue.get()
+            if submitted is None:
+                self.queue.put(None)  # for the other threads
+                self.issuing.release()
+                return
+            handle, task = submitted
+            stages = _ThreadStages(self)
+            if self.error is None:
+                handle.run(task, stages)
+            else:
+                # Going on after a failure would issue collectives that no other rank expects next.
+                handle.set_exception(self.error)
+            stages.enter_wait_stage()
+            self.error = self.error or handle.exception()
+            self.waiting.release()
+            del handle, task, submitted  # and with it the buffers it worked on, while this thread sleeps
+
+
+class _ThreadStages(Stages):
+    def __init__(self, turns: _Turns) -> None:
+        self._turns = turns
+        self._is_waiting = False
+
+    def enter_wait_stage(self) -> None:
+        """Let another thread issue, once the wait stages of earlier tasks are over."""
+        if not self._is_waiting:
+            self._turns.waiting.acquire()
+            self._turns.issuing.release()
+            self._is_waiting = True
+
+    def wait_stage(self) -> AbstractContextManager:
+        self.enter_wait_stage()
+        if self._turns.error is not None:
+            raise self._turns.error
+        return nullcontext()
+
+
 class ThreadExecutor:
-    """An executor with one thread, which starts with the first task.
+    """An executor with threads, which start with the first task.
 
     Args:
         name: shown as the thread's name in traces and stack dumps.
         ahead: how many tasks may be unfinished, ``None`` for no limit. ``submit`` waits for the oldest.
+        overlapping: whether the issue stage of a task may run during the wait stage of the one before it, on a second
+            thread. Tasks must not use one process group in both stages then: ranks could not agree on an order.
     """
 
-    def __init__(self, name: str, *, ahead: int | None = None) -> None:
+    def __init__(self, name: str, *, ahead: int | None = None, overlapping: bool = False) -> None:
         self.name = name
         self._ahead = ahead
-        self._queue: SimpleQueue[tuple[_ThreadHandle, Task] | None] = SimpleQueue()
+        self._count = 2 if overlapping else 1
+        self._turns = _Turns()
         self._unfinished: deque[_ThreadHandle] = deque()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def submit(
         self, task: Task[T], *, pack: Callable[[Stages], None] | None = None, beside: bool = True
@@ -270,23 +326,25 @@ class ThreadExecutor:
             self.drain()
             if pack is not None:
                 pack(INLINE)
-            handle.run(task)
+            handle.run(task, INLINE)
             handle.wait()  # raise here and now
             return handle
-        if self._thread is None:
-            # A daemon: after a failure elsewhere the process must be able to end while a collective
+        if not self._threads:
+            # Daemons: after a failure elsewhere the process must be able to end while a collective
             # still waits for a rank that is gone.
-            self._thread = threading.Thread(
-                target=self._work, args=(self._queue,), name=f"mics {self.name}", daemon=True
-            )
-            self._thread.start()
+            self._threads = [
+                threading.Thread(target=self._turns.work, name=f"mics {self.name}", daemon=True)
+                for _ in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
             _started.add(self)
         while self._unfinished and (self._unfinished[0].done() or len(self._unfinished) == self._ahead):
             self._unfinished.popleft().wait()
         if pack is not None:
             pack(INLINE)
         self._unfinished.append(handle)
-        self._queue.put((handle, task))
+        self._turns.queue.put((handle, task))
         return handle
 
     def drain(self) -> None:
@@ -294,34 +352,20 @@ class ThreadExecutor:
             self._unfinished.popleft().wait()
 
     def close(self) -> None:
-        """Let the thread end, and wait for that unless a task hangs in it. A next task starts another."""
-        if self._thread is not None:
-            self._queue.put(None)
-            if all(handle.done() for handle in self._unfinished):
-                self._thread.join()
-            self._thread, self._queue = None, SimpleQueue()
+        """Let the threads end, and wait for that unless a task hangs. A next task starts others."""
+        self._turns.queue.put(None)
+        if all(handle.done() for handle in self._unfinished):
+            for thread in self._threads:
+                thread.join()
+        self._threads, self._turns = [], _Turns()
         # Failures were for the engine that used the executor before.
         self._unfinished.clear()
 
-    def end(self, patience_s: float) -> None:
-        """Let the thread end when its tasks are done, and wait at most ``patience_s`` seconds for that."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(patience_s)
-
-    @staticmethod
-    def _work(queue: SimpleQueue[tuple[_ThreadHandle, Task] | None]) -> None:
-        torch.set_grad_enabled(False)
-        error: BaseException | None = None
-        while (submitted := queue.get()) is not None:
-            handle, task = submitted
-            if error is not None:
-                # Going on after a failure would issue collectives that no other rank expects next.
-                handle.set_exception(error)
-                continue
-            handle.run(task)
-            error = handle.exception()
-            del handle, task, submitted  # and with it the buffers it worked on, while this thread sleeps
+    def end(self, deadline: float) -> None:
+        """Let the threads end when their tasks are done, and wait for that until ``deadline``, of a monotonic clock."""
+        self._turns.queue.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 _started: weakref.WeakSet[ThreadExecutor] = weakref.WeakSet()
@@ -335,17 +379,23 @@ def _end_executors() -> None:
     failed = getattr(sys, "last_value", None) is not None
     deadline = time.monotonic() + (PATIENCE_AFTER_AN_ERROR_S if failed else PATIENCE_S)
     for executor in list(_started):
-        executor.end(max(0.0, deadline - time.monotonic()))
+        executor.end(deadline)
 
 
 def make_executor(
-    name: str, streams: Streams | None, *, ahead: int | None = None, own_issue_stream: bool = False
+    name: str,
+    streams: Streams | None,
+    *,
+    ahead: int | None = None,
+    own_issue_stream: bool = False,
+    overlapping: bool = False,
 ) -> Executor:
     """Return an executor for a device with these streams, or for one without.
 
     Args:
         ahead, own_issue_stream: see :class:`StreamExecutor`.
+        overlapping: see :class:`ThreadExecutor`. With streams, stages always overlap: the host issues everything.
     """
     if streams is None:
-        return ThreadExecutor(name, ahead=ahead)
+        return ThreadExecutor(name, ahead=ahead, overlapping=overlapping)
     return StreamExecutor(name, streams, ahead=ahead, own_issue_stream=own_issue_stream)

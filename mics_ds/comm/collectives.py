@@ -250,9 +250,9 @@ def all_gather_whole_hierarchical(shard: torch.Tensor, groups: NodeGroups, stage
     column = shard.new_empty(inter.size, width)
     between = start_all_gather(column, shard, inter, GATHER_INTER)
     by_node = full.view(inter.size, intra.size * width)
-    # The own node's chunks need nothing from other nodes.
-    inside = [start_all_gather(by_node[inter.rank], shard, intra, GATHER_INTRA)]
     with stages.wait_stage():
+        # The own node's chunks need nothing from other nodes.
+        inside = [start_all_gather(by_node[inter.rank], shard, intra, GATHER_INTRA)]
         between.wait()
         inside += [
             start_all_gather(by_node[node], column[node], intra, GATHER_INTRA)

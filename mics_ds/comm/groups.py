@@ -119,8 +119,8 @@ def build_groups(
         reduce_scatter=method,
         node_of=node_of,
         sizes=sizes_of(streams is not None),
-        gather_executor=_executor("all-gather", own, streams),
-        scatter_executor=_executor("reduction", own, streams, ahead=AHEAD),
+        gather_executor=_executor("all-gather", own, streams, overlapping=True),
+        scatter_executor=_executor("reduction", own, streams, ahead=AHEAD, overlapping=True),
         replica_executor=_executor("replicas", own, streams, ahead=AHEAD, own_issue_stream=True),
     )
 

@@ -68,6 +68,58 @@ def test_both_stages_run_on_the_thread():
     assert ThreadExecutor("test").submit(task).wait() == ("mics test", "mics test")
 
 
+def overlapping_task(seen: list[str], name: str, may_end: threading.Event):
+    def task(stages):
+        seen.append(f"issue {name}")
+        with stages.wait_stage():
+            seen.append(f"wait {name}")
+            may_end.wait()
+            seen.append(f"end {name}")
+
+    return task
+
+
+def test_a_task_is_issued_while_the_one_before_it_waits():
+    """Each stage is for one task at a time, in their order."""
+    executor, seen, may_end = ThreadExecutor("overlapping", overlapping=True), [], threading.Event()
+    for name in "abc":
+        executor.submit(overlapping_task(seen, name, may_end))
+    while len(seen) < 3:
+        threading.Event().wait(0.001)
+    threading.Event().wait(0.02)
+    assert sorted(seen) == ["issue a", "issue b", "wait a"]
+    assert seen[0] == "issue a"
+    may_end.set()
+    executor.drain()
+    for stage in ("issue", "wait", "end"):
+        assert [what for what in seen if what.startswith(stage)] == [f"{stage} {name}" for name in "abc"]
+    assert all(seen.index(f"end {a}") < seen.index(f"wait {b}") for a, b in ("ab", "bc"))
+    executor.close()
+    assert executor_thread("overlapping") is None
+
+
+def test_a_task_does_not_wait_after_a_failure_of_the_one_before_it():
+    """It would issue collectives that no other rank expects, in a group that they have given up."""
+    executor, seen, gate = ThreadExecutor("test", overlapping=True), [], threading.Event()
+
+    def fail(stages) -> None:
+        with stages.wait_stage():
+            gate.wait()
+            raise ValueError("in the task")
+
+    executor.submit(fail)
+    issued = executor.submit(overlapping_task(seen, "b", gate))
+    never = executor.submit(overlapping_task(seen, "c", gate))
+    while not seen:
+        threading.Event().wait(0.001)
+    gate.set()
+    for handle in (issued, never):
+        with pytest.raises(ValueError, match="in the task"):
+            handle.wait()
+    assert seen == ["issue b"]
+    executor.close()
+
+
 def test_a_failure_reaches_the_caller_and_stops_the_executor():
     executor, ran, gate = ThreadExecutor("test"), [], threading.Event()
 
