@@ -15,7 +15,7 @@ _HERE = Path(__file__).resolve().parent
 # Ranks import test modules by name; the same folders are in pyproject.toml for this process.
 _FOLDERS = [_HERE, _HERE / "unit", _HERE / "ranks", _HERE / "system", _HERE.parent, _HERE.parent / "scripts"]
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-# scripts/test_versions.sh tries versions that are not in the list yet.
+# scripts/version_matrix.py tries versions that are not in the list yet.
 for _name in [name for name in os.environ if name.startswith("MICS_DS_") and name != "MICS_DS_ALLOW_UNTESTED"]:
     del os.environ[_name]
 
