@@ -14,7 +14,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of co
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 import helpers
 
 from mics_ds.checkpoint import manifest

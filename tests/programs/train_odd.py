@@ -37,7 +37,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of co
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"))
 import helpers
 
 if arguments.import_mics == "late":

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import ASYNC, adamw, digest, engine_of, everything_is_shared, records, steps, writer
 from helpers import build, ds_config, train
-from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
-from mics_ds.checkpoint import background, copies, manifest, staging
+from mics_ds.checkpoint import background, copies, manifest
 from mics_ds.checkpoint.background import wait_for_saves
 
-ASYNC = {"mics_checkpoint": {"async": True}}
 WORLD = {"mics_optimizer_states": "world"}
-
-
-def writer() -> int:
-    """The process that writes for this rank."""
-    assert background.Background.current is not None
-    return background.Background.current._process.pid
-
-
-def everything_is_shared():
-    staging.SHARED_FROM = 64
 
 
 class Even(nn.Module):
@@ -41,10 +30,6 @@ class Even(nn.Module):
     def forward(self, x, y):
         self.seen += 1
         return (self.outer(self.inner(x).relu()) - y).pow(2).mean()
-
-
-def records(folder: Path, tag: str):
-    return {name: (record.bytes, record.crc32) for name, record in manifest.read(folder / tag).files.items()}
 
 
 @pytest.mark.ranks(4)
@@ -65,15 +50,10 @@ def test_files_are_those_of_a_save_that_training_waits_for(tmp_path, p, zero):
     assert (tmp_path / "latest").read_text() == "background"
 
 
-def steps(engine, count):
-    """Losses of so many steps, of the data of step 0 each time, as after a resume."""
-    return [loss for _ in range(count) for loss in train(engine, 1)]
-
-
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("p", "dtype", "zero"),
-    [(2, "fp32", {}), (2, "bf16", WORLD), pytest.param(1, "bf16", WORLD, marks=pytest.mark.slow)],
+    [(2, "fp32", {}), (2, "bf16", WORLD), slow(1, "bf16", WORLD)],
     ids=str,
 )
 def test_training_goes_on_and_the_checkpoint_is_of_the_moment(tmp_path, p, dtype, zero):

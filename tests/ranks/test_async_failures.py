@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import ASYNC, Wide, adamw, digest, engine_of, everything_is_shared, writer
+from faults import Once, needs_root, outcome, small_disk, unforeseen
 from helpers import build, ds_config, train
-from test_async_checkpoints import ASYNC, everything_is_shared, writer
-from test_checkpoint_crashes import Wide, needs_root, small_disk
-from test_checkpoint_damage import Once, outcome, unforeseen
-from test_checkpoints import adamw, digest, engine_of
 
 from mics_ds.checkpoint import copies, save, staging
 from mics_ds.checkpoint import folder as folders
@@ -60,9 +59,7 @@ def saved_once(folder, zero=ASYNC, p=2):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(
-    ("victim", "zero"), [(0, ASYNC), (3, LOG), pytest.param(1, ASYNC, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize(("victim", "zero"), [(0, ASYNC), (3, LOG), slow(1, ASYNC)], ids=str)
 def test_a_writer_that_is_killed(tmp_path, victim, zero):
     engine = saved_once(tmp_path, zero)
     stop_writers()

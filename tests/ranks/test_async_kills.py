@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import engine_of, everything_is_shared, writer
+from faults import SURVIVED, Events
 from helpers import train
 from rank_pool import RankError
-from test_async_checkpoints import everything_is_shared, writer
-from test_checkpoint_crashes import SURVIVED, Events
-from test_checkpoints import engine_of
 
 from mics_ds.checkpoint import manifest
 from mics_ds.checkpoint.background import Background, wait_for_saves
@@ -176,7 +176,7 @@ def start(pools, tmp_path):
     return save
 
 
-NUMBERS = pytest.mark.parametrize("kills", [1, pytest.param(KILLS // 2, marks=pytest.mark.slow)])
+NUMBERS = pytest.mark.parametrize("kills", [1, slow(KILLS // 2)])
 
 
 @NUMBERS

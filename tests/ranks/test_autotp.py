@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.module_inject.layers import set_autotp_mode
+from autotp_engines import Blocks, autotp, tensor_parallel
+from cases import slow
 from deepspeed.utils import groups
 from helpers import (
-    WIDTH,
     assert_close,
     assert_losses_close,
     batch,
@@ -24,46 +22,8 @@ from helpers import (
     replicas_agree,
     train,
 )
-from torch import nn
 
 from mics_ds.errors import MicsConfigError
-
-
-class Blocks(nn.Module):
-    """Two blocks of a transformer without attention: cut by columns, then by rows, with odd sizes left of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(WIDTH, 12)
-        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
-        self.up = nn.ModuleList(nn.Linear(12, 28) for _ in range(2))
-        self.down = nn.ModuleList(nn.Linear(28, 12) for _ in range(2))
-        self.head = nn.Linear(12, WIDTH)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
-        for norm, up, down in zip(self.norms, self.up, self.down):
-            x = x + down(torch.tanh(up(norm(x))))
-        return (self.head(x) - y).float().pow(2).mean()
-
-
-def tensor_parallel(size: int) -> dict[str, Any]:
-    specs = [
-        {"patterns": [r".*up\.\d\.weight$"], "partition_type": "column"},
-        {"patterns": [r".*down\.\d\.weight$"], "partition_type": "row"},
-    ]
-    return {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
-
-
-@contextmanager
-def autotp() -> Iterator[None]:
-    """DeepSpeed keeps its groups and modes in globals; leave none behind."""
-    try:
-        yield
-    finally:
-        set_autotp_mode(training=False)
-        groups.mpu = None
-        groups._DATA_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = groups._TENSOR_MODEL_PARALLEL_GROUP = None
 
 
 def engine_of(p: Any, size: int = 2, *, inside_init: bool = False, **config: Any) -> Any:
@@ -119,7 +79,7 @@ def compare(size: int, sizes: list[int], steps: int = 5, clip: float = 0.5, **co
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("inside_init", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("inside_init", [slow(False), True])
 def test_losses_and_parameters_equal_zero3_under_autotp(inside_init):
     """zero.Init partitions over all ranks, because nobody has cut anything yet."""
     with autotp():
@@ -154,7 +114,7 @@ def test_a_planned_size_under_autotp():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("inside_init", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inside_init", [False, slow(True)])
 def test_checkpoints_under_autotp(tmp_path, inside_init):
     replica, gather = dist.get_rank() // 2, {"stage3_gather_16bit_weights_on_model_save": True}
     with autotp():

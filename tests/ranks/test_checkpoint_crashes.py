@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import Wide, adamw, digest, engine_of
+from faults import SURVIVED, Events, needs_root, small_disk
 from helpers import build, ds_config, train
 from rank_pool import RankError
-from test_checkpoints import adamw, digest, engine_of
 from torch import nn
 
 from mics_ds.checkpoint import folder as folders
@@ -23,29 +22,6 @@ from mics_ds.errors import MicsCheckpointError
 
 CRASHES = 20
 STEPS = CRASHES + 4
-SURVIVED = 17  # exit code
-
-
-class Events:
-    """Counts the function calls of this thread, Python's and C's, and may kill the process at one of them."""
-
-    def __init__(self, fatal: int | None = None) -> None:
-        self.count, self.fatal = 0, fatal
-
-    def __enter__(self) -> Events:
-        sys.setprofile(self._called)
-        return self
-
-    def __exit__(self, *_) -> None:
-        sys.setprofile(None)
-        if self.fatal is not None:
-            os.kill(os.getpid(), signal.SIGKILL)  # later than the last event: then right after saving
-
-    def _called(self, _frame, event, _argument) -> None:
-        if event in ("call", "c_call"):
-            self.count += 1
-            if self.count == self.fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def uninterrupted(folder, zero):
@@ -78,7 +54,7 @@ def resume_step_and_die_saving(folder, zero, victim, fatal, losses):
 
 @pytest.mark.parametrize(
     ("crashes", "states"),
-    [(3, "partition"), *(pytest.param(CRASHES, states, marks=pytest.mark.slow) for states in ("partition", "world"))],
+    [(3, "partition"), *(slow(CRASHES, states) for states in ("partition", "world"))],
 )
 def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes, states):
     folder, zero = str(tmp_path / "saved"), {"mics_optimizer_states": states}
@@ -187,17 +163,6 @@ def test_client_state_that_cannot_be_pickled_is_an_error_on_every_rank(tmp_path,
     engine.save_checkpoint(str(tmp_path))
 
 
-class Wide(nn.Module):
-    """60 000 parameters: 720 kB of weights and Adam states."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(7, 7500)
-
-    def forward(self, x, y):
-        return (self.layer(x)[:, :7] - y).pow(2).mean()
-
-
 def fill_the_disk(folder, space):
     engine = build(ds_config(2), Wide, optimizer=adamw)
     train(engine, 1)
@@ -219,21 +184,6 @@ def fill_the_disk(folder, space):
     dist.barrier()
     engine.save_checkpoint(folder)  # and goes on once there is room
     assert folders.complete_tags(Path(folder)) == ["global_step1", "global_step2"]
-
-
-needs_root = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root to mount a small tmpfs"
-)
-
-
-@contextmanager
-def small_disk(folder, space):
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "mics_ds_test", str(folder)], check=True)
-    try:
-        yield {"folder": str(folder), "space": space}
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @needs_root

@@ -12,29 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from checkpoint_engines import adamw, digest, engine_of, reshape
 from deepspeed.checkpoint.constants import CHECKPOINT_PARALLEL_DIMS
+from faults import Once, mutate, outcome, unforeseen
 from helpers import build, ds_config, environment, train
-from test_checkpoints import adamw, digest, engine_of, reshape
-from test_names import Work, mutate
 
 from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import load, manifest, save
 from mics_ds.errors import MicsCheckpointError
-
-
-def outcome(action) -> str:
-    """What came of it, the same on all ranks: the words of one error, or nothing."""
-    try:
-        with Work(5_000_000):  # a load has some 100 000 calls
-            action()
-        mine = ""
-    except MicsCheckpointError as error:
-        mine = str(error)
-    except Exception as error:
-        mine = f"a bare {type(error).__name__}: {error}"
-    said: list = [None] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
-    return said[0] if len(set(said)) == 1 else f"ranks differ: {said}"
 
 
 def on_rank_0(work) -> None:
@@ -256,39 +241,6 @@ def test_a_tag_that_is_none_is_one_error_and_makes_nothing(tmp_path):
 
 
 # ------------------------------------------------------------------------- errors of one rank alone
-
-
-class Once:
-    """Replaces an attribute on one rank, for one call."""
-
-    def __init__(self, culprit, owner, name, replacement):
-        self.here, self.owner, self.name, self.replacement = dist.get_rank() == culprit, owner, name, replacement
-
-    def __enter__(self):
-        if self.here:
-            self.own, self.over = self.name in vars(self.owner), False
-            self.before = getattr(self.owner, self.name)
-            setattr(self.owner, self.name, lambda *a, **k: self._replaced(*a, **k))
-
-    def _replaced(self, *args, **kwargs):
-        self._restore()
-        return self.replacement(self.before, *args, **kwargs)
-
-    def __exit__(self, *_):
-        if self.here and not self.over:
-            self._restore()
-            raise AssertionError(f"{self.name} was never called")
-
-    def _restore(self):
-        self.over = True
-        if self.own:
-            setattr(self.owner, self.name, self.before)
-        else:
-            delattr(self.owner, self.name)
-
-
-def unforeseen(_original, *_args, **_kwargs):
-    raise ZeroDivisionError("unforeseen")
 
 
 def staging_removed(original, states, path):

@@ -13,10 +13,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import digest, engine_of, steps, writer
 from helpers import environment
-from test_async_checkpoints import steps, writer
-from test_checkpoints import digest, engine_of
-from test_memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
+from memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
 
 from mics_ds.checkpoint import background, copies, load, manifest, memory
 from mics_ds.checkpoint.background import Background, wait_for_saves

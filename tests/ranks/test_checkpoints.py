@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -13,67 +11,17 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import RESHAPE, adamw, digest, engine_of, reshape
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from helpers import OddNet, assert_losses_close, build, ds_config, environment, full_params, train
-from test_parity import DataParallelUnit
+from helpers import DataParallelUnit, assert_losses_close, build, ds_config, environment, full_params, train
 from torch import nn
 
 from mics_ds.check.meter import CommMeter
 from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest, save
 from mics_ds.checkpoint.background import wait_for_saves
-from mics_ds.deepspeed_compat.states import WEIGHTS, states_of
 from mics_ds.errors import MicsCheckpointError
-
-RESHAPE = {"mics_reshape_checkpoint": True}
-
-
-def adamw(params):
-    """Two parameter groups, with settings of their own."""
-    half = len(params) // 2
-    return torch.optim.AdamW(
-        [{"params": params[:half]}, {"params": params[half:], "lr": 0.003, "weight_decay": 0.1}], lr=0.01
-    )
-
-
-class WithBuffer(OddNet):
-    """With a buffer that training changes, for it has to come back as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, x, y):
-        self.seen += 1
-        return super().forward(x, y)
-
-
-def engine_of(p, *, seed=1234, optimizer=adamw, zero=None, **extra):
-    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 12}}
-    config = ds_config(p, clip=0.5, zero=zero, scheduler=scheduler, **extra)
-    return build(config, WithBuffer, seed=seed, optimizer=optimizer)
-
-
-def digest(engine) -> dict[str, str]:
-    """Everything a checkpoint has to bring back, as hashes and numbers."""
-    optimizer = engine.optimizer
-    items = {f"param {name}": value for name, value in full_params(engine).items()}
-    items |= {f"buffer {name}": value for name, value in engine.module.named_buffers()}
-    for state in states_of(optimizer, replicated=False):
-        if state.name != WEIGHTS:
-            # DeepSpeed leaves whatever the memory held in the padding of a shard, and never uses it.
-            parts = [state.tensor[piece.start : piece.stop] for piece in state.pieces]
-            items[f"{state.name} {state.group}"] = torch.cat(parts) if parts else state.tensor[:0]
-    found = {
-        name: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, value in items.items()
-        if value.numel()
-    }
-    found["loss scale"] = str(optimizer.loss_scale)
-    found["counters"] = f"{engine.global_steps} {engine.skipped_steps} {engine.global_samples}"
-    found["scheduler"] = json.dumps(engine.lr_scheduler.state_dict()) if engine.lr_scheduler else ""
-    return found
-
 
 # ------------------------------------------------------------------------- resuming after kill -9
 
@@ -102,9 +50,7 @@ def resume_train(folder, dtype):
     return results
 
 
-@pytest.mark.parametrize(
-    "dtype", ["fp32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bf16", "fp16"))]
-)
+@pytest.mark.parametrize("dtype", ["fp32", *(slow(dtype) for dtype in ("bf16", "fp16"))])
 def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dtype):
     arguments = {"folder": str(tmp_path), "dtype": dtype}
     # fresh: the pool, that is all ranks, is killed by SIGKILL when it has answered
@@ -120,10 +66,10 @@ def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dt
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", slow("sgd")])
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(2, 4), (4, 2), (None, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(2, 1), (1, 4), (None, 1)])],
+    [(2, 4), (4, 2), (None, 2), *(slow(*pair) for pair in [(2, 1), (1, 4), (None, 1)])],
 )
 def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
     make = {"adamw": adamw, "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)}[optimizer]
@@ -186,7 +132,7 @@ def resume_on(folder, p, steps, zero=None):
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
-@pytest.mark.parametrize("p", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_resume_on_another_number_of_ranks(pools, tmp_path, before, after, p):
     # Ranks 2 and 3 train on the data of ranks 0 and 1, so that n = 2 and n = 4 have the same mean gradients.
     expected = pools.run(before, __name__, "save_on", {"folder": str(tmp_path), "p": p, "steps": 4}, 60)
@@ -200,14 +146,8 @@ def test_resume_on_other_ranks_in_other_shards(pools, tmp_path):
     assert_losses_close(pools.run(2, __name__, "resume_on", arguments, 60)[0], expected[0], 1e-6)
 
 
-def reshape(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "mics_ds", "reshape", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("sub_group_size", [pytest.param(10**9, marks=pytest.mark.slow), 150])
+@pytest.mark.parametrize("sub_group_size", [slow(10**9), 150])
 def test_from_mics_to_stock_zero3_and_back_by_the_command(tmp_path, sub_group_size):
     zero = {"sub_group_size": sub_group_size}
     engine = engine_of(2, zero=zero)
@@ -251,7 +191,7 @@ def test_stock_engines_and_folders_of_mics(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("dtype", [slow("fp32"), "bf16"])
 def test_zero_to_fp32_and_the_16_bit_model_equal_the_live_weights(tmp_path, dtype):
     engine = engine_of(2, dtype=dtype, zero={"stage3_gather_16bit_weights_on_model_save": True})
     train(engine, 3)
@@ -340,8 +280,9 @@ def test_module_only(tmp_path, p):
     train(other, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
-@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [1, 2])
 def test_under_tensor_parallelism(tmp_path, p):
     mpu = DataParallelUnit()
     rank = mpu.get_data_parallel_rank()

@@ -7,14 +7,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import autotp_engines
 import deepspeed
+import muon_engines
+import nvme_engines
 import pytest
-import test_autotp
-import test_muon
-import test_nvme
-import test_sequence_parallel
+import sequence_engines
 import torch
 import torch.distributed as dist
+from cases import slow
 from deepspeed.utils import groups
 from helpers import assert_close, assert_losses_close, build, ds_config, full_params, replicas_agree, same_on_all_ranks
 from helpers import train as train_on_batches
@@ -29,21 +30,21 @@ COMPILED, NVME, WORLD = "compiled", "NVMe", "world"
 
 def models(ways: set[str]) -> Callable[[], nn.Module]:
     if SEQUENCE in ways:
-        return lambda: test_sequence_parallel.Decoder(test_sequence_parallel.ulysses())
-    return test_autotp.Blocks if AUTOTP in ways else test_muon.Net
+        return lambda: sequence_engines.Decoder(sequence_engines.ulysses())
+    return autotp_engines.Blocks if AUTOTP in ways else muon_engines.Net
 
 
 @contextmanager
 def surroundings(ways: set[str]) -> Iterator[None]:
     with ExitStack() as stack:
         if SEQUENCE in ways:
-            stack.enter_context(test_sequence_parallel.sequence_groups(2))
+            stack.enter_context(sequence_engines.sequence_groups(2))
         if AUTOTP in ways:
-            stack.enter_context(test_autotp.autotp())
+            stack.enter_context(autotp_engines.autotp())
         if MUON in ways:
-            stack.enter_context(test_muon.kernels())
+            stack.enter_context(muon_engines.kernels())
         if NVME in ways:
-            stack.enter_context(test_nvme.small_blocks())
+            stack.enter_context(nvme_engines.small_blocks())
         yield
 
 
@@ -52,15 +53,15 @@ def engine_of(ways: set[str], p: int | None, folder: Path, **zero: Any) -> Any:
     if SEQUENCE in ways:
         config["sequence_parallel_size"] = 2
     if AUTOTP in ways:
-        config["tensor_parallel"] = test_autotp.tensor_parallel(2)
+        config["tensor_parallel"] = autotp_engines.tensor_parallel(2)
     if NVME in ways:
-        zero.update(test_nvme.swapped_to(folder / str(p), 0))
-        config["aio"] = test_nvme.SETTINGS["aio"]
+        zero.update(nvme_engines.swapped_to(folder / str(p), 0))
+        config["aio"] = nvme_engines.SETTINGS["aio"]
     if WORLD in ways and p is not None:
         zero["mics_optimizer_states"] = "world"
     if MUON in ways:
         zero["reduce_scatter"] = False
-        config["optimizer"] = {"type": "Muon", "params": test_muon.MUON}
+        config["optimizer"] = {"type": "Muon", "params": muon_engines.MUON}
         torch.manual_seed(1234)
         model = models(ways)()
         trained = [param for param in model.parameters() if param.requires_grad]
@@ -77,7 +78,7 @@ def engine_of(ways: set[str], p: int | None, folder: Path, **zero: Any) -> Any:
 
 def train(ways: set[str], engine: Any, steps: int) -> list[float]:
     if SEQUENCE in ways:
-        return test_sequence_parallel.train(engine, steps)
+        return sequence_engines.train(engine, steps)
     return train_on_batches(engine, steps, rank=dist.get_rank() // 2 if AUTOTP in ways else None)
 
 
@@ -86,11 +87,11 @@ def train(ways: set[str], engine: Any, steps: int) -> list[float]:
     "ways",
     [
         {SEQUENCE, MUON},
-        pytest.param({SEQUENCE, COMPILED}, marks=pytest.mark.slow),
-        pytest.param({SEQUENCE, NVME}, marks=pytest.mark.slow),
-        pytest.param({SEQUENCE, WORLD}, marks=pytest.mark.slow),
-        pytest.param({AUTOTP, WORLD}, marks=pytest.mark.slow),
-        pytest.param({MUON, COMPILED}, marks=pytest.mark.slow),
+        slow({SEQUENCE, COMPILED}),
+        slow({SEQUENCE, NVME}),
+        slow({SEQUENCE, WORLD}),
+        slow({AUTOTP, WORLD}),
+        slow({MUON, COMPILED}),
     ],
     ids=lambda ways: " and ".join(sorted(ways)),
 )

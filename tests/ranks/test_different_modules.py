@@ -7,13 +7,13 @@ for a module sends zeros through it; that is the oracle.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every
 from helpers import (
     WIDTH,
     assert_close,
@@ -84,11 +84,7 @@ def train(engine, p: int, seed: int, steps: int) -> list[float]:
 
 
 FAST = {(1, 1, True), (1, 3, False), (2, 3, True), (2, 1, False)}
-CASES = [
-    pytest.param(*case, seed, marks=[] if case in FAST and seed == 0 else [pytest.mark.slow])
-    for case in itertools.product([1, 2], [1, 3], [True, False])
-    for seed in range(5)
-]
+CASES = every((1, 2), (1, 3), (True, False), range(5), default=[(*case, 0) for case in FAST])
 
 
 @pytest.mark.ranks(4)

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from test_async_checkpoints import steps
-from test_checkpoints import digest, engine_of
-from test_memory_tier import EVERY, logged, nodes, remove, restarted, sealed, zero
+from cases import slow
+from checkpoint_engines import digest, engine_of, steps
+from memory_tier import ASKED, arguments, logged, nodes, remove, resolved, restarted, sealed, trainer_state, zero
 
 from mics_ds.checkpoint import manifest, restart
 from mics_ds.checkpoint.memory import Caller, called_by
-from mics_ds.config import CheckpointRequest
 from mics_ds.errors import MicsCheckpointError
 from mics_ds.frameworks import hf_trainer
-
-ASKED = CheckpointRequest(memory_every=EVERY)
-
-
-def arguments(root: Path) -> SimpleNamespace:
-    """As far as ``TrainingArguments`` matter here."""
-    return SimpleNamespace(output_dir=str(root / "out"), should_save=dist.get_rank() == 0)
-
-
-def resolved(root: Path, wanted=True, asked=ASKED):
-    found = hf_trainer._resolve(arguments(root), asked, wanted)
-    return found if found is True else os.path.relpath(found, root / "out")
 
 
 def trained(root: Path, count: int, p: int = 2):
@@ -38,7 +23,7 @@ def trained(root: Path, count: int, p: int = 2):
 
     def files() -> dict[str, bytes]:
         mine = {f"rng_state_{dist.get_rank()}.pth": b"numbers"}
-        return mine if dist.get_rank() else {**mine, hf_trainer.STATE: state(engine.global_steps)}
+        return mine if dist.get_rank() else {**mine, hf_trainer.STATE: trainer_state(engine.global_steps)}
 
     restarted()
     with called_by(Caller(str(root / "out"), files, lambda _: False, lambda: hf_trainer.marker(root / "out"))):
@@ -52,16 +37,12 @@ def trained(root: Path, count: int, p: int = 2):
     return engine, copied
 
 
-def state(step: int) -> bytes:
-    return json.dumps({"global_step": step}).encode()
-
-
 def save(root: Path, engine) -> None:
     """As the Trainer does."""
     folder = root / "out" / f"checkpoint-{engine.global_steps}"
     engine.save_checkpoint(str(folder))
     if dist.get_rank() == 0:
-        (folder / hf_trainer.STATE).write_bytes(state(engine.global_steps))
+        (folder / hf_trainer.STATE).write_bytes(trainer_state(engine.global_steps))
     dist.barrier()
 
 
@@ -71,10 +52,10 @@ def save(root: Path, engine) -> None:
     [
         (2, "node1", "partition"),
         (2, "node1", "world"),
-        pytest.param(1, "node1", "partition", marks=pytest.mark.slow),
-        pytest.param(1, "node0", "world", marks=pytest.mark.slow),
-        pytest.param(2, None, "partition", marks=pytest.mark.slow),
-        pytest.param(4, None, "partition", marks=pytest.mark.slow),
+        slow(1, "node1", "partition"),
+        slow(1, "node0", "world"),
+        slow(2, None, "partition"),
+        slow(4, None, "partition"),
     ],
 )
 def test_memory_becomes_a_checkpoint(tmp_path, p, lost, states):
@@ -180,7 +161,7 @@ def test_what_was_never_complete_is_set_aside(tmp_path):
         (out / "checkpoint-2" / "global_step2").rename(out / "checkpoint-2" / ".global_step2.partial")
         (out / "checkpoint-3").mkdir()
         (out / "checkpoint-4").mkdir()  # without states of an engine, as with save_only_model
-        (out / "checkpoint-4" / hf_trainer.STATE).write_bytes(state(4))
+        (out / "checkpoint-4" / hf_trainer.STATE).write_bytes(trainer_state(4))
     dist.barrier()
     assert resolved(tmp_path, str(out / "model")) == "model"
     assert resolved(tmp_path) == "checkpoint-4", "the Trainer's own error"

@@ -13,10 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from guard_faults import adam, copies, guarded, raw, real, restore, states
-from helpers import OddNet, batch, build, ds_config, replicas_agree, same_on_all_ranks, stock_reference, train
+from helpers import (
+    DataParallelUnit,
+    OddNet,
+    batch,
+    build,
+    ds_config,
+    replicas_agree,
+    same_on_all_ranks,
+    stock_reference,
+    train,
+)
 from rank_pool import Pools, RankError
-from test_parity import DataParallelUnit
 
 from mics_ds.check.meter import CommMeter
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsGuardError
@@ -79,7 +89,7 @@ def no_false_alarm(p: int, steps: int, setting: str) -> None:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [1, slow(2), slow(4)])
 def test_clean_steps_raise_no_alarm(p):
     for setting in SETTINGS:
         no_false_alarm(p, 3, setting)

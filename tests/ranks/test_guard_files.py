@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from helpers import build, ds_config, train
 
 from mics_ds.cli import app
@@ -31,7 +32,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("p", "dtype"),
-    [(None, "bf16"), pytest.param(2, "bf16", marks=pytest.mark.slow), pytest.param(2, "fp32", marks=pytest.mark.slow)],
+    [(None, "bf16"), slow(2, "bf16"), slow(2, "fp32")],
 )
 def test_weights_against_masters(p, dtype, tmp_path):
     zero = {"stage3_gather_16bit_weights_on_model_save": True, "sub_group_size": 100}

@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from helpers import (
     DTYPES,
@@ -37,7 +38,7 @@ SCALAR = 64  # bytes; collectives up to this size agree on norms and flags
 
 
 def by_default_not(*cases: tuple) -> list[Any]:
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+    return [slow(*case) for case in cases]
 
 
 def micro_step(engine: Any, index: int) -> CommMeter:
@@ -67,7 +68,7 @@ MORE_WAYS = [
         (3, "reentrant", True),
         (3, "non-reentrant", False),
         (1, None, False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_WAYS),
+        *(slow(*case) for case in MORE_WAYS),
     ],
 )
 def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_steps, checkpointing, overlap):

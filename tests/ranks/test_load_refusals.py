@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import adamw
 from helpers import build, ds_config, full_params, train
-from test_checkpoints import adamw
 from torch import nn
 
 from mics_ds.errors import MicsCheckpointError

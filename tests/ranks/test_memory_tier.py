@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import random
-import shutil
 import signal
 from pathlib import Path
 
@@ -14,105 +11,19 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
+from checkpoint_engines import adamw, digest, engine_of, steps, writer
 from helpers import build, ds_config, environment
-from test_async_checkpoints import steps, writer
-from test_checkpoints import adamw, digest, engine_of
+from memory_tier import logged, nodes, remove, restarted, resumed, sealed, trained, zero
 from torch import nn
 
-from mics_ds.checkpoint import memory, restart
+from mics_ds.checkpoint import memory
 from mics_ds.checkpoint.background import Background, wait_for_saves
-from mics_ds.log import logger
-
-EVERY = 2
-TWO_NODES = {"MICS_DS_RANKS_PER_NODE": "2"}
-
-
-def node() -> int:
-    return dist.get_rank() // 2
-
-
-class Now:
-    states = "partition"
-
-
-@contextlib.contextmanager
-def nodes(root: Path, states: str = "partition"):
-    """Two ranks are on a node, and each node has memory of its own."""
-    original = memory.region
-    with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
-        for module in (memory, restart):
-            patched.setattr(module, "region", lambda folder, key: original(root / f"node{node()}", key))
-        patched.setattr(Now, "states", states)
-        yield
-
-
-@contextlib.contextmanager
-def logged():
-    """What this rank logs."""
-    lines: list[str] = []
-
-    class Keeping(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    handler = Keeping()
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
-
-
-def zero(**more):
-    return {"mics_checkpoint": {"memory_every": EVERY, **more}, "mics_optimizer_states": Now.states}
-
-
-def restarted():
-    """As when a process begins: its engines are counted anew."""
-    memory._Current.engines = 0
-
-
-def sealed():
-    """A copy is left out while the one before is still being summed up."""
-    if Background.current is not None:
-        Background.current.wait_for_seals()
-    dist.barrier()
-
-
-def trained(root: Path, count: int, p: int = 2, **more):
-    """An engine that has begun in an empty folder and trained; its losses, and the digest of its last copy."""
-    restarted()
-    engine = engine_of(p, zero=zero(**more))
-    assert engine.load_checkpoint(str(root / "disk")) == (None, None)
-    losses, copied = [], {}
-    for _ in range(count):
-        losses += steps(engine, 1)
-        sealed()
-        if engine.global_steps % EVERY == 0:
-            copied[engine.global_steps] = digest(engine)
-    return engine, losses, copied
-
-
-def resumed(root: Path, p: int = 2, **more):
-    restarted()
-    engine = engine_of(p, seed=random.randrange(1000), zero=zero(**more))
-    path, client_state = engine.load_checkpoint(str(root / "disk"))
-    return engine, path, client_state
-
-
-def remove(root: Path, pattern: str):
-    dist.barrier()
-    if dist.get_rank() == 0:
-        found = list(root.glob(pattern))
-        assert found, f"{pattern} in {[str(path) for path in root.rglob('*')]}"
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    dist.barrier()
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
-    ("p", "states"), [(1, "partition"), (2, "partition"), (4, "partition"), (1, "world"), (2, "world")]
+    ("p", "states"), [slow(1, "partition"), (2, "partition"), (4, "partition"), (1, "world"), (2, "world")]
 )
 def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
     with nodes(tmp_path, states):
@@ -135,13 +46,13 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
     ("lost", "states"),
     [
         ("node0", "partition"),
-        ("node1", "partition"),
+        slow("node1", "partition"),
         ("node0/*/*shard0*", "partition"),
-        ("node1/*/*shard1-slice0of2.0*", "partition"),
+        slow("node1/*/*shard1-slice0of2.0*", "partition"),
         ("node0", "world"),
-        ("node1", "world"),
+        slow("node1", "world"),
         ("node0/*/*slice0of2*", "world"),
-        ("node1/*/*shard1-slice0of2.0*", "world"),
+        slow("node1/*/*shard1-slice0of2.0*", "world"),
     ],
 )
 def test_what_a_node_lost_comes_from_a_sibling(tmp_path, lost, states):
@@ -194,7 +105,7 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, state
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "states"), [(1, "partition"), (2, "partition"), (1, "world"), (2, "world")])
+@pytest.mark.parametrize(("p", "states"), [slow(1, "partition"), (2, "partition"), (1, "world"), (2, "world")])
 def test_random_numbers_and_client_state_travel_with_it(tmp_path, p, states):
     with nodes(tmp_path, states):
         restarted()
@@ -292,7 +203,7 @@ def test_the_newest_copy_that_all_shards_have_is_never_written_over(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("victim", [0, slow(3)])
 def test_a_writer_that_dies_with_slices_costs_a_copy_and_no_more(tmp_path, victim):
     """Its peers do not wait for it, the copy before stays, and the next ones are made, by another process. So are
     checkpoints."""
@@ -396,9 +307,9 @@ def resume_on_fewer(root, states, copied):
     ("ranks", "states"),
     [
         (2, "partition"),
-        pytest.param(4, "partition", marks=pytest.mark.slow),
+        slow(4, "partition"),
         (2, "world"),
-        pytest.param(4, "world", marks=pytest.mark.slow),
+        slow(4, "world"),
     ],
 )
 def test_on_as_many_or_fewer_replicas_after_a_kill(pools, tmp_path, ranks, states):

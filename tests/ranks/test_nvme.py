@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 from helpers import (
     WIDTH,
     assert_close,
@@ -22,6 +20,7 @@ from helpers import (
     same_on_all_ranks,
     train,
 )
+from nvme_engines import SETTINGS, small_blocks, swapped_to
 from torch import nn
 
 from mics_ds.deepspeed_compat import support
@@ -74,34 +73,6 @@ class Net(nn.Module):
         for block in self.blocks:
             x = torch.tanh(block(x))
         return (self.last(x) - y).pow(2).mean()
-
-
-def swapped_to(path: Path, max_in_cpu: int) -> dict[str, Any]:
-    return {
-        "offload_param": {
-            "device": "nvme",
-            "nvme_path": str(path),
-            "buffer_size": 50_000,
-            "buffer_count": 8,
-            "max_in_cpu": max_in_cpu,
-        },
-        "offload_optimizer": {"device": "cpu"},
-        # Stock 0.19.8 takes two buffers for one parameter where it prefetches from NVMe.
-        "stage3_prefetch_bucket_size": 0,
-    }
-
-
-@contextmanager
-def small_blocks() -> Iterator[None]:
-    """DeepSpeed swaps nothing of less than a megabyte; here, what fills a block."""
-    before, partitioned_param_swapper.MIN_AIO_BYTES = partitioned_param_swapper.MIN_AIO_BYTES, 4096
-    try:
-        yield
-    finally:
-        partitioned_param_swapper.MIN_AIO_BYTES = before
-
-
-SETTINGS: dict[str, Any] = {"micro_steps": 2, "clip": 0.5, "aio": {"block_size": 4096, "queue_depth": 4}}
 
 
 def swap_files(path: Path) -> list[Path]:

@@ -10,8 +10,10 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, slow
 from helpers import (
     WIDTH,
+    DataParallelUnit,
     OddNet,
     assert_close,
     assert_losses_close,
@@ -57,7 +59,6 @@ def compare(sizes: list[int], tolerance: float, steps: int | None = None, **kwar
         same_on_all_ranks(params)
 
 
-FLAGS = list(itertools.product([True, False], repeat=3))
 # In fp32 every pair of values of two settings comes up: micro-steps, clipping, reduce_scatter, contiguous_gradients,
 # overlap_comm. All combinations take many minutes more: those are the slow tests.
 LONG = ("fp32", 3, 0.5, True, True, True)
@@ -74,11 +75,7 @@ FAST = {
     ("fp16", 3, 0.5, True, True, True),
     ("fp16", 1, 0.5, False, False, False),
 }
-CASES = [
-    pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
-    for dtype, micro_steps, clip, flags in itertools.product(["fp32", "bf16", "fp16"], [1, 3], [0.0, 0.5], FLAGS)
-    for case in [(dtype, micro_steps, clip, *flags)]
-]
+CASES = every(("fp32", "bf16", "fp16"), (1, 3), (0.0, 0.5), *[(True, False)] * 3, default=FAST)
 
 
 def test_every_pair_of_settings_comes_up_in_fp32():
@@ -107,8 +104,8 @@ def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scat
     ("checkpointing", "micro_steps"),
     [
         ("reentrant", 3),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("reentrant", 1), ("non-reentrant", 1)]),
-        pytest.param("non-reentrant", 3, marks=pytest.mark.slow),  # in test_hops.py with a count of what is sent
+        *(slow(*case) for case in [("reentrant", 1), ("non-reentrant", 1)]),
+        slow("non-reentrant", 3),  # in test_hops.py with a count of what is sent
     ],
 )
 def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
@@ -116,7 +113,7 @@ def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("dtype", [slow("fp32"), "bf16"])
 def test_hierarchical_gather_changes_nothing(dtype):
     """Two simulated nodes of two ranks. The gather is exact, so even p = n stays bit for bit ZeRO-3."""
     with environment(MICS_DS_RANKS_PER_NODE="2"):
@@ -134,11 +131,11 @@ def test_large_parameters_are_gathered_straight_to_their_place(nodes):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("micro_steps", [slow(1), 3])
 @pytest.mark.parametrize("method", ["native", "all_to_all"])
 @pytest.mark.parametrize(
     ("p", "ranks_per_node"),
-    [pytest.param(4, 4, marks=pytest.mark.slow), (4, 2), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)],
+    [slow(4, 4), (4, 2), slow(2, 1), (2, 2)],
 )
 def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, ranks_per_node, method, micro_steps):
     initial, expected_losses, expected = stock_reference(8, micro_steps=micro_steps, clip=0.5)
@@ -153,7 +150,7 @@ def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, rank
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("sub_group_size", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sub_group_size", [50, slow(200)])
 def test_many_sub_groups(sub_group_size):
     compare([1, 2, 4], 1e-6, steps=4, clip=0.5, zero={"sub_group_size": sub_group_size})
 
@@ -164,16 +161,18 @@ def test_persistent_parameters():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("where", [{"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}])
+@pytest.mark.parametrize("micro_steps", [slow(1), 3])
+@pytest.mark.parametrize(
+    "where", [{"offload_optimizer": {"device": "cpu"}}, slow({"offload_param": {"device": "cpu"}})]
+)
 def test_offload_to_host_memory(where, micro_steps):
-    compare([1, 2, 4], 1e-6, steps=4, clip=0.5, micro_steps=micro_steps, zero=where)
+    compare([1, 2, 4], 1e-6, steps=4, clip=0.5, micro_steps=micro_steps, zero={where: {"device": "cpu"}})
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
+@pytest.mark.parametrize("micro_steps", [slow(1), 3])
+@pytest.mark.parametrize("clip", [slow(0.0), 0.5])
 def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
     """Plain PyTorch, without DeepSpeed: the mean loss over all ranks' and micro-steps' data."""
     engine = build(ds_config(p, micro_steps=micro_steps, clip=clip))
@@ -212,7 +211,7 @@ def test_gradient_norm_is_that_of_zero3(p):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("first", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", ["inside", slow("outside")])
 def test_a_model_built_inside_zero_init_trains_alike(p, first):
     results = []
     for inside in (first == "inside", first != "inside"):
@@ -250,42 +249,8 @@ def test_a_model_built_partly_inside_and_partly_outside(p):
         same_on_all_ranks(params)
 
 
-class DataParallelUnit:
-    """The mpu of a job with tensor parallelism 2: data-parallel groups {0, 2} and {1, 3}."""
-
-    def __init__(self) -> None:
-        rank = dist.get_rank()
-        data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        model = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        self.data, self.model = data[rank % 2], model[rank // 2]
-
-    def get_data_parallel_group(self):
-        return self.data
-
-    def get_data_parallel_world_size(self):
-        return 2
-
-    def get_data_parallel_rank(self):
-        return dist.get_rank() // 2
-
-    def get_model_parallel_group(self):
-        return self.model
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_model_parallel_world_size(self):
-        return 2
-
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-
-    def get_model_parallel_rank(self):
-        return dist.get_rank() % 2
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-
 @pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
-@pytest.mark.parametrize("p", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_partition_groups_are_cut_from_the_data_parallel_group(p):
     mpu = DataParallelUnit()
     results = []
@@ -303,7 +268,7 @@ def test_partition_groups_are_cut_from_the_data_parallel_group(p):
 
 
 @pytest.mark.ranks(3)
-@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("micro_steps", [slow(1), 3])
 def test_an_odd_number_of_ranks(micro_steps):
     """Three replicas: dividing by 3 rounds, so nothing is exact here but the replicas' equality."""
     initial, expected_losses, expected = stock_reference(8, micro_steps=micro_steps, clip=0.5)

@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from helpers import OddNet, build, destroy_engines, ds_config, train
 from packaging.version import Version
 from torch import nn
@@ -79,15 +80,15 @@ def held(engine: Any) -> dict[str, int]:
     ("dtype", "optimizer", "zero", "extra"),
     [
         ("fp32", "adamw", {}, {}),
-        ("bf16", "adamw", {}, {}),
+        slow("bf16", "adamw", {}, {}),
         ("fp16", "sgd_momentum", {}, {}),
-        ("fp32", "sgd", {"contiguous_gradients": False}, {}),
+        slow("fp32", "sgd", {"contiguous_gradients": False}, {}),
         ("fp32", "adagrad", {}, {}),
-        ("bf16", "adamw", {"stage3_param_persistence_threshold": 20}, {}),
-        ("fp32", "adamw", {"sub_group_size": 60}, {}),
+        slow("bf16", "adamw", {"stage3_param_persistence_threshold": 20}, {}),
+        slow("fp32", "adamw", {"sub_group_size": 60}, {}),
         ("bf16", "adamw", {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
         ("bf16", "adamw", {"offload_optimizer": {"device": "cpu"}}, {}),
-        ("fp32", "adamw", {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, {}),
+        slow("fp32", "adamw", {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, {}),
     ],
 )
 def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
@@ -214,12 +215,12 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("p", "optimizer", "batch", "overlap"),
     [
-        pytest.param(2, "adamw", 8, True, marks=pytest.mark.slow),
-        pytest.param(2, "sgd", 1024, True, marks=pytest.mark.slow),
-        pytest.param(None, "sgd", 8, True, marks=pytest.mark.slow),
-        pytest.param(2, "sgd", 8, True, marks=pytest.mark.slow),
-        pytest.param(4, "adamw", 512, True, marks=pytest.mark.slow),
-        pytest.param(1, "sgd_momentum", 512, False, marks=pytest.mark.slow),
+        slow(2, "adamw", 8, True),
+        slow(2, "sgd", 1024, True),
+        slow(None, "sgd", 8, True),
+        slow(2, "sgd", 8, True),
+        slow(4, "adamw", 512, True),
+        slow(1, "sgd_momentum", 512, False),
     ],
 )
 def test_the_peak_within_a_tenth(p, optimizer, batch, overlap):

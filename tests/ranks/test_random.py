@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 from helpers import (
     assert_close,
     assert_losses_close,
@@ -128,7 +129,7 @@ def trains_alike(case: dict[str, Any]) -> None:
         assert_close(params, expected[1], 10 * TOLERANCE[case["dtype"]], initial)
 
 
-@pytest.mark.parametrize("examples", [FEW, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [FEW, slow(EXAMPLES)])
 def test_whatever_is_combined_trains_as_under_zero3(pools, examples):
     @settings(
         max_examples=examples,

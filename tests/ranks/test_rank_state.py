@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import RESHAPE, adamw, reshape
 from helpers import OddNet, build, ds_config, environment, train
-from test_checkpoints import RESHAPE, adamw, reshape
-from test_flush import resolved
-from test_flush import state as trainer_state
-from test_memory_tier import nodes, remove, restarted, sealed
+from memory_tier import nodes, remove, resolved, restarted, sealed, trainer_state
 from torch import nn
 
 from mics_ds.checkpoint import manifest

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import digest
 from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 from helpers import (
     OddNet,
@@ -22,9 +23,8 @@ from helpers import (
     stock_reference,
     train,
 )
-from test_checkpoints import digest
-from test_memory_tier import nodes, restarted, sealed
-from test_muon import muon_engine
+from memory_tier import nodes, restarted, sealed
+from muon_engines import muon_engine
 from torch import nn
 
 from mics_ds.check.meter import CommMeter

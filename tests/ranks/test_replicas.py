@@ -6,6 +6,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from helpers import OddNet, batch, build, ds_config, full_params, replicas_agree, same_on_all_ranks, train
 from torch import nn
 
@@ -13,7 +14,7 @@ from torch import nn
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("p", "overflowing_rank"),
-    [(1, 3), (2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+    [(1, 3), (2, 0), slow(1, 0), slow(2, 3)],
 )
 def test_fp16_with_clipping_and_an_overflow_on_one_rank(p, overflowing_rank):
     config = ds_config(p, dtype="fp16", clip=0.1)
@@ -132,7 +133,7 @@ def test_mics_init_of_old_scripts(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 def test_saved_and_loaded_again(p, tmp_path):
     """One replica writes; every replica reads. Training goes on bit for bit."""
     engine = build(ds_config(p, clip=0.5), optimizer=lambda items: torch.optim.AdamW(items, lr=1e-2))

@@ -16,6 +16,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from deepspeed.runtime.config import DeepSpeedConfig
 from helpers import OddNet, batch, build, ds_config, environment, train
 from local_ranks import LocalRanks
@@ -78,7 +79,7 @@ def losses_with(backend: str | None, folder: str) -> tuple[list[float], bool, st
     return losses, groups.scatter.group is groups.partition.group, groups.reduce_scatter
 
 
-@pytest.mark.parametrize("backend", [None, "cpu:gloo", "cpu:gloo,cuda:fake"])
+@pytest.mark.parametrize("backend", [slow(None), slow("cpu:gloo"), "cpu:gloo,cuda:fake"])
 def test_gloo_under_another_name(pools: Pools, backend: str | None, tmp_path: Path) -> None:
     """A backend for each device, as ``cpu:gloo,cuda:nccl``, and the one that torch chooses by itself."""
     expected = pools.run(4, __name__, "losses_with", {"backend": "gloo", "folder": ""}, timeout=60)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -16,99 +15,17 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import batch, build, destroy_engines, ds_config, environment, train
+from cases import every, slow
+from helpers import batch, destroy_engines, train
 from packaging.version import Version
 from virtual_device import order
-from virtual_device.accelerator import DEVICE
 from virtual_device.comm import Issued, Work
 from virtual_device.streams import Stream, caller
+from virtual_engines import STEPS, SYSTEMS, WARM_UP, WIRED, WORLD, engine_of, watch
 
-from mics_ds.comm import async_exec, groups
-from mics_ds.comm.sizes import Sizes
+from mics_ds.comm import async_exec
 from mics_ds.deepspeed_compat.optimizer import MicsOptimizer
 from mics_ds.deepspeed_compat.partitioner import MicsPartitioner
-
-WARM_UP, STEPS = 4, 2  # DeepSpeed records its trace in the first two steps
-SMALL = Sizes(unit=512, bucket=4096, whole=256)
-"""So that the small model has several units of hop 2, and gathers of one parameter without a copy."""
-SYSTEMS: dict[str, tuple[int | None, int]] = {  # p, ranks per node
-    "zero3": (None, 4),
-    "p=1": (1, 4),
-    "p=2": (2, 4),
-    "p=4 flat": (4, 4),
-    "p=4 hierarchical": (4, 2),
-}
-WORLD: dict[str, tuple[int | None, int]] = {"p=1 world": (1, 4), "p=2 world": (2, 4)}
-"""With world-sharded optimizer states."""
-WIRED: dict[str, tuple[int | None, int]] = {
-    "p=1 int8": (1, 4),
-    "p=2 int4": (2, 4),
-    "p=2 bf16": (2, 4),
-    "p=1 world int4": (1, 4),
-    "p=2 world int8": (2, 4),
-}
-"""With hop 2 in fewer bytes."""
-
-
-@dataclass
-class Seen:
-    """What a rank saw of some steps."""
-
-    races: list[str]
-    disorder: list[str]
-    waits: list[str]
-    """Where the host waited for the device."""
-    issued: list[Issued]
-    losses: list[float]
-    growth: dict[str, tuple[int, int]]
-    """What was held after the last step and not after the one before: (before, after), by name."""
-
-
-def engine_of(
-    system: str, method: str = "native", inside_init: bool = False, synchronized: bool = False, **config: Any
-) -> Any:
-    """
-    Args:
-        synchronized: whether DeepSpeed's throughput timer waits for the device. Then nothing that is too early between
-            two steps can be seen.
-    """
-    p, per_node = {**SYSTEMS, **WORLD, **WIRED}[system]
-    zero = dict(config.pop("zero", {}))
-    if p is not None:
-        zero["mics_reduce_scatter"] = method
-        zero["mics_optimizer_states"] = "world" if "world" in system else "partition"
-        zero["mics_replica_wire"] = system.split()[-1] if system in WIRED else "full"
-    if synchronized:
-        config["timers"] = {"throughput": {"synchronized": True}}
-    with (
-        environment(MICS_DS_RANKS_PER_NODE=str(per_node)),
-        mock.patch.object(groups, "sizes_of", return_value=SMALL),
-    ):
-        return build(ds_config(p, zero=zero, **config), inside_init=inside_init)
-
-
-def watch(engine: Any, work: Callable[[Any], Any] | None = None) -> Seen:
-    """Watch some steps, or other work."""
-    losses: Any = []
-    held = []
-    with DEVICE.watching() as device:
-        if work is not None:
-            losses = work(engine)
-        for _ in range(STEPS if work is None else 0):
-            losses += train(engine, 1)
-            held.append(device.held())
-    issued = list(device.communication.issued)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, issued)
-    before, after = held[-2:] or ({}, {})
-    return Seen(
-        device.races,
-        order.differences(dict(enumerate(everybody))),
-        list(device.machine.synchronisations),
-        issued,
-        losses,
-        {name: (before[name], count) for name, count in after.items() if count > before[name]},
-    )
 
 
 def evaluate_and_gather(engine: Any) -> list[float]:
@@ -161,24 +78,20 @@ if Version(deepspeed.__version__) < Version("0.19"):  # stock does not look at t
     }
 
 
-def scenarios(*default: str) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in default else [pytest.mark.slow]) for name in SCENARIOS]
-
-
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", scenarios("fp16", "offload", "evaluation"))
+@pytest.mark.parametrize("scenario", every([*SCENARIOS], default=["fp16", "offload", "evaluation"]))
 def test_no_race_one_order_and_no_more_waiting_than_stock(scenario):
     no_more_than_stock(scenario, SYSTEMS)
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", scenarios("fp16"))
+@pytest.mark.parametrize("scenario", every([*SCENARIOS], default=["fp16"]))
 def test_the_same_of_world_sharded_states(scenario):
     no_more_than_stock(scenario, ["zero3", *WORLD])
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", scenarios("fp16", "offload"))
+@pytest.mark.parametrize("scenario", every([*SCENARIOS], default=["fp16", "offload"]))
 def test_the_same_in_fewer_bytes(scenario):
     no_more_than_stock(scenario, ["zero3", *WIRED])
 
@@ -323,7 +236,7 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any], str]] = {
 @pytest.mark.ranks(4, virtual=True)
 @pytest.mark.parametrize(
     "system",
-    ["p=1", "p=2", "p=4 flat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("p=4 hierarchical", *WORLD))],
+    ["p=1", "p=2", "p=4 flat", *(slow(name) for name in ("p=4 hierarchical", *WORLD))],
 )
 def test_what_is_taken_away_is_missed(system):
     # Biases stay gathered. Weights are gathered ahead one by one, and in pairs.

@@ -10,11 +10,11 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import records
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from helpers import build, destroy_engines, ds_config, train
-from test_async_checkpoints import records
-from test_virtual_races import WARM_UP, engine_of, watch
 from torch import nn
+from virtual_engines import WARM_UP, engine_of, watch
 
 from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.checkpoint.copies import Copying

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every
+from checkpoint_engines import RESHAPE, digest, engine_of
 from helpers import assert_losses_close, train
-from test_checkpoints import RESHAPE, digest, engine_of
 
 from mics_ds.checkpoint import manifest
 from mics_ds.deepspeed_compat.checkpoint import load_states
@@ -43,8 +44,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "p"), every(("fp32", "bf16"), (1, 2), default=[("fp32", 1), ("bf16", 2)]))
 @pytest.mark.parametrize("zero", [{}, {"sub_group_size": 60}, {"offload_optimizer": {"device": "cpu"}}], ids=str)
 def test_files_come_through_it_bit_for_bit(tmp_path, p, dtype, zero):
     """What was saved without it, loaded and saved with it, is the same, padding included."""

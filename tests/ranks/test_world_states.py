@@ -12,6 +12,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, slow
 from deepspeed.accelerator import get_accelerator
 from helpers import (
     OddNet,
@@ -62,8 +63,7 @@ def as_zero3(p: int, steps: int = 5, optimizer: Any = None, tolerance: float = T
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize(("p", "micro_steps"), every((1, 2, 4), (1, 3), default=[(1, 3), (2, 3)]))
 def test_twenty_steps_as_zero3(p, micro_steps):
     as_zero3(p, 20, micro_steps=micro_steps, clip=0.5)
 
@@ -75,7 +75,7 @@ def test_four_replicas_of_two():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 @pytest.mark.parametrize(
     "zero",
     [
@@ -95,7 +95,7 @@ def test_settings_of_zero(p, zero):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("accumulation", ["fp32", None])
+@pytest.mark.parametrize("accumulation", ["fp32", slow(None)])
 def test_sixteen_bit(dtype, accumulation):
     more = {"data_types": {"grad_accum_dtype": accumulation}} if accumulation else {}
     as_zero3(2, 5, tolerance=2e-2, dtype=dtype, micro_steps=2, clip=0.5, **more)
@@ -110,7 +110,7 @@ def spread(engine: Any) -> tuple[int, int]:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_rank_keeps_masters_and_states_of_its_slices_to_the_element(p, dtype):
     engine = build(config(p, dtype=dtype), optimizer=adamw)
@@ -136,7 +136,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_fifty_fp16_steps_with_overflows_on_one_rank(p):
     engine = build(config(p, dtype="fp16", clip=0.5), Scaled, optimizer=adamw)
     skipped = 0
@@ -156,7 +156,7 @@ def test_fifty_fp16_steps_with_overflows_on_one_rank(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_what_the_utilities_of_deepspeed_read_and_set(p):
     from deepspeed.utils import (
         safe_get_full_fp32_param,
@@ -203,7 +203,7 @@ def test_what_the_utilities_of_deepspeed_read_and_set(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_changed_by_hand_change_masters_where_they_are_one_tensor(p, shared):
     """Elsewhere the change is lost in the next step, as in stock. DeepSpeed means to have one tensor for both in fp32,
@@ -272,7 +272,7 @@ def test_an_unknown_optimizer_is_taken_where_the_script_vouches_for_it():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 @pytest.mark.parametrize("accumulation", ["bf16", "fp32"])
 def test_one_reduce_scatter_and_one_all_gather_of_everything_per_boundary(p, accumulation):
     """By bytes, once the last step's updates have arrived: slices padded, in the types they have."""
@@ -320,7 +320,7 @@ def test_an_all_to_all_sends_a_megabyte_to_each_replica_at_least():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "micro_steps"), [(1, 3), (2, 1)])
+@pytest.mark.parametrize(("p", "micro_steps"), [slow(1, 3), (2, 1)])
 def test_offloaded_gradients_by_way_of_the_device(p, micro_steps):
     """As on a GPU, where hop 2 cannot work in host memory."""
     zero = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 120}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ds_config
-from test_launch import BIN, PROGRAM, finish, free_port, start
+from launching import BIN, PROGRAM, finish, free_port, start
 
 from mics_ds.ab.compare import summarise
 from mics_ds.ab.recorder import nic_bytes
@@ -50,6 +50,7 @@ def test_interface_counters_are_read_from_the_right_column():
     assert nic_bytes(text) == {"lo": 200, "eth0": 400}
 
 
+@pytest.mark.slow
 def test_a_script_of_ones_own_is_run_twice_and_compared():
     program = [PROGRAM, "--config", json.dumps(ds_config(2)), "--steps", "8"]
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from test_launch import free_port
+from launching import free_port
 
 from mics_ds.checkpoint import folder as folders
 

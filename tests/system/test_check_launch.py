@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = str(ROOT / "tests" / "programs" / "check_broken.py")
@@ -62,7 +63,7 @@ def test_under_a_launcher_a_table_a_verdict_and_exit_code_0(tmp_path):
     assert found["nodes"] == [0, 0]
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.slow) for how in ("sum", "raise")])
+@pytest.mark.parametrize("how", [slow(how) for how in ("sum", "raise")])
 def test_one_broken_rank_fails_all_of_them_by_the_name_of_the_check(how):
     """Hop 2 is a sum on one rank, or hop 1 raises on one and the others wait for it."""
     code, output = run([BROKEN, how])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from mics_ds.config import split_ds_config
 
@@ -38,7 +39,7 @@ def losses(script: Path, folder: Path, disable: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(path, marks=[] if path.parent.name == QUICK else pytest.mark.slow) for path in SCRIPTS],
+    [path if path.parent.name == QUICK else slow(path) for path in SCRIPTS],
     ids=lambda path: path.parent.name,
 )
 def test_an_example_trains_as_stock_does(script, tmp_path, monkeypatch):

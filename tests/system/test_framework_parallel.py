@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_frameworks import VOCABULARY, both, ds_config, gloo_for_accelerate, llama_config, uses_mics
+from framework_models import VOCABULARY, both, ds_config, gloo_for_accelerate, llama_config, uses_mics
 
 LENGTH = 12
 
@@ -119,7 +119,7 @@ def hf_trainer(p, folder, sp):
 
 @pytest.mark.parametrize("sp", [2, 4])
 def test_hf_trainer_with_alst(pools, tmp_path, sp):
-    both(pools, "hf_trainer", tmp_path, module=__name__, sp=sp)
+    both(pools, __name__, "hf_trainer", tmp_path, sp=sp)
 
 
 def accelerate(p, folder, sp):
@@ -173,7 +173,7 @@ def accelerate(p, folder, sp):
 
 @pytest.mark.parametrize("sp", [2, 4])
 def test_accelerate_with_alst(pools, tmp_path, sp):
-    both(pools, "accelerate", tmp_path, module=__name__, sp=sp)
+    both(pools, __name__, "accelerate", tmp_path, sp=sp)
 
 
 def hf_trainer_autotp(p, folder):
@@ -206,4 +206,4 @@ def hf_trainer_autotp(p, folder):
 
 
 def test_hf_trainer_with_autotp(pools, tmp_path):
-    both(pools, "hf_trainer_autotp", tmp_path, module=__name__)
+    both(pools, __name__, "hf_trainer_autotp", tmp_path)

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
+from framework_models import ds_config, gloo_for_accelerate, lightning_module, llama_config, on_cpu, texts
 from rank_pool import RankError
 from safetensors.torch import load_file
-from test_frameworks import ds_config, gloo_for_accelerate, lightning_module, llama_config, on_cpu, texts
 
 from mics_ds.checkpoint import manifest
 from mics_ds.checkpoint.background import Background, wait_for_saves
@@ -184,10 +185,10 @@ def run(pools, body, folder: Path, **arguments: Any) -> dict[str, Any]:
     ("limit", "best"),
     [
         (1, "first"),
-        pytest.param(1, None, marks=pytest.mark.slow),
-        pytest.param(2, "first", marks=pytest.mark.slow),
-        pytest.param(2, "last", marks=pytest.mark.slow),
-        pytest.param(2, None, marks=pytest.mark.slow),
+        slow(1, None),
+        slow(2, "first"),
+        slow(2, "last"),
+        slow(2, None),
     ],
 )
 def test_hf_rotation_and_best_model(pools, tmp_path, limit, best):
@@ -252,7 +253,7 @@ def test_hf_job_killed_in_its_first_save(pools, tmp_path):
 
 @pytest.mark.parametrize(
     ("every", "death"),
-    [(3, 7), pytest.param(4, 9, marks=pytest.mark.slow)],
+    [(3, 7), slow(4, 9)],
     ids=["in the middle of an epoch", "at its end"],
 )
 def test_hf_goes_on_from_memory(pools, tmp_path, every, death):
@@ -356,7 +357,7 @@ def lightning(folder, section, epochs, top_k=1, resume=None, every=1, dropout=0.
     }
 
 
-@pytest.mark.parametrize("top_k", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("top_k", [1, slow(2)])
 def test_lightning_keeps_the_best_and_the_last(pools, tmp_path, top_k):
     waited = run(pools, "lightning", tmp_path / "sync", section=None, epochs=3, top_k=top_k)
     found = run(pools, "lightning", tmp_path / "async", section=ASYNC, epochs=3, top_k=top_k)

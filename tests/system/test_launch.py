@@ -6,84 +6,25 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import slow
 from helpers import ds_config
-
-PROGRAM = str(Path(__file__).resolve().parents[1] / "programs" / "train_odd.py")
-BIN = Path(sys.executable).parent
-LIMIT_S = 150  # generous; the slowest takes half a minute on two busy cores
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    assert [entry for entry in entry_points(group="torch.backends") if entry.name == "mics_ds"], (
-        "these tests need the package installed, for its entry point: pip install -e ."
-    )
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        raise AssertionError(f"hung for {LIMIT_S} s:\n{output[-5000:]}") from None
-    return process.returncode, output
-
-
-def deepspeed_command(config: dict[str, Any], ranks: int = 4, more: tuple[str, ...] = ()) -> list[str]:
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    return [*launcher, PROGRAM, "--config", json.dumps(config), *more]
-
-
-def torchrun_command(config: dict[str, Any], ranks: int = 2, more: tuple[str, ...] = ()) -> list[str]:
-    launcher = [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return [*launcher, PROGRAM, "--config", json.dumps(config), *more]
-
-
-def alone_command(config: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
-    """One rank without a launcher: half the time, and as good where only what the process has loaded matters."""
-    job = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    return [sys.executable, PROGRAM, "--config", json.dumps(config), *more], job
-
-
-def results(output: str) -> list[dict[str, Any]]:
-    found = [json.loads(line[len("RESULT ") :]) for line in output.splitlines() if line.startswith("RESULT ")]
-    return sorted(found, key=lambda item: item["rank"])
-
-
-def run_well(command: list[str], environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    code, output = finish(start(command, environment))
-    assert code == 0, output[-5000:]
-    return results(output)
-
+from launching import (
+    BIN,
+    LIMIT_S,
+    PROGRAM,
+    alone_command,
+    deepspeed_command,
+    finish,
+    free_port,
+    results,
+    run_well,
+    start,
+    torchrun_command,
+)
 
 NOT_LOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
@@ -131,6 +72,7 @@ def test_torchrun():
     assert [item["optimizer"] for item in ranks] == ["MicsOptimizer"] * 4
 
 
+@pytest.mark.slow
 def test_two_nodes_without_ssh(tmp_path):
     """One launcher per node. The group of four spans both, so parameters are gathered hierarchically."""
     hostfile = tmp_path / "hostfile"
@@ -241,7 +183,7 @@ def test_the_launcher_ends_with_the_reason(config, more, message):
     assert not results(output)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("victim", [slow(0), 1])
 def test_a_killed_rank_ends_the_job_with_a_named_cause(victim):
     code, output = finish(start(torchrun_command(ds_config(1), 2, ("--kill", str(victim)))))
     assert code != 0

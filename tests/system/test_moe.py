@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_frameworks import VOCABULARY, WIDTH, ds_config, gloo_for_accelerate
+from framework_models import VOCABULARY, WIDTH, ds_config, gloo_for_accelerate
 from torch import nn
 
 EXPERTS = 8

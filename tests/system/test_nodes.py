@@ -14,6 +14,7 @@ from bench import cluster as emulation
 PROGRAM = str(Path(__file__).resolve().parents[1] / "programs" / "save_on_nodes.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     emulation.why_unavailable() is not None, reason=f"cannot emulate a cluster: {emulation.why_unavailable()}"
 )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_frameworks import VOCABULARY, ds_config, gloo_for_accelerate, llama_config, texts, write_pretrained
+from framework_models import VOCABULARY, ds_config, gloo_for_accelerate, llama_config, texts, write_pretrained
 
 P = 2
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_manifest import staged
+from staged_manifest import staged
 
 from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest

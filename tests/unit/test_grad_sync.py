@@ -10,239 +10,31 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from fake_streams import FakeStreams
-from thread_ranks import on_threads
+from replicas_on_threads import (
+    BUCKETS,
+    CPU,
+    REPLICAS,
+    SHARDS,
+    UNIT,
+    UNITS,
+    Counting,
+    Deferring,
+    Replica,
+    each_executor,
+    each_reducer,
+    on_replicas,
+)
 
-from mics_ds.comm import collectives
-from mics_ds.comm.async_exec import INLINE, Executor, StreamExecutor
-from mics_ds.comm.packing import ChunkLayout
-from mics_ds.comm.rank_group import RankGroup
-from mics_ds.comm.wire import Cast, Wire
+from mics_ds.comm.async_exec import StreamExecutor
 from mics_ds.errors import MicsUsageError
 from mics_ds.zero import replica_reducers
 from mics_ds.zero.grad_sync import GradSync
-from mics_ds.zero.replica_reducers import AllReduceMean, ReplicaReducer, ScatterToSlices
-from mics_ds.zero.replica_wire import EncodedMean, EncodedSlices
 from mics_ds.zero.units import UnitPlan
-
-CPU = torch.device("cpu")
-LOSSLESS = Cast(torch.float32)
-REPLICAS = 2
-SHARDS = {10: (0, 3), 11: (3, 4), 12: (4, 9), 13: (9, 11)}
-BUCKETS = ((10, 11), (12,), (13,))
-UNIT = 4
-UNITS = [(0, 4), (4, 5), (9, 2)]
-"""(offset, elements) of the units of at least four elements."""
-
-Buckets = Sequence[Sequence[int]]
-
-
-class Deferring:
-    """An executor that runs its tasks later: at a random moment of each rank's own, at the latest when it is drained.
-
-    On the caller's thread, because torch's threaded groups know a rank by its thread.
-    """
-
-    def __init__(self, most_late: int, seed: int = 0) -> None:
-        self._most_late = most_late
-        self._random = random.Random(seed)
-        self._later: list[_Deferred] = []
-
-    def submit(self, task, *, pack=None, beside=True) -> _Deferred:
-        assert pack is None
-        handle = _Deferred(self, task)
-        self._later.append(handle)
-        self.run(len(self._later) - (self._random.randint(0, self._most_late) if beside else 0))
-        return handle
-
-    def drain(self) -> None:
-        self.run(len(self._later))
-
-    def run(self, count: int) -> None:
-        for _ in range(count):
-            self._later.pop(0).run()
-
-    def run_until(self, handle: _Deferred) -> None:
-        if handle in self._later:
-            self.run(self._later.index(handle) + 1)
-
-    def close(self) -> None:
-        pass
-
-
-class _Deferred:
-    def __init__(self, executor: Deferring, task: Callable[[Any], None]) -> None:
-        self._executor = executor
-        self._task = task
-
-    def run(self) -> None:
-        self._task(INLINE)
-
-    def wait(self) -> None:
-        self._executor.run_until(self)
-
-
-EXECUTORS: dict[str, Callable[[], Executor]] = {
-    "inline": lambda: Deferring(0),
-    "streams": lambda: StreamExecutor("streams", FakeStreams(), ahead=2, own_issue_stream=True),
-    # each rank defers in its own way
-    **{f"deferring {seed}": lambda seed=seed: Deferring(3, 100 * seed + dist.get_rank()) for seed in range(2)},
-}
-
-
-@pytest.fixture(autouse=True)
-def _tensors_of_a_device_with_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-
-
-each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-each_reducer = pytest.mark.parametrize("kind", ["all-reduce", "slices", "encoded", "encoded slices"])
-
-
-@dataclass
-class Replica:
-    """One rank: a buffer, a GradSync over it, and what the buffer should hold, by the plain words of stock ZeRO-3.
-
-    In the first micro-step gradients are written over what is there, later they are added.
-    """
-
-    executor: str = "inline"
-    early: bool = True
-    kind: str = "all-reduce"
-    wire: Wire = LOSSLESS
-    """Of encoded reducers: by default one that rounds nothing."""
-
-    def __post_init__(self) -> None:
-        self.rank, self.n = dist.get_rank(), dist.get_world_size()
-        self.buffer = torch.zeros(11)
-        self.own = torch.zeros(11)
-        """This rank's gradients since the last boundary."""
-        self.written = torch.zeros(11)
-        """1 where this rank has written over what was there."""
-        self.old = torch.zeros(11)
-        """The means of the boundary before."""
-        self.micro_step = 0
-        self.loss_scale = 1.0
-        self.group = RankGroup.of(dist.group.WORLD)
-        self.hop1, hop2 = EXECUTORS[self.executor](), EXECUTORS[self.executor]()
-        shards = list(SHARDS.values())
-        self.cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.n)
-        self.slices = torch.zeros(self.cut.width)
-        self.reducer = self.make_reducer(shards)
-        self.sync = GradSync(SHARDS, self.group, self.hop1, hop2, self.reducer, CPU, unit_numel=UNIT, early=self.early)
-        self.draws = random.Random(self.rank)
-
-    def make_reducer(self, shards: list[tuple[int, int]]) -> ReplicaReducer:
-        common = shards, self.group, CPU, 4
-        numels = [end - start for start, end in shards]
-        encoded = shards, numels, self.group, CPU, 4, self.wire, lambda: self.loss_scale
-        if self.kind == "all-reduce":
-            return AllReduceMean(lambda: self.buffer, *common)
-        if self.kind == "slices":
-            return ScatterToSlices(lambda: self.buffer, lambda: self.slices, *common, method="all_to_all")
-        if self.kind == "encoded":
-            return EncodedMean(lambda: self.buffer, *encoded)
-        return EncodedSlices(lambda: self.slices, lambda: self.buffer, *encoded)
-
-    def backward(self, buckets: Buckets, last: bool) -> bool:
-        for ids in buckets:
-            self.bucket(ids, last)
-        averaged = self.sync.end_pass(last)
-        self.micro_step += 1
-        return averaged
-
-    def bucket(self, ids: Sequence[int], last: bool) -> None:
-        overwriting = self.micro_step == 0
-        gradients = {key: self._gradient(key, overwriting) for key in ids}
-
-        def hop1(before_storing: Callable[[], None]) -> Any:
-            def store(stages: Any) -> None:
-                with stages.wait_stage():
-                    before_storing()
-                    for key, gradient in gradients.items():
-                        shard = self.buffer[slice(*SHARDS[key])]
-                        shard.copy_(gradient if overwriting else shard + gradient)
-
-            return self.hop1.submit(store)
-
-        self.sync.reduce(ids, hop1, overwriting=overwriting, last=last)
-
-    def _gradient(self, key: int, overwriting: bool) -> torch.Tensor:
-        span = slice(*SHARDS[key])
-        gradient = torch.tensor(
-            [self.n * self.n * self.draws.randint(-50, 50) for _ in range(span.stop - span.start)]
-        ).float()
-        self.own[span] = gradient if overwriting else self.own[span] + gradient
-        self.written[span] = torch.maximum(self.written[span], torch.tensor(float(overwriting)))
-        return gradient
-
-    def mean(self) -> torch.Tensor:
-        """All of it, on every rank."""
-        if "slices" not in self.kind:
-            return self.buffer
-        mean = torch.empty_like(self.buffer)
-        rows = collectives.all_gather_rows(self.slices, self.group, "slices")
-        self.cut.copy_out(rows, [mean[slice(*span)] for span in SHARDS.values()])
-        return mean
-
-    def expect_mean(self) -> None:
-        """Expect the mean over replicas of everything that was added, on top of what no replica has written over."""
-        expected, written = self.own.clone(), self.written.clone()
-        dist.all_reduce(expected)
-        dist.all_reduce(written)
-        expected = expected / self.n + torch.where(written > 0, 0, self.old)
-        assert self.sync.is_mean
-        assert torch.equal(self.mean(), expected), (self.mean(), expected)
-
-    def boundary(self, look: bool = True) -> None:
-        """The step, in the optimizer's words.
-
-        Args:
-            look: whether the host learns from the flags before it goes on, as for the norm of gradients.
-        """
-        self.sync.average()
-        if look:
-            self.sync.look(self.sync.flags.tolist())
-        self.expect_mean()
-        self.sync.next_boundary()
-        self.old = self.mean().clone()
-        self.own.zero_()
-        self.written.zero_()
-        self.micro_step = 0
-
-    def step(self, *passes: Buckets) -> None:
-        """One optimizer step of several micro-steps."""
-        for index, buckets in enumerate(passes):
-            self.backward(buckets, last=index == len(passes) - 1)
-        self.boundary()
-
-
-class Counting:
-    """What rank 0 averages: (offset, elements) of each all-reduce of hop 2."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.parts: list[tuple[int, int]] = []
-        average = collectives.start_average_
-
-        def counting(part: torch.Tensor, replication: RankGroup) -> Any:
-            if replication.rank == 0:
-                self.parts.append((part.storage_offset(), part.numel()))
-            return average(part, replication)
-
-        monkeypatch.setattr(collectives, "start_average_", counting)
-
-    def take(self) -> list[tuple[int, int]]:
-        """Return what was averaged since the last call; to rank 0 only."""
-        if dist.get_rank():
-            return []
-        parts, self.parts = self.parts, []
-        return parts
 
 
 @pytest.fixture
@@ -325,7 +117,7 @@ def test_every_order_of_buckets_with_early_hop2(kind, executor, repeated):
                 assert replica.backward((*second, *again), last=True)
                 replica.boundary()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -338,7 +130,7 @@ def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(kind,
             for _ in range(3):
                 replica.step(BUCKETS, some)
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -358,7 +150,7 @@ def test_a_read_between_micro_steps_changes_nothing(kind, executor, early):
                         replica.expect_mean()
                 replica.boundary()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -373,7 +165,7 @@ def test_a_boundary_that_only_the_step_knows(kind):
             replica.sync.average()
             replica.boundary()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,7 +194,7 @@ def test_replicas_that_use_any_subset_in_any_order(kind, executor, early, replic
                     replica.expect_mean()
             replica.boundary(look=common.random() < 0.5)
 
-    on_threads(replicas, body)
+    on_replicas(replicas, body)
 
 
 @each_reducer
@@ -415,7 +207,7 @@ def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(k
         replica.step(BUCKETS)
         replica.step(BUCKETS if replica.rank == 0 else BUCKETS[:2])
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -431,7 +223,7 @@ def test_accumulation_that_replicas_begin_at_different_micro_steps(kind, first):
         replica.step(without, BUCKETS)  # and where no replica writes over it, it stays
         replica.step(*((without, BUCKETS) if replica.rank == first else (without, without)))
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_all_replicas_learn_which_parameters_some_replica_has_used():
@@ -442,7 +234,7 @@ def test_all_replicas_learn_which_parameters_some_replica_has_used():
         assert replica.sync.flags is None
         replica.boundary(look=False)
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_a_unit_that_did_not_come_holds_up_only_the_units_after_it(counting):
@@ -460,7 +252,7 @@ def test_a_unit_that_did_not_come_holds_up_only_the_units_after_it(counting):
             replica.boundary()
         assert replica.rank or early == [UNITS, [], UNITS[:1], UNITS[:2]]
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_replicas_average_the_same_units_in_the_same_order_however_their_buckets_come(counting):
@@ -473,7 +265,7 @@ def test_replicas_average_the_same_units_in_the_same_order_however_their_buckets
             assert replica.rank or counting.take() == UNITS
             dist.barrier()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_the_first_step_averages_the_units_of_later_ones(counting):
@@ -487,7 +279,7 @@ def test_the_first_step_averages_the_units_of_later_ones(counting):
             dist.barrier()
         assert replica.rank or found[0] == found[1] == [(0, 3), (3, 1), (4, 5), (9, 2)], found
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_units_follow_what_is_used_later(counting):
@@ -506,7 +298,7 @@ def test_units_follow_what_is_used_later(counting):
             # Nothing is early before anything is known, and nothing behind a unit that does not come any more.
             assert replica.rank or early == (UNITS[:2] if step in (1, 2) else []), step
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,7 +321,7 @@ def test_a_parameter_that_comes_twice_is_not_averaged_before_the_pass_ends(count
             replica.boundary()
             assert replica.rank or (early, counting.take()) == (UNITS[:1], UNITS[1:])
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -547,7 +339,7 @@ def test_a_second_gradient_after_hop2_has_started_is_refused_on_every_replica(ki
         with pytest.raises(MicsUsageError, match=r"on some rank a parameter got a second one.*had been averaged"):
             ends()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_a_rank_that_reads_alone_is_told_of_a_second_gradient():
@@ -558,7 +350,7 @@ def test_a_rank_that_reads_alone_is_told_of_a_second_gradient():
         with pytest.raises(MicsUsageError, match="second one"):
             replica.sync.refuse_unusable(replica.sync.flags.tolist())
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,7 +371,7 @@ def test_several_passes_before_one_step_average_every_element_once(early, counti
             assert replica.rank or counting.take() == UNITS * (1 if step else 2), step
             dist.barrier()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_steps_of_one_and_two_passes_by_turns(counting):
@@ -596,7 +388,7 @@ def test_steps_of_one_and_two_passes_by_turns(counting):
             dist.barrier()
         assert replica.rank or covered == [11, 22] * 4
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 @each_reducer
@@ -615,7 +407,7 @@ def test_any_number_of_passes_with_any_subset(kind, executor, replicas):
                     replica.expect_mean()
             replica.boundary()
 
-    on_threads(replicas, body)
+    on_replicas(replicas, body)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -634,7 +426,7 @@ def test_by_way_of_another_device_in_parts_of_the_size_asked_for(counting, monke
             assert replica.rank or sorted(size for _, size in counting.take()) == [1, 2, 4, 4]
             dist.barrier()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 def test_slices_by_way_of_another_device(monkeypatch):
@@ -646,7 +438,7 @@ def test_slices_by_way_of_another_device(monkeypatch):
         for _ in range(6):
             replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
 
-    on_threads(3, body)
+    on_replicas(3, body)
 
 
 def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
@@ -663,7 +455,7 @@ def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
         replica.backward(BUCKETS, last=True)
         replica.boundary()
 
-    on_threads(REPLICAS, body)
+    on_replicas(REPLICAS, body)
 
 
 # --------------------------------------------------------------------------------------------------

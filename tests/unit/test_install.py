@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mics_ds"
 MODULES = sorted(
@@ -65,9 +66,7 @@ FIRST = [
 ]
 
 
-@pytest.mark.parametrize(
-    "first", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
-)
+@pytest.mark.parametrize("first", [name if name in FIRST else slow(name) for name in MODULES])
 def test_any_module_may_be_imported_first(first):
     code = f"import {first}, deepspeed\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')"
     assert python(code) == "hooked"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 
 import pytest
-from test_manifest import staged
+from faults import Work, mutate
+from staged_manifest import staged
 
 from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest
@@ -137,86 +137,6 @@ def test_latest_may_be_replaced_while_it_is_read(folder, monkeypatch):
 
 
 # ------------------------------------------------------------------------------- random damage
-
-STRANGE = [None, True, -1, 0, 1, 2, 10**9, 10**30, 1.5, float("nan"), "", "2", "\ud800", "..", [], {}, [[[]]]]
-
-
-def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
-    data = bytearray(content)
-    at = chance.randrange(len(data) + 1)
-    end = min(len(data), at + chance.randrange(1, 20))
-    kind = chance.randrange(8)
-    if kind == 0 and at < len(data):
-        data[at] ^= 1 << chance.randrange(8)
-    elif kind == 1 and at < len(data):
-        data[at] = chance.randrange(256)
-    elif kind == 2:
-        del data[at:end]
-    elif kind == 3:
-        data[at:at] = data[at:end]
-    elif kind == 4:
-        data[at:at] = chance.randbytes(chance.randrange(1, 9))
-    elif kind == 5:
-        del data[at:]
-    elif kind == 6:
-        data[at:end] = bytes(end - at)
-    else:
-        data[at:at] = chance.choice([b"[", b'{"a":']) * chance.choice([1, 50, 100_000])
-    return bytes(data)
-
-
-def mutated_json(content: bytes, chance: random.Random) -> bytes:
-    data = json.loads(content)
-    inside = [data, *data["files"].values(), data["files"], data["versions"], data["ranks_per_node"]]
-    where = chance.choice(inside)
-    key = chance.choice(list(where) if isinstance(where, dict) else range(len(where)))
-    kind = chance.randrange(5)
-    if kind == 0:
-        del where[key]
-    elif kind == 1:
-        where[key] = chance.choice(STRANGE)
-    elif kind == 2:
-        where[key] = chance.choice(inside)
-    elif kind == 3 and isinstance(where, dict):
-        where[chance.choice(["", "x", "checksum", "format", "../latest", key])] = where.pop(key)
-    else:
-        other = chance.choice(list(where) if isinstance(where, dict) else range(len(where)))
-        where[key], where[other] = where[other], where[key]
-    try:
-        return json.dumps(data, sort_keys=chance.random() < 0.5, indent=chance.choice([None, 1, 3])).encode()
-    except ValueError:  # in itself
-        return content
-
-
-def mutate(folder, tag: str, chance: random.Random) -> None:
-    """Damage the manifest of a tag, ``latest`` or both, once or a few times."""
-    paths = [folder / tag / manifest.NAME, folder / "latest"]
-    for path in chance.choice([paths[:1], paths[:1], paths[1:], paths]):
-        for _ in range(chance.choice([1, 1, 1, 2, 3])):
-            content = path.read_bytes()
-            kinds = [mutated_bytes, mutated_json] if path.name == manifest.NAME else [mutated_bytes]
-            try:
-                path.write_bytes(chance.choice(kinds)(content, chance))
-            except (ValueError, RecursionError, TypeError, AttributeError, KeyError, IndexError):
-                path.write_bytes(mutated_bytes(content, chance))  # no longer a manifest
-
-
-class Work:
-    """Ends what calls more functions than any good reading does: a loop over a number from a damaged file."""
-
-    def __init__(self, limit: int) -> None:
-        self.left = limit
-
-    def __enter__(self):
-        sys.setprofile(self._called)
-        return self
-
-    def __exit__(self, *_):
-        sys.setprofile(None)
-
-    def _called(self, *_):
-        self.left -= 1
-        assert self.left > 0, "endless work"
 
 
 def what_loads(folder):

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
-from mics_ds.cli import app
 from mics_ds.comm.layout import MicsLayout
 from mics_ds.comm.sizes import Sizes
 from mics_ds.comm.wire import wire_of
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import machine as planner_machine
 from mics_ds.planner import plan as planning
-from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
+from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine
 from mics_ds.planner.memory import memory
-from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
+from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit
 from mics_ds.planner.timeline import ENCODING_BYTES, WIRE_BYTES, Costs, Queues, Scheme, StepTime, step_time
-from mics_ds.planner.trace import model_from_module
 from mics_ds.planner.workload import Workload, ZeroSettings
 
 KB = 1000
@@ -121,147 +117,6 @@ def test_a_measured_sweep_replaces_the_formula_and_scales_it_elsewhere():
     # nothing was measured inside a node, in two stages, or for another collective
     assert subject.time("all_gather", 2000, GroupForm(1, 2)) == subject.formula("all_gather", 2000, GroupForm(1, 2))
     assert subject.time("all_reduce", 2000, form) == subject.formula("all_reduce", 2000, form)
-
-
-# ------------------------------------------------------------------------------------------ machines
-
-
-def test_a_machine_survives_its_file(tmp_path):
-    subject = machine(2, sweeps=(Sweep("all_reduce", GroupForm(2, 1, 2), False, (10, 20), (1.0, 2.0)),))
-    path = tmp_path / "machine.json"
-    path.write_text(json.dumps(subject.to_json()))
-    assert load_machine(str(path)) == subject
-
-
-def test_a_file_may_start_from_a_preset(tmp_path):
-    path = tmp_path / "machine.json"
-    path.write_text(json.dumps({"preset": "p4d.24xlarge", "name": "ours", "inter": {"bandwidth": 1e9, "latency": 0}}))
-    loaded = load_machine(str(path))
-    assert loaded == replace(PRESETS["p4d.24xlarge"], name="ours", inter=Link(1e9, 0))
-
-
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        ([], "must hold a JSON object"),
-        ({"name": "x"}, "lacks gpus_per_node"),
-        ({"preset": "p9"}, "There is no preset 'p9'"),
-        ({"preset": "p4d.24xlarge", "speed": 1}, "unknown key speed"),
-        ({"preset": "p4d.24xlarge", "efficiency": 1.5}, "is a fraction"),
-        ({"preset": "p4d.24xlarge", "memory": 0}, "memory of machine"),
-        ({"preset": "p4d.24xlarge", "inter": {"bandwidth": 0, "latency": 0}}, "bandwidth of a link must be positive"),
-        ({"preset": "p4d.24xlarge", "inter": {"speed": 0}}, "wrong type"),
-        ({"preset": "p4d.24xlarge", "step_overhead": "x"}, "wrong type"),
-        ({"preset": "p4d.24xlarge", "memory": float("inf")}, "memory of machine"),
-        ({"preset": "p4d.24xlarge", "flops": [1]}, "wrong type"),
-        ({"preset": "p4d.24xlarge", "sweeps": [{"form": {"nodes": 1, "per_node": 2}}]}, "wrong type"),
-        ({"preset": "p4d.24xlarge", "backend": "mpi"}, "must be nccl or gloo"),
-        ({"preset": "p4d.24xlarge", "sweeps": [{"operation": "x", "form": {"nodes": 1, "per_node": 2}, "staged": False,
-                                               "payload": [1], "seconds": [1]}]}, "A sweep measures one of"),
-    ],
-)  # fmt: skip
-def test_senseless_machines_are_refused(data, match):
-    with pytest.raises(MicsPlanError, match=match):
-        machine_from_json(data)
-
-
-def test_every_preset_says_where_its_values_are_from():
-    for preset in PRESETS.values():
-        assert {"flops", "intra", "inter", "efficiency"} <= set(preset.sources), preset.name
-
-
-# ------------------------------------------------------------------------------------------ models
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [("bert-10b", 10), ("bert-15b", 15), ("bert-20b", 20), ("bert-50b", 50), ("bloomberggpt", 50.6), ("gpt-175b", 175),
-     ("llama-7b", 6.74), ("llama-13b", 13.02), ("llama-30b", 32.53), ("llama-70b", 68.98)],
-)  # fmt: skip
-def test_named_models_have_their_published_size(name, billions):
-    assert NAMED[name].model(512).numel / 1e9 == pytest.approx(billions, rel=0.02)
-
-
-def test_a_description_is_the_module_it_describes():
-    """Parameters and operations of a real GPT, counted by torch."""
-
-    class GPTLayer(nn.Module):
-        def __init__(self, h: int) -> None:
-            super().__init__()
-            self.first, self.qkv, self.out = nn.LayerNorm(h), nn.Linear(h, 3 * h), nn.Linear(h, h)
-            self.second, self.up, self.down = nn.LayerNorm(h), nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
-
-        def forward(self, x):
-            q, k, v = (item.unflatten(-1, (2, -1)).transpose(1, 2) for item in self.qkv(self.first(x)).chunk(3, -1))
-            x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            return x + self.down(nn.functional.gelu(self.up(self.second(x))))
-
-    class GPT(nn.Module):
-        def __init__(self, h: int, vocabulary: int) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(vocabulary, h)
-            self.layers = nn.ModuleList(GPTLayer(h) for _ in range(3))
-            self.norm, self.head = nn.LayerNorm(h), nn.Linear(h, vocabulary, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x):
-            x = self.embed(x)
-            for layer in self.layers:
-                x = layer(x)
-            return self.head(self.norm(x)).float().sum()
-
-    with torch.device("meta"):
-        module, tokens = GPT(32, 100), torch.zeros(1, 16, dtype=torch.long)
-    traced = model_from_module(module, (tokens,), tokens=16)
-    described = Transformer(32, 3, 100, heads=2, flash=True).model(16, 4)
-    assert traced.numel == described.numel == sum(param.numel() for param in module.parameters())
-    assert traced.flops == described.flops
-    assert traced.trainable == described.trainable
-    repeated = [block for block in traced.blocks if block.repeat == 3]
-    assert len(repeated) == 1
-    assert repeated[0].checkpointed
-
-
-def test_frozen_tied_and_unused_parameters():
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-            self.second.weight = self.first.weight
-            self.frozen, self.unused = nn.Linear(3, 5).requires_grad_(False), nn.Linear(3, 7)
-
-        def forward(self, x):
-            return self.frozen(self.second(self.first(x))).sum()
-
-    with torch.device("meta"):
-        model = model_from_module(Odd(), (torch.zeros(1, 3),))
-    assert model.trainable == {9: 1, 21: 1, 7: 1}
-    assert model.frozen == {15: 1, 5: 1}
-
-
-def test_a_module_that_cannot_run_without_data_is_refused():
-    class Peeks(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) if x.sum().item() > 0 else x
-
-    with torch.device("meta"), pytest.raises(MicsPlanError, match="could not be run on the meta device"):
-        model_from_module(Peeks(2, 2), (torch.zeros(1, 2),))
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("hidden=8,layers=2", "needs vocabulary"),
-        ("hidden=8,layers=2,vocabulary=x", "positive integer"),
-        ("hidden=8,layers=2,vocabulary=9,depth=3", "Expected KEY=VALUE with a key out of"),
-        ("hidden=0,layers=2,vocabulary=9", "hidden must be a positive"),
-        ("hidden=9,layers=2,vocabulary=9,heads=2", "must be a multiple of the number of heads"),
-        ("hidden=8,layers=2,vocabulary=9,gated=perhaps", "must be true or false"),
-    ],
-)
-def test_senseless_descriptions_are_refused(text, match):
-    with pytest.raises(MicsPlanError, match=match):
-        parse_transformer(text)
 
 
 # ------------------------------------------------------------------------------------------ time
@@ -572,171 +427,3 @@ def test_senseless_jobs_are_refused(values):
 def test_senseless_settings_are_refused():
     with pytest.raises(MicsPlanError, match="reduce_bucket_size"):
         ZeroSettings(reduce_bucket_size=-1)
-
-
-# ------------------------------------------------------------------------------------------ the command
-
-
-def mics_plan(arguments):
-    """Exit code of ``mics-ds plan``."""
-    return app.run(["plan", *arguments])
-
-
-COMMAND = [
-    "--model",
-    "bert-10b",
-    "--cluster",
-    "p3dn.24xlarge",
-    "--gpus",
-    "64",
-    "--sequence",
-    "512",
-    "--precision",
-    "fp16",
-]
-
-
-def test_the_table(capsys):
-    assert mics_plan([*COMMAND, "--micro-batch", "8", "--global-batch", "8192", "--checkpointing", "--parts"]) == 0
-    printed = capsys.readouterr().out
-    for words in (
-        "bert-10b: 10.1 B parameters",
-        "8 x 16 samples",
-        "MiCS p=16",
-        "ZeRO-3",
-        "choose p = ",
-        "NO",
-        "optimizer",
-    ):
-        assert words in printed
-
-
-def test_the_json_and_the_plots(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    arguments = [*COMMAND, "--json", "--p", "8,16", "--scaling", "weak", "--plots", str(tmp_path / "figures")]
-    assert mics_plan(arguments) == 0
-    data = json.loads(capsys.readouterr().out)
-    kinds = [(row["p"], row["optimizer_states"]) for row in data["rows"]]
-    assert kinds == [(64, "partition"), *((p, states) for p in (8, 16) for states in ("partition", "world"))]
-    assert data["chosen_p"] in (8, 16)
-    for row in data["rows"]:
-        assert sum(row["memory_parts"].values()) == row["memory_bytes"]
-        assert sum(row["step_parts_s"].values()) == pytest.approx(row["step_s"])
-    suffix = ", world states" if data["chosen_optimizer_states"] == "world" else ""
-    assert set(data["scaling"]) == {"ZeRO-3", f"MiCS p={data['chosen_p']}{suffix}"}
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "memory.png",
-        "scaling.png",
-        "throughput.png",
-    ]
-
-
-def test_a_deepspeed_configuration_is_read(capsys, tmp_path):
-    path = tmp_path / "ds.json"
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 3,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW"},
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}},
-    }
-    path.write_text(json.dumps(config))
-    arguments = [
-        "--model",
-        "llama-7b",
-        "--cluster",
-        "p4d.24xlarge",
-        "--ds-config",
-        str(path),
-        "--checkpointing",
-        "--json",
-    ]
-    assert mics_plan(arguments) == 0
-    row = json.loads(capsys.readouterr().out)["rows"][0]
-    assert row["memory_parts"]["optimizer"] == 0
-    assert row["host_bytes"] > 0
-    for given, samples in (
-        ({"train_batch_size": 48}, 6 * 1),  # DeepSpeed makes micro-batches of it
-        ({"train_batch_size": 48, "gradient_accumulation_steps": 3}, 2 * 3),
-        ({"train_batch_size": 48, "train_micro_batch_size_per_gpu": 2}, 2 * 3),
-        ({"gradient_accumulation_steps": 3}, 1 * 3),
-    ):
-        path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, **given}))
-        mics_plan(arguments)
-        row = json.loads(capsys.readouterr().out)["rows"][0]
-        assert row["tokens_per_s_per_gpu"] * row["step_s"] == pytest.approx(samples * 2048)
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert mics_plan(["--model", "llama-7b", "--cluster", "p4d.24xlarge", "--ds-config", str(path)]) == 2
-    assert "not a DeepSpeed configuration for ZeRO stage 3" in capsys.readouterr().err
-
-
-def test_an_hf_configuration_is_read(capsys, tmp_path):
-    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100, "max_position_embeddings": 128}
-    config |= {"tie_word_embeddings": False}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = ["--model", str(tmp_path), "--cluster", "p4d.24xlarge", "--json", "--sequence", "32"]
-    assert mics_plan(arguments) == 0
-    shape = Transformer(64, 3, 100, heads=4, kv_heads=2, ffn=96, gated=True, tied=False)
-    assert json.loads(capsys.readouterr().out)["parameters"] == shape.model(32).numel
-    assert mics_plan([*arguments[:-1], "512"]) == 2
-    assert "sequences of up to 128 tokens" in capsys.readouterr().err
-
-
-def factory():
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (torch.zeros(1, 8),)
-
-
-def test_a_module_is_planned(capsys):
-    assert mics_plan(["--model", "test_planner:factory", "--cluster", "p4d.24xlarge", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == 144
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (["--model", "gpt-9"], "neither a named model"),
-        (["--model", "nowhere:nothing"], "cannot be imported"),
-        (["--cluster", "p9"], "neither a preset nor a file"),
-        (["--gpus", "12"], "do not fill nodes"),
-        (["--p", "7"], "must divide the 64 GPUs"),
-        (["--global-batch", "100"], "must be a multiple of 64"),
-        (["--global-batch", "64", "--micro-steps", "1"], "not both"),
-        (["--precision", "bf16"], "no peak for bf16"),
-        (["--sequence", "1024"], "positions for 512 tokens"),
-        (["--p", "100"], "must divide the 64 GPUs"),
-        (["--ds-config", "nowhere.json"], "cannot be read"),
-    ],
-)
-def test_good_errors(arguments, match, capsys):
-    assert mics_plan([*COMMAND, *arguments]) == 2
-    assert match in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ([], "--model is needed"),
-        (["--model", "bert-10b"], "--cluster is needed"),
-        ([*COMMAND, "--p", "8;16"], "numbers with commas"),
-        ([*COMMAND, "--micro-batch", "0"], "Invalid value for '--micro-batch'"),
-        ([*COMMAND, "--reserve", "1"], "'--reserve': is a fraction of the memory"),
-        ([*COMMAND, "--held-gb", "-1"], "Invalid value for '--held-gb'"),
-        ([*COMMAND, "--precision", "fp8"], "'fp8' is not one of"),
-        ([*COMMAND, "--p", "0"], "--p': takes positive numbers with commas"),
-    ],
-)
-def test_senseless_arguments(arguments, match, capsys):
-    assert mics_plan(arguments) == 2
-    assert match in capsys.readouterr().err
-
-
-def test_nothing_fits_is_told_by_the_exit_code(capsys):
-    assert mics_plan(["--model", "gpt-175b", "--cluster", "p3dn.24xlarge", "--gpus", "8", "--precision", "fp16"]) == 3
-    assert "no partition size fits" in capsys.readouterr().out
-
-
-def test_what_there_is(capsys):
-    assert mics_plan(["--list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in (*PRESETS, *NAMED))

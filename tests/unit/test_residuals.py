@@ -17,15 +17,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_grad_sync import (
-    BUCKETS,
-    CPU,
-    SHARDS,
-    Replica,
-    _tensors_of_a_device_with_streams,  # noqa: F401  # a fixture for all tests
-    each_executor,
-)
-from thread_ranks import on_threads
+from replicas_on_threads import BUCKETS, CPU, SHARDS, Replica, each_executor, on_replicas
 
 from mics_ds.comm import collectives
 from mics_ds.comm.wire import Blockwise, Cast
@@ -139,7 +131,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_replicas_do(kind, executor, r
             replica.boundary(look=common.random() < 0.5, discarded=common.random() < 0.2)
         assert replica.residuals().any()
 
-    on_threads(replicas, body)
+    on_replicas(replicas, body)
 
 
 @each_kind
@@ -153,7 +145,7 @@ def test_hop2_by_way_of_another_device_in_parts(kind, monkeypatch):
         for _ in range(10):
             replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 @each_kind
@@ -167,7 +159,7 @@ def test_a_step_without_a_backward_pass_leaves_residuals_alone(kind):
         replica.sync.next_boundary()
         assert torch.equal(replica.residuals(), before)
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 @each_kind
@@ -184,7 +176,7 @@ def test_gradients_that_are_written_over_after_hop2_have_never_counted(kind):
             replica.backward(BUCKETS, last=True)
             replica.boundary()
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 @each_kind
@@ -206,7 +198,7 @@ def test_a_value_that_all_replicas_set_holds_the_residuals_already(kind):
                 replica.expect_mean()
             replica.boundary()
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 @each_kind
@@ -233,7 +225,7 @@ def test_residuals_do_not_depend_on_the_loss_scale(kind, executor):
                 replica.sync.next_boundary()
             assert torch.equal(scaled.residuals(), plain.residuals())
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 @pytest.mark.parametrize("wire", [Blockwise(8, 256), Blockwise(4, 128), Blockwise(8, 2), Cast()], ids=str)
@@ -247,7 +239,7 @@ def test_replicas_have_the_same_bits(wire):
             replica.sync.next_boundary()
             replica.micro_step = 0
 
-    on_threads(3, body)
+    on_replicas(3, body)
 
 
 @each_kind
@@ -275,7 +267,7 @@ def test_an_overflow_on_one_replica_is_seen_by_all_and_leaves_nothing_behind(kin
         assert replica.mean().isfinite().all()
         replica.sync.next_boundary()
 
-    on_threads(2, body)
+    on_replicas(2, body)
 
 
 def test_padding_of_shards_never_travels():
@@ -301,4 +293,4 @@ def test_padding_of_shards_never_travels():
             assert replica.buffer[~padding].isnan().all() if step == 1 else (replica.buffer[~padding] == 1.0).all()
             replica.sync.next_boundary(discarded=step == 1)
 
-    on_threads(2, body)
+    on_replicas(2, body)

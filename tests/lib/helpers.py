@@ -255,3 +255,37 @@ def assert_close(
 def assert_losses_close(actual: list[float], expected: list[float], tolerance: float) -> None:
     for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert abs(a - b) <= tolerance * max(abs(b), 1e-3), f"step {step}: loss {a} instead of {b}"
+
+
+class DataParallelUnit:
+    """The mpu of a job with tensor parallelism 2: data-parallel groups {0, 2} and {1, 3}."""
+
+    def __init__(self) -> None:
+        rank = dist.get_rank()
+        data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        model = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        self.data, self.model = data[rank % 2], model[rank // 2]
+
+    def get_data_parallel_group(self):
+        return self.data
+
+    def get_data_parallel_world_size(self):
+        return 2
+
+    def get_data_parallel_rank(self):
+        return dist.get_rank() // 2
+
+    def get_model_parallel_group(self):
+        return self.model
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_model_parallel_world_size(self):
+        return 2
+
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_model_parallel_rank(self):
+        return dist.get_rank() % 2
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
