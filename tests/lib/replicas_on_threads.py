@@ -98,7 +98,8 @@ def on_replicas(count: int, body: Callable[[], None]) -> None:
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
 
 
-each_reducer = pytest.mark.parametrize("kind", ["all-reduce", "slices", "encoded", "encoded slices"])
+REDUCERS = ["all-reduce", "slices", "encoded", "encoded slices"]
+each_reducer = pytest.mark.parametrize("kind", REDUCERS)
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import environment
+from helpers import DTYPES, environment
 
 from mics_ds.check.meter import CommMeter
 from mics_ds.comm import collectives
@@ -66,12 +68,16 @@ def test_equal_requests_share_process_groups():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [1, 5, 1000])
 @pytest.mark.parametrize("nodes", ["0011", "0101"])
-def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(dtype, numel, nodes):
+def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(nodes):
     """Of one tensor by way of slots, of one straight to its place, and of two tensors together."""
     made = placed(nodes)
+    assert made.hierarchy.nodes_follow_each_other == (nodes == "0011")
+    for dtype, numel in itertools.product(DTYPES.values(), (1, 5, 1000)):
+        gathers_equal_the_flat_one(made, dtype, numel)
+
+
+def gathers_equal_the_flat_one(made: MicsGroups, dtype: torch.dtype, numel: int) -> None:
     shard = torch.randn(numel, generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
     flat = torch.empty(4 * numel, dtype=dtype)
     dist.all_gather_into_tensor(flat, shard)
@@ -87,7 +93,6 @@ def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(dtype, numel, nodes
     if made.hierarchy.nodes_follow_each_other:
         whole = collectives.all_gather_whole_hierarchical(shard, made.hierarchy)
         assert torch.equal(whole.view(-1), flat)
-    assert made.hierarchy.nodes_follow_each_other == (nodes == "0011")
 
 
 @pytest.mark.ranks(4)
@@ -104,9 +109,9 @@ def test_hierarchical_gather_sends_less_between_nodes():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("ranks_per_node", "gather"), [(4, "auto"), (4, True), (3, True), (1, "auto"), (2, False)])
-def test_no_hierarchy_where_it_cannot_be_or_is_not_wanted(ranks_per_node, gather):
-    assert groups(4, ranks_per_node, gather).hierarchy is None
+def test_no_hierarchy_where_it_cannot_be_or_is_not_wanted():
+    for ranks_per_node, gather in ((4, "auto"), (4, True), (3, True), (1, "auto"), (2, False)):
+        assert groups(4, ranks_per_node, gather).hierarchy is None, (ranks_per_node, gather)
 
 
 @pytest.mark.ranks(4)
@@ -149,13 +154,16 @@ def integer_gradients(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("p", "ranks_per_node"), [(1, 4), (2, 4), (4, 4), (4, 2)])
-def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(dtype, method, p, ranks_per_node):
-    made, rank = groups(p, ranks_per_node), dist.get_rank()
-    hierarchy = made.scatter_hierarchy
-    assert (hierarchy is not None) == (ranks_per_node == 2)
+def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(p, ranks_per_node):
+    made = groups(p, ranks_per_node)
+    assert (made.scatter_hierarchy is not None) == (ranks_per_node == 2)
+    for dtype, method in itertools.product(DTYPES.values(), METHODS):
+        chunks_are_means(made, dtype, method)
+
+
+def chunks_are_means(made: MicsGroups, dtype: torch.dtype, method: str) -> None:
+    p, rank, hierarchy = made.partition.size, dist.get_rank(), made.scatter_hierarchy
     gradients = integer_gradients(rank, dtype)
     order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
     layout = ChunkLayout(tuple(item.numel() for item in gradients), order)

@@ -6,6 +6,7 @@ follow the training. With p = 1 the shard is the whole parameter, so a gather co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, pairs, slow
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from helpers import OddNet, batch, build, ds_config, full_params, replicas_agree, same_on_all_ranks, train
@@ -23,8 +25,8 @@ from mics_ds.check.meter import CommMeter
 
 Params = list[torch.nn.Parameter]
 
-every_size = pytest.mark.parametrize("p", [None, 1, 2, 4])
-both_states = pytest.mark.parametrize("states", ["partition", "world"])
+LAYOUTS = (None, 1, 2, 4), ("partition", "world")
+every_size = pytest.mark.parametrize("p", [slow(None), 1, 2, 4])
 
 
 def engine_of(p: int | None, states: str = "partition", *, persistent: bool = False, **settings: Any) -> Any:
@@ -62,51 +64,48 @@ def by_hand(params: Params) -> Iterator[None]:
 
 
 WAYS: dict[str, Callable[[Params], Any]] = {"context": in_one_context, "single": one_by_one, "all_gather": by_hand}
-each_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
-@each_way
-@pytest.mark.parametrize("editors", ["all ranks", "rank 0"])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_an_edit_without_modifier_rank_is_gone(p, states, way, editors, persistent):
+@pytest.mark.parametrize(("p", "states", "persistent"), pairs(*LAYOUTS, (False, True)))
+def test_an_edit_without_modifier_rank_is_gone(p, states, persistent):
     engine = engine_of(p, states, persistent=persistent)
     train(engine, 1)
     params = list(engine.module.parameters())
-    before = full_params(engine)
-    with WAYS[way](params), torch.no_grad():
-        if editors == "all ranks" or dist.get_rank() == 0:
-            for param in params[:1] if way == "single" else params:
-                param.data.add_(1.0)
-                param.mul_(2.0)
-    after = full_params(engine)
-    for name in before:
-        assert torch.equal(after[name], before[name]), name
-    same_on_all_ranks(after)
-    loss = engine(*batch(7, 0, 0))
-    same_on_all_ranks({"loss": loss.detach().view(1)})
+    for way, editors in itertools.product(WAYS, (range(4), [0])):
+        before = full_params(engine)
+        with WAYS[way](params), torch.no_grad():
+            if dist.get_rank() in editors:
+                for param in params[:1] if way == "single" else params:
+                    param.data.add_(1.0)
+                    param.mul_(2.0)
+        after = full_params(engine)
+        for name in before:
+            assert torch.equal(after[name], before[name]), (name, way, editors)
+        same_on_all_ranks(after)
+        with torch.no_grad():
+            same_on_all_ranks({"loss": engine(*batch(7, 0, 0)).view(1)})
 
 
 @pytest.mark.ranks(4)
 @every_size
-@each_way
-def test_an_edit_of_an_engine_without_an_optimizer_is_gone(p, way):
+def test_an_edit_of_an_engine_without_an_optimizer_is_gone(p):
     engine = evaluation_engine(p)
-    before = full_params(engine)
     params = list(engine.module.parameters())
-    with WAYS[way](params), torch.no_grad():
-        if dist.get_rank() == 0:
-            params[0].data.add_(1.0)
-    assert all(torch.equal(values, before[name]) for name, values in full_params(engine).items())
-    same_on_all_ranks({"loss": engine(*batch(7, 0, 0)).detach().view(1)})
+    for way in WAYS:
+        before = full_params(engine)
+        with WAYS[way](params), torch.no_grad():
+            if dist.get_rank() == 0:
+                params[0].data.add_(1.0)
+        assert all(torch.equal(values, before[name]) for name, values in full_params(engine).items()), way
+        same_on_all_ranks({"loss": engine(*batch(7, 0, 0)).detach().view(1)})
     engine.destroy()
 
 
 @pytest.mark.ranks(4)
-@every_size
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("p", "persistent"), every((None, 1, 2, 4), (False, True), default=[(1, True), (2, False), (4, True)])
+)
 def test_an_edit_between_forward_and_backward_does_not_reach_the_shard(p, persistent):
     """Parameters that forward has left gathered are what the context gives."""
     engine = engine_of(p, persistent=persistent)
@@ -126,9 +125,7 @@ def test_an_edit_between_forward_and_backward_does_not_reach_the_shard(p, persis
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("p", "states", "persistent"), pairs(*LAYOUTS, (False, True)))
 def test_tensors_that_are_kept_do_not_follow_the_training(p, states, persistent):
     engine = engine_of(p, states, persistent=persistent)
     train(engine, 1)
@@ -156,8 +153,7 @@ def test_tensors_that_are_kept_do_not_follow_the_training(p, states, persistent)
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
+@pytest.mark.parametrize(("p", "states"), every(*LAYOUTS, default=[(1, "world"), (2, "partition"), (4, "partition")]))
 def test_a_merge_an_export_and_an_unmerge_leave_the_base_as_it_was(p, states):
     """LoRA in bf16: taking off again what was added gives other bits, so the edit must not stay."""
     engine = engine_of(p, states, dtype="bf16")
@@ -176,8 +172,7 @@ def test_a_merge_an_export_and_an_unmerge_leave_the_base_as_it_was(p, states):
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
+@pytest.mark.parametrize(("p", "states"), every(*LAYOUTS, default=[(1, "world"), (2, "partition"), (4, "partition")]))
 def test_a_moving_average_that_is_kept_beside_the_model(p, states):
     """A second engine without an optimizer, updated from the first with modifier_rank: on all ranks, as in stock."""
     engine, average = engine_of(p, states), evaluation_engine(p)

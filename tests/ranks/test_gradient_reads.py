@@ -13,6 +13,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import each_layout, every
 from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from helpers import OddNet, batch, build, ds_config, full_params
 from torch import nn
@@ -79,51 +80,46 @@ BY_ONE_RANK: dict[str, Callable[[Any], torch.Tensor]] = {
     "safe_get_local_grad": local_grad,
 }
 
-both_states = pytest.mark.parametrize("states", ["partition", "world"])
-every_size = pytest.mark.parametrize("p", [1, 2, 4])
-
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
-@pytest.mark.parametrize("way", [*BY_ONE_RANK, "allreduce_gradients"])
-def test_every_way_gives_the_mean_over_all_ranks_after_each_backward_pass(p, states, way):
-    read = BY_ONE_RANK.get(way, after_allreduce_gradients)
+@each_layout
+def test_every_way_gives_the_mean_over_all_ranks_after_each_backward_pass(p, states):
     stock, engine = engine_of(None), engine_of(p, states)
-    for expected in PASSES:
-        backward(stock)
-        assert torch.equal(read(stock), torch.full_like(read(stock), expected))
-        backward(engine)
-        if way == "grad_partitions_flat_buffer" and states == "world" and p < 4:
-            with pytest.raises(MicsUsageError, match="averaged_gradients"):
-                read(engine)
-            continue
-        shard = read(engine)
-        assert shard.numel() == own_part(p, states)
-        assert torch.equal(shard.float(), torch.full_like(shard.float(), expected))
-        assert torch.equal(safe_get_full_grad(engine.module.linear.weight), torch.full((WIDTH, WIDTH), expected))
+    for way, read in {**BY_ONE_RANK, "allreduce_gradients": after_allreduce_gradients}.items():
+        for expected in PASSES:
+            backward(stock)
+            assert torch.equal(read(stock), torch.full_like(read(stock), expected)), way
+            backward(engine)
+            if way == "grad_partitions_flat_buffer" and states == "world" and p < 4:
+                with pytest.raises(MicsUsageError, match="averaged_gradients"):
+                    read(engine)
+                continue
+            shard = read(engine)
+            assert shard.numel() == own_part(p, states), way
+            assert torch.equal(shard.float(), torch.full_like(shard.float(), expected)), way
+            assert torch.equal(safe_get_full_grad(engine.module.linear.weight), torch.full((WIDTH, WIDTH), expected))
+        stock.step()
+        engine.step()
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
-@pytest.mark.parametrize("way", BY_ONE_RANK)
-@pytest.mark.parametrize("reader", [0, 3])
-def test_one_rank_alone_reads_the_mean_and_holds_nobody_up(p, states, way, reader):
-    if way == "grad_partitions_flat_buffer" and states == "world":
-        return
+@each_layout
+def test_one_rank_alone_reads_the_mean_and_holds_nobody_up(p, states):
     engine = engine_of(p, states)
-    for expected in PASSES:
-        backward(engine)
-        if dist.get_rank() == reader:
-            shard = BY_ONE_RANK[way](engine)
-            assert torch.equal(shard.float(), torch.full_like(shard.float(), expected))
-    engine.step()
+    for way, read in BY_ONE_RANK.items():
+        if way == "grad_partitions_flat_buffer" and states == "world":
+            continue
+        for reader in (0, 3):
+            for expected in PASSES:
+                backward(engine)
+                if dist.get_rank() == reader:
+                    shard = read(engine)
+                    assert torch.equal(shard.float(), torch.full_like(shard.float(), expected)), (way, reader)
+            engine.step()
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
+@each_layout
 def test_a_tensor_of_gradients_that_is_kept_follows_each_backward_pass(p, states):
     """As in stock, which adds to the same memory: custom clipping fetches its tensors once."""
     engine = engine_of(p, states)
@@ -136,42 +132,42 @@ def test_a_tensor_of_gradients_that_is_kept_follows_each_backward_pass(p, states
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
-@both_states
-@pytest.mark.parametrize("way", BY_ONE_RANK)
-def test_before_the_boundary_there_is_an_error_and_then_the_mean(p, states, way):
+@pytest.mark.parametrize(
+    ("p", "states"), every((1, 2), ("partition", "world"), default=[(1, "world"), (2, "partition")])
+)
+def test_before_the_boundary_there_is_an_error_and_then_the_mean(p, states):
     engine = engine_of(p, states, micro_steps=2)
-    for _ in range(2):
-        backward(engine)
-        with pytest.raises(MicsUsageError, match=r"safe_get_full_grad on all ranks|averaged_gradients"):
-            BY_ONE_RANK[way](engine)
-        engine.step()
-        backward(engine)
-        if way != "grad_partitions_flat_buffer" or states == "partition":
-            shard = BY_ONE_RANK[way](engine)
-            assert torch.equal(shard.float(), torch.full_like(shard.float(), PASSES[0]))
-        engine.step()
+    for way, read in BY_ONE_RANK.items():
+        for _ in range(2):
+            backward(engine)
+            with pytest.raises(MicsUsageError, match=r"safe_get_full_grad on all ranks|averaged_gradients"):
+                read(engine)
+            engine.step()
+            backward(engine)
+            if way != "grad_partitions_flat_buffer" or states == "partition":
+                shard = read(engine)
+                assert torch.equal(shard.float(), torch.full_like(shard.float(), PASSES[0])), way
+            engine.step()
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
-@pytest.mark.parametrize("way", ["averaged_gradients", "get_fp32_grad_partitions", "safe_get_local_grad"])
-def test_offloaded_gradients_are_means_too(p, states, way):
+@each_layout
+def test_offloaded_gradients_are_means_too(p, states):
     engine = engine_of(p, states, zero={"offload_optimizer": {"device": "cpu"}})
-    for expected in PASSES:
-        backward(engine)
-        if way == "averaged_gradients":  # stock keeps none with offload
-            assert engine.optimizer.averaged_gradients == {}
-            held = engine.optimizer.fp32_partitioned_groups_flat[0].grad
-        else:
-            held = BY_ONE_RANK[way](engine)
-        assert torch.equal(held, torch.full_like(held, expected))
+    for way in ("averaged_gradients", "get_fp32_grad_partitions", "safe_get_local_grad"):
+        for expected in PASSES:
+            backward(engine)
+            if way == "averaged_gradients":  # stock keeps none with offload
+                assert engine.optimizer.averaged_gradients == {}
+                held = engine.optimizer.fp32_partitioned_groups_flat[0].grad
+            else:
+                held = BY_ONE_RANK[way](engine)
+            assert torch.equal(held, torch.full_like(held, expected)), way
+        engine.step()
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
+@each_layout
 def test_gradients_that_a_script_changes_in_place_are_those_of_the_step(p, states):
     """Custom clipping: every rank halves what it holds, and the step sees that."""
     results = []
@@ -193,8 +189,7 @@ def test_gradients_that_a_script_changes_in_place_are_those_of_the_step(p, state
 
 
 @pytest.mark.ranks(4)
-@every_size
-@both_states
+@each_layout
 def test_losses_are_those_of_a_script_that_does_not_read(p, states):
     results = []
     for reads in (False, True):

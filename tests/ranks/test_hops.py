@@ -9,7 +9,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from cases import slow
+from cases import pairs, slow
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from helpers import (
     DTYPES,
@@ -49,27 +49,10 @@ def micro_step(engine: Any, index: int) -> CommMeter:
     return meter
 
 
-MORE_WAYS = [
-    *((1, checkpointing, True) for checkpointing in (None, "reentrant", "non-reentrant")),
-    (3, "non-reentrant", True),
-    (3, None, False),
-    (3, "reentrant", False),
-    (1, "reentrant", False),
-    (1, "non-reentrant", False),
-]
-
-
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("micro_steps", "checkpointing", "overlap"),
-    [
-        (3, None, True),
-        (3, "reentrant", True),
-        (3, "non-reentrant", False),
-        (1, None, False),
-        *(slow(*case) for case in MORE_WAYS),
-    ],
+    ("p", "micro_steps", "checkpointing", "overlap"),
+    pairs((1, 2, 4), (1, 3), (None, "reentrant", "non-reentrant"), (True, False)),
 )
 def test_one_hop2_per_boundary_and_only_partition_traffic_before_it(p, micro_steps, checkpointing, overlap):
     config = ds_config(p, micro_steps=micro_steps, clip=0.5, zero={"overlap_comm": overlap})
@@ -213,7 +196,7 @@ UNMANAGED = pytest.param(
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("way", [UNMANAGED, "set_boundary", "short_window"])
 def test_the_engine_is_asked_for_the_boundary(p, way):
     """Whoever decides where the boundary is, gradients are means over all ranks when the step is taken."""

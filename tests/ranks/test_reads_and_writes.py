@@ -6,6 +6,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -54,8 +55,7 @@ def gradients(engine):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(("p", "offload"), every((1, 2, 4), (False, True), default=[(1, True), (2, False), (4, True)]))
 def test_full_gradients_before_and_at_the_boundary(p, offload):
     """In the middle of accumulation too, they are means over all ranks, and looking at them changes nothing."""
     zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}

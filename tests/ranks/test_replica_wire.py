@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, pairs, slow
 from checkpoint_engines import digest
 from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 from helpers import (
@@ -24,7 +25,7 @@ from helpers import (
     train,
 )
 from memory_tier import nodes, restarted, sealed
-from muon_engines import muon_engine
+from muon_engines import kernels, muon_engine
 from torch import nn
 
 from mics_ds.check.meter import CommMeter
@@ -63,9 +64,7 @@ SETTINGS = [
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("zero", SETTINGS, ids=lambda zero: ", ".join(zero) or "default")
+@pytest.mark.parametrize(("states", "p", "zero"), pairs(STATES, (1, 2), SETTINGS))
 def test_as_zero3_where_nothing_is_rounded(states, p, zero):
     reference = stock_reference(5, optimizer=adamw, zero=zero, micro_steps=2, clip=0.5)
     with mock.patch.object(replica_wire, "wire_of", return_value=Cast(torch.float32)):
@@ -78,10 +77,11 @@ def test_as_zero3_where_nothing_is_rounded(states, p, zero):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("wire", WIRES)
-@pytest.mark.parametrize(("dtype", "accumulation"), [("fp32", None), ("bf16", "fp32"), ("fp16", None)])
-def test_replicas_stay_equal_and_losses_near_zero3(wire, states, dtype, accumulation):
+@pytest.mark.parametrize(
+    ("wire", "states", "types"), pairs(WIRES, STATES, [("fp32", None), ("bf16", "fp32"), ("fp16", None)])
+)
+def test_replicas_stay_equal_and_losses_near_zero3(wire, states, types):
+    dtype, accumulation = types
     more = {"data_types": {"grad_accum_dtype": accumulation}} if accumulation else {}
     reference = stock_reference(20, dtype=dtype, micro_steps=2, clip=0.5, **more)
     engine = build(config(wire, states, dtype=dtype, micro_steps=2, clip=0.5, **more))
@@ -92,8 +92,14 @@ def test_replicas_stay_equal_and_losses_near_zero3(wire, states, dtype, accumula
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("wire", ["full", *WIRES])
+@pytest.mark.parametrize(
+    ("wire", "states"),
+    every(
+        ["full", *WIRES],
+        STATES,
+        default=[*(("full", states) for states in STATES), ("int8", "world"), ("int4", "partition")],
+    ),
+)
 def test_collectives_of_hop2_and_their_bytes(wire, states):
     """Each unit travels once, as rows of encoded values, and comes back once where means replace gradients."""
     engine = build(config(wire, states, 1, {"overlap_comm": False}))
@@ -125,8 +131,9 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(
+    ("wire", "states"), every(WIRES, STATES, default=[("bf16", "world"), ("int8", "partition"), ("int4", "world")])
+)
 def test_an_overflow_on_one_rank_discards_the_step_and_leaves_residuals_alone(wire, states):
     engine = build(config(wire, states, dtype="fp16"), Scaled)
     reducer = engine.optimizer.sync._reducer
@@ -180,18 +187,21 @@ def test_what_a_script_reads_and_sets_counts_once(states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("wire", ["int8", "int4"])
+@pytest.mark.parametrize("wire", ["int8", slow("int4")])
 def test_muon_with_integers_is_refused(wire):
     with pytest.raises(MicsConfigError, match=rf'"{wire}" does not go with Muon.*Use "bf16" or "full"'):
         muon_engine(2, zero={"mics_replica_wire": wire})
-    engine = muon_engine(2, zero={"mics_replica_wire": "bf16"})
-    train(engine, 2)
-    replicas_agree(engine)
+    with kernels():
+        engine = muon_engine(2, zero={"mics_replica_wire": "bf16"})
+        train(engine, 2)
+        replicas_agree(engine)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize(("wire", "p"), [("int8", 2), ("int4", 1)])
+@pytest.mark.parametrize(
+    ("wire", "p", "states"),
+    [("int8", 2, "partition"), ("int4", 1, "world"), slow("int8", 2, "world"), slow("int4", 1, "partition")],
+)
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path, wire, p, states):
     """The digest has the residuals too. In another number of shards as much of the mean is missing as before."""
     engine = build(config(wire, states, p, micro_steps=2), optimizer=adamw)
@@ -227,7 +237,7 @@ def missing(engine: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", every(STATES, default=["world"]))
 def test_the_guard_at_every_step_finds_equal_replicas(states):
     engine = build(config("int8", states, 2, {"mics_guard": {"every": 1}}), optimizer=adamw)
     train(engine, 10)
@@ -237,7 +247,7 @@ def test_the_guard_at_every_step_finds_equal_replicas(states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", every(STATES, default=["partition"]))
 def test_an_asynchronous_save_has_the_residuals_of_its_moment(tmp_path, states):
     engine = build(config("int8", states, 2, {"mics_checkpoint": {"async": True}}), optimizer=adamw)
     train(engine, 2)
@@ -252,7 +262,7 @@ def test_an_asynchronous_save_has_the_residuals_of_its_moment(tmp_path, states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", every(STATES, default=["world"]))
 def test_copies_in_memory_have_residuals(tmp_path, states):
     with nodes(tmp_path):
         zero = {"mics_checkpoint": {"memory_every": 2}}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from cases import slow
+from cases import every, slow
 from helpers import OddNet, batch, build, ds_config, full_params, replicas_agree, same_on_all_ranks, train
 from torch import nn
 
@@ -40,8 +42,7 @@ def test_fp16_with_clipping_and_an_overflow_on_one_rank(p, overflowing_rank):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("inside_init", [True, False])
+@pytest.mark.parametrize(("p", "inside_init"), every((1, 2), (True, False), default=[(1, False), (2, True)]))
 def test_a_different_seed_on_each_rank(p, inside_init):
     engine = build(ds_config(p, clip=0.5), seed=100 + dist.get_rank(), inside_init=inside_init)
     same_on_all_ranks(full_params(engine))
@@ -77,22 +78,18 @@ def test_module_apply_with_a_different_seed_on_each_rank(p):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("modifier", [0, 3])
-@pytest.mark.parametrize("how", ["list", "generator", "one"])
-def test_weights_loaded_on_one_rank_reach_all_replicas(p, modifier, how):
-    engine = build(ds_config(p), seed=100 + dist.get_rank(), inside_init=True)
-    model = engine.module
-    given = {"list": list(model.parameters()), "generator": model.parameters(), "one": model.embed.weight}[how]
-    with deepspeed.zero.GatheredParameters(given, modifier_rank=modifier):
-        if dist.get_rank() == modifier:
-            with torch.no_grad():
+def test_weights_loaded_on_one_rank_reach_all_replicas(p):
+    model = (engine := build(ds_config(p), seed=100 + dist.get_rank(), inside_init=True)).module
+    for start, (modifier, how) in enumerate(itertools.product((0, 3), ("list", "generator", "one"))):
+        given = {"list": list(model.parameters()), "generator": model.parameters(), "one": model.embed.weight}[how]
+        with deepspeed.zero.GatheredParameters(given, modifier_rank=modifier), torch.no_grad():
+            if dist.get_rank() == modifier:
                 for param in [model.embed.weight] if how == "one" else model.parameters():
-                    param.copy_(torch.arange(param.numel()).view(param.shape))
-    params = full_params(engine)
-    same_on_all_ranks(params)
-    expected = torch.arange(13 * 7.0).view(13, 7)
-    assert torch.equal(params["embed.weight"], expected)
-    assert how == "one" or torch.equal(params["pair"], torch.arange(3.0))
+                    param.copy_(start + torch.arange(param.numel()).view(param.shape))
+        params = full_params(engine)
+        same_on_all_ranks(params)
+        assert torch.equal(params["embed.weight"], start + torch.arange(13 * 7.0).view(13, 7)), (modifier, how)
+        assert how == "one" or torch.equal(params["pair"], start + torch.arange(3.0)), (modifier, how)
 
 
 @pytest.mark.ranks(4)

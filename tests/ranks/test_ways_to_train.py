@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, pairs, slow
 from helpers import (
     DTYPES,
     STATES,
@@ -68,8 +69,9 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("micro_steps", [1, 3])
-@pytest.mark.parametrize("way", ["call", "configuration"])
+@pytest.mark.parametrize(
+    ("way", "micro_steps"), every(("call", "configuration"), (1, 3), default=[("call", 3), ("configuration", 1)])
+)
 def test_leaf_modules_of_which_ranks_use_different_parts(way, micro_steps):
     zero = {"leaf_module": {"classes": ["test_ways_to_train.Experts"]}} if way == "configuration" else {}
 
@@ -251,7 +253,7 @@ def test_a_model_that_is_already_in_16_bits():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize(("optimizer", "warns"), [(torch.optim.Adafactor, True), (torch.optim.SGD, False)])
 def test_an_optimizer_that_depends_on_how_tensors_are_cut_is_named_once(p, optimizer, warns):
     """By rank 0. Its losses are not stock's, whose own are not those of whole tensors either."""
@@ -296,9 +298,9 @@ class Interruptible(nn.Module):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("next_call", ["the batch again", "zero_grad", "step"])
-@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("p", "next_call", "micro_steps"), pairs((1, 2, 4), ("the batch again", "zero_grad", "step"), (1, 2))
+)
 def test_going_on_after_an_exception_in_backward_is_named_as_such(p, next_call, micro_steps):
     """Stock asserts without a word, or calls a parameter one of unknown type. What was reduced cannot be taken back."""
     engine = build(ds_config(p, micro_steps=micro_steps), Interruptible)

@@ -49,8 +49,12 @@ LAYOUTS = [(1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (3, 4), (8, 2)]
 
 
 @pytest.mark.parametrize("published", list(itertools.product([False, True], repeat=2)), ids=str)
-@pytest.mark.parametrize(("old", "new"), list(itertools.product(LAYOUTS, repeat=2)), ids=str)
-def test_the_missing_mean_stays_the_same(old, new, published):
+def test_the_missing_mean_stays_the_same(published):
+    for old, new in itertools.product(LAYOUTS, repeat=2):
+        the_missing_mean_stays_the_same(old, new, published)
+
+
+def the_missing_mean_stays_the_same(old: tuple[int, int], new: tuple[int, int], published: tuple[bool, bool]) -> None:
     before = filled(*old, published[0])
     expected = missing(before)
     assert all(values.any() for values in expected.values())
@@ -60,7 +64,8 @@ def test_the_missing_mean_stays_the_same(old, new, published):
     found = missing(after)
     # Without a published part two replicas hold 16 digits between them, and what is missing has up to 20.
     tolerance = 0.0 if published[1] or new[1] > 2 else 2.0**-20
-    assert all((found[name] - expected[name]).abs().max() <= tolerance for name in NUMELS)
+    errors = {name: (found[name] - expected[name]).abs().max().item() for name in NUMELS}
+    assert max(errors.values()) <= tolerance, (old, new, errors)
 
 
 def test_padding_stays_empty():

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from cases import every, pairs
 from fake_streams import FakeStreams
 from replicas_on_threads import (
     BUCKETS,
     CPU,
+    EXECUTORS,
+    REDUCERS,
     REPLICAS,
     SHARDS,
     UNIT,
@@ -101,9 +104,7 @@ def test_what_no_replica_has_used_is_late_and_cuts_units():
 # Replicas that do the same
 
 
-@each_reducer
-@each_executor
-@pytest.mark.parametrize("repeated", [None, *BUCKETS], ids=str)
+@pytest.mark.parametrize(("kind", "executor", "repeated"), pairs(REDUCERS, [*EXECUTORS], [None, *BUCKETS]))
 def test_every_order_of_buckets_with_early_hop2(kind, executor, repeated):
     """Three optimizer steps of two micro-steps, each bucket order against each other one, and a repeated bucket."""
 
@@ -133,9 +134,7 @@ def test_parameters_without_a_gradient_in_the_last_micro_step_are_swept_up(kind,
     on_replicas(REPLICAS, body)
 
 
-@each_reducer
-@each_executor
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(("kind", "executor", "early"), pairs(REDUCERS, [*EXECUTORS], [True, False]))
 def test_a_read_between_micro_steps_changes_nothing(kind, executor, early):
     def body() -> None:
         for reads in itertools.product([False, True], repeat=3):
@@ -172,10 +171,9 @@ def test_a_boundary_that_only_the_step_knows(kind):
 # Replicas that do different things
 
 
-@each_reducer
-@each_executor
-@pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "executor", "early", "replicas"), pairs(REDUCERS, [*EXECUTORS], [True, False], [2, 3])
+)
 def test_replicas_that_use_any_subset_in_any_order(kind, executor, early, replicas):
     """Also a parameter that nobody uses in a step, one that a replica uses first in a later micro-step, and reads."""
 
@@ -197,8 +195,7 @@ def test_replicas_that_use_any_subset_in_any_order(kind, executor, early, replic
     on_replicas(replicas, body)
 
 
-@each_reducer
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(("kind", "early"), every(REDUCERS, [True, False], default=zip(REDUCERS, [True, False] * 2)))
 def test_a_gradient_of_one_replica_is_not_mixed_with_what_the_other_got_before(kind, early):
     """The smallest case: step 2 is a text-only batch on replica 1."""
 
@@ -391,9 +388,7 @@ def test_steps_of_one_and_two_passes_by_turns(counting):
     on_replicas(REPLICAS, body)
 
 
-@each_reducer
-@each_executor
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize(("kind", "executor", "replicas"), pairs(REDUCERS, [*EXECUTORS], [2, 3]))
 def test_any_number_of_passes_with_any_subset(kind, executor, replicas):
     def body() -> None:
         replica = Replica(executor, kind=kind)

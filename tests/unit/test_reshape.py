@@ -68,9 +68,13 @@ def grouped(shards, sub_group_size):
 
 
 @pytest.mark.parametrize("sizes", [(10**9, 10**9), (10, 10**9), (10**9, 4), (20, 7)])
-@pytest.mark.parametrize(("old_shards", "new_shards"), [*list(itertools.permutations((1, 2, 3, 4, 8), 2)), (4, 4)])
 @pytest.mark.parametrize("momentum", [True, False])
-def test_resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes, momentum):
+def test_resharded_is_what_cutting_the_whole_gives(sizes, momentum):
+    for old_shards, new_shards in [*itertools.permutations((1, 2, 3, 4, 8), 2), (4, 4)]:
+        resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes, momentum)
+
+
+def resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes, momentum):
     old, old_owners = grouped(old_shards, sizes[0])
     new, new_owners = grouped(new_shards, sizes[1])
     loads = []

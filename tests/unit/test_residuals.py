@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from replicas_on_threads import BUCKETS, CPU, SHARDS, Replica, each_executor, on_replicas
+from cases import pairs
+from replicas_on_threads import BUCKETS, CPU, EXECUTORS, SHARDS, Replica, on_replicas
 
 from mics_ds.comm import collectives
 from mics_ds.comm.wire import Blockwise, Cast
@@ -108,9 +109,7 @@ class Accounts(Replica):
         self.micro_step = 0
 
 
-@each_kind
-@each_executor
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(("kind", "executor", "replicas"), pairs(KINDS, [*EXECUTORS], [2, 4]))
 def test_nothing_is_lost_or_counted_twice_whatever_replicas_do(kind, executor, replicas):
     """Other modules on each replica, none on any, several passes, reads in between, discarded steps."""
 
@@ -242,9 +241,9 @@ def test_replicas_have_the_same_bits(wire):
     on_replicas(3, body)
 
 
-@each_kind
-@pytest.mark.parametrize("wire", [Blockwise(8, 256), Blockwise(4, 128), Cast()], ids=["int8", "int4", "bf16"])
-@pytest.mark.parametrize("strange", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("kind", "wire", "strange"), pairs(KINDS, [Blockwise(8, 256), Blockwise(4, 128), Cast()], [math.inf, math.nan])
+)
 def test_an_overflow_on_one_replica_is_seen_by_all_and_leaves_nothing_behind(kind, wire, strange):
     def body() -> None:
         replica = Replica("inline", False, kind, wire)
