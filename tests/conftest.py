@@ -35,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; run by scripts/test_slow.sh, not by default")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return 2 for the default run, 0 for chosen files and for slow tests, which may need the machine to themselves.
+
+    Ranks of one test wait for each other half of the time; ranks of another test use it.
+    """
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return 2 if whole and config.option.markexpr == "not slow" else 0
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     pools = Pools()
@@ -59,7 +68,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         mark.args[0],
         pyfuncitem.module.__name__,
         pyfuncitem.originalname,
-        {name: pyfuncitem.funcargs[name] for name in wanted},
+        {name: pyfuncitem.funcargs[name] for name in wanted if name != "monkeypatch"},  # ranks have their own
         timeout=mark.kwargs.get("timeout", DEFAULT_TIMEOUT_S),
         fresh=mark.kwargs.get("fresh", False),
         virtual=mark.kwargs.get("virtual", False),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import OddNet, build, ds_config, full_params, train
+from helpers import OddNet, build, ds_config, full_params, patched, train
 from torch import nn
 
 from mics_ds.checkpoint import background, manifest, staging
@@ -81,7 +81,8 @@ def writer() -> int:
 
 
 def everything_is_shared():
-    staging.SHARED_FROM = 64
+    """Hand tensors of any size to the writer through shared memory, until the test ends."""
+    patched.setattr(staging, "SHARED_FROM", 64)
 
 
 def records(folder: Path, tag: str):

@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_engines: list[Any] = []
+patched = pytest.MonkeyPatch()
+"""Undone when the task of a pool ends. What a body on ranks gets as its ``monkeypatch``."""
+
+engines: list[Any] = []
+"""Engines of the current task: those of :func:`build`, and on a rank of a pool all that DeepSpeed has made."""
 
 # Whole test modules can be run in the other mode: MICS_TEST_STATES=world pytest tests/ranks/test_parity.py
 STATES = os.environ.get("MICS_TEST_STATES", "partition")
@@ -24,8 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def destroy_engines() -> None:
-    while _engines:
-        _engines.pop().destroy()
+    while engines:
+        engines.pop().destroy()
     torch._C._set_grad_enabled(True)
 
 
@@ -139,7 +144,8 @@ def build(
     engine, *_ = deepspeed.initialize(
         model=module, config=config, optimizer=make(params), model_parameters=params, mpu=mpu
     )
-    _engines.append(engine)
+    if engine not in engines:
+        engines.append(engine)
     return engine
 
 

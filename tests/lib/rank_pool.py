@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import inspect
 import multiprocessing
 import os
 import random
@@ -43,12 +44,13 @@ class RankPool:
 
     Args:
         virtual: give DeepSpeed the virtual accelerator (:mod:`virtual_device`) and not the CPU.
+        fresh: whether this pool is for one task, which may leave anything behind.
     """
 
-    def __init__(self, world_size: int, virtual: bool = False) -> None:
+    def __init__(self, world_size: int, virtual: bool = False, fresh: bool = False) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self._ranks = LocalRanks(world_size, functools.partial(_serve, world_size, virtual), context)
+        self._ranks = LocalRanks(world_size, functools.partial(_serve, world_size, virtual, fresh), context)
         self.close = self._ranks.close
 
     def run(self, module: str, function: str, kwargs: dict[str, Any], timeout: float) -> list[Any]:
@@ -65,7 +67,7 @@ class RankPool:
             raise
 
 
-def _serve(world_size: int, virtual: bool, rank: int, folder: Path, pipe: Connection) -> None:
+def _serve(world_size: int, virtual: bool, fresh: bool, rank: int, folder: Path, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -77,6 +79,7 @@ def _serve(world_size: int, virtual: bool, rank: int, folder: Path, pipe: Connec
     from datetime import timedelta
 
     import deepspeed
+    import helpers
     import torch
     import torch.distributed as dist
 
@@ -100,26 +103,48 @@ def _serve(world_size: int, virtual: bool, rank: int, folder: Path, pipe: Connec
     )
     deepspeed.init_distributed("gloo", dist_init_required=False)
     make_stock_gathers_wait()
+    initialize = deepspeed.initialize
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        made = initialize(*args, **kwargs)
+        helpers.engines.append(made[0])
+        return made
+
+    deepspeed.initialize = recording
     _freeze()
 
     def call(task: tuple[str, str, dict[str, Any]]) -> Any:
         module, function, kwargs = task
+        body = getattr(importlib.import_module(module), function)
         random.seed(0)
         torch.manual_seed(0)
-        result = getattr(importlib.import_module(module), function)(**kwargs)
-        _clean_up()
+        before = _settings()
+        if "monkeypatch" in inspect.signature(body).parameters:
+            kwargs["monkeypatch"] = helpers.patched
+        result = body(**kwargs)
+        helpers.patched.undo()
+        helpers.destroy_engines()  # engines that pile up would keep hooks, threads and memory
+        _freeze()
+        after = _settings()
+        left = {name: (value, after.get(name)) for name, value in before.items() if after.get(name) != value}
+        if left and not fresh:
+            raise AssertionError(f"the test has changed what later tests of this pool would meet: {left}")
         dist.barrier()
         return result
 
     serve_tasks(pipe, call)
 
 
-def _clean_up() -> None:
-    """Release what the last task built, so that repeated engines do not pile up hooks and memory."""
-    helpers = sys.modules.get("helpers")
-    if helpers is not None:
-        helpers.destroy_engines()
-    _freeze()
+def _settings() -> dict[str, Any]:
+    """Return what a test body may change and must put back: our environment variables and the package's constants."""
+    found: dict[str, Any] = {name: value for name, value in os.environ.items() if name.startswith("MICS_DS_")}
+    for module in [module for name, module in sys.modules.items() if name.startswith("mics_ds.")]:
+        found |= {
+            f"{module.__name__}.{name}": value
+            for name, value in vars(module).items()
+            if name.isupper() and isinstance(value, bool | int | float | str | tuple)
+        }
+    return found
 
 
 def _freeze() -> None:
@@ -148,7 +173,7 @@ class Pools:
         virtual: bool = False,
     ) -> list[Any]:
         if fresh:
-            pool = RankPool(world_size, virtual)
+            pool = RankPool(world_size, virtual, fresh=True)
             try:
                 return pool.run(module, function, kwargs, timeout)
             finally:

@@ -176,10 +176,7 @@ def start(pools, tmp_path):
     return save
 
 
-NUMBERS = pytest.mark.parametrize("kills", [1, slow(KILLS // 2)])
-
-
-@NUMBERS
+@pytest.mark.parametrize("kills", [1, slow(KILLS // 2)])
 def test_ranks_and_nodes_killed_at_random_moments(pools, start, kills):
     folder, losses, events, seconds = start(2 * kills + 20)
     chance = random.Random(20261124)
@@ -188,7 +185,8 @@ def test_ranks_and_nodes_killed_at_random_moments(pools, start, kills):
     assert kills == 1 or require_good(folder) > 1
 
 
-@NUMBERS
+@pytest.mark.slow  # test_async_failures.py kills one writer at one moment
+@pytest.mark.parametrize("kills", [1, KILLS // 2])
 def test_writers_killed_at_random_moments(pools, start, kills):
     folder, losses, _, seconds = start(2 * kills + 20)
     chance, failed = random.Random(20261125), 0

@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import pairs
 from deepspeed.moe.layer import MoE
 from helpers import OddNet, build, ds_config, environment, train
 from torch import nn
@@ -27,28 +28,28 @@ def healthy() -> None:
     train(build(ds_config(2)), 1)
 
 
+WRONG_KEYS: list[tuple[dict[str, Any], str]] = [
+    ({"mics_shard_size": 0}, "must be greater than or equal to 1"),
+    ({"mics_shard_size": -2}, "must be greater than or equal to 1"),
+    ({"mics_shard_size": 3}, r"must divide the number of data-parallel ranks, which is 4\. Choose one of 1, 2, 4"),
+    ({"mics_shard_size": 8}, "must divide the number of data-parallel ranks"),
+    ({"mics_shard_size": "2"}, "must be a valid integer"),
+    ({"mics_shard_size": 2.5}, "must be a valid integer"),
+    ({"mics_shard_size": 2, "stage": 1}, "needs ZeRO stage 3"),
+    ({"mics_shard_size": 2, "stage": 2}, "needs ZeRO stage 3"),
+    (
+        {"mics_shard_size": 2, "mics_gather": True},
+        "Unknown key under .zero_optimization.: mics_gather.*Known keys: mics_shard_size",
+    ),
+]
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("inside_init", [True, False])
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"mics_shard_size": 0}, "must be greater than or equal to 1"),
-        ({"mics_shard_size": -2}, "must be greater than or equal to 1"),
-        ({"mics_shard_size": 3}, r"must divide the number of data-parallel ranks, which is 4\. Choose one of 1, 2, 4"),
-        ({"mics_shard_size": 8}, "must divide the number of data-parallel ranks"),
-        ({"mics_shard_size": "2"}, "must be a valid integer"),
-        ({"mics_shard_size": 2.5}, "must be a valid integer"),
-        ({"mics_shard_size": 2, "stage": 1}, "needs ZeRO stage 3"),
-        ({"mics_shard_size": 2, "stage": 2}, "needs ZeRO stage 3"),
-        (
-            {"mics_shard_size": 2, "mics_gather": True},
-            "Unknown key under .zero_optimization.: mics_gather.*Known keys: mics_shard_size",
-        ),
-    ],
-)
-def test_wrong_keys_are_refused_on_every_rank(keys, message, inside_init):
-    with pytest.raises(MicsConfigError, match=message):
-        build(with_zero(**keys), inside_init=inside_init)
+def test_wrong_keys_are_refused_on_every_rank(inside_init):
+    for keys, message in WRONG_KEYS:
+        with pytest.raises(MicsConfigError, match=message):
+            build(with_zero(**keys), inside_init=inside_init)
     healthy()
 
 
@@ -65,15 +66,12 @@ UNSUPPORTED = {
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_features_are_refused_by_name(name):
-    zero, top = UNSUPPORTED[name]
-    config = {**with_zero(mics_shard_size=2, **zero), **top}
+def test_unsupported_features_are_refused_by_name():
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    with pytest.raises(MicsConfigError, match=name):
-        DeepSpeedConfig(config)
-    dist.barrier()
+    for name, (zero, top) in UNSUPPORTED.items():
+        with pytest.raises(MicsConfigError, match=name):
+            DeepSpeedConfig({**with_zero(mics_shard_size=2, **zero), **top})
 
 
 class ExpertParallel(nn.Module):
@@ -217,9 +215,7 @@ STRANGE = {
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("inside_init", [False, True])
-@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(("p", "inside_init", "kind"), pairs((1, 2, 4), (False, True), [*STRANGE]))
 def test_parameters_that_stage_3_cannot_partition_are_named_at_construction(p, inside_init, kind):
     value, words = STRANGE[kind]
     if kind == "another dtype" and inside_init:

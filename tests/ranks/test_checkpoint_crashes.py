@@ -54,7 +54,7 @@ def resume_step_and_die_saving(folder, zero, victim, fatal, losses):
 
 @pytest.mark.parametrize(
     ("crashes", "states"),
-    [(3, "partition"), *(slow(CRASHES, states) for states in ("partition", "world"))],
+    [(2, "partition"), *(slow(CRASHES, states) for states in ("partition", "world"))],
 )
 def test_killed_at_random_moments_of_saving(pools, tmp_path, crashes, states):
     folder, zero = str(tmp_path / "saved"), {"mics_optimizer_states": states}

@@ -10,6 +10,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, slow
 from helpers import OddNet, build, ds_config, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -83,8 +84,15 @@ def tensors_in(folder):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize(("p", "states"), [(2, "partition"), (2, "world"), (1, "partition"), (4, "partition")])
+@pytest.mark.parametrize(
+    ("kind", "p", "states"),
+    every(
+        [*CONFIGS],
+        (1, 2, 4),
+        ("partition", "world"),
+        default=[("tied Llama", 2, "partition"), ("untied Llama", 2, "world"), ("Mixtral", 1, "partition")],
+    ),
+)
 def test_the_folder_is_what_save_pretrained_makes(tmp_path, kind, p, states):
     engine = language_model(kind, p, zero={"mics_optimizer_states": states})
     step(engine)
@@ -154,10 +162,11 @@ def test_sixteen_bits(tmp_path, frozen):
 
 
 @pytest.mark.ranks(4)
-def test_at_the_end_of_an_asynchronous_save(tmp_path):
+@pytest.mark.parametrize("saves", [1, slow(2)])
+def test_at_the_end_of_an_asynchronous_save(tmp_path, saves):
     """Of what was saved, in the folder of the checkpoint, whatever training does meanwhile."""
     engine = language_model("untied Llama", 2, zero={"mics_checkpoint": {"async": True, "export": "fp32"}})
-    for number in range(2):
+    for number in range(saves):
         step(engine)
         expected = logits(engine)
         engine.save_checkpoint(str(tmp_path), tag="t")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from checkpoint_engines import adamw
 from helpers import build, ds_config, full_params, train
 from torch import nn
@@ -71,7 +72,7 @@ def refusal(engine: Any, folder: Path, **how: Any) -> str:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize(
     ("then", "now", "words"),
     [

@@ -23,7 +23,7 @@ from mics_ds.checkpoint.background import Background, wait_for_saves
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
-    ("p", "states"), [slow(1, "partition"), (2, "partition"), (4, "partition"), (1, "world"), (2, "world")]
+    ("p", "states"), [slow(1, "partition"), (2, "partition"), slow(4, "partition"), (1, "world"), slow(2, "world")]
 )
 def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
     with nodes(tmp_path, states):
@@ -47,9 +47,9 @@ def test_it_goes_on_from_the_last_copy(tmp_path, p, states):
     [
         ("node0", "partition"),
         slow("node1", "partition"),
-        ("node0/*/*shard0*", "partition"),
+        slow("node0/*/*shard0*", "partition"),
         slow("node1/*/*shard1-slice0of2.0*", "partition"),
-        ("node0", "world"),
+        slow("node0", "world"),
         slow("node1", "world"),
         ("node0/*/*slice0of2*", "world"),
         slow("node1/*/*shard1-slice0of2.0*", "world"),
@@ -86,7 +86,7 @@ def test_content_that_changed_is_not_used(tmp_path, states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "states"), [(2, "partition"), (4, "partition"), (2, "world")])
+@pytest.mark.parametrize(("p", "states"), [(2, "partition"), slow(4, "partition"), (2, "world")])
 def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, states):
     with nodes(tmp_path, states):
         engine, _, _ = trained(tmp_path, 3, p)
@@ -105,7 +105,7 @@ def test_when_all_copies_of_a_shard_are_gone_the_disk_is_used(tmp_path, p, state
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "states"), [slow(1, "partition"), (2, "partition"), (1, "world"), (2, "world")])
+@pytest.mark.parametrize(("p", "states"), [slow(1, "partition"), (2, "partition"), (1, "world"), slow(2, "world")])
 def test_random_numbers_and_client_state_travel_with_it(tmp_path, p, states):
     with nodes(tmp_path, states):
         restarted()
@@ -158,7 +158,7 @@ def test_a_run_that_begins_anew_leaves_no_copies_of_the_one_before(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("culprit", "states"), [(0, "partition"), (3, "partition"), (3, "world")])
+@pytest.mark.parametrize(("culprit", "states"), [(0, "partition"), slow(3, "partition"), (3, "world")])
 def test_a_copy_that_one_rank_cannot_make_is_made_by_none(tmp_path, culprit, states):
     """So that the last one stays complete everywhere."""
     with nodes(tmp_path, states):
@@ -308,7 +308,7 @@ def resume_on_fewer(root, states, copied):
     [
         (2, "partition"),
         slow(4, "partition"),
-        (2, "world"),
+        slow(2, "world"),
         slow(4, "world"),
     ],
 )

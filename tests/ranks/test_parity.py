@@ -91,7 +91,7 @@ def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scat
     compare(
         [1, 2, 4],
         TOLERANCE[dtype],
-        steps=6 if case in FAST - {LONG} else STEPS[dtype],
+        steps=4 if case in FAST - {LONG} else STEPS[dtype],
         dtype=dtype,
         micro_steps=micro_steps,
         clip=clip,
@@ -199,7 +199,7 @@ def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, 2, slow(4)])
 def test_gradient_norm_is_that_of_zero3(p):
     norms = []
     for size in (None, p):
@@ -210,7 +210,7 @@ def test_gradient_norm_is_that_of_zero3(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, 4])
 @pytest.mark.parametrize("first", ["inside", slow("outside")])
 def test_a_model_built_inside_zero_init_trains_alike(p, first):
     results = []

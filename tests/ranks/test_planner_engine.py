@@ -147,7 +147,7 @@ class Recorder(Player):
 
 @pytest.mark.ranks(4)
 @pytest.mark.skipif(Version(deepspeed.__version__) < Version("0.19"), reason="0.18 groups its gathers otherwise")
-@pytest.mark.parametrize("p", [None, 2])
+@pytest.mark.parametrize("p", [slow(None), 2])
 @pytest.mark.parametrize(
     "limits",
     [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import each_layout, every, slow
 from checkpoint_engines import RESHAPE, adamw, reshape
 from helpers import OddNet, build, ds_config, environment, train
 from memory_tier import nodes, remove, resolved, restarted, sealed, trainer_state
@@ -107,9 +108,15 @@ def test_stock_gives_each_rank_its_own(tmp_path):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("p", "states", "asynchronous"),
+    every(
+        (1, 2, 4),
+        STATES,
+        (False, True),
+        default=[(1, "world", True), (2, "partition", False), (2, "world", True), (4, "partition", False)],
+    ),
+)
 def test_each_rank_gets_its_own_back(tmp_path, p, states, asynchronous):
     engine = trained(p, mics_optimizer_states=states)
     saved = differs(engine)
@@ -173,7 +180,7 @@ def test_what_is_equal_costs_no_file_and_no_message(tmp_path, asynchronous):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("old", "new"), [(2, 1), (2, 4), (1, 2), (4, 1), (None, 2), (None, 1), (1, 4)])
+@pytest.mark.parametrize(("old", "new"), [(2, 1), (2, 4), slow(1, 2), slow(4, 1), (None, 2), slow(None, 1), slow(1, 4)])
 def test_in_another_number_of_shards_while_loading(tmp_path, old, new):
     engine = trained(old)
     saved = differs(engine)
@@ -185,7 +192,7 @@ def test_in_another_number_of_shards_while_loading(tmp_path, old, new):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("old", "new"), [(2, None), (1, None), (1, 2), (2, 1), (None, 2), (4, 1)])
+@pytest.mark.parametrize(("old", "new"), [(2, None), slow(1, None), (1, 2), slow(2, 1), slow(None, 2), slow(4, 1)])
 def test_in_another_number_of_shards_by_the_command(tmp_path, old, new):
     engine = trained(old)
     saved = differs(engine)
@@ -205,8 +212,7 @@ def test_in_another_number_of_shards_by_the_command(tmp_path, old, new):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@each_layout
 def test_copies_in_memory_have_it(tmp_path, p, states):
     with nodes(tmp_path, states):
         section = {"mics_checkpoint": {"memory_every": 3}, "mics_optimizer_states": states}
@@ -228,7 +234,7 @@ def test_copies_in_memory_have_it(tmp_path, p, states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "states"), [(1, "partition"), (2, "world"), (4, "partition")])
+@pytest.mark.parametrize(("p", "states"), [slow(1, "partition"), (2, "world"), slow(4, "partition")])
 def test_a_checkpoint_that_is_made_of_memory_has_it(tmp_path, p, states):
     def files() -> dict[str, bytes]:
         return {} if dist.get_rank() else {hf_trainer.STATE: trainer_state(2)}

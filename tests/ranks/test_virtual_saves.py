@@ -10,6 +10,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every
 from checkpoint_engines import records
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from helpers import build, destroy_engines, ds_config, train
@@ -59,8 +60,10 @@ CHANGES = [step, edit_a_master, edit_while_gathered]
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("system", ["p=2", "p=2 world"])
+@pytest.mark.parametrize(
+    ("change", "system"),
+    every(CHANGES, ("p=2", "p=2 world"), default=list(zip(CHANGES, ("p=2 world", "p=2", "p=2")))),
+)
 def test_the_host_waits_for_no_copy_and_the_device_does(tmp_path, system, change):
     engine = saved_once(tmp_path, system)
 

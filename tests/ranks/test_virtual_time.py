@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from cases import every
 from virtual_device import steps
 from virtual_device.steps import Case
 
 
 @pytest.mark.ranks(1, virtual=True)
-@pytest.mark.parametrize("setting", list(steps.FORWARD_S))
-@pytest.mark.parametrize("p", [8, 16])
-@pytest.mark.parametrize("nodes", [2, 64, 512])
+@pytest.mark.parametrize(
+    ("p", "nodes", "setting"),
+    every(
+        (8, 16),
+        (2, 64, 512),
+        list(steps.FORWARD_S),
+        default=[(8, 64, "network-bound"), (16, 64, "balanced"), (16, 2, "network-bound"), (8, 512, "balanced")],
+    ),
+)
 def test_communication_is_hidden_as_far_as_it_can_be(p, nodes, setting):
     case = Case(p, nodes, setting)
     step = steps.measure(case)
@@ -24,7 +31,7 @@ def test_communication_is_hidden_as_far_as_it_can_be(p, nodes, setting):
 
 
 @pytest.mark.ranks(1, virtual=True)
-@pytest.mark.parametrize("setting", list(steps.FORWARD_S))
+@pytest.mark.parametrize("setting", every([*steps.FORWARD_S], default=["network-bound"]))
 def test_updated_weights_are_gathered_beside_the_next_pass(setting):
     """The planner counts on it."""
     case = Case(8, 64, setting, "world")
@@ -34,7 +41,7 @@ def test_updated_weights_are_gathered_beside_the_next_pass(setting):
 
 
 @pytest.mark.ranks(1, virtual=True)
-@pytest.mark.parametrize("setting", list(steps.FORWARD_S))
+@pytest.mark.parametrize("setting", every([*steps.FORWARD_S], default=["network-bound"]))
 def test_two_stages_are_not_slower_than_one(setting):
     staged, flat = (steps.measure(Case(16, 64, setting, staged=staged)) for staged in (True, False))
     assert staged.seconds <= flat.seconds

@@ -216,6 +216,7 @@ def test_hf_goes_on_when_a_save_fails_that_is_only_logged(pools, tmp_path):
     assert found["complete"] == ["checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_hf_exports_weights_beside_training(pools, tmp_path):
     """In place of those that the Trainer gathers on rank 0 before each save."""
     waited = run(pools, "hf", tmp_path / "sync", section=None)
@@ -251,6 +252,7 @@ def test_hf_job_killed_in_its_first_save(pools, tmp_path):
         run(pools, "hf", tmp_path, section=ASYNC, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "death"),
     [(3, 7), slow(4, 9)],
@@ -357,6 +359,7 @@ def lightning(folder, section, epochs, top_k=1, resume=None, every=1, dropout=0.
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, slow(2)])
 def test_lightning_keeps_the_best_and_the_last(pools, tmp_path, top_k):
     waited = run(pools, "lightning", tmp_path / "sync", section=None, epochs=3, top_k=top_k)

@@ -272,6 +272,7 @@ def lora(p, folder):
     return {"losses": [e["loss"] for e in trainer.state.log_history if "loss" in e], "adapter": [total]}
 
 
+@pytest.mark.slow
 def test_peft_lora_on_a_frozen_base(pools, tmp_path):
     both(pools, __name__, "lora", tmp_path)
 

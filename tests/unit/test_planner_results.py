@@ -35,6 +35,7 @@ def test_the_order_of_systems_is_the_published_one(size):
     assert ours > hpz > stock
 
 
+@pytest.mark.slow
 def test_at_most_three_constants_are_fitted_and_presets_have_them():
     """What the fit finds on the stated points is what the presets say."""
     for cluster in published.GRIDS:
