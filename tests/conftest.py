@@ -1,4 +1,4 @@
-"""Sends tests marked ``ranks(n)`` to n real ranks. See rank_pool.py."""
+"""Send tests marked ``ranks(n)`` to n real ranks. See lib/rank_pool.py."""
 
 from __future__ import annotations
 

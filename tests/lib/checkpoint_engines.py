@@ -45,7 +45,7 @@ def engine_of(p, *, seed=1234, optimizer=adamw, zero=None, **extra):
 
 
 def digest(engine) -> dict[str, str]:
-    """Everything a checkpoint has to bring back, as hashes and numbers."""
+    """Return everything a checkpoint has to bring back, as hashes and numbers."""
     optimizer = engine.optimizer
     items = {f"param {name}": value for name, value in full_params(engine).items()}
     items |= {f"buffer {name}": value for name, value in engine.module.named_buffers()}
@@ -75,7 +75,7 @@ ASYNC = {"mics_checkpoint": {"async": True}}
 
 
 def writer() -> int:
-    """The process that writes for this rank."""
+    """Return the process id of this rank's writer."""
     assert background.Background.current is not None
     return background.Background.current._process.pid
 
@@ -90,7 +90,7 @@ def records(folder: Path, tag: str):
 
 
 def steps(engine, count):
-    """Losses of so many steps, of the data of step 0 each time, as after a resume."""
+    """Return the losses of ``count`` steps on the data of step 0 each time, as after a resume."""
     return [loss for _ in range(count) for loss in train(engine, 1)]
 
 

@@ -18,7 +18,7 @@ from mics_ds.errors import MicsCheckpointError
 
 
 def outcome(action) -> str:
-    """What came of it, the same on all ranks: the words of one error, or nothing."""
+    """Return the words of the error that all ranks raised, or nothing; where ranks differ, what each of them says."""
     try:
         with Work(5_000_000):  # a load has some 100 000 calls
             action()
@@ -33,7 +33,7 @@ def outcome(action) -> str:
 
 
 class Once:
-    """Replaces an attribute on one rank, for one call."""
+    """Replace an attribute on one rank, for one call."""
 
     def __init__(self, culprit, owner, name, replacement):
         self.here, self.owner, self.name, self.replacement = dist.get_rank() == culprit, owner, name, replacement
@@ -69,7 +69,7 @@ SURVIVED = 17  # exit code
 
 
 class Events:
-    """Counts the function calls of this thread, Python's and C's, and may kill the process at one of them."""
+    """Count the function calls of this thread, Python's and C's, and kill the process at one of them if asked to."""
 
     def __init__(self, fatal: int | None = None) -> None:
         self.count, self.fatal = 0, fatal
@@ -169,7 +169,7 @@ def mutate(folder, tag: str, chance: random.Random) -> None:
 
 
 class Work:
-    """Ends what calls more functions than any good reading does: a loop over a number from a damaged file."""
+    """End what calls more functions than reading a good file takes: a loop over a number from a damaged file."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit

@@ -34,7 +34,11 @@ def ds_config(p: int | None, **extra: Any) -> dict[str, Any]:
 
 
 def both(pools: Any, module: str, body: str, tmp_path: Path, **arguments: Any) -> list[Any]:
-    """Results of rank 0 as stock and with MiCS, from ranks of their own: frameworks keep state in globals."""
+    """Run a body as stock ZeRO-3 and with MiCS and compare. Each runs on ranks of its own: frameworks keep globals.
+
+    Returns:
+        Results of all ranks, of stock and of MiCS.
+    """
     results = []
     for p in (None, P):
         folder = tmp_path / str(p)

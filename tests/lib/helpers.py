@@ -1,4 +1,4 @@
-"""What test bodies share: small odd models, engines, training loops, and ways to look at the result."""
+"""Small odd models, engines, training loops and assertions for test bodies."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def destroy_engines() -> None:
+    """Destroy all engines of the current task."""
     while engines:
         engines.pop().destroy()
     torch._C._set_grad_enabled(True)
@@ -90,7 +91,7 @@ def ds_config(
     zero: dict[str, Any] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """A stage 3 configuration; ``p`` adds ``mics_shard_size``. Nothing is small enough to stay gathered."""
+    """Return a stage 3 configuration; ``p`` adds ``mics_shard_size``. No parameter is small enough to stay gathered."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": micro_steps,
@@ -125,7 +126,7 @@ def build(
     mpu: Any = None,
     cast: bool = True,
 ) -> Any:
-    """An engine on ``model()``, destroyed after the test.
+    """Return an engine on ``model()``, destroyed after the test.
 
     Args:
         cast: whether a model that is built outside ``zero.Init`` is cast to the precision of the configuration.
@@ -152,7 +153,7 @@ def build(
 def batch(
     step: int, micro_step: int, rank: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The data of one rank in one micro-step, the same in every run."""
+    """Return the data of one rank in one micro-step, the same in every run."""
     generator = torch.Generator().manual_seed(1 + rank + 64 * (micro_step + 64 * step))
     x = torch.randn(2, WIDTH, generator=generator)
     y = torch.randn(2, WIDTH, generator=generator)
@@ -214,7 +215,7 @@ def stock_reference(
 
 
 def full_params(engine: Any) -> dict[str, torch.Tensor]:
-    """All parameters, gathered, in the precision the model runs in."""
+    """Return all parameters, gathered, in the precision the model runs in."""
     named = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(named.values())):
         return {name: param.detach().clone() for name, param in named.items()}

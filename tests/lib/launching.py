@@ -58,7 +58,7 @@ def torchrun_command(config: dict[str, Any], ranks: int = 2, more: tuple[str, ..
 
 
 def alone_command(config: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
-    """One rank without a launcher: half the time, and as good where only what the process has loaded matters."""
+    """Return the command and environment of one rank without a launcher, for tests of what a process has loaded."""
     job = {
         "RANK": "0",
         "LOCAL_RANK": "0",

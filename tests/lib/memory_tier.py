@@ -31,12 +31,14 @@ def node() -> int:
 
 
 class Now:
+    """Settings of the test that is running."""
+
     states = "partition"
 
 
 @contextlib.contextmanager
 def nodes(root: Path, states: str = "partition"):
-    """Two ranks are on a node, and each node has memory of its own."""
+    """Place two ranks on a node, and give each node memory of its own."""
     original = memory.region
     with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
         for module in (memory, restart):
@@ -47,7 +49,7 @@ def nodes(root: Path, states: str = "partition"):
 
 @contextlib.contextmanager
 def logged():
-    """What this rank logs."""
+    """Collect what this rank logs."""
     lines: list[str] = []
 
     class Keeping(logging.Handler):
@@ -67,19 +69,19 @@ def zero(**more):
 
 
 def restarted():
-    """As when a process begins: its engines are counted anew."""
+    """Count engines anew, as in a process that begins."""
     memory._Current.engines = 0
 
 
 def sealed():
-    """A copy is left out while the one before is still being summed up."""
+    """Wait for the checksum of the last copy, without which the next copy is left out."""
     if Background.current is not None:
         Background.current.wait_for_seals()
     dist.barrier()
 
 
 def trained(root: Path, count: int, p: int = 2, **more):
-    """An engine that has begun in an empty folder and trained; its losses, and the digest of its last copy."""
+    """Return an engine that has trained from an empty folder, its losses, and the digest of each copy by step."""
     restarted()
     engine = engine_of(p, zero=zero(**more))
     assert engine.load_checkpoint(str(root / "disk")) == (None, None)
@@ -113,7 +115,7 @@ ASKED = CheckpointRequest(memory_every=EVERY)
 
 
 def arguments(root: Path) -> SimpleNamespace:
-    """As far as ``TrainingArguments`` matter here."""
+    """Return what the package reads of ``TrainingArguments``."""
     return SimpleNamespace(output_dir=str(root / "out"), should_save=dist.get_rank() == 0)
 
 

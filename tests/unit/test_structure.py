@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,11 @@ LIGHT = {"mics_ds", "mics_ds.plugin", "mics_ds.plugin.import_hook", "mics_ds.plu
 LIGHT_STDLIB = {"__future__", "os", "sys", "functools", "importlib", "warnings"}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def row(module: str) -> int:
     """The row of a module; a longer name counts before that of its package."""
     name = module.removeprefix("mics_ds").removeprefix(".")
@@ -61,7 +67,7 @@ def _not_at_import(tree: ast.AST) -> set[int]:
 
 def imports(path: Path, module: str) -> Iterator[tuple[str, bool]]:
     """Modules of ours that a file imports, and whether it does so when it is itself imported."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     late = _not_at_import(tree)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
@@ -75,7 +81,7 @@ def imports(path: Path, module: str) -> Iterator[tuple[str, bool]]:
 
 def imports_of_others(path: Path) -> set[str]:
     """Packages of others that a file imports when it is itself imported."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     late = _not_at_import(tree)
     found = set()
     for node in ast.walk(tree):
@@ -95,7 +101,7 @@ def lines_of(path: Path) -> int:
 def test_no_file_function_or_class_is_large():
     large = {str(path): lines_of(path) for path in [*FILES, *TESTS] if lines_of(path) > LONGEST_FILE}
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
                 large[f"{module}.{node.name}"] = f"{node.end_lineno - node.lineno + 1} lines"
             if isinstance(node, ast.ClassDef):
