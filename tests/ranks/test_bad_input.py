@@ -66,12 +66,13 @@ UNSUPPORTED = {
 
 
 @pytest.mark.ranks(4)
-def test_unsupported_features_are_refused_by_name():
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_features_are_refused_by_name(name):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    for name, (zero, top) in UNSUPPORTED.items():
-        with pytest.raises(MicsConfigError, match=name):
-            DeepSpeedConfig({**with_zero(mics_shard_size=2, **zero), **top})
+    zero, top = UNSUPPORTED[name]
+    with pytest.raises(MicsConfigError, match=name):
+        DeepSpeedConfig({**with_zero(mics_shard_size=2, **zero), **top})
 
 
 class ExpertParallel(nn.Module):
