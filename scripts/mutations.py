@@ -233,7 +233,7 @@ def run(copy: Path, mutation: Mutation) -> Outcome:
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S)
     finally:
         path.write_text(text)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if failed is None and done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     return Outcome(mutation, failed[1].removeprefix("tests/") if failed else "", time.monotonic() - started)
