@@ -68,30 +68,51 @@ class CheckedGradients:
 class PassWatch:
     """Notices a backward pass that an exception has ended, when the script goes on.
 
-    A pass that has brought gradients ends with DeepSpeed's epilogue otherwise.
+    A pass that has brought gradients ends with DeepSpeed's epilogue otherwise. Gradients that are still in a bucket are
+    dropped when the next pass begins. Those that were reduced cannot be taken back.
     """
 
     REPLACED = ("clear_backward_seen_flag", "enter_backward", "zero_grad")
 
     def __init__(self, optimizer: Any) -> None:
-        self.is_open = False
-        """Whether gradients have come since the last epilogue."""
+        self._optimizer = optimizer
+        self._has_gradients = self._has_reduced = False
+        """Whether gradients have come since the last epilogue, and whether some of them were reduced."""
         self._interrupted = False
         """Whether a forward pass has begun since."""
         replace_methods(optimizer, self, self.REPLACED)
 
+    def gradient_came(self) -> None:
+        self._has_gradients = True
+
+    def bucket_was_reduced(self) -> None:
+        self._has_reduced = True
+
+    def pass_ended(self) -> None:
+        self._has_gradients = self._has_reduced = self._interrupted = False
+
     def clear_backward_seen_flag(self, stock: Callable[[], None]) -> None:
-        self._interrupted |= self.is_open
+        self._interrupted |= self._has_gradients
         stock()
 
     def enter_backward(self, stock: Callable[[], None]) -> None:
         if self._interrupted:
-            self.refuse_after_interruption()
+            self._drop_interrupted()
         stock()
 
     def zero_grad(self, stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        self.refuse_after_interruption()
+        self._drop_interrupted()
         stock(*args, **kwargs)
+
+    def _drop_interrupted(self) -> None:
+        if self._has_reduced:
+            self.refuse_after_interruption()
+        if self._has_gradients:
+            for bucket in self._optimizer.ipg_buckets.values():
+                bucket.clear_params()
+            for param in (param for group in self._optimizer.fp16_groups for param in group):
+                param.grad = None
+            self.pass_ended()
 
     def refuse_after_interruption(self) -> None:
         """Refuse to go on after a backward pass that an exception has ended.
@@ -99,10 +120,14 @@ class PassWatch:
         Raises:
             MicsUsageError: the last pass did not end as it should.
         """
-        if self.is_open:
+        if self._has_gradients:
             raise MicsUsageError(
                 "A backward pass of this engine ended with an exception, which the script has caught (as a rule, out "
                 "of memory). Some of its gradients were reduced and others were not, on each rank other ones, and "
                 "neither DeepSpeed nor MiCS can take that back. Build the engine anew, load the last checkpoint, and "
                 "use a smaller batch."
+                if self._has_reduced
+                else "The last backward pass of this engine ended with an exception, which the script has caught (as a "
+                "rule, out of memory), so there are no gradients to step with. Call backward again, or zero_grad, "
+                "before the next step."
             )

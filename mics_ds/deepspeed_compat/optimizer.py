@@ -186,7 +186,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     @override
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
-        self._pass_watch.is_open = True
+        self._pass_watch.gradient_came()
         bucket = self.ipg_buckets[self.get_param_comm_dtype(param)]
         complete = getattr(param, "ds_grad_is_ready", True)  # tiled layers get it in pieces
         if complete and any(other is param for other in bucket.params):
@@ -228,6 +228,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self._store(params_to_release, grad_partitions)
             return None
 
+        self._pass_watch.bucket_was_reduced()
         ids = [param.ds_id for param in params_to_release]
         last = self._reduces_beside and self.is_gradient_accumulation_boundary()
         self.sync.reduce(ids, hop1, overwriting=self.micro_step_id == 0, last=last)
@@ -287,7 +288,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def independent_gradient_partition_epilogue(self) -> None:
         with self._working_on_gradients():
             super().independent_gradient_partition_epilogue()
-        self._pass_watch.is_open = False
+        self._pass_watch.pass_ended()
         if self.sync.end_pass(self.is_gradient_accumulation_boundary()):
             self._means_have_come()
         self._order_reduction_stream()

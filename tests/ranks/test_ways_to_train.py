@@ -297,27 +297,57 @@ class Interruptible(nn.Module):
         return (self.layers[2](x) - y).pow(2).mean()
 
 
+EXCEPTION_WAS_CAUGHT = r"ended with an exception, which the script has caught .*out of memory"
+
+
+def interrupt_backward(engine, step: int) -> None:
+    Interruptible.Identity.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.backward(engine(*batch(step, 0, dist.get_rank())))
+    Interruptible.Identity.fails = False
+    with torch.no_grad():
+        engine(*batch(step, 0, dist.get_rank()))  # an evaluation, or a checkpoint, is still possible
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("p", "next_call", "micro_steps"), pairs((1, 2, 4), ("the batch again", "zero_grad", "step"), (1, 2))
 )
 def test_going_on_after_an_exception_in_backward_is_named_as_such(p, next_call, micro_steps):
     """Stock asserts without a word, or calls a parameter one of unknown type. What was reduced cannot be taken back."""
-    engine = build(ds_config(p, micro_steps=micro_steps), Interruptible)
+    config = ds_config(p, micro_steps=micro_steps, zero={"reduce_bucket_size": WIDTH * WIDTH})
+    engine = build(config, Interruptible)
     train(engine, 2)
-    Interruptible.Identity.fails = True
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.backward(engine(*batch(2, 0, dist.get_rank())))
-    Interruptible.Identity.fails = False
-    with torch.no_grad():
-        engine(*batch(2, 0, dist.get_rank()))  # an evaluation, or a checkpoint, is still possible
+    interrupt_backward(engine, 2)
     calls = {
         "the batch again": lambda: engine.backward(engine(*batch(2, 0, dist.get_rank()))),
         "zero_grad": engine.optimizer.zero_grad,
         "step": engine.optimizer.step,
     }
-    with pytest.raises(MicsUsageError, match=r"ended with an exception, which the script has caught .*out of memory"):
+    with pytest.raises(MicsUsageError, match=EXCEPTION_WAS_CAUGHT):
         calls[next_call]()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("p", "micro_steps", "states"), pairs((1, 2, 4), (1, 2), ("partition", "world")))
+def test_a_batch_is_repeated_after_an_exception_before_the_first_reduction(p, micro_steps, states):
+    """Gradients of the interrupted pass are gone: stock adds them to those of the next one."""
+    results = []
+    for interrupted in (False, True):
+        engine = build(ds_config(p, micro_steps=micro_steps, zero={"mics_optimizer_states": states}), Interruptible)
+        losses = train(engine, 2)
+        if interrupted:
+            interrupt_backward(engine, 2)
+            with pytest.raises(MicsUsageError, match=r"no gradients to step with"):
+                engine.optimizer.step()
+        losses += train(engine, 2)
+        if interrupted:
+            interrupt_backward(engine, 4)
+            engine.optimizer.zero_grad()
+        losses += train(engine, 2)
+        results.append((losses, full_params(engine)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
 
 
 @pytest.mark.ranks(4)
