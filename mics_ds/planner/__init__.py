@@ -4,5 +4,3 @@
 ``trace`` describes modules, ``job`` reads what users give, ``calibrate`` measures a cluster, and ``auto`` decides for
 ``mics_shard_size: "auto"``. The command is ``mics-ds plan``.
 """
-
-from . import presets  # noqa: F401  (names the machines)

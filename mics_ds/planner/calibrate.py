@@ -30,7 +30,8 @@ from ..comm.groups import MicsGroups, build_groups
 from ..config import MicsConfig
 from ..errors import MicsPlanError
 from .cases import Case, buffer, cases, device
-from .machine import Link, Machine, Sweep, machine_from_json, ranks_per_node
+from .machine import Link, Machine, Sweep, ranks_per_node
+from .presets import machine_from_json
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
 """Bytes of the full buffer, 16 KB to 1 GB."""
@@ -318,7 +319,7 @@ def check_out(path: Path) -> None:
 
 
 def write(machine: Machine, path: Path) -> None:
-    """Write a machine where :func:`mics_ds.planner.machine.load_machine` finds it, all or nothing."""
+    """Write a machine where :func:`mics_ds.planner.presets.load_machine` finds it, all or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_rounded(machine.to_json()), indent=1) + "\n")
     os.replace(partial, path)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from mics_ds.planner.machine import Link, Machine, find_preset
+from mics_ds.planner.machine import Link, Machine
 from mics_ds.planner.model import NAMED, Model, Transformer
 from mics_ds.planner.plan import Row, mics, predict
+from mics_ds.planner.presets import find_preset
 from mics_ds.planner.timeline import Scheme
 from mics_ds.planner.workload import Workload, ZeroSettings
 

@@ -15,8 +15,9 @@ from helpers import environment
 from mics_ds.cli import app
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import calibrate
-from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
+from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
 from mics_ds.planner.plan import candidates
+from mics_ds.planner.presets import load_machine
 
 SIZES = (1 << 14, 1 << 16)
 

@@ -19,9 +19,10 @@ from mics_ds.comm.wire import wire_of
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import machine as planner_machine
 from mics_ds.planner import plan as planning
-from mics_ds.planner.machine import PRESETS, GroupForm, Link, Machine, Sweep, load_machine, machine_from_json
+from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
 from mics_ds.planner.memory import memory
 from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
+from mics_ds.planner.presets import PRESETS, load_machine, machine_from_json
 from mics_ds.planner.timeline import ENCODING_BYTES, WIRE_BYTES, Costs, Queues, Scheme, StepTime, step_time
 from mics_ds.planner.trace import model_from_module
 from mics_ds.planner.workload import Workload, ZeroSettings
@@ -452,7 +453,7 @@ def test_offload_moves_states_to_the_host():
     plain = memory(replace(job, zero=ZeroSettings()), Scheme(2), 4, StepTime())
     assert found.states == 0
     # and gradients have a second, fp32 buffer there
-    assert found.host == plain.states + 4 * (4 << 20) // 2
+    assert found.host.offloaded == plain.states + 4 * (4 << 20) // 2
     # bf16 parts of hop 2 on the device, two at a time, no larger than what there is
 
     def parts(job: Workload, n: int = 4, streams: bool = True) -> int:

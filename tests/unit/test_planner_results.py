@@ -10,7 +10,7 @@ import pytest
 from bench import planning, published
 
 from mics_ds.planner import plan
-from mics_ds.planner.machine import PRESETS
+from mics_ds.planner.presets import PRESETS
 
 RECORDS = Path(__file__).resolve().parents[2] / "docs" / "planner"
 MEASURED, PROFILES = RECORDS / "measured.jsonl", RECORDS / "profiles"
