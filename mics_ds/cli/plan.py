@@ -143,7 +143,7 @@ def _for_each(clusters: Sequence[str], **given: list[Any] | None) -> list[list[A
     for option, values in given.items():
         values = values or [None]
         if len(values) not in (1, len(clusters)):
-            raise MicsPlanError(f"--{option} takes one value, or one for each of {len(clusters)} clusters: {values}.")
+            raise typer.BadParameter(f"--{option} takes one value, or one for each of {len(clusters)} clusters")
         found.append(values * (len(clusters) if len(values) == 1 else 1))
     return found
 

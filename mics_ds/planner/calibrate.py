@@ -173,7 +173,21 @@ def host_bytes() -> int:
 # All of it
 
 
-def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link | None:
+def fit_latency(sweeps: Sequence[Sweep]) -> float:
+    """Seconds that a collective takes beside its ring steps: of the smallest buffers in groups inside a domain, what is
+    left at no steps. 0 where all such groups have one size, since that cannot tell the two apart."""
+    times = [
+        (item.form.size - 1, item.seconds[0])
+        for item in sweeps
+        if item.operation == "all_gather" and not item.staged and item.form.nodes == 1
+    ]
+    if len({steps for steps, _ in times}) < 2:
+        return 0.0
+    line = statistics.linear_regression(*zip(*times))
+    return min(max(0.0, line.intercept), *(seconds for _, seconds in times))
+
+
+def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0, first: float = 0.0) -> Link | None:
     """Alpha and bandwidth of the links inside or between nodes, for forms that were not measured.
 
     From flat all-gathers: alpha is what the smallest buffer takes per ring step, bandwidth what the largest adds to
@@ -182,6 +196,7 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
 
     Args:
         around: alpha inside a node, for what a ring over nodes spends there.
+        first: latency of a collective beside its ring steps.
     """
     alphas, slopes, bounds = [], [], []
     for item in sweeps:
@@ -190,7 +205,7 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
             continue
         steps = form.size - 1 if inside else form.nodes - 1
         spent = 0.0 if inside else (form.size - form.nodes) * around
-        alphas.append(max(0.0, item.seconds[0] - spent) / steps)
+        alphas.append(max(0.0, item.seconds[0] - first - spent) / steps)
         share = (form.size - 1) / form.size * (1 if inside else form.beside)
         bounds.append(item.seconds[-1] / (item.payload[-1] * share))
         if item.seconds[-1] > item.seconds[-2]:
@@ -227,7 +242,8 @@ def calibrate(
     n = dist.get_world_size()
     groups, k = _groups(partitions)
     sweeps = _sweep_all(list(cases(groups, k)), sizes, budget_s, progress)
-    intra, inter = _links(sweeps, budget_s)
+    first = fit_latency(sweeps)
+    intra, inter = _links(sweeps, first, budget_s)
     cuda = torch.cuda.is_available()
     hidden = hidden or (4096 if cuda else 256)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} if cuda else {"fp32": torch.float32}
@@ -239,6 +255,7 @@ def calibrate(
         efficiency=1.0,
         intra=intra,
         inter=inter,
+        collective_latency=first,
         memory_bandwidth=_memory_bandwidth(),
         backend=str(dist.get_backend()).split(":")[-1],
         streams=cuda,
@@ -288,10 +305,10 @@ def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress
     return sweeps
 
 
-def _links(sweeps: Sequence[Sweep], budget_s: float) -> tuple[Link, Link]:
+def _links(sweeps: Sequence[Sweep], first: float, budget_s: float) -> tuple[Link, Link]:
     """The links inside and between nodes. Where there are links of one kind only, they stand for both."""
-    intra = fit_link(sweeps, True)
-    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
+    intra = fit_link(sweeps, True, first=first)
+    inter = fit_link(sweeps, False, intra.latency if intra else 0.0, first)
     if sweeps and intra is None and inter is None:
         raise MicsPlanError(
             f"A budget of {budget_s:g} s was over before any collective was measured at two sizes. Give more "

@@ -166,11 +166,6 @@ def test_senseless_machines_are_refused(data, match):
         machine_from_json(data)
 
 
-def test_every_preset_says_where_its_values_are_from():
-    for preset in PRESETS.values():
-        assert {"flops", "intra", "inter", "efficiency"} <= set(preset.sources), preset.name
-
-
 # ------------------------------------------------------------------------------------------ models
 
 
@@ -470,9 +465,10 @@ def test_the_chosen_size_fits_and_is_the_fastest_that_does():
     rows = planning.make_plan(PRESETS["p3dn.24xlarge"], job, 64)
     chosen = planning.choose(rows)
     assert chosen.fits
-    fitting = [row for row in rows if row.fits and row.system.p is not None]
-    fastest = min(row.time.total for row in fitting)
-    level = [row for row in fitting if row.time.total <= fastest * (1 + planning.LEVEL)]
+    inside = [row for row in rows if row.fits and row.system.p is not None and not row.crosses]
+    fastest = min(row.time.total for row in rows if row.fits and row.system.p is not None)
+    assert min(row.time.total for row in inside) <= fastest * (1 + planning.CROSSING)
+    level = [row for row in inside if row.time.total <= min(item.time.total for item in inside) * (1 + planning.LEVEL)]
     assert chosen.p == min(row.p for row in level), "the smallest groups of those that are level"
     assert any(not row.fits for row in rows)
     assert f"p = {chosen.p}" in planning.explain(rows, chosen)
@@ -612,10 +608,8 @@ def test_the_table(capsys):
         assert words in printed
 
 
-def test_the_json_and_the_plots(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    arguments = [*COMMAND, "--json", "--p", "8,16", "--scaling", "weak", "--plots", str(tmp_path / "figures")]
-    assert mics_plan(arguments) == 0
+def test_the_json(capsys):
+    assert mics_plan([*COMMAND, "--json", "--p", "8,16", "--scaling", "weak"]) == 0
     data = json.loads(capsys.readouterr().out)
     kinds = [(row["p"], row["optimizer_states"]) for row in data["rows"]]
     assert kinds == [(64, "partition"), *((p, states) for p in (8, 16) for states in ("partition", "world"))]
@@ -625,11 +619,6 @@ def test_the_json_and_the_plots(capsys, tmp_path):
         assert sum(row["step_parts_s"].values()) == pytest.approx(row["step_s"])
     suffix = ", world states" if data["chosen_optimizer_states"] == "world" else ""
     assert set(data["scaling"]) == {"ZeRO-3", f"MiCS p={data['chosen_p']}{suffix}"}
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "memory.png",
-        "scaling.png",
-        "throughput.png",
-    ]
 
 
 def test_a_deepspeed_configuration_is_read(capsys, tmp_path):
