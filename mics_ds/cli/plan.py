@@ -196,7 +196,7 @@ def show(answers: Sequence[Answer], parts: bool, scaling: str, *, assumed_sequen
             out.print(Group(parts_table(answer.rows), ""))
         if scaling:
             out.print(f"{scaling} scaling")
-            for curve in (answer.curves or {}).values():
+            for curve in answer.curves.values():
                 labelled = tuple(replace(row, label=f"{row.label}, {row.n} GPUs") for row in curve)
                 out.print(rows_table(replace(answer, rows=labelled)))
             out.print()

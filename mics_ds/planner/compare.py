@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ class Answer:
     """ZeRO-3 first, then MiCS by partition size."""
     price: float | None = None
     """Dollars per hour of one host."""
-    curves: Mapping[str, Sequence[Row]] | None = None
+    curves: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     """ZeRO-3 and the best row on fewer GPUs as well, by the system's name."""
 
     @cached_property
@@ -91,5 +91,5 @@ class Answer:
             "chosen_replica_wire": chosen.system.wire if chosen else None,
             "reason": self.reason,
             "rows": [{**row.to_json(), "tokens_per_dollar": self.tokens_per_dollar(row)} for row in self.rows],
-            "scaling": {name: [row.to_json() for row in curve] for name, curve in (self.curves or {}).items()},
+            "scaling": {name: [row.to_json() for row in curve] for name, curve in self.curves.items()},
         }

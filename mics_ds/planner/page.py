@@ -38,6 +38,7 @@ def _pyplot() -> Any:
     except ImportError as error:
         raise MicsPlanError("--page needs matplotlib: pip install matplotlib, or leave --page out.") from error
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names of clusters and models may have dollar signs
     from matplotlib import pyplot
 
     return pyplot
@@ -93,7 +94,6 @@ def _priced(answers: Sequence[Answer]) -> bool:
 
 def _figure(answers: Sequence[Answer]) -> Any:
     panels = [_by_size, _scaling, _memory, _time, *([_cost] if _priced(answers) else [])]
-    panels = [panel for panel in panels if panel is not _scaling or any(answer.curves for answer in answers)]
     lines = -(-len(panels) // 2)
     figure, grid = _pyplot().subplots(lines, 2, figsize=(16, 4.6 * lines), squeeze=False)
     for axes, panel in zip(grid.flat, panels):
@@ -120,15 +120,13 @@ def _by_size(axes: Any, answers: Sequence[Answer]) -> None:
                 if kind:
                     axes.scatter(*zip(*kind), color=colour, facecolors=colour if fits else "white", zorder=3)
         axes.axhline(answer.rows[0].tokens_per_second, color=colour, linestyle="--", linewidth=1)
-    ticks = {row.p for answer in answers for row in answer.rows}
-    _throughput(axes, answers, ticks, "partition size p (hollow: does not fit; dashed: ZeRO-3)")
+    _throughput(axes, answers, "partition size p (hollow: does not fit; dashed: ZeRO-3)")
     axes.set_title("Throughput by partition size")
 
 
-def _throughput(axes: Any, answers: Sequence[Answer], ticks: set[int], label: str) -> None:
+def _throughput(axes: Any, answers: Sequence[Answer], label: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ticks), [f"{tick}" for tick in sorted(ticks)], fontsize="small")
-    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set(xlabel=label, ylabel=f"{_unit(answers)}/s per GPU")
     axes.legend(**_BESIDE)
@@ -136,13 +134,12 @@ def _throughput(axes: Any, answers: Sequence[Answer], ticks: set[int], label: st
 
 def _scaling(axes: Any, answers: Sequence[Answer]) -> None:
     for number, answer in enumerate(answers):
-        for name, curve in (answer.curves or {}).items():
+        for name, curve in answer.curves.items():
             line = "--" if name == "ZeRO-3" else "-"
             label = f"{answer.machine.name}, {name}"
             points = [row.n for row in curve], [row.tokens_per_second for row in curve]
             axes.plot(*points, line, marker="o", color=f"C{number}", label=label)
-    counts = {row.n for answer in answers for curve in (answer.curves or {}).values() for row in curve}
-    _throughput(axes, answers, counts, "GPUs")
+    _throughput(axes, answers, "GPUs")
     axes.set_title("Scaling")
 
 

@@ -120,7 +120,7 @@ class References(HTMLParser):
 def test_the_page_is_one_file_that_needs_nothing_else(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     cluster = tmp_path / "cluster.json"
-    cluster.write_text(json.dumps({"preset": "p5.48xlarge", "name": "<i>ours</i> & theirs"}))
+    cluster.write_text(json.dumps({"preset": "p5.48xlarge", "name": "<i>ours</i> & $their_s$"}))
     page = tmp_path / "plan.html"
     assert plan(*CLUSTERS, "--cluster", str(cluster), "--price", "50,40,30", "--page", str(page)) == 0
     text = page.read_text()
@@ -129,7 +129,7 @@ def test_the_page_is_one_file_that_needs_nothing_else(tmp_path, capsys):
     assert [target for target in found.fetched if not target.startswith("#")] == []
     assert "url(http" not in text
     assert "<i>ours" not in text
-    assert any(cell.startswith("<i>ours</i> & theirs, 8 GPUs: MiCS") for cell in found.cells)
+    assert any(cell.startswith("<i>ours</i> & $their_s$, 8 GPUs: MiCS") for cell in found.cells)
     for words in ("million tokens/$", "72 GPUs: MiCS", "NVIDIA H100 data sheet, dense", "</svg>"):
         assert words in text
     assert f"drew {page}" in " ".join(capsys.readouterr().err.split("\n"))
