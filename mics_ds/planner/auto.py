@@ -250,12 +250,15 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
     """
     request, n = config.plan or PlanRequest(), situation.n
     machine, assumed = find_machine(request, facts)
+    racks = machine.gpus_per_domain > 0
+    hosts = max(1, situation.per_node * situation.sharing // machine.gpus_per_node) if racks else 1
     machine = replace(
         machine,
         gpus_per_node=situation.per_node,
+        gpus_per_domain=0,
         memory=situation.memory if request.memory_gb is None else request.memory_gb * 1e9,
         host_memory=max(1.0, situation.host_memory / situation.sharing),
-        inter=replace(machine.inter, bandwidth=machine.inter.bandwidth / situation.sharing),
+        inter=replace(machine.inter, bandwidth=machine.inter.bandwidth * hosts / situation.sharing),
     )
     reserve = planning.RESERVE
     notes = [assumed] if assumed else []

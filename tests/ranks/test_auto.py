@@ -305,6 +305,19 @@ def test_states_of_the_world_where_the_size_is_given_and_nothing_else_fits():
     assert "no partition size fits" in reason
 
 
+@pytest.mark.parametrize(("per_domain", "sharing"), [(72, 1), (64, 1), (36, 2)])
+def test_ranks_of_a_domain_share_the_network_of_its_hosts(per_domain, sharing):
+    """Hop 2 between racks, with the network cards of as many hosts as the ranks of a domain take up."""
+    model, subject = NAMED["llama-13b"].model(2048), facts(2 * per_domain)
+    request = config(cluster="gb200-nvl72", checkpointing=True, sequence=2048)
+    situation = Situation(2 * per_domain, per_domain, 1.9e11, 1e13, sharing)
+    with mock.patch.object(auto_module.planning, "predict", side_effect=predict) as asked:
+        choice, _ = decide(request, subject, model, situation)
+    used = asked.call_args.args[0]
+    assert (used.domain, used.inter.bandwidth) == (per_domain, 170e9 * per_domain / 4)
+    assert choice.p <= per_domain
+
+
 @pytest.mark.parametrize(
     ("bits_per_second", "accumulation", "wire"),
     [(10e9, 4, "bf16"), (10e9, None, "full"), (400e9 * 8, None, "full")],
