@@ -40,6 +40,22 @@ def _fraction(value: float) -> float:
     return value
 
 
+def _list(wanted: bool) -> None:
+    if wanted:
+        out.print(listing())
+        raise typer.Exit(0)
+
+
+def _drawable(path: Path | None) -> Path | None:
+    """Refuse a page that cannot be drawn, before anything is planned."""
+    try:
+        if path is not None:
+            check_page(path)
+    except MicsPlanError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
 def _in_order(kind: type) -> Any:
     """Parse numbers that are separated by commas, in their order."""
 
@@ -60,6 +76,7 @@ def _option(help_text: str, *names: str, **settings: Any) -> Any:
 
 
 _GPUS = "For all clusters, or for each of them. Default: a fast domain."
+_PAGE = "Draw all of it as FILE.html or FILE.png."
 _PRICE = "Dollars per hour of one node, for each cluster."
 GLOBAL = _option("Samples per step on all GPUs, in place of --micro-steps.", min=1)
 
@@ -67,7 +84,7 @@ GLOBAL = _option("Samples per step on all GPUs, in place of --micro-steps.", min
 def plan(
     model: Annotated[str, typer.Option(help="Named model, description, HF config.json, or module:function.")] = "",
     cluster: Annotated[list[str] | None, _option("Preset or profile. Give several to compare them.")] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Show presets and named models.")] = False,
+    show_list: Annotated[bool, _option("Show presets and models.", "--list", callback=_list, is_eager=True)] = False,
     gpus: Annotated[Any, _option(_GPUS, parser=_in_order(int), metavar="N,N")] = None,
     price: Annotated[Any, _option(_PRICE, parser=_in_order(float), metavar="$,$")] = None,
     p: Annotated[Any, typer.Option(parser=numbers, metavar="P,P", help="Default: sizes that fit the nodes.")] = None,
@@ -92,7 +109,7 @@ def plan(
     as_json: Annotated[bool, _option("JSON in place of tables.", "--json")] = False,
     parts: Annotated[bool, _option("Memory and time by part as well.", "--parts")] = False,
     scaling: Annotated[Scaling | None, _option("Curves from one node, or the smallest p, to --gpus.")] = None,
-    page: Annotated[Path | None, _option("Draw all of it as FILE.html or FILE.png.", metavar="FILE")] = None,
+    page: Annotated[Path | None, _option(_PAGE, callback=_drawable, metavar="FILE")] = None,
 ) -> None:
     """Predict memory and step time for each partition size.
 
@@ -103,27 +120,22 @@ def plan(
 
     Exit code: 0 if a partition size fits, 2 if the job makes no sense, 3 if none fits.
     """
-    if show_list:
-        out.print(listing())
-        raise typer.Exit(0)
     if not model or not cluster:
         raise typer.BadParameter(f"{'--cluster' if model else '--model'} is needed (--list shows what there is)")
     job = {name: value for name, value in locals().items() if name in _JOB}
     states = planning.STATES if optimizer_states == "both" else [optimizer_states]
     wires = planning.WIRES if replica_wire == "all" else [replica_wire]
-    curves = scaling or ("weak" if page else None)
-    ask = Question(model, job, p, {"states": states, "wires": wires, "reserve": reserve}, curves, as_json)
+    keys = {"states": states, "wires": wires, "reserve": reserve}
+    ask = Question(model, job, p, keys, scaling or ("weak" if page else None), as_json)
     with exit_with(2, MicsPlanError):
-        if page:
-            check_page(page)
         each = zip(cluster, *_for_each(cluster, gpus=gpus, price=price))
         answers = [ask.of(load_machine(name), count, dollars) for name, count, dollars in each]
         if page:
             draw(page, answers)
             errors.print(f"drew {page}")
     if as_json:
-        found = [answer.to_json() for answer in answers]
-        out.file.write(json.dumps(found[0] if len(found) == 1 else {"clusters": found}, indent=1) + "\n")
+        data = [answer.to_json() for answer in answers]
+        out.file.write(json.dumps(data[0] if len(data) == 1 else {"clusters": data}, indent=1) + "\n")
     else:
         show(answers, parts, scaling or "", assumed_sequence=sequence is None)
     raise typer.Exit(0 if any(answer.chosen for answer in answers) else NOTHING_FITS)

@@ -26,9 +26,9 @@ def check_page(path: Path) -> None:
         MicsPlanError: it is of another kind, there is no such folder, or matplotlib is not installed.
     """
     if path.suffix not in KINDS:
-        raise MicsPlanError(f"--page draws {' or '.join(KINDS)}, got {path.name!r}.")
+        raise MicsPlanError(f"A page is drawn as {' or '.join(KINDS)}, got {path.name!r}.")
     if not path.parent.is_dir():
-        raise MicsPlanError(f"--page: there is no folder {path.parent}. Make it first.")
+        raise MicsPlanError(f"There is no folder {path.parent} for the page. Make it first.")
     _pyplot()
 
 
@@ -36,7 +36,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise MicsPlanError("--page needs matplotlib: pip install matplotlib, or leave --page out.") from error
+        raise MicsPlanError("A page needs matplotlib: pip install matplotlib, or leave --page out.") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # names of clusters and models may have dollar signs
     from matplotlib import pyplot
@@ -63,7 +63,7 @@ def draw(path: Path, answers: Sequence[Answer]) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise MicsPlanError(f"--page: {path} cannot be written: {error}.") from error
+        raise MicsPlanError(f"The page {path} cannot be written: {error}.") from error
 
 
 def _unit(answers: Sequence[Answer]) -> str:

@@ -85,8 +85,8 @@ def test_host_memory_is_shown_by_part(capsys, tmp_path):
         ([*CLUSTERS, "--price", "0"], "takes positive numbers with commas, got '0'"),
         ([*CLUSTERS, "--price", "nan"], "takes positive numbers with commas, got 'nan'"),
         ([*CLUSTERS, "--gpus", "8,x"], "takes positive numbers with commas, got '8,x'"),
-        ([*CLUSTERS, "--page", "plan.pdf"], "--page draws .html or .png, got 'plan.pdf'"),
-        ([*CLUSTERS, "--page", "nowhere/plan.html"], "there is no folder nowhere"),
+        ([*CLUSTERS, "--page", "plan.pdf"], "A page is drawn as .html or .png, got 'plan.pdf'"),
+        ([*CLUSTERS, "--page", "nowhere/plan.html"], "There is no folder nowhere for the page"),
         (["--cluster", "gb200-nvl72", "--gpus", "148"], "do not fill fast domains"),
     ],
 )
