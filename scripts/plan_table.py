@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mics_ds.config import parse_ds_json, split_ds_config
 from mics_ds.planner.job import build_job
-from mics_ds.planner.machine import load_machine
 from mics_ds.planner.plan import Row, choose, make_plan
+from mics_ds.planner.presets import load_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "configs" / "README.md")

@@ -1,14 +1,15 @@
-"""``mics-ds plan``: will a job fit, how fast will it be, and what limits it."""
+"""``mics-ds plan``: will a job fit, how fast will it be, what limits it, and on which cluster does it cost least."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Group
@@ -16,10 +17,12 @@ from rich.table import Table
 
 from ..errors import MicsPlanError
 from ..planner import plan as planning
-from ..planner.job import Progress, build_job, rank_counts
-from ..planner.machine import PRESETS, Link, Machine, load_machine
+from ..planner.compare import Answer
+from ..planner.job import SEQUENCE, Progress, build_job
+from ..planner.machine import Link, Machine
 from ..planner.model import NAMED
-from ..planner.workload import Workload
+from ..planner.page import check_page, draw
+from ..planner.presets import PRESETS, load_machine
 from .arguments import numbers
 from .output import cell, errors, exit_with, out, progress_bar, table
 
@@ -37,23 +40,58 @@ def _fraction(value: float) -> float:
     return value
 
 
+def _list(wanted: bool) -> None:
+    if wanted:
+        out.print(listing())
+        raise typer.Exit(0)
+
+
+def _drawable(path: Path | None) -> Path | None:
+    """Refuse a page that cannot be drawn, before anything is planned."""
+    try:
+        if path is not None:
+            check_page(path)
+    except MicsPlanError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+def _in_order(kind: type) -> Any:
+    """Parse numbers that are separated by commas, in their order."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            found = [kind(word) for word in text.split(",")]
+        except ValueError:
+            found = [0]
+        if not all(0 < number < math.inf for number in found):
+            raise typer.BadParameter(f"takes positive numbers with commas, got {text!r}")
+        return found
+
+    return parse
+
+
 def _option(help_text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help_text, **settings)
 
 
+_GPUS = "For all clusters, or for each of them. Default: a fast domain."
+_PAGE = "Draw all of it as FILE.html or FILE.png."
+_PRICE = "Dollars per hour of one node, for each cluster."
 GLOBAL = _option("Samples per step on all GPUs, in place of --micro-steps.", min=1)
 
 
 def plan(
     model: Annotated[str, typer.Option(help="Named model, description, HF config.json, or module:function.")] = "",
-    cluster: Annotated[str, typer.Option(help="Preset, or the file of a calibrated or hand-written profile.")] = "",
-    show_list: Annotated[bool, typer.Option("--list", help="Show presets and named models.")] = False,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Default: one node.")] = None,
+    cluster: Annotated[list[str] | None, _option("Preset or profile. Give several to compare them.")] = None,
+    show_list: Annotated[bool, _option("Show presets and models.", "--list", callback=_list, is_eager=True)] = False,
+    gpus: Annotated[Any, _option(_GPUS, parser=_in_order(int), metavar="N,N")] = None,
+    price: Annotated[Any, _option(_PRICE, parser=_in_order(float), metavar="$,$")] = None,
     p: Annotated[Any, typer.Option(parser=numbers, metavar="P,P", help="Default: sizes that fit the nodes.")] = None,
     optimizer_states: Annotated[States, typer.Option(help="Values of mics_optimizer_states.")] = "both",
     replica_wire: Annotated[Wire, typer.Option(help="Values of mics_replica_wire.")] = "full",
     ds_config: Annotated[Path | None, _option("DeepSpeed JSON with batch, precision and limits.")] = None,
-    sequence: Annotated[int, _option("Tokens per sample.", min=1)] = 2048,
+    sequence: Annotated[int | None, _option(f"Tokens per sample. Assumed: {SEQUENCE}.", min=1)] = None,
     micro_batch: Annotated[int | None, _option("Samples per GPU and micro-step. Default: 1.", min=1)] = None,
     micro_steps: Annotated[int | None, _option("Gradient accumulation steps. Default: 1.", min=1)] = None,
     global_batch: Annotated[int | None, GLOBAL] = None,
@@ -62,6 +100,8 @@ def plan(
     checkpointing: Annotated[bool, _option("Activation checkpointing of every layer.", "--checkpointing")] = False,
     offload_optimizer: Annotated[bool, _option("Optimizer states on the host.", "--offload-optimizer")] = False,
     offload_param: Annotated[bool, _option("Parameter shards on the host.", "--offload-param")] = False,
+    async_save: Annotated[bool | None, _option("Asynchronous checkpoints.", "--async-save")] = None,
+    memory_copies: Annotated[bool | None, _option("Copies of states in memory.", "--memory-copies")] = None,
     activations_gb: Annotated[float | None, _option("Activations per GPU, in place of the estimate.", min=0)] = None,
     held_gb: Annotated[float, _option("Memory per GPU that something else holds.", min=0)] = 0.0,
     compute_s: Annotated[float | None, _option("Measured seconds of compute per micro-step.", min=0)] = None,
@@ -69,7 +109,7 @@ def plan(
     as_json: Annotated[bool, _option("JSON in place of tables.", "--json")] = False,
     parts: Annotated[bool, _option("Memory and time by part as well.", "--parts")] = False,
     scaling: Annotated[Scaling | None, _option("Curves from one node, or the smallest p, to --gpus.")] = None,
-    plots: Annotated[Path | None, _option("Folder for plots.", metavar="FOLDER")] = None,
+    page: Annotated[Path | None, _option(_PAGE, callback=_drawable, metavar="FILE")] = None,
 ) -> None:
     """Predict memory and step time for each partition size.
 
@@ -80,143 +120,132 @@ def plan(
 
     Exit code: 0 if a partition size fits, 2 if the job makes no sense, 3 if none fits.
     """
-    if show_list:
-        out.print(listing())
-        raise typer.Exit(0)
-    for option, value in (("--model", model), ("--cluster", cluster)):
-        if not value:
-            raise typer.BadParameter(f"{option} is needed (--list shows what there is)")
+    if not model or not cluster:
+        raise typer.BadParameter(f"{'--cluster' if model else '--model'} is needed (--list shows what there is)")
     job = {name: value for name, value in locals().items() if name in _JOB}
     states = planning.STATES if optimizer_states == "both" else [optimizer_states]
     wires = planning.WIRES if replica_wire == "all" else [replica_wire]
+    keys = {"states": states, "wires": wires, "reserve": reserve}
+    ask = Question(model, job, p, keys, scaling or ("weak" if page else None), as_json)
     with exit_with(2, MicsPlanError):
-        found = Plan(cluster, gpus, model, job, p, {"states": states, "wires": wires}, reserve, quiet=as_json)
-        if scaling or plots:
-            found.add_curves(strong=scaling == "strong")
+        each = zip(cluster, *_for_each(cluster, gpus=gpus, price=price))
+        answers = [ask.of(load_machine(name), count, dollars) for name, count, dollars in each]
+        if page:
+            draw(page, answers)
+            errors.print(f"drew {page}")
     if as_json:
-        out.file.write(json.dumps(found.to_json(), indent=1) + "\n")
+        data = [answer.to_json() for answer in answers]
+        out.file.write(json.dumps(data[0] if len(data) == 1 else {"clusters": data}, indent=1) + "\n")
     else:
-        found.show(parts, scaling or "")
-    if plots:
-        from ..planner.plots import draw_all
-
-        for path in draw_all(plots, found.rows, found.curves, f"{found.job.model.name} on {found.machine.name}"):
-            errors.print(f"drew {path}")
-    raise typer.Exit(0 if found.chosen else NOTHING_FITS)
+        show(answers, parts, scaling or "", assumed_sequence=sequence is None)
+    raise typer.Exit(0 if any(answer.chosen for answer in answers) else NOTHING_FITS)
 
 
 _JOB = {
     *("ds_config", "sequence", "micro_batch", "micro_steps", "global_batch", "checkpointing", "offload_optimizer"),
-    *("offload_param", "activations_gb", "held_gb", "compute_s", "precision", "optimizer"),
+    *("offload_param", "activations_gb", "held_gb", "compute_s", "precision", "optimizer", "async_save"),
+    "memory_copies",
 }
 """Arguments of ``plan`` that describe the job."""
 
 
-class Plan:
-    """Question to the planner, and the rows that answer it."""
+def _for_each(clusters: Sequence[str], **given: list[Any] | None) -> list[list[Any]]:
+    """Return the values of each option, one for each cluster."""
+    found = []
+    for option, values in given.items():
+        values = values or [None]
+        if len(values) not in (1, len(clusters)):
+            raise typer.BadParameter(f"--{option} takes one value, or one for each of {len(clusters)} clusters")
+        found.append(values * (len(clusters) if len(values) == 1 else 1))
+    return found
 
-    def __init__(
-        self,
-        cluster: str,
-        gpus: int | None,
-        model: str,
-        job: Mapping[str, Any],
-        sizes: Sequence[int] | None,
-        keys: Mapping[str, Sequence[str]],
-        reserve: float,
-        *,
-        quiet: bool,
-    ) -> None:
-        self._quiet, self._reserve = quiet or not errors.is_terminal, reserve
-        self.machine = load_machine(cluster)
-        self.gpus = gpus or self.machine.gpus_per_node
-        planning.check_ranks(self.machine, self.gpus)
+
+class Question(NamedTuple):
+    """Question to the planner, the same for each cluster."""
+
+    model: str
+    job: dict[str, Any]
+    sizes: Sequence[int] | None
+    keys: dict[str, Any]
+    """Systems to plan, and the memory to leave free."""
+    curves: Scaling | None
+    quiet: bool
+
+    def of(self, machine: Machine, gpus: int | None, price: float | None) -> Answer:
+        """Return the answer for one cluster; by default for all GPUs of a fast domain."""
+        gpus, disable = gpus or machine.domain, self.quiet or not errors.is_terminal
+        planning.check_ranks(machine, gpus)
         with ExitStack() as stack:
-            self.job = build_job(model, self.gpus, progress=self._layers(stack), **job)
-        self.rows = planning.make_plan(self.machine, self.job, self.gpus, sizes, **keys, reserve=reserve)
-        self.chosen = planning.choose(self.rows)
-        self.reason = planning.explain(self.rows, self.chosen)
-        self.curves: dict[str, list[planning.Row]] = {}
+            job = build_job(self.model, gpus, progress=_layers(stack, disable), **self.job)
+        rows = planning.make_plan(machine, job, gpus, self.sizes, **self.keys)
+        answer = Answer(machine, job, gpus, tuple(rows), price)
+        if self.curves is None:
+            return answer
+        with progress_bar(disable=disable) as bar:
+            points = partial(bar.track, description="scaling")
+            strong = self.curves == "strong"
+            return answer.with_curves(strong=strong, reserve=self.keys["reserve"], progress=points)
 
-    def _layers(self, stack: ExitStack) -> Progress:
-        bar = stack.enter_context(progress_bar(disable=self._quiet))
-        task = bar.add_task("running the model on the meta device", total=None)
-        return lambda done, total: bar.update(task, completed=done, total=total)
 
-    def add_curves(self, *, strong: bool) -> None:
-        """Plan ZeRO-3 and the best row on fewer GPUs as well."""
-        best = self.chosen or min(self.rows[1:], key=lambda row: row.memory.peak)
-        counts = rank_counts(self.machine, self.gpus, best.p, self.job.micro_steps if strong else None)
-        job = self.job
-        if strong:
-            # keep the work of a step as it is on all GPUs
-            job = replace(job, micro_steps=job.micro_steps * self.gpus // counts[0])
-        with progress_bar(disable=self._quiet) as bar:
-            self.curves = planning.scaling(
-                self.machine,
-                job,
-                [None, best.p],
-                counts,
-                strong=strong,
-                world_states=best.system.world_states,
-                wire=best.system.wire,
-                reserve=self._reserve,
-                progress=lambda points: bar.track(points, description="scaling"),
-            )
+def _layers(stack: ExitStack, disable: bool) -> Progress:
+    bar = stack.enter_context(progress_bar(disable=disable))
+    task = bar.add_task("running the model on the meta device", total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return all of it for other programs."""
-        return {
-            "model": self.job.model.name,
-            "parameters": self.job.model.numel,
-            "cluster": self.machine.name,
-            "gpus": self.gpus,
-            "chosen_p": self.chosen.p if self.chosen else None,
-            "chosen_optimizer_states": self.chosen.states if self.chosen else None,
-            "chosen_replica_wire": self.chosen.system.wire if self.chosen else None,
-            "reason": self.reason,
-            "rows": [row.to_json() for row in self.rows],
-            "scaling": {name: [row.to_json() for row in curve] for name, curve in self.curves.items()},
-        }
 
-    def show(self, parts: bool, scaling: str) -> None:
-        """Print all of it for people."""
-        if not any(block.activations for block in self.job.model.blocks):
-            out.print("activations are not known and count nothing: give --activations-gb, or inputs beside the module")
-        out.print(Group(describe(self.machine, self.job, self.gpus), "", rows_table(self.rows), ""))
+def show(answers: Sequence[Answer], parts: bool, scaling: str, *, assumed_sequence: bool) -> None:
+    """Print answers for people: all rows of a single one, or what is chosen on each cluster."""
+    model = answers[0].job.model
+    if not any(block.activations for block in model.blocks):
+        out.print("activations are not known and count nothing: give --activations-gb, or inputs beside the module")
+    if assumed_sequence and model.tokens > 1:
+        out.print(f"sequences of {model.tokens} tokens are assumed: give --sequence")
+    for answer in answers:
+        out.print(describe(answer))
+        if len(answers) == 1:
+            out.print(Group("", rows_table(answer), ""))
         if parts:
-            out.print(Group(parts_table(self.rows), ""))
+            out.print(Group(parts_table(answer.rows), ""))
         if scaling:
             out.print(f"{scaling} scaling")
-            for curve in self.curves.values():
-                out.print(rows_table([replace(row, label=f"{row.label}, {row.n} GPUs") for row in curve]))
+            for curve in answer.curves.values():
+                labelled = tuple(replace(row, label=f"{row.label}, {row.n} GPUs") for row in curve)
+                out.print(rows_table(replace(answer, rows=labelled)))
             out.print()
-        out.print(("choose " if self.chosen else "") + self.reason)
+        out.print(("choose " if answer.chosen else "") + answer.reason)
+        if len(answers) > 1:
+            out.print()
+    if len(answers) > 1:
+        out.print(comparison(answers))
 
 
 def listing() -> Group:
     """Return presets and named models as tables."""
-    clusters = table("cluster", "node", "inside", "between nodes")
+    clusters = table("cluster", "node", "host memory", "fast domain", "inside", "network of a node")
     for machine in PRESETS.values():
         node = f"{machine.gpus_per_node} x {machine.memory / 1e9:.0f} GB"
-        clusters.add_row(machine.name, node, _speed(machine.intra), _speed(machine.inter))
+        where = planning.gb(machine.host_memory), f"{machine.domain} GPUs"
+        clusters.add_row(machine.name, node, *where, _speed(machine.intra), _speed(machine.inter))
     models = table("model", "layers", "hidden", "parameters")
     for name, model in NAMED.items():
         models.add_row(name, str(model.layers), str(model.hidden), f"{model.model(1).numel / 1e9:.1f} B")
     return Group(clusters, "", models)
 
 
-def describe(machine: Machine, job: Workload, gpus: int) -> str:
+def describe(answer: Answer) -> str:
     """Say in two lines what is planned."""
-    numel = job.model.numel
+    job, machine, gpus = answer.job, answer.machine, answer.gpus
+    used, numel = machine.for_ranks(gpus), job.model.numel
     size = f"{numel / 1e9:.3g} B" if numel >= 1e9 else f"{numel / 1e6:.3g} M"
     micro = f"{job.micro_batch} x {job.micro_steps}"
+    domain = f", {used.domain} in a fast domain" if machine.gpus_per_domain else ""
+    where = "domain" if machine.gpus_per_domain else "node"
     return (
         f"{job.model.name}: {size} parameters, {job.precision}, {job.optimizer}, {micro} samples per GPU and step"
         f"{f' of {job.model.tokens} tokens' if job.model.tokens > 1 else ''}"
         f"{', activation checkpointing' if job.checkpointing else ''}\n"
-        f"{machine.name}: {gpus} GPUs, {min(gpus, machine.gpus_per_node)} on a node, {machine.memory / 1e9:.3g} GB "
-        f"each; {_speed(machine.intra)} inside a node, {_speed(machine.inter)} between nodes"
+        f"{machine.name}: {gpus} GPUs, {used.gpus_per_node} on a node{domain}, {machine.memory / 1e9:.3g} GB each; "
+        f"{_speed(machine.intra)} inside a {where}, {_speed(machine.inter)} between nodes"
         f"{f', {len(machine.sweeps)} measured sweeps' if machine.sweeps else ''}"
     )
 
@@ -225,33 +254,60 @@ def _speed(link: Link) -> str:
     return f"{link.bandwidth / 1e9:.3g} GB/s" if math.isfinite(link.bandwidth) else "-"
 
 
-def rows_table(rows: Sequence[planning.Row]) -> Table:
+def _columns(unit: str, first: str, *more: str) -> Table:
+    return table(first, "fits", "memory", "host", "s/step", f"{unit}/s/GPU", "TFLOPS", "MFU", *more)
+
+
+def _cells(row: planning.Row) -> list[str]:
+    return [
+        "yes" if row.fits else "NO" if row.fits_host else "NO (host)",
+        planning.gb(row.memory.peak),
+        planning.gb(row.memory.host.peak),
+        f"{row.time.total:.3g}",
+        f"{row.tokens_per_second:,.4g}",
+        f"{row.tflops:.1f}",
+        "-" if row.mfu is None else f"{row.mfu:.1%}",
+    ]
+
+
+def _unit(answer: Answer) -> str:
+    return "tokens" if answer.job.model.tokens > 1 else "samples"
+
+
+def rows_table(answer: Answer) -> Table:
     """Return one line for each system."""
-    unit = "tokens/s" if rows and rows[0].job.model.tokens > 1 else "samples/s"
-    made = table(
-        *("system", "fits", "memory", "host", "s/step", f"{unit}/GPU", "TFLOPS", "MFU", "% linear", "limited by")
-    )
-    for row in rows:
-        made.add_row(
-            cell(row.label),
-            "yes" if row.fits else "NO",
-            planning.gb(row.memory.peak),
-            planning.gb(row.memory.host) if row.memory.host else "-",
-            f"{row.time.total:.3g}",
-            f"{row.tokens_per_second:,.4g}",
-            f"{row.tflops:.1f}",
-            "-" if row.mfu is None else f"{row.mfu:.1%}",
-            "-" if row.linear is None else f"{row.linear:.1%}",
-            planning.LIMITS[row.time.limit],
-        )
+    unit = _unit(answer)
+    price = [] if answer.price is None else [f"M {unit}/$"]
+    made = _columns(unit, "system", *price, "% linear", "limited by")
+    for row in answer.rows:
+        cost = answer.tokens_per_dollar(row)
+        money = [] if cost is None else [f"{cost / 1e6:,.3g}"]
+        linear = "-" if row.linear is None else f"{row.linear:.1%}"
+        made.add_row(cell(row.label), *_cells(row), *money, linear, planning.LIMITS[row.time.limit])
+    return made
+
+
+def comparison(answers: Sequence[Answer]) -> Table:
+    """Return one line for each cluster: the system that is chosen there, or the one that needs the least memory."""
+    unit = _unit(answers[0])
+    made = _columns(unit, "cluster", "GPUs", f"{unit}/s", "x ZeRO-3", "$/hour", f"M {unit}/$", "system", "limited by")
+    for answer in answers:
+        row, cost = answer.best, answer.tokens_per_dollar(answer.best)
+        money = ["-", "-"] if cost is None else [f"{answer.dollars_per_hour:,.2f}", f"{cost / 1e6:,.3g}"]
+        speed = f"{row.tokens_per_second * row.n:,.0f}", f"{answer.rows[0].time.total / row.time.total:.2f}"
+        last = cell(row.label), planning.LIMITS[row.time.limit]
+        made.add_row(cell(answer.machine.name), *_cells(row), str(answer.gpus), *speed, *money, *last)
     return made
 
 
 def parts_table(rows: Sequence[planning.Row]) -> Table:
     """Return memory and time of each system by part."""
-    made = table("system", "memory by part, GB", "step by part, s")
+    made = table("system", "memory by part, GB", "host memory by part, GB", "step by part, s")
     for row in rows:
-        memory = ", ".join(f"{part} {value / 1e9:.3g}" for part, value in row.memory.parts().items() if value)
+        memory, host = (
+            ", ".join(f"{part} {value / 1e9:.3g}" for part, value in parts.items() if value)
+            for parts in (row.memory.parts(), row.memory.host.parts())
+        )
         time = ", ".join(f"{part} {value:.3g}" for part, value in row.time.parts().items() if value)
-        made.add_row(cell(row.label), memory, time)
+        made.add_row(cell(row.label), memory, host, time)
     return made

@@ -1,8 +1,7 @@
 """Memory and throughput for any partition size, at any scale, before you pay.
 
-``machine`` -> ``model`` -> ``workload`` -> ``timeline`` -> ``memory`` -> ``plan`` are arithmetic and need no torch;
-``trace`` describes modules, ``job`` reads what users give, ``calibrate`` measures a cluster, and ``auto`` decides for
-``mics_shard_size: "auto"``. The command is ``mics-ds plan``.
+``machine`` -> ``presets`` -> ``model`` -> ``workload`` -> ``timeline`` -> ``memory`` -> ``plan`` are arithmetic and
+need no torch; ``trace`` describes modules, ``job`` reads what users give, ``compare`` and ``page`` put several clusters
+side by side, ``calibrate`` measures a cluster, and ``auto`` decides for ``mics_shard_size: "auto"``. The command is
+``mics-ds plan``.
 """
-
-from . import presets  # noqa: F401  (names the machines)

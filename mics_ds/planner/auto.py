@@ -25,24 +25,15 @@ from ..deepspeed_compat.engine import data_parallel_ranks, memory_at_hand
 from ..errors import MicsAgreementError, MicsPlanError
 from ..log import log_rank0
 from . import plan as planning
-from .machine import PRESETS, Link, Machine, load_machine, ranks_per_node
+from .machine import Link, Machine, ranks_per_node
 from .model import Model, Transformer
+from .presets import load_machine, preset_of_device
 from .timeline import Scheme
 from .trace import model_from_module
 from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
 
 UNKNOWN_ACTIVATIONS = 0.25
 """Fraction of the memory that is set aside for activations of unknown size."""
-
-# What a GPU calls itself, with its memory in GiB at most, and the cluster that such GPUs are usually found in.
-_KNOWN_GPUS: tuple[tuple[str, float, str], ...] = (
-    ("V100", 33, "p3dn.24xlarge"),
-    ("A800", 81, "a800-4x200g"),
-    ("A100", 41, "p4d.24xlarge"),
-    ("A100", 81, "p4de.24xlarge"),
-    ("H100", 81, "p5.48xlarge"),
-    ("H200", 145, "h200-8x400g"),
-)
 
 # A cluster nobody told us of: one 100 Gb/s card per node, or processors on a fast Ethernet. Only what is
 # cheaper and what dearer has to be right for a choice among partition sizes.
@@ -83,7 +74,6 @@ class Facts:
     """Bytes of host memory that are free on its node, shared by the node's ranks."""
     device: str
     """Name of the GPU, or ``cpu``."""
-    device_gib: float
     job: Mapping[str, Any]
     """Keywords of :class:`mics_ds.planner.workload.Workload`, without the model."""
     trains: bool = True
@@ -128,7 +118,6 @@ def facts_of(engine_arguments: Mapping[str, Any], rank: int) -> Facts:
         memory=memory.at_hand,
         host_memory=float(psutil.virtual_memory().available),
         device=memory.device,
-        device_gib=memory.total / 2**30,
         job={
             "micro_batch": int(parsed.train_micro_batch_size_per_gpu),
             "micro_steps": int(parsed.gradient_accumulation_steps),
@@ -261,12 +250,15 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
     """
     request, n = config.plan or PlanRequest(), situation.n
     machine, assumed = find_machine(request, facts)
+    racks = machine.gpus_per_domain > 0
+    hosts = max(1, situation.per_node * situation.sharing // machine.gpus_per_node) if racks else 1
     machine = replace(
         machine,
         gpus_per_node=situation.per_node,
+        gpus_per_domain=0,
         memory=situation.memory if request.memory_gb is None else request.memory_gb * 1e9,
         host_memory=max(1.0, situation.host_memory / situation.sharing),
-        inter=replace(machine.inter, bandwidth=machine.inter.bandwidth / situation.sharing),
+        inter=replace(machine.inter, bandwidth=machine.inter.bandwidth * hosts / situation.sharing),
     )
     reserve = planning.RESERVE
     notes = [assumed] if assumed else []
@@ -276,12 +268,22 @@ def decide(config: MicsConfig, facts: Facts, model: Model, situation: Situation)
         reserve += UNKNOWN_ACTIVATIONS
         notes.append(f"{UNKNOWN_ACTIVATIONS:.0%} of the memory set aside for activations (mics_plan.activations_gb)")
     if request.sequence is None and request.compute_s is None:
-        notes.append("compute counted as for one token per sample (mics_plan.sequence or compute_s)")
+        notes.append(
+            "compute assumed for one token per sample, so that communication decides (give mics_plan.sequence or "
+            "compute_s)"
+        )
     if not facts.trains:
         model = model.without_training()
     if facts.job["precision"] not in machine.flops:
         machine = replace(machine, flops={**machine.flops, facts.job["precision"]: max(machine.flops.values())})
-    job = Workload(model, checkpointing=request.checkpointing, compute_s=request.compute_s, **facts.job)
+    job = Workload(
+        model,
+        checkpointing=request.checkpointing,
+        compute_s=request.compute_s,
+        async_save=config.checkpoint is not None and config.checkpoint.asynchronous,
+        memory_copies=config.checkpoint is not None and config.checkpoint.memory_every > 0,
+        **facts.job,
+    )
     sizes = planning.candidates(machine, n) if config.is_auto else [int(config.shard_size)]
     kinds = ["partition", "world"] if config.optimizer_states == "auto" else [config.optimizer_states]
     # Integers need more memory and more trust than a plan may take for granted.
@@ -320,10 +322,18 @@ def find_machine(request: PlanRequest, facts: Facts) -> tuple[Machine, str]:
     if request.cluster is not None:
         return load_machine(request.cluster), ""
     hint = "name it or calibrate it (mics_plan.cluster)"
-    for word, gib, preset in _KNOWN_GPUS:
-        if word in facts.device and facts.device_gib < gib:
-            return PRESETS[preset], f"the network is assumed to be {preset}'s: {hint}"
-    return (_UNKNOWN_CPUS if facts.device == "cpu" else _UNKNOWN_GPUS), f"the network is a guess: {hint}"
+    preset = preset_of_device(facts.device)
+    if preset is not None:
+        return preset, f"the network is assumed to be {preset.name}'s: {hint}"
+    if facts.device == "cpu":
+        return _UNKNOWN_CPUS, f"the network is a guess: {hint}"
+    return _UNKNOWN_GPUS, f"the GPU {facts.device!r} is not known and counts as {_speeds(_UNKNOWN_GPUS)}: {hint}"
+
+
+def _speeds(machine: Machine) -> str:
+    """Say what a guess consists of."""
+    flops, intra, inter = max(machine.flops.values()) / 1e12, machine.intra.bandwidth, machine.inter.bandwidth
+    return f"{flops:.0f} TFLOPS, {intra / 1e9:.0f} GB/s inside a node and {inter / 1e9:.0f} GB/s between nodes"
 
 
 def describe(module: nn.Module, facts: Facts, request: PlanRequest | None) -> Model:

@@ -30,7 +30,8 @@ from ..comm.groups import MicsGroups, build_groups
 from ..config import MicsConfig
 from ..errors import MicsPlanError
 from .cases import Case, buffer, cases, device
-from .machine import Link, Machine, Sweep, machine_from_json, ranks_per_node
+from .machine import Link, Machine, Sweep, ranks_per_node
+from .presets import machine_from_json
 
 SIZES = tuple(1 << power for power in range(14, 31, 2))
 """Bytes of the full buffer, 16 KB to 1 GB."""
@@ -172,7 +173,21 @@ def host_bytes() -> int:
 # All of it
 
 
-def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link | None:
+def fit_latency(sweeps: Sequence[Sweep]) -> float:
+    """Seconds that a collective takes beside its ring steps: of the smallest buffers in groups inside a domain, what is
+    left at no steps. 0 where all such groups have one size, since that cannot tell the two apart."""
+    times = [
+        (item.form.size - 1, item.seconds[0])
+        for item in sweeps
+        if item.operation == "all_gather" and not item.staged and item.form.nodes == 1
+    ]
+    if len({steps for steps, _ in times}) < 2:
+        return 0.0
+    line = statistics.linear_regression(*zip(*times))
+    return min(max(0.0, line.intercept), *(seconds for _, seconds in times))
+
+
+def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0, first: float = 0.0) -> Link | None:
     """Alpha and bandwidth of the links inside or between nodes, for forms that were not measured.
 
     From flat all-gathers: alpha is what the smallest buffer takes per ring step, bandwidth what the largest adds to
@@ -181,6 +196,7 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
 
     Args:
         around: alpha inside a node, for what a ring over nodes spends there.
+        first: latency of a collective beside its ring steps.
     """
     alphas, slopes, bounds = [], [], []
     for item in sweeps:
@@ -189,7 +205,7 @@ def fit_link(sweeps: Sequence[Sweep], inside: bool, around: float = 0.0) -> Link
             continue
         steps = form.size - 1 if inside else form.nodes - 1
         spent = 0.0 if inside else (form.size - form.nodes) * around
-        alphas.append(max(0.0, item.seconds[0] - spent) / steps)
+        alphas.append(max(0.0, item.seconds[0] - first - spent) / steps)
         share = (form.size - 1) / form.size * (1 if inside else form.beside)
         bounds.append(item.seconds[-1] / (item.payload[-1] * share))
         if item.seconds[-1] > item.seconds[-2]:
@@ -226,7 +242,8 @@ def calibrate(
     n = dist.get_world_size()
     groups, k = _groups(partitions)
     sweeps = _sweep_all(list(cases(groups, k)), sizes, budget_s, progress)
-    intra, inter = _links(sweeps, budget_s)
+    first = fit_latency(sweeps)
+    intra, inter = _links(sweeps, first, budget_s)
     cuda = torch.cuda.is_available()
     hidden = hidden or (4096 if cuda else 256)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} if cuda else {"fp32": torch.float32}
@@ -238,6 +255,7 @@ def calibrate(
         efficiency=1.0,
         intra=intra,
         inter=inter,
+        collective_latency=first,
         memory_bandwidth=_memory_bandwidth(),
         backend=str(dist.get_backend()).split(":")[-1],
         streams=cuda,
@@ -287,10 +305,10 @@ def _sweep_all(todo: list[Case], sizes: Sequence[int], budget_s: float, progress
     return sweeps
 
 
-def _links(sweeps: Sequence[Sweep], budget_s: float) -> tuple[Link, Link]:
+def _links(sweeps: Sequence[Sweep], first: float, budget_s: float) -> tuple[Link, Link]:
     """The links inside and between nodes. Where there are links of one kind only, they stand for both."""
-    intra = fit_link(sweeps, True)
-    inter = fit_link(sweeps, False, intra.latency if intra else 0.0)
+    intra = fit_link(sweeps, True, first=first)
+    inter = fit_link(sweeps, False, intra.latency if intra else 0.0, first)
     if sweeps and intra is None and inter is None:
         raise MicsPlanError(
             f"A budget of {budget_s:g} s was over before any collective was measured at two sizes. Give more "
@@ -318,7 +336,7 @@ def check_out(path: Path) -> None:
 
 
 def write(machine: Machine, path: Path) -> None:
-    """Write a machine where :func:`mics_ds.planner.machine.load_machine` finds it, all or nothing."""
+    """Write a machine where :func:`mics_ds.planner.presets.load_machine` finds it, all or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_rounded(machine.to_json()), indent=1) + "\n")
     os.replace(partial, path)

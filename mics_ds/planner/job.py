@@ -14,6 +14,9 @@ from .machine import Machine
 from .model import NAMED, Model, parse_transformer
 from .workload import ITEMSIZE, OPTIMIZERS, Workload, ZeroSettings, optimizer_kind
 
+SEQUENCE = 2048
+"""Tokens per sample that are assumed where nothing is said."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of layers that have run on the meta device, and with their total."""
 
@@ -54,6 +57,10 @@ def settings_from_ds(path: Path) -> dict[str, Any]:
     if not isinstance(zero, Mapping) or zero.get("stage") != 3:
         raise MicsPlanError(f"{path} is not a DeepSpeed configuration for ZeRO stage 3, which is what is planned.")
     found: dict[str, Any] = {"zero": ZeroSettings.from_ds(zero)}
+    checkpoints = zero.get("mics_checkpoint")
+    if isinstance(checkpoints, Mapping):
+        found["async_save"] = checkpoints.get("async") is True
+        found["memory_copies"] = bool(checkpoints.get("memory_every"))
     switches = {name: (data.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16")}
     on = [name for name, switch in switches.items() if switch is True]
     if on:
@@ -100,7 +107,7 @@ def build_job(
     gpus: int,
     *,
     ds_config: Path | None = None,
-    sequence: int = 2048,
+    sequence: int | None = None,
     global_batch: int | None = None,
     checkpointing: bool = False,
     offload_optimizer: bool = False,
@@ -115,7 +122,9 @@ def build_job(
 
     Args:
         ds_config: a DeepSpeed JSON to take values from that are not given.
-        given: ``precision``, ``optimizer``, ``micro_batch`` and ``micro_steps``; ``None`` is not given.
+        sequence: tokens per sample; by default :data:`SEQUENCE`.
+        given: ``precision``, ``optimizer``, ``micro_batch``, ``micro_steps``, ``async_save`` and ``memory_copies``;
+            ``None`` is not given.
 
     Raises:
         MicsPlanError: the values contradict each other.
@@ -138,7 +147,7 @@ def build_job(
     if offload_param:
         zero = replace(zero, offload_param=True)
     job = Workload(
-        model=find_model(model, sequence, found["precision"], progress),
+        model=find_model(model, sequence or SEQUENCE, found["precision"], progress),
         checkpointing=checkpointing,
         zero=zero,
         held_bytes=held_gb * 1e9,

@@ -1,37 +1,40 @@
-"""The machine a plan is for: nodes, their links, and what collectives cost on them.
+"""The machine a plan is for: hosts, fast domains, their links, and what collectives cost on them.
+
+A *host* has GPUs, memory and processes. A *fast domain* has GPUs that are joined by links much faster than the network:
+the GPUs of a host on most machines, a rack of 18 hosts on NVL72. Collectives see domains only.
 
 [Note: the cost of a collective]
 
-    group of g ranks on N nodes, M bytes in the full buffer, alpha seconds per ring step, B bytes/s
+    group of g ranks in N domains, M bytes in the full buffer, alpha seconds per ring step, B bytes/s
 
-    inside a node      T = (g-1)·alpha_intra + (g-1)/g · M / B_intra
-    over nodes         T = (g-N)·alpha_intra + (N-1)·alpha_inter + (g-1)/g · M · c / B_node
-                       c: such groups side by side on a node
-    all-reduce         twice that; with trees, its latency is 2·(log2(g/N)·alpha_intra + log2(N)·alpha_inter) if less
-    all-to-all         sends k·(g-k)/g · M from a node with k of the group's ranks
+    inside a domain    T = first + (g-1)·alpha_intra + (g-1)/g · M / B_intra
+    over domains       T = first + (g-N)·alpha_intra + (N-1)·alpha_inter + (g-1)/g · M · c / B_domain
+                       c: such groups side by side in a domain
+    all-reduce         twice that, with one first; with trees, its latency is
+                       2·(log2(g/N)·alpha_intra + log2(N)·alpha_inter) if less
+    all-to-all         sends k·(g-k)/g · M from a domain with k of the group's ranks
     on gloo            its own reduce-scatter sends what an all-reduce does; MiCS uses an all-to-all in its place
 
-A ring enters and leaves each node once, whatever the number of its members there, so a group that has all
-ranks of its nodes has c = 1, and k replication groups of one rank per node have c = k. In two stages (gather:
-between nodes, then inside each; scatter: the mirror) both stages are such collectives, one after the other.
+A ring enters and leaves each domain once, whatever the number of its members there, so a group that has all ranks of
+its domains has c = 1, and k replication groups of one rank per domain have c = k. In two stages (gather: between
+domains, then inside each; scatter: the mirror) both stages are such collectives, one after the other.
 
-The alpha-beta model is Hockney's; the ring's volume is that of Thakur, Rabenseifner and Gropp, "Optimization of
-Collective Communication Operations in MPICH" (2005); its latency, n-N steps inside nodes and N-1 between them,
-is how NCCL estimates its own (src/graph/tuning.cc). Where a :class:`Sweep` was measured on a group of the
-same form, it is used in place of the formula; where one was measured on another number of ranks, the formula
-is scaled by measured/formula there.
+``first`` is the latency of a collective (``collective_latency``), alpha that of a peer. The alpha-beta model is
+Hockney's; the ring's volume is that of Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication
+Operations in MPICH" (2005); ``first`` and the ring's latency, g-N steps inside domains and N-1 between them, are how
+NCCL estimates its own (src/graph/tuning.cc). Where a :class:`Sweep` was measured on a group of the same form, it is
+used in place of the formula; where one was measured on another number of ranks, the formula is scaled by
+measured/formula there.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from ..comm.sizes import Sizes, sizes_of
@@ -41,15 +44,13 @@ OPERATIONS: tuple[str, ...] = ("all_gather", "reduce_scatter", "stock_reduce_sca
 """``stock_reduce_scatter`` is the backend's own, which ZeRO-3 uses; ``reduce_scatter`` is what MiCS uses there. On gloo
 that is an ``all_to_all``."""
 
-GB, GIB = 10**9, 2**30
-
 
 @dataclass(frozen=True)
 class Link:
     """Cost of one hop over a kind of link."""
 
     bandwidth: float
-    """Bytes per second, one way. Inside a node: what one GPU sends. Between nodes: what one node sends."""
+    """Bytes per second, one way. Inside a domain: what one GPU sends. Between domains: what one host sends."""
     latency: float
     """alpha: seconds per ring step."""
 
@@ -62,14 +63,14 @@ class Link:
 
 @dataclass(frozen=True)
 class GroupForm:
-    """Form in which a process group lies on the nodes. A collective's cost depends on nothing else of the group."""
+    """Form in which a process group lies in the domains. A collective's cost depends on nothing else of the group."""
 
     nodes: int
-    """N: nodes that the group spans."""
+    """N: domains that the group spans."""
     per_node: int
-    """Its ranks on each of them (the largest number, if they differ)."""
+    """Its ranks in each of them (the largest number, if they differ)."""
     beside: int = 1
-    """c: groups like it that share the link of a node."""
+    """c: groups like it that share the link of a domain."""
 
     @property
     def size(self) -> int:
@@ -111,7 +112,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster of equal nodes.
+    """A cluster of equal hosts.
 
     Raises:
         MicsPlanError: a value makes no sense.
@@ -119,6 +120,7 @@ class Machine:
 
     name: str
     gpus_per_node: int
+    """GPUs of a host, which share its memory."""
     memory: float
     """Bytes of one GPU that a job can use."""
     flops: Mapping[str, float]
@@ -126,13 +128,19 @@ class Machine:
     efficiency: float
     """Fraction of the peak that a training step reaches while it computes, everything but communication included."""
     intra: Link
+    """Links inside a fast domain."""
     inter: Link
+    """Links between domains. The bandwidth is one host's; a domain has that of all its hosts."""
+    gpus_per_domain: int = 0
+    """GPUs of a fast domain, a multiple of those of a host; 0: those of a host."""
+    collective_latency: float = 0.0
+    """Seconds that each collective takes beside its ring steps and bytes."""
     memory_bandwidth: float = 1e12
     """Bytes per second of a GPU's memory. What the optimizer's update is bound by."""
     host_link: float = 12e9
-    """Bytes per second between a GPU and the memory of its node, for offloaded states."""
+    """Bytes per second between a GPU and the memory of its host, for offloaded states."""
     host_memory: float = 1e12
-    """Bytes of a node's own memory."""
+    """Bytes of a host's own memory."""
     host_update_bandwidth: float = 10e9
     """Bytes of states per second that one rank updates on the host, for offloaded optimizers."""
     backend: str = "nccl"
@@ -163,7 +171,7 @@ class Machine:
         for name in (*positive, "host_update_bandwidth", "host_slowdown"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MicsPlanError(f"{name} of machine {self.name!r} must be positive, got {getattr(self, name)!r}.")
-        for name in ("step_overhead", "issue_overhead", "nodes_measured"):
+        for name in ("gpus_per_domain", "collective_latency", "step_overhead", "issue_overhead", "nodes_measured"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MicsPlanError(
                     f"{name} of machine {self.name!r} must not be negative, got {getattr(self, name)!r}."
@@ -177,23 +185,53 @@ class Machine:
                 f"efficiency of machine {self.name!r} is a fraction of the peak, got {self.efficiency}."
             )
 
+        if self.gpus_per_domain % self.gpus_per_node:
+            raise MicsPlanError(
+                f"gpus_per_domain of machine {self.name!r} must be a multiple of its gpus_per_node, "
+                f"{self.gpus_per_node}, got {self.gpus_per_domain}."
+            )
+
     # ------------------------------------------------------------------------------------ forms
 
+    @property
+    def domain(self) -> int:
+        """Return the GPUs of a fast domain."""
+        return self.gpus_per_domain or self.gpus_per_node
+
+    def for_ranks(self, n: int) -> Machine:
+        """Return the machine as a job of n ranks uses it: as many of them in each domain as fill domains evenly.
+
+        Raises:
+            MicsPlanError: n ranks do not fill hosts evenly, or would leave more than half of each domain unused.
+        """
+        host = min(self.gpus_per_node, n)
+        if n % host:
+            raise MicsPlanError(
+                f"{n} GPUs do not fill nodes of {self.name!r}, which have {host}. Use a multiple of {host} or fewer."
+            )
+        domain = next(used for used in range(min(self.domain, n) // host * host, 0, -host) if n % used == 0)
+        if 2 * domain <= min(self.domain, n) and self.gpus_per_domain:
+            raise MicsPlanError(
+                f"{n} GPUs do not fill fast domains of {self.name!r} evenly, which have {self.domain}. Use a multiple "
+                f"of {self.domain}, or of a number up to that which is a multiple of {host}."
+            )
+        return replace(self, gpus_per_node=host, gpus_per_domain=domain if domain > host else 0)
+
     def partition_form(self, n: int, p: int) -> GroupForm:
-        """Form of the groups of p consecutive ranks among n, k on a node."""
-        k = self.gpus_per_node
+        """Form of the groups of p consecutive ranks among n, k in a domain."""
+        k = self.domain
         if p <= k and k % p == 0:
             return GroupForm(1, p, k // p)
         if p % k == 0:
             return GroupForm(p // k, k)
-        # An uneven fit: some groups straddle one node more than they need, and share a node's link with a neighbour.
+        # An uneven fit: some groups straddle one domain more than they need, and share its link with a neighbour.
         first = [g * p for g in range(min(n // p, k))]
         nodes = max((start + p - 1) // k - start // k + 1 for start in first)
         return GroupForm(nodes, -(-p // nodes), 2) if nodes > 1 else GroupForm(1, p, max(1, k // p))
 
     def replication_form(self, n: int, p: int) -> GroupForm:
         """Form of the groups {i, i+p, i+2p, …}."""
-        k, r = self.gpus_per_node, n // p
+        k, r = self.domain, n // p
         if p >= k:
             return GroupForm(r, 1, min(k, n))
         per_node = min(max(1, k // p), r)
@@ -245,8 +283,13 @@ class Machine:
         if form.nodes > 1:
             if operation == "all_to_all":
                 volume = payload * form.per_node * (g - form.per_node) / g
-            transfer = max(transfer, volume * form.beside / self.inter.bandwidth)
-        return times * (self.latency(operation, form) + transfer)
+            transfer = max(transfer, volume * form.beside / self.domain_bandwidth)
+        return self.collective_latency + times * (self.latency(operation, form) + transfer)
+
+    @property
+    def domain_bandwidth(self) -> float:
+        """Return the bytes per second that one domain sends over the network: all its hosts together."""
+        return self.inter.bandwidth * self.domain / self.gpus_per_node
 
     def latency(self, operation: str, form: GroupForm) -> float:
         """Return the seconds until the first byte has gone around the group once."""
@@ -292,7 +335,7 @@ class Machine:
     # ------------------------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
-        """Return the machine as :func:`load_machine` reads it."""
+        """Return the machine as :func:`mics_ds.planner.presets.load_machine` reads it."""
         return asdict(self)
 
 
@@ -312,87 +355,3 @@ def ranks_per_node(nodes: Sequence[int]) -> int:
             f"{list(nodes)}. Start the same number on each, node by node."
         )
     return runs[0]
-
-
-def machine_from_json(data: Any, origin: str = "machine") -> Machine:
-    """Read what :meth:`Machine.to_json` wrote, or what a user did.
-
-    ``preset`` takes the values of a preset for whatever is not given.
-
-    Raises:
-        MicsPlanError: a key is unknown or missing, or a value has the wrong type.
-    """
-    if not isinstance(data, Mapping):
-        raise MicsPlanError(f"{origin} must hold a JSON object that describes a machine, got {type(data).__name__}.")
-    data = dict(data)
-    preset = data.pop("preset", None)
-    known = {item.name for item in fields(Machine)}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise MicsPlanError(
-            f"{origin}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}. A machine has "
-            f"{', '.join(sorted(known))}, and may name a preset to start from."
-        )
-    try:
-        for name in ("intra", "inter"):
-            if name in data:
-                data[name] = Link(**data[name])
-        if "sweeps" in data:
-            data["sweeps"] = tuple(_sweep(item) for item in data["sweeps"])
-        if preset is not None:
-            return replace(find_preset(preset), **data)
-        required = ["name", "gpus_per_node", "memory", "flops", "efficiency", "intra", "inter"]
-        missing = [name for name in required if name not in data]
-        if missing:
-            raise MicsPlanError(
-                f"{origin} lacks {', '.join(missing)}. Give them, or name a preset to start from "
-                f'("preset": one of {", ".join(PRESETS)}).'
-            )
-        return Machine(**data)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise MicsPlanError(f"{origin} has a value of the wrong type: {error!r}.") from error
-
-
-def _sweep(item: Mapping[str, Any]) -> Sweep:
-    return Sweep(
-        operation=item["operation"],
-        form=GroupForm(**item["form"]),
-        staged=bool(item["staged"]),
-        payload=tuple(item["payload"]),
-        seconds=tuple(item["seconds"]),
-    )
-
-
-def load_machine(source: str) -> Machine:
-    """A preset by its name, or a machine from a JSON file (a profile of ``calibrate``, or one written by hand).
-
-    Raises:
-        MicsPlanError: there is no such preset or file, or the file is not a machine.
-    """
-    if source in PRESETS:
-        return PRESETS[source]
-    path = Path(source)
-    if not path.is_file():
-        raise MicsPlanError(
-            f"{source!r} is neither a preset nor a file. Presets: {', '.join(PRESETS)}. A file comes from "
-            f"`mics-ds calibrate` run on the cluster, or is written by hand."
-        )
-    try:
-        data = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise MicsPlanError(f"{source} cannot be read as JSON: {error}.") from error
-    return machine_from_json(data, source)
-
-
-def find_preset(name: Any) -> Machine:
-    """Return the preset of that name.
-
-    Raises:
-        MicsPlanError: there is none of that name.
-    """
-    if name not in PRESETS:
-        raise MicsPlanError(f"There is no preset {name!r}. Presets: {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-PRESETS: dict[str, Machine] = {}

@@ -18,6 +18,14 @@ shard has c = ceil(numel / p) elements, padding included:
 |                   | AHEAD units of hop 2 and of updated weights, with world-sharded states;       | GPU with streams |
 |                   | parts of reduce_bucket_size / p elements, with an offloaded optimizer         | GPU with streams |
 
+On the host as well, of the training states that a checkpoint holds, T = Σ c · 4 · (1 + states of the optimizer):
+
+| asynchronous save | T / r, and on the owner of a shard T · (r-1) / r more while it writes; a writer process    |
+| memory copies     | 4 · T / r: two slots of this rank's, and two of a rank's on the next host                 |
+| loading           | T: DeepSpeed gets the states of a shard whole                                             |
+
+A save and a load never run at once, so the larger one counts.
+
 With world-sharded optimizer states, master, optimizer and gradient exchange are of slices of ceil(c / r) elements,
 r = n / p, and gradients are Σ (c + ceil(c / r)) · a: the mean of a slice has a buffer of its own.
 
@@ -39,6 +47,34 @@ from .workload import OPTIMIZERS, Workload
 MASTER_ITEMSIZE = 4
 
 
+WRITER_BYTES = 240 * 10**6
+"""Bytes of the process that writes asynchronous saves: Python with torch."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory that one rank needs: the rank with the most, since owners of shards need more."""
+
+    offloaded: int = 0
+    """States that live on the host."""
+    save: int = 0
+    """An asynchronous save."""
+    copies: int = 0
+    """Copies in memory that outlives the process."""
+    load: int = 0
+    """Loading a checkpoint."""
+
+    PARTS = ("offloaded", "save", "copies", "load")
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes at the fullest moment: during a save or a load."""
+        return self.offloaded + self.copies + max(self.save, self.load)
+
+    def parts(self) -> dict[str, int]:
+        return {part: getattr(self, part) for part in self.PARTS}
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank."""
@@ -56,8 +92,7 @@ class Memory:
     """Bytes that the optimizer's step needs beyond the states."""
     other: int
     """Bytes that something else holds, as the user gave them."""
-    host: int
-    """Bytes on the host, for offloaded states."""
+    host: HostMemory
     bucket: int = 0
     """Part of :attr:`buckets` that is held all the time."""
 
@@ -160,9 +195,19 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
         activations=round(activations(job)),
         step=_step_bytes(job, system, n, trained),
         other=round(job.held_bytes),
-        host=host,
+        host=_host_memory(job, system, n, host),
         bucket=bucket,
     )
+
+
+def _host_memory(job: Workload, system: Scheme, n: int, offloaded: int) -> HostMemory:
+    p, states = system.partition_size(n), OPTIMIZERS[job.optimizer].states
+    shard = shard_numel(job.model.trainable, p) * MASTER_ITEMSIZE * (1 + states)
+    share = shard // (n // p)
+    # The owner of a shard has all of it while it writes: its own share, and what the other replicas send.
+    save = shard + WRITER_BYTES if job.async_save and system.p is not None else 0
+    copies = 4 * share if job.memory_copies and system.p is not None else 0
+    return HostMemory(offloaded, save, copies, shard)
 
 
 def _residuals(job: Workload, system: Scheme, n: int) -> int:

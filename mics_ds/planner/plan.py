@@ -19,6 +19,10 @@ RESERVE = 0.1
 LEVEL = 0.005
 """Steps that differ by a smaller fraction count as equally long."""
 
+CROSSING = 0.02
+"""A partition group that leaves its fast domain must make steps shorter by more than this fraction. The network is what
+a plan knows least about."""
+
 STATES = ("partition", "world")
 """Values of ``mics_optimizer_states``."""
 
@@ -50,6 +54,8 @@ class Row:
     """Bytes of a GPU that may be used."""
     host_capacity: int
     """Bytes of host memory per rank."""
+    crosses: bool
+    """Whether a partition group leaves its fast domain."""
     job: Workload
     peak_flops: float | None
     """Peak of one GPU in the job's precision; ``None`` where compute was measured and no peak is known."""
@@ -63,7 +69,11 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.capacity and self.memory.host <= self.host_capacity
+        return self.memory.peak <= self.capacity and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        return self.memory.host.peak <= self.host_capacity
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,7 +101,8 @@ class Row:
             "fits": self.fits,
             "memory_bytes": self.memory.peak,
             "memory_parts": self.memory.parts(),
-            "host_bytes": self.memory.host,
+            "host_bytes": self.memory.host.peak,
+            "host_parts": self.memory.host.parts(),
             "step_s": self.time.total,
             "step_parts_s": self.time.parts(),
             "busy_s": self.time.busy,
@@ -104,27 +115,24 @@ class Row:
 
 
 def candidates(machine: Machine, n: int) -> list[int]:
-    """Partition sizes worth a look: divisors of n that fit nodes evenly, and n."""
-    k = min(machine.gpus_per_node, n)
+    """Partition sizes worth a look: divisors of n that fit hosts and fast domains evenly, and n."""
+    fitted = machine.for_ranks(n)
     small = (p for p in range(1, int(n**0.5) + 1) if n % p == 0)
     divisors = sorted({d for p in small for d in (p, n // p)})
-    return [p for p in divisors if k % p == 0 or p % k == 0 or p == n]
+    evenly = (fitted.gpus_per_node, fitted.domain)
+    return [p for p in divisors if p == n or all(k % p == 0 or p % k == 0 for k in evenly)]
 
 
 def check_ranks(machine: Machine, n: int) -> None:
     """Check that ``machine`` can have n ranks.
 
     Raises:
-        MicsPlanError: n ranks do not fill nodes evenly.
+        MicsPlanError: n ranks do not fill hosts or fast domains evenly.
     """
-    k = machine.gpus_per_node
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise MicsPlanError(f"The number of GPUs must be a positive integer, got {n!r}.")
-    if n > k and n % k:
-        raise MicsPlanError(
-            f"{n} GPUs do not fill nodes of {machine.name!r}, which have {k}. Use a multiple of {k} or fewer."
-        )
-    if machine.nodes_measured == 1 and n > k:
+    machine.for_ranks(n)
+    if machine.nodes_measured == 1 and n > machine.gpus_per_node:
         raise MicsPlanError(
             f"Machine {machine.name!r} was calibrated on a single node, so nothing is known of links between nodes, "
             f"but {n} GPUs take several. Calibrate on two nodes or more, or write inter into its file and set "
@@ -172,13 +180,13 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
     """One row.
 
     Raises:
-        MicsPlanError: p does not divide n, n does not fill nodes, or the machine has no peak for the precision.
+        MicsPlanError: p does not divide n, n does not fill hosts or domains, or the machine has no peak for the
+            precision.
     """
     check_ranks(machine, n)
     p = system.partition_size(n)
     check_size(machine, n, p)
-    if machine.gpus_per_node > n:
-        machine = replace(machine, gpus_per_node=n)
+    machine = machine.for_ranks(n)
     time = step_time(machine, job, system, n)
     if system.p is None:
         label = "ZeRO-3 + hpZ" if system.secondary else "ZeRO-3"
@@ -194,6 +202,7 @@ def predict(machine: Machine, job: Workload, system: Scheme, n: int, *, reserve:
         time=time,
         capacity=int(machine.memory * (1 - reserve)),
         host_capacity=int(machine.host_memory * (1 - reserve) / machine.gpus_per_node),
+        crosses=machine.partition_form(n, p).nodes > 1,
         job=job,
         peak_flops=machine.flops.get(job.precision) if job.compute_s is None else None,
     )
@@ -227,7 +236,7 @@ def make_plan(
     rows = []
     for system in systems:
         row = predict(machine, job, system, n, reserve=reserve)
-        alone = math.lcm(machine.gpus_per_node, system.p or 1)
+        alone = math.lcm(machine.for_ranks(n).domain, system.p or 1)
         if alone >= n or n % alone:
             base = row
         else:
@@ -254,13 +263,15 @@ def choices(
 def choose(rows: Sequence[Row]) -> Row | None:
     """The fastest MiCS that fits; of those that are level with it, the one with the smallest groups, which depends
     least on the network, then the one that keeps optimizer states in the partition group, and then the wire with the
-    most bits. ``None`` if none fits."""
+    most bits. Groups inside a fast domain come first, unless others are faster by :data:`CROSSING`. ``None`` if none
+    fits."""
     fitting = [row for row in rows if row.system.p is not None and row.fits]
-    if not fitting:
-        return None
-    fastest = min(row.time.total for row in fitting)
+    inside = [row for row in fitting if not row.crosses]
+    fastest = min((row.time.total for row in fitting), default=math.inf)
+    if any(row.time.total <= fastest * (1 + CROSSING) for row in inside):
+        fitting, fastest = inside, min(row.time.total for row in inside)
     level = (row for row in fitting if row.time.total <= fastest * (1 + LEVEL))
-    return min(level, key=lambda row: (row.p, row.states, WIRES.index(row.system.wire)))
+    return min(level, key=lambda row: (row.p, row.states, WIRES.index(row.system.wire)), default=None)
 
 
 def explain(rows: Sequence[Row], chosen: Row | None) -> str:
@@ -298,7 +309,7 @@ def _name(row: Row) -> str:
 
 
 def gb(value: float) -> str:
-    return f"{value / 1e9:.3g} GB"
+    return f"{value / 1e9:,.0f} GB" if value >= 1e12 else f"{value / 1e9:.3g} GB"
 
 
 def scaling(

@@ -1,116 +1,126 @@
-"""Machines that can be named.
-
-Every value has its source beside it. ``efficiency``, ``inter.bandwidth`` and ``inter.latency`` are the free constants
-of a kind of cluster, at most these three; docs/planner.md says on which published points they were fitted, and what
-follows from them is prediction. Memory is what torch reports as the device's total.
-"""
+"""Machines that can be named, found by the GPU's name, or read from a file: ``presets.hjson`` and JSON of users."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from .machine import GB, GIB, PRESETS, Link, Machine
+import hjson
 
-US = 1e-6
+from ..errors import MicsPlanError
+from .machine import GroupForm, Link, Machine, Sweep
 
-_A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
-_H100 = {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}
+_TABLES: dict[str, dict[str, dict[str, Any]]] = hjson.loads(
+    Path(__file__).with_name("presets.hjson").read_text(encoding="utf-8"), object_pairs_hook=dict
+)
 
-_P4: dict[str, Any] = {
-    "gpus_per_node": 8,
-    "flops": _A100,
-    "efficiency": 0.58,
-    "intra": Link(230 * GB, 10 * US),
-    "inter": Link(45 * GB, 225 * US),
-    "memory_bandwidth": 1.4e12,
-    "host_link": 12 * GB,
-    "host_memory": 1152 * GIB,
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of ``above``, and of ``below`` where ``above`` has none. Their sources are joined."""
+    sources = {**below.get("sources", {}), **above.get("sources", {})}
+    return {**below, **above, "sources": sources}
+
+
+def _values(cluster: str) -> dict[str, Any]:
+    """Return what the tables say of a cluster, its GPU and the GPU's generation."""
+    own = _TABLES["clusters"][cluster]
+    gpu = _TABLES["gpus"][own["gpu"]]
+    values = _over(_over(_TABLES["generations"][gpu["generation"]], gpu), own)
+    return {name: value for name, value in values.items() if name not in ("gpu", "generation", "devices", "cluster")}
+
+
+def machine_from_json(data: Any, origin: str = "machine") -> Machine:
+    """Read what :meth:`Machine.to_json` wrote, or what a user did.
+
+    ``preset`` takes the values of a preset for whatever is not given.
+
+    Raises:
+        MicsPlanError: a key is unknown or missing, or a value has the wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise MicsPlanError(f"{origin} must hold a JSON object that describes a machine, got {type(data).__name__}.")
+    data = dict(data)
+    preset = data.pop("preset", None)
+    known = {item.name for item in fields(Machine)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise MicsPlanError(
+            f"{origin}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}. A machine has "
+            f"{', '.join(sorted(known))}, and may name a preset to start from."
+        )
+    try:
+        if preset is not None:
+            data = _over({"name": preset, **_values(find_preset(preset).name)}, data)
+        for name in ("intra", "inter"):
+            if name in data:
+                data[name] = Link(**data[name])
+        if "sweeps" in data:
+            data["sweeps"] = tuple(_sweep(item) for item in data["sweeps"])
+        required = ["name", "gpus_per_node", "memory", "flops", "efficiency", "intra", "inter"]
+        missing = [name for name in required if name not in data]
+        if missing:
+            raise MicsPlanError(
+                f"{origin} lacks {', '.join(missing)}. Give them, or name a preset to start from "
+                f'("preset": one of {", ".join(PRESETS)}).'
+            )
+        return Machine(**data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise MicsPlanError(f"{origin} has a value of the wrong type: {error!r}.") from error
+
+
+def _sweep(item: Mapping[str, Any]) -> Sweep:
+    return Sweep(
+        operation=item["operation"],
+        form=GroupForm(**item["form"]),
+        staged=bool(item["staged"]),
+        payload=tuple(item["payload"]),
+        seconds=tuple(item["seconds"]),
+    )
+
+
+PRESETS: dict[str, Machine] = {
+    name: machine_from_json({"name": name, **_values(name)}, f"presets.hjson: {name}") for name in _TABLES["clusters"]
 }
-_P4_SOURCES = {
-    "flops": "NVIDIA A100 data sheet, dense",
-    "intra": "NCCL all-reduce on one p4d, 230.8 GB/s bus bandwidth (NVIDIA/nccl#527)",
-    "inter": "400 Gb/s EFA; fitted, see docs/planner.md",
-    "efficiency": "fitted, see docs/planner.md",
-    "host_memory": "AWS instance types",
-    "host_link": "PCIe 3 x16, two GPUs to a switch",
-}
+"""Machines that can be named."""
 
-for _machine in (
-    Machine(
-        name="p3dn.24xlarge",
-        gpus_per_node=8,
-        memory=31.7 * GIB,
-        flops={"fp16": 125e12, "fp32": 15.7e12},
-        efficiency=0.45,
-        intra=Link(130 * GB, 10 * US),
-        inter=Link(7 * GB, 45 * US),
-        memory_bandwidth=0.8e12,
-        host_link=11 * GB,
-        host_memory=768 * GIB,
-        sources={
-            "flops": "NVIDIA V100 data sheet, tensor cores",
-            "intra": "NVLink 2, 150 GB/s one way",
-            "inter": "100 Gb/s EFA: NCCL measures 6 to 8 GB/s on 8 to 32 nodes (NVIDIA/nccl#235); an all-reduce of 8 "
-            "bytes takes 631 us on 8 nodes, 45 us for each of its 14 hops between nodes",
-            "efficiency": "an assumption: fitted to nothing",
-            "host_link": "11.25 GB/s pinned (NVIDIA/nccl#398)",
-        },
-    ),
-    Machine(name="p4d.24xlarge", memory=39.5 * GIB, sources=_P4_SOURCES, **_P4),
-    Machine(name="p4de.24xlarge", memory=79.2 * GIB, sources=_P4_SOURCES, **_P4),
-    Machine(
-        name="p5.48xlarge",
-        gpus_per_node=8,
-        memory=79.1 * GIB,
-        flops=_H100,
-        efficiency=0.50,
-        intra=Link(350 * GB, 8 * US),
-        inter=Link(300 * GB, 20 * US),
-        memory_bandwidth=2.6e12,
-        host_link=50 * GB,
-        host_memory=2048 * GIB,
-        sources={
-            "flops": "NVIDIA H100 data sheet, dense",
-            "intra": "NCCL all-gather 350 GB/s (NVIDIA/nccl#1281)",
-            "inter": "3200 Gb/s EFA; NCCL on 2 nodes reaches 260 GB/s algorithm bandwidth (aws-samples, nccl-tests)",
-            "efficiency": "an assumption: fitted to nothing",
-        },
-    ),
-    Machine(
-        name="h200-8x400g",
-        gpus_per_node=8,
-        memory=139.8 * GIB,
-        flops=_H100,
-        efficiency=0.52,
-        intra=Link(360 * GB, 8 * US),
-        inter=Link(340 * GB, 12 * US),
-        memory_bandwidth=3.8e12,
-        host_link=50 * GB,
-        host_memory=2000 * GIB,
-        sources={
-            "flops": "NVIDIA H200 data sheet, dense",
-            "intra": "as the H100, whose links it has",
-            "inter": "8 x 400 Gb/s InfiniBand at 85% of the line",
-            "efficiency": "an assumption: fitted to nothing",
-        },
-    ),
-    Machine(
-        name="a800-4x200g",
-        gpus_per_node=8,
-        memory=79.2 * GIB,
-        flops=_A100,
-        efficiency=0.54,
-        intra=Link(152 * GB, 10 * US),
-        inter=Link(50 * GB, 350 * US),
-        memory_bandwidth=1.4e12,
-        host_link=24 * GB,
-        host_memory=1024 * GIB,
-        sources={
-            "flops": "as the A100",
-            "intra": "NVLink at 400 GB/s both ways; all-reduce of 1 GB measured at 152 GB/s bus bandwidth",
-            "inter": "4 x 200 Gb/s InfiniBand (AMSP, arXiv 2311.00257); fitted, see docs/planner.md",
-            "efficiency": "fitted, see docs/planner.md",
-        },
-    ),
-):
-    PRESETS[_machine.name] = _machine
+_CLUSTER_OF = {device: gpu["cluster"] for gpu in _TABLES["gpus"].values() for device in gpu["devices"]}
+
+
+def preset_of_device(device: str) -> Machine | None:
+    """Return the cluster that is assumed for a GPU, by the whole name that torch reports; ``None`` if it is unknown."""
+    return PRESETS[_CLUSTER_OF[device]] if device in _CLUSTER_OF else None
+
+
+def find_preset(name: Any) -> Machine:
+    """Return the preset of that name.
+
+    Raises:
+        MicsPlanError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise MicsPlanError(f"There is no preset {name!r}. Presets: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def load_machine(source: str) -> Machine:
+    """Return a preset by its name, or a machine from a JSON file that ``calibrate`` or a user wrote.
+
+    Raises:
+        MicsPlanError: there is no such preset or file, or the file is not a machine.
+    """
+    if source in PRESETS:
+        return PRESETS[source]
+    path = Path(source)
+    if not path.is_file():
+        raise MicsPlanError(
+            f"{source!r} is neither a preset nor a file. Presets: {', '.join(PRESETS)}. A file comes from "
+            f"`mics-ds calibrate` run on the cluster, or is written by hand."
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise MicsPlanError(f"{source} cannot be read as JSON: {error}.") from error
+    return machine_from_json(data, source)

@@ -149,7 +149,7 @@ class Costs:
 
     def gather(self, numel: int, backward: bool = False) -> _Cost:
         if backward and self.system.secondary:
-            form = self.machine.partition_form(self.p * self.r, min(self.p, self.machine.gpus_per_node))
+            form = self.machine.partition_form(self.p * self.r, min(self.p, self.machine.domain))
             return self._cost("all_gather", numel, self.job.itemsize, form, False)
         return self._cost("all_gather", numel, self.job.itemsize, self.partition, self.system.staged_gather)
 

@@ -115,6 +115,10 @@ class Workload:
     """Seconds of compute per micro-step, if they were measured; otherwise operations over the machine's speed."""
     held_bytes: float = 0.0
     """Bytes per GPU for what no model of this knows: CUDA context, communicators, fragmentation."""
+    async_save: bool = False
+    """Whether checkpoints are saved asynchronously (``mics_checkpoint.async``)."""
+    memory_copies: bool = False
+    """Whether states are copied to memory that outlives the process (``mics_checkpoint.memory_every``)."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "micro_steps"):

@@ -35,8 +35,9 @@ from bench.systems import Spec, deepspeed_config
 from mics_ds.cli.calibrate import description
 from mics_ds.cli.output import rendered
 from mics_ds.planner import plan as planning
-from mics_ds.planner.machine import Machine, load_machine
+from mics_ds.planner.machine import Machine
 from mics_ds.planner.model import Block, Model, Unit
+from mics_ds.planner.presets import load_machine
 from mics_ds.planner.timeline import Scheme
 from mics_ds.planner.workload import Workload, ZeroSettings
 

@@ -29,9 +29,10 @@ from mics_ds.config import MicsConfig, PlanRequest, split_ds_config
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsPlanError
 from mics_ds.planner import auto as auto_module
 from mics_ds.planner.auto import Facts, Report, Situation, as_configured, assess, decide, find_machine
-from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
+from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
 from mics_ds.planner.model import NAMED
 from mics_ds.planner.plan import LEVEL, RESERVE, make_plan, mics, predict
+from mics_ds.planner.presets import load_machine
 from mics_ds.planner.timeline import Scheme
 from mics_ds.planner.trace import model_from_module
 from mics_ds.planner.workload import Workload, ZeroSettings
@@ -266,10 +267,10 @@ def test_a_plan_is_a_section():
 # ---------------------------------------------------------------------------------------- deciding
 
 
-def facts(n: int, device: str = "cpu", gib: float = 1.0, precision: str = "bf16", **job: Any) -> Facts:
+def facts(n: int, device: str = "cpu", precision: str = "bf16", **job: Any) -> Facts:
     settings = {"micro_batch": 1, "micro_steps": 4, "precision": precision, "optimizer": "fusedadam"}
     place = Claim("hostname", "here", 0)
-    return Facts(tuple(range(n)), place, 1e9, 1e12, device, gib, {**settings, "zero": ZeroSettings(), **job})
+    return Facts(tuple(range(n)), place, 1e9, 1e12, device, {**settings, "zero": ZeroSettings(), **job})
 
 
 def config(**plan: Any) -> MicsConfig:
@@ -277,23 +278,19 @@ def config(**plan: Any) -> MicsConfig:
 
 
 @pytest.mark.parametrize(
-    ("device", "gib", "preset"),
+    ("device", "preset", "words"),
     [
-        ("Tesla V100-SXM2-32GB", 31.7, "p3dn.24xlarge"),
-        ("NVIDIA A100-SXM4-40GB", 39.5, "p4d.24xlarge"),
-        ("NVIDIA A100-SXM4-80GB", 79.2, "p4de.24xlarge"),
-        ("NVIDIA A800-SXM4-80GB", 79.2, "a800-4x200g"),
-        ("NVIDIA H100 80GB HBM3", 79.1, "p5.48xlarge"),
-        ("NVIDIA H200", 139.8, "h200-8x400g"),
-        ("NVIDIA RTX 6000", 48.0, "unknown GPUs"),
-        ("cpu", 10.0, "unknown processors"),
+        ("NVIDIA H100 80GB HBM3", "p5.48xlarge", "the network is assumed to be p5.48xlarge's"),
+        ("NVIDIA H100 NVL", "unknown GPUs", "the GPU 'NVIDIA H100 NVL' is not known and counts as 100 TFLOPS, 50 GB/s"),
+        ("cpu", "unknown processors", "the network is a guess"),
     ],
 )
-def test_what_is_assumed_of_a_cluster_nobody_named(device, gib, preset):
-    machine, assumed = find_machine(PlanRequest(), facts(8, device, gib))
+def test_what_is_assumed_of_a_cluster_nobody_named(device, preset, words):
+    machine, assumed = find_machine(PlanRequest(), facts(8, device))
     assert machine.name == preset
+    assert assumed.startswith(words)
     assert "mics_plan.cluster" in assumed
-    assert find_machine(PlanRequest(cluster="p4d.24xlarge"), facts(8, device, gib))[1] == ""
+    assert find_machine(PlanRequest(cluster="p4d.24xlarge"), facts(8, device))[1] == ""
 
 
 def test_states_of_the_world_where_the_size_is_given_and_nothing_else_fits():
@@ -306,6 +303,19 @@ def test_states_of_the_world_where_the_size_is_given_and_nothing_else_fits():
     choice, reason = decide(replace(request, shard_size=1, optimizer_states="auto"), subject, model, situation)
     assert choice == (1, "world", "full")
     assert "no partition size fits" in reason
+
+
+@pytest.mark.parametrize(("per_domain", "sharing"), [(72, 1), (64, 1), (36, 2)])
+def test_ranks_of_a_domain_share_the_network_of_its_hosts(per_domain, sharing):
+    """Hop 2 between racks, with the network cards of as many hosts as the ranks of a domain take up."""
+    model, subject = NAMED["llama-13b"].model(2048), facts(2 * per_domain)
+    request = config(cluster="gb200-nvl72", checkpointing=True, sequence=2048)
+    situation = Situation(2 * per_domain, per_domain, 1.9e11, 1e13, sharing)
+    with mock.patch.object(auto_module.planning, "predict", side_effect=predict) as asked:
+        choice, _ = decide(request, subject, model, situation)
+    used = asked.call_args.args[0]
+    assert (used.domain, used.inter.bandwidth) == (per_domain, 170e9 * per_domain / 4)
+    assert choice.p <= per_domain
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from helpers import environment
 from mics_ds.cli import app
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import calibrate
-from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep, load_machine
+from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
 from mics_ds.planner.plan import candidates
+from mics_ds.planner.presets import load_machine
 
 SIZES = (1 << 14, 1 << 16)
 
@@ -157,6 +158,19 @@ def test_links_are_found_again_from_times_they_explain():
         assert found.bandwidth == pytest.approx(expected.bandwidth, rel=1e-6)
         assert found.latency == pytest.approx(expected.latency, rel=0.1)  # the smallest buffer has a little volume too
     assert calibrate.fit_link([], True) is None
+
+
+def test_the_latency_of_a_collective_is_told_from_that_of_its_steps():
+    truth = Machine("", 8, 1, {"fp32": 1}, 1.0, Link(1e12, 3e-6), Link(1e11, 1e-5), collective_latency=2e-5)
+    sweeps = [
+        Sweep("all_gather", GroupForm(1, ranks), False, (1, 1 << 20), times)
+        for ranks in (2, 4, 8)
+        for times in [tuple(truth.time("all_gather", size, GroupForm(1, ranks)) for size in (1, 1 << 20))]
+    ]
+    first = calibrate.fit_latency(sweeps)
+    assert first == pytest.approx(2e-5, rel=1e-3)
+    assert calibrate.fit_link(sweeps, True, first=first).latency == pytest.approx(3e-6, rel=1e-3)
+    assert calibrate.fit_latency(sweeps[:1]) == 0.0
 
 
 def test_a_profile_is_written_all_or_nothing(tmp_path):

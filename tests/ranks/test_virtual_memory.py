@@ -15,8 +15,8 @@ from virtual_device.accelerator import DEVICE
 from mics_ds.comm import groups
 from mics_ds.comm.sizes import AHEAD, Sizes
 from mics_ds.planner import memory as planned
-from mics_ds.planner.machine import PRESETS
 from mics_ds.planner.model import Block, Model, Unit
+from mics_ds.planner.presets import PRESETS
 from mics_ds.planner.timeline import Scheme, step_time
 from mics_ds.planner.workload import Workload, ZeroSettings
 
