@@ -187,7 +187,7 @@ class Session:
             text = "; ".join(f"{', '.join(item['versions'])} on rank {rank}" for rank, item in known.items())
             return {"problem": f"All ranks must have the same versions of mics_ds, DeepSpeed and torch: {text[:2000]}"}
         try:
-            nodes = placement.resolve([placement.Claim(**item["claim"]) for item in known.values()])
+            placed = placement.resolve([placement.Claim(**item["claim"]) for item in known.values()])
         except MicsError as error:
             return {"problem": str(error)}
         common = [name for name in known[0]["dtypes"] if all(name in item["dtypes"] for item in known.values())]
@@ -199,7 +199,7 @@ class Session:
         except OSError as error:
             if self._given.folder is not None:
                 return {"problem": f"--folder {self._given.folder} cannot be written to: {error}"}
-        return {"nodes": list(nodes), "dtypes": common, "folder": folder}
+        return {"nodes": list(placed.domains), "dtypes": common, "folder": folder}
 
     @staticmethod
     def _judge_folder(agreed: Said, said: list[Said | None]) -> Said:

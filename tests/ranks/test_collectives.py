@@ -84,10 +84,10 @@ def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(dtype, numel, nodes
     ChunkLayout(tuple(part.numel() for part in parts), order).copy_out(buffer, parts)
     for part, columns in zip(parts, flat.view(4, numel).split(widths, dim=1)):
         assert torch.equal(part, columns.flatten())
-    if made.hierarchy.nodes_follow_each_other:
+    if made.hierarchy.domains_follow_each_other:
         whole = collectives.all_gather_whole_hierarchical(shard, made.hierarchy)
         assert torch.equal(whole.view(-1), flat)
-    assert made.hierarchy.nodes_follow_each_other == (nodes == "0011")
+    assert made.hierarchy.domains_follow_each_other == (nodes == "0011")
 
 
 @pytest.mark.ranks(4)
