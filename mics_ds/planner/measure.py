@@ -283,9 +283,10 @@ def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, un
     sizes = ladder(shapes)
     asked = {min(shape.nbytes, LARGEST) for shape in shapes}
     for index, size in enumerate(sizes):
+        began_s = clock.elapsed
         works = [prepare(size) for prepare in contestants]
         rounds = [[clock.time(work) for work in works]]
-        once = max(sum(rounds[0]), 1e-9)
+        once = max(clock.elapsed - began_s, 1e-9)
         following_s = sizes[index + 1] / size * once if index + 1 < len(sizes) else math.inf
         is_last = clock.elapsed + following_s > until_s
         if is_last or size in asked:
