@@ -2,7 +2,8 @@
 
 ``machine`` -> ``model`` -> ``workload`` -> ``timeline`` -> ``memory`` -> ``plan`` are arithmetic and need no torch;
 ``trace`` describes modules, ``job`` reads what users give, ``calibrate`` measures a cluster, and ``auto`` decides for
-``mics_shard_size: "auto"``. The command is ``mics-ds plan``.
+``mics_shard_size: "auto"``. ``measure`` chooses how collectives run when an engine is built. The command is ``mics-ds
+plan``.
 """
 
 from . import presets  # noqa: F401  (names the machines)
