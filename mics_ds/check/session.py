@@ -312,16 +312,16 @@ class Session:
         return torch.cuda.get_device_name() if self._place.device.type == "cuda" else self._place.device.type
 
     def _tell_surroundings(self, here: Surroundings, sizes: tuple[int, ...]) -> None:
-        n, nodes = here.size, len(set(here.nodes))
+        n, domains = here.size, len(set(here.nodes))
         self._say(", ".join(f"{name} {version}" for name, version in self._versions().items()))
         self._say(
-            f"{n} rank{'s' * (n > 1)} on {nodes} node{'s' * (nodes > 1)}, {self._device_name()}, "
+            f"{n} rank{'s' * (n > 1)} in {domains} fast domain{'s' * (domains > 1)}, {self._device_name()}, "
             f"backend {dist.get_backend()}"
         )
         for p in sizes:
             layout = MicsLayout(tuple(range(n)), here.nodes, p)
             reason = layout.why_not_hierarchical
-            way = "in two stages" if reason is None else f"flat ({reason})"
+            way = "in two stages where measured to be faster" if reason is None else f"flat ({reason})"
             self._say(f"  p={p}: {layout.replication_size} replicas x {p} shards, gathers {way}")
         if self._untested is not None:
             self._said.append(

@@ -129,13 +129,13 @@ def _shapes(sizes: Iterable[int]) -> tuple[Shape, ...]:
 
 
 def choose_ways(groups: MicsGroups, demand: Demand) -> MicsGroups:
-    """Return the groups with the fastest ways. Collective over :attr:`MicsGroups.everyone`."""
+    """Return the groups with the fastest ways. Collective over :attr:`MicsGroups.full`."""
     if len(groups.choices) == 1:
         return groups
     cache = Cache(groups, demand)
-    profiled, kept, budget_s = _agree(groups, _by_profile(groups, demand), cache.read())
+    profiled, kept, budget_s = _agree(groups, demand, _by_profile(groups, demand), cache.read())
     if budget_s == 0:
-        ways, why = groups.ways, f"{SECONDS_ENV}=0"
+        ways, why = groups.ways, "not measured"
     elif profiled is not None:
         ways, why = profiled, "by the profile"
     elif kept is not None:
@@ -143,29 +143,40 @@ def choose_ways(groups: MicsGroups, demand: Demand) -> MicsGroups:
         cache.write(ways)
     else:
         clock, seconds = measure(groups, demand, budget_s)
-        ways, why = fastest(groups.choices, seconds), f"measured in {clock.elapsed:.2f} s: {describe(seconds)}"
+        ways = fastest(groups.choices, seconds)
+        why = f"measured in {clock.elapsed:.2f} s: {describe(seconds)}" if seconds else "too little to measure"
         cache.write(ways)
     if current_job().is_news((groups.layout, demand, ways)):
         log_rank0(f"MiCS gathers parameters {ways.gather} and reduces gradients {ways.scatter} ({why})")
     return replace(groups, ways=ways)
 
 
-def _agree(groups: MicsGroups, *found: Ways | None) -> tuple[Ways | None, Ways | None, float]:
-    """Return what some rank has found, the same on all ranks, and the seconds that measurement may take."""
-    choices = groups.choices
-    numbers = [0 if ways is None else choices.index(ways) + 1 for ways in found]
-    tensor = torch.tensor([*numbers, round(1e3 * _budget_s())], device=communication_device())
-    collectives.max_over_(tensor, groups.everyone, "measurement of collectives")
-    profiled, kept, milliseconds = tensor.tolist()
-    return *(choices[number - 1] if number else None for number in (profiled, kept)), milliseconds / 1e3
+def _agree(
+    groups: MicsGroups, demand: Demand, profiled: Ways | None, kept: Ways | None
+) -> tuple[Ways | None, Ways | None, float]:
+    """Return what some rank has found, the same on all ranks, and the seconds that measurement may take.
+
+    These are 0 where ranks have different models: measurement would hang, and DeepSpeed has a better error.
+    """
+    choices = (None, *groups.choices)
+    asked = int(agreement.digest(repr(demand))[:14], 16)
+    mine = [choices.index(profiled), choices.index(kept), round(1e3 * _budget_s()), asked, -asked]
+    tensor = torch.tensor(mine, device=communication_device())
+    collectives.max_over_(tensor, groups.full, "measurement of collectives")
+    by_profile, by_cache, milliseconds, most, negated_least = tensor.tolist()
+    return choices[by_profile], choices[by_cache], milliseconds / 1e3 if most == -negated_least else 0.0
 
 
 def _budget_s() -> float:
+    given = os.environ.get(SECONDS_ENV, str(DEFAULT_S))
     try:
-        return max(0.0, float(os.environ.get(SECONDS_ENV, DEFAULT_S)))
+        seconds = float(given)
     except ValueError:
-        logger.warning("%s must be a number of seconds, got %r", SECONDS_ENV, os.environ[SECONDS_ENV])
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        logger.warning("%s must be a number of seconds, got %r. %g is taken.", SECONDS_ENV, given, DEFAULT_S)
         return DEFAULT_S
+    return seconds
 
 
 Seconds = Mapping[str, float]
@@ -194,7 +205,7 @@ def describe(seconds: Seconds) -> str:
 def _by_profile(groups: MicsGroups, demand: Demand) -> Ways | None:
     """Return the ways that are faster on a calibrated cluster. On the first rank, which alone may have the profile."""
     request = groups.config.plan
-    if groups.everyone.rank != 0 or request is None or request.cluster is None:
+    if groups.full.rank != 0 or request is None or request.cluster is None:
         return None
     try:
         machine = load_machine(request.cluster)
@@ -222,7 +233,7 @@ def _by_profile(groups: MicsGroups, demand: Demand) -> Ways | None:
 
 
 def measure(groups: MicsGroups, demand: Demand, budget_s: float) -> tuple[Clock, Seconds]:
-    """Time all ways that are open, on all groups of the job at once. Collective over :attr:`MicsGroups.everyone`.
+    """Time all ways that are open, on all groups at once. Collective over :attr:`MicsGroups.full`.
 
     Args:
         budget_s: seconds that it may take, once ranks are connected. Training would have to connect them too.
@@ -234,7 +245,7 @@ def measure(groups: MicsGroups, demand: Demand, budget_s: float) -> tuple[Clock,
     for contestants, shapes in kinds:
         for prepare in contestants.values():
             prepare(demand.dtype, ladder(shapes)[0])()
-    clock, seconds = Clock(groups.everyone), dict[str, float]()
+    clock, seconds = Clock(groups.full), dict[str, float]()
     for index, (contestants, shapes) in enumerate(kinds):
         until_s = clock.elapsed + (budget_s - clock.elapsed) / (len(kinds) - index)
         prepared = [functools.partial(prepare, demand.dtype) for prepare in contestants.values()]
@@ -245,10 +256,10 @@ def measure(groups: MicsGroups, demand: Demand, budget_s: float) -> tuple[Clock,
 
 
 class Clock:
-    """Times work on all ranks, from the same moment on. Every rank gets the numbers of the slowest one."""
+    """Times work on all ranks of a group at once. Every rank gets the numbers of the slowest one."""
 
-    def __init__(self, everyone: RankGroup) -> None:
-        self._everyone = everyone
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
         self._began = time.perf_counter()
         self.elapsed = 0.0
         """Seconds since the clock was made, by the end of the last work."""
@@ -261,7 +272,7 @@ class Clock:
         wait_for_device()
         end = time.perf_counter()
         taken = torch.tensor([end - start, end - self._began], dtype=torch.float64, device=communication_device())
-        collectives.max_over_(taken, self._everyone, "time of collectives")
+        collectives.max_over_(taken, self._group, "time of collectives")
         seconds, self.elapsed = taken.tolist()
         return float(seconds)
 

@@ -93,7 +93,7 @@ def in_a_rank(
 
 def reference(groups: Any, demand: measure.Demand, say: Callable[[str | None], None]) -> dict[str, dict[str, float]]:
     """Median seconds of one pass over the model, for all ways of gathers and of hop 1, in turns."""
-    clock = measure.Clock(groups.everyone)
+    clock = measure.Clock(groups.full)
     kinds: dict[str, dict[str, Callable[[], Any]]] = {"gathers": {}, "scatters": {}}
     for ways in groups.choices:
         for kind, name, prepare, shapes in (

@@ -206,6 +206,16 @@ def test_budgets_that_differ_are_no_hang(tmp_path):
 
 
 @pytest.mark.ranks(4)
+def test_ranks_with_other_models_measure_nothing(tmp_path):
+    """They would wait for each other's collectives. Other comparisons tell what is wrong."""
+    with measuring(tmp_path), mock.patch.object(measure, "measure", None):
+        groups = build_groups(MicsConfig(4), dist.group.WORLD)
+        sizes = (measure.Shape(1 << (20 + (dist.get_rank() == 2)), 1),)
+        chosen = measure.choose_ways(groups, measure.Demand(sizes, sizes, torch.float32))
+        assert chosen.ways == groups.ways
+
+
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [2, 4])
 def test_a_resumed_run_adds_up_in_the_same_order(tmp_path, p):
     """Otherwise two runs of a job could differ in their last bits, because they measured differently."""

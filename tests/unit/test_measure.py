@@ -33,7 +33,8 @@ def groups_with(**changes) -> SimpleNamespace:
     layout = MicsLayout(tuple(range(8)), (0,) * 4 + (1,) * 4, 8)
     given = {
         "layout": layout,
-        "everyone": SimpleNamespace(size=8, rank=0),
+        "everyone": SimpleNamespace(size=8),
+        "full": SimpleNamespace(size=8, rank=0),
         "partition": SimpleNamespace(
             size=8, group=SimpleNamespace(_get_backend=lambda _: SimpleNamespace(name=lambda: "gloo"))
         ),
@@ -154,7 +155,7 @@ def test_a_calibrated_profile_replaces_measurement(tmp_path):
     def by_profile(machine: Machine, rank: int = 0) -> Ways | None:
         calibrate.write(machine, tmp_path / "m.json")
         config = MicsConfig(8, plan=PlanRequest(cluster=str(tmp_path / "m.json")))
-        return measure._by_profile(groups_with(config=config, everyone=SimpleNamespace(size=8, rank=rank)), demand)
+        return measure._by_profile(groups_with(config=config, full=SimpleNamespace(rank=rank)), demand)
 
     assert by_profile(machine) == Ways(False, True, "all_to_all"), "the method is left to the rule"
     assert by_profile(machine, rank=1) is None, "the file may be on the first node only"
@@ -197,7 +198,7 @@ def test_the_cache_gives_what_was_kept(cache, tmp_path):
         {"demand": replace(DEMAND, dtype=torch.float32)},
         {"layout": MicsLayout(tuple(range(8)), (0, 0, 1, 1, 2, 2, 3, 3), 8)},
         {"layout": MicsLayout(tuple(range(8)), (0,) * 4 + (1,) * 4, 4)},
-        {"everyone": SimpleNamespace(size=16, rank=0)},
+        {"everyone": SimpleNamespace(size=16)},
         {"choices": CHOICES[:2]},
     ],
     ids=["sizes", "dtype", "domains", "p", "ranks", "choices"],
