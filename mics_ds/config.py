@@ -115,13 +115,17 @@ class MicsConfig:
     (checked in :mod:`mics_ds.comm.layout`, where that size is known). ``"auto"`` until the engine is built, if it is
     for the planner to choose."""
     hierarchical_params_gather: AutoBool = "auto"
-    """Gather parameters in two stages, between nodes and then inside each node. ``"auto"`` does so
-    when a partition group spans several nodes with the same number of ranks on each."""
+    """Gather parameters in two stages, between fast domains and then inside each of them. ``"auto"`` does so where a
+    partition group spans several domains with the same number of ranks in each, and where it is measured to be
+    faster."""
     hierarchical_grad_scatter: AutoBool = "auto"
-    """Reduce-scatter gradients in two stages, inside each node and then between nodes. As above."""
+    """Reduce-scatter gradients in two stages, inside each fast domain and then between them. As above."""
     reduce_scatter: Literal["auto", "native", "all_to_all"] = "auto"
     """Method by which hop 1 moves gradients: the backend's own reduce-scatter, or an all-to-all and a local sum.
-    ``"auto"`` takes the one that sends fewer bytes on this backend."""
+    ``"auto"`` takes the one that is measured to be faster."""
+    domain_size: Union[Positive, None] = None
+    """Number of consecutive ranks that form a fast domain, see :mod:`mics_ds.comm.placement`. By default what NVML
+    reports, else the ranks of a node."""
     reshape_checkpoint: Flag = False
     """Let a checkpoint that was saved in another number of shards be loaded, cutting it anew on the way.
     Without it, that is an error."""

@@ -187,7 +187,7 @@ class Session:
             text = "; ".join(f"{', '.join(item['versions'])} on rank {rank}" for rank, item in known.items())
             return {"problem": f"All ranks must have the same versions of mics_ds, DeepSpeed and torch: {text[:2000]}"}
         try:
-            nodes = placement.resolve([placement.Claim(**item["claim"]) for item in known.values()])
+            placed = placement.resolve([placement.Claim(**item["claim"]) for item in known.values()])
         except MicsError as error:
             return {"problem": str(error)}
         common = [name for name in known[0]["dtypes"] if all(name in item["dtypes"] for item in known.values())]
@@ -199,7 +199,7 @@ class Session:
         except OSError as error:
             if self._given.folder is not None:
                 return {"problem": f"--folder {self._given.folder} cannot be written to: {error}"}
-        return {"nodes": list(nodes), "dtypes": common, "folder": folder}
+        return {"nodes": list(placed.domains), "dtypes": common, "folder": folder}
 
     @staticmethod
     def _judge_folder(agreed: Said, said: list[Said | None]) -> Said:
@@ -312,16 +312,16 @@ class Session:
         return torch.cuda.get_device_name() if self._place.device.type == "cuda" else self._place.device.type
 
     def _tell_surroundings(self, here: Surroundings, sizes: tuple[int, ...]) -> None:
-        n, nodes = here.size, len(set(here.nodes))
+        n, domains = here.size, len(set(here.nodes))
         self._say(", ".join(f"{name} {version}" for name, version in self._versions().items()))
         self._say(
-            f"{n} rank{'s' * (n > 1)} on {nodes} node{'s' * (nodes > 1)}, {self._device_name()}, "
+            f"{n} rank{'s' * (n > 1)} in {domains} fast domain{'s' * (domains > 1)}, {self._device_name()}, "
             f"backend {dist.get_backend()}"
         )
         for p in sizes:
             layout = MicsLayout(tuple(range(n)), here.nodes, p)
             reason = layout.why_not_hierarchical
-            way = "in two stages" if reason is None else f"flat ({reason})"
+            way = "in two stages where measured to be faster" if reason is None else f"flat ({reason})"
             self._say(f"  p={p}: {layout.replication_size} replicas x {p} shards, gathers {way}")
         if self._untested is not None:
             self._said.append(

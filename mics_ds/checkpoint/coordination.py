@@ -261,7 +261,7 @@ class Roles:
             shards=layout.partition_size,
             replicas=layout.replication_size,
             ranks=layout.world_size,
-            ranks_per_node=tuple(Counter(layout.nodes).values()),
+            ranks_per_node=tuple(Counter(self.groups.node_of[rank] for rank in layout.ranks).values()),
             model_parallel=dist.get_world_size() // layout.world_size,
             global_steps=steps,
             node_local=self.node_local,

@@ -3,14 +3,15 @@
 | what                      | group                | when                              | bytes sent per rank        |
 |---------------------------|----------------------|-----------------------------------|----------------------------|
 | all-gather                | partition            | before a module runs              | (p-1)/p · M                |
-|   hierarchical            | inter-, then intra-  | the same                          | (p-k)/p · M/k between nodes|
+|   in two stages           | inter, then intra    | the same                          | (p-k)/p · M/k outside      |
 | reduce-scatter (hop 1)    | partition            | every micro-step                  | (p-1)/p · M                |
-|   hierarchical            | intra-, then inter-  | the same                          | (p-k)/p · M/k between nodes|
+|   in two stages           | intra, then inter    | the same                          | (p-k)/p · M/k outside      |
 | all-reduce mean (hop 2)   | replication          | at the accumulation boundary only | 2(r-1)/r · M/p             |
 |   as a reduce-scatter     | replication          | with world-sharded states         | (r-1)/r · M/p              |
 |   in fewer bytes          | replication          | with a wire of w bytes per a      | 2(r-1)/r · w/a · M/p       |
 | all-gather of updates     | replication          | after the step, with those        | (r-1)/r · M/p              |
 
+k is the number of ranks of the partition group in each fast domain, and "outside" is the network between domains.
 Functions with a :class:`mics_ds.comm.async_exec.Stages` argument run in an executor, which says where stages wait.
 """
 
@@ -27,21 +28,21 @@ from torch.profiler import record_function
 
 from ..errors import MicsCommError
 from .async_exec import INLINE, Handle, Stages
-from .rank_group import NodeGroups, RankGroup, ReduceScatterMethod
+from .rank_group import RankGroup, ReduceScatterMethod, StageGroups
 
 _OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
 # Names of collectives in traces, meters and errors.
 HOP1 = "gradient reduce-scatter (hop 1)"
-HOP1_INTER = "inter-node gradient reduce-scatter (hop 1)"
+HOP1_INTER = "gradient reduce-scatter between domains (hop 1)"
 HOP2 = "gradient all-reduce (hop 2)"
 HOP2_SCATTER = "gradient reduce-scatter (hop 2)"
 HOP2_EXCHANGE = "exchange of encoded gradients (hop 2)"
 HOP2_GATHER = "all-gather of encoded means (hop 2)"
 UPDATES = "all-gather of updated weights"
 GATHER = "all-gather of parameters"
-GATHER_INTER = "inter-node all-gather"
-GATHER_INTRA = "intra-node all-gather"
+GATHER_INTER = "all-gather between domains"
+GATHER_INTRA = "all-gather inside a domain"
 
 Observer = Callable[[str, str, int, Callable[[], dist.Work | None]], dist.Work | None]
 observer: Observer | None = None
@@ -206,21 +207,21 @@ def start_all_gather(rows: torch.Tensor, row: torch.Tensor, group: RankGroup, wh
     )
 
 
-def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, stages: Stages = INLINE) -> torch.Tensor:
-    """All-gather in two stages, between nodes and then inside each node.
+def all_gather_hierarchical(shard: torch.Tensor, groups: StageGroups, stages: Stages = INLINE) -> torch.Tensor:
+    """All-gather in two stages, between domains and then inside each domain.
 
     The first stage runs k times side by side, each among the N ranks with the same local place, and
-    moves (p-k)/p · M over a node's link instead of (p-1)/p · M; the second stays inside the node.
-    Going inside first would move k times more between nodes. While one gather crosses between the nodes,
+    moves (p-k)/p · M over a domain's links instead of (p-1)/p · M; the second stays inside the domain.
+    Going inside first would move k times more between domains. While one gather crosses between the domains,
     the gather before it is spread inside them.
 
     Args:
         shard: (width,), this rank's chunk, the same length and dtype on all ranks of the partition group.
-        groups: this rank's inter- and intra-node groups.
+        groups: this rank's inter and intra groups.
         stages: where they run. A reader on another stream has to wait for both.
 
     Returns:
-        (p, width), rows in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`.
+        (p, width), rows in *slot* order, see :class:`mics_ds.comm.layout.DomainGrid`.
     """
     inter, intra = groups.inter, groups.intra
     buffer = shard.new_empty(len(groups.chunk_of_slot), shard.numel())
@@ -233,14 +234,14 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: NodeGroups, stages: Sta
     return buffer
 
 
-def all_gather_whole_hierarchical(shard: torch.Tensor, groups: NodeGroups, stages: Stages = INLINE) -> torch.Tensor:
+def all_gather_whole_hierarchical(shard: torch.Tensor, groups: StageGroups, stages: Stages = INLINE) -> torch.Tensor:
     """All-gather one tensor in two stages, straight to where it belongs.
 
-    As :func:`all_gather_hierarchical`, but with one collective inside the node for each of the N nodes, whose chunks
-    follow each other in rank order. That saves a copy out of slots, and its memory.
+    As :func:`all_gather_hierarchical`, but with one collective inside the domain for each of the N domains. Their
+    chunks follow each other in rank order. That saves a copy out of slots, and its memory.
 
     Args:
-        groups: with nodes that follow each other.
+        groups: with domains that follow each other.
 
     Returns:
         (p, width), rows in *rank* order.
@@ -249,15 +250,15 @@ def all_gather_whole_hierarchical(shard: torch.Tensor, groups: NodeGroups, stage
     full = shard.new_empty(inter.size * intra.size, width)
     column = shard.new_empty(inter.size, width)
     between = start_all_gather(column, shard, inter, GATHER_INTER)
-    by_node = full.view(inter.size, intra.size * width)
+    by_domain = full.view(inter.size, intra.size * width)
     with stages.wait_stage():
-        # The own node's chunks need nothing from other nodes.
-        inside = [start_all_gather(by_node[inter.rank], shard, intra, GATHER_INTRA)]
+        # The own domain's chunks need nothing from other domains.
+        inside = [start_all_gather(by_domain[inter.rank], shard, intra, GATHER_INTRA)]
         between.wait()
         inside += [
-            start_all_gather(by_node[node], column[node], intra, GATHER_INTRA)
-            for node in range(inter.size)
-            if node != inter.rank
+            start_all_gather(by_domain[domain], column[domain], intra, GATHER_INTRA)
+            for domain in range(inter.size)
+            if domain != inter.rank
         ]
         for handle in inside:
             handle.wait()
@@ -327,21 +328,22 @@ def reduce_scatter_mean(
 def reduce_scatter_mean_hierarchical(
     rows: torch.Tensor,
     output: torch.Tensor,
-    groups: NodeGroups,
+    groups: StageGroups,
     method: ReduceScatterMethod,
     stages: Stages = INLINE,
 ) -> None:
-    """Run hop 1 in two stages, inside each node and then between nodes: the gather in a mirror.
+    """Run hop 1 in two stages, inside each domain and then between domains: the gather in a mirror.
 
-    Inside a node the k ranks reduce all they have for local place l into the rank with that place, so
-    that only 1/k of the buffer goes on to the network, (p-k)/p · M per node and not (p-1)/p · M. While
-    one bucket crosses between the nodes, the next one is reduced inside them. Each stage takes a mean, so
+    Inside a domain the k ranks reduce all they have for local place l into the rank with that place, so
+    that only 1/k of the buffer goes on to the network, (p-k)/p · M per domain and not (p-1)/p · M. While
+    one bucket crosses between the domains, the next one is reduced inside them. Each stage takes a mean, so
     that 16-bit sums do not overflow in between.
 
     Args:
-        rows: (p, width), in *slot* order, see :class:`mics_ds.comm.layout.NodeGrid`. Overwritten.
+        rows: (p, width), in *slot* order, see :class:`mics_ds.comm.layout.DomainGrid`. Overwritten.
         output: as for :func:`reduce_scatter_mean`.
-        stages: the collective inside the node is issued in the issue stage, the one between nodes in the wait stage.
+        stages: the collective inside the domain is issued in the issue stage, the one between domains in the wait
+            stage.
     """
     inter, intra = groups.inter, groups.intra
     by_place = rows.view(intra.size, -1)  # row l is for local place l, and holds the rows for its N ranks

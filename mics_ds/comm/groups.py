@@ -6,9 +6,10 @@ then creates process groups: one call for each kind of group, in which a rank ta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from .async_exec import Executor, Streams, make_executor
 from .collectives import exchange
 from .job import current_job
 from .layout import MicsLayout, Ranks
-from .rank_group import NodeGroups, RankGroup, ReduceScatterMethod
+from .placement import Placement
+from .rank_group import REDUCE_SCATTER_METHODS, RankGroup, ReduceScatterMethod, StageGroups, Ways
 from .sizes import AHEAD, Sizes, sizes_of
 
 
@@ -43,17 +45,17 @@ class MicsGroups:
     """Ranks that hold the same shard. ``None`` for p = n, where there is nothing to average. Hop 2 runs beside the
     backward pass, which may have collectives of the model's own: on a device without streams this is never
     :attr:`full`, for the reason given at :attr:`scatter`."""
-    hierarchy: NodeGroups | None
-    """Set when parameters are gathered in two stages."""
+    gather_stages: StageGroups | None
+    """Groups for gathers in two stages. Set where placement and configuration allow those."""
     scatter: RankGroup
     """The ranks of :attr:`partition` once more, for hop 1. On a device without streams it is another process group,
     because hop 1 runs on a thread of its own, and two threads cannot agree on an order within one group."""
-    scatter_hierarchy: NodeGroups | None
-    """Set when gradients are reduced in two stages. See :attr:`scatter`."""
-    reduce_scatter: ReduceScatterMethod
-    """Method by which hop 1 moves gradients."""
+    scatter_stages: StageGroups | None
+    """Groups for hop 1 in two stages, as :attr:`gather_stages`. See :attr:`scatter`."""
+    ways: Ways
+    """Ways that gathers and hop 1 take: by rule, until they are measured (:mod:`mics_ds.planner.measure`)."""
     node_of: Mapping[int, int]
-    """Node of every rank of :attr:`everyone`, by global rank."""
+    """Node (host) of every rank of :attr:`everyone`, by global rank. Fast domains are in :attr:`layout`."""
     sizes: Sizes
     gather_executor: Executor
     """Executor of hierarchical gathers, one for all engines that share the process groups."""
@@ -62,6 +64,36 @@ class MicsGroups:
     replica_executor: Executor
     """Executor of hop 2, and with world-sharded states of gathers of updated weights. The main thread may use
     :attr:`replication` once this is drained."""
+
+    @property
+    def hierarchy(self) -> StageGroups | None:
+        """Groups for gathers of parameters in two stages; ``None`` where these are flat."""
+        return self.gather_stages if self.ways.staged_gather else None
+
+    @property
+    def scatter_hierarchy(self) -> StageGroups | None:
+        """Groups for hop 1 in two stages; ``None`` where it is flat."""
+        return self.scatter_stages if self.ways.staged_scatter else None
+
+    @property
+    def reduce_scatter(self) -> ReduceScatterMethod:
+        """Method by which hop 1 moves gradients."""
+        return self.ways.reduce_scatter
+
+    @property
+    def choices(self) -> tuple[Ways, ...]:
+        """Ways among which configuration and placement leave a choice. The first one is the rule without measurement:
+        two stages, by the method of which the backend sends the least."""
+        gathers = [False] if self.gather_stages is None else [True, False]
+        scatters = [False] if self.scatter_stages is None else [True, False]
+        if self.config.hierarchical_params_gather != "auto":
+            gathers = gathers[:1]
+        if self.config.hierarchical_grad_scatter != "auto":
+            scatters = scatters[:1]
+        methods = [self.ways.reduce_scatter]
+        if self.config.reduce_scatter == "auto" and self.partition.size > 1:
+            methods += [method for method in REDUCE_SCATTER_METHODS if method not in methods]
+        return tuple(Ways(*way) for way in itertools.product(gathers, scatters, methods))
 
     @property
     def spreads_states(self) -> bool:
@@ -93,19 +125,19 @@ def build_groups(
     world = dist.group.WORLD
     assert world is not None, "initialised by whoever has a data-parallel group"
     everyone = RankGroup.of(world if participants is None else full)
-    own, all_layouts, node_of = _agree(config, RankGroup.of(full), everyone)
+    own, all_layouts, placed = _agree(config, RankGroup.of(full), everyone)
     can_stage = not any(layout.why_not_hierarchical for layout in all_layouts)
-    # "auto" is two stages wherever the placement allows them: with p = 4 on four nodes of two ranks at 100 Mbit/s a
-    # step took 3.35 s in two stages and 5.79 s flat (docs/results.md).
-    stages_gather = config.hierarchical_params_gather is not False and can_stage
-    stages_scatter = config.hierarchical_grad_scatter is not False and can_stage
     device = torch.device("cpu" if streams is None else streams.current_device_name())
+    ways = Ways(
+        staged_gather=config.hierarchical_params_gather is not False and can_stage,
+        staged_scatter=config.hierarchical_grad_scatter is not False and can_stage,
+        reduce_scatter=reduce_scatter_method(config, full, device),
+    )
     make = _GroupMaker(full, own, device)
     # See MicsGroups.scatter: on a device without streams, each executor has process groups of its own.
     scatter_purpose = "scatter" if streams is None else "gather"
-    method = reduce_scatter_method(config, full, device)
     if current_job().is_news(own):
-        log_rank0(own.describe(stages_gather, stages_scatter, method))
+        log_rank0(own.describe(placed.domains_from, *astuple(ways)))
     return MicsGroups(
         config=config,
         layout=own,
@@ -114,10 +146,10 @@ def build_groups(
         partition=make("gather", own.partition_groups),
         scatter=make(scatter_purpose, own.partition_groups),
         replication=make(scatter_purpose, own.replication_groups) if own.replication_size > 1 else None,
-        hierarchy=make.of_nodes("gather") if stages_gather else None,
-        scatter_hierarchy=make.of_nodes(scatter_purpose) if stages_scatter else None,
-        reduce_scatter=method,
-        node_of=node_of,
+        gather_stages=make.of_stages("gather") if ways.staged_gather else None,
+        scatter_stages=make.of_stages(scatter_purpose) if ways.staged_scatter else None,
+        ways=ways,
+        node_of=dict(zip(everyone.ranks, placed.nodes)),
         sizes=sizes_of(streams is not None),
         gather_executor=_executor("all-gather", own, streams, overlapping=True),
         scatter_executor=_executor("reduction", own, streams, ahead=AHEAD, overlapping=True),
@@ -134,13 +166,11 @@ def _executor(name: str, layout: MicsLayout, streams: Streams | None, **options:
     return executor
 
 
-def _agree(
-    config: MicsConfig, full: RankGroup, everyone: RankGroup
-) -> tuple[MicsLayout, list[MicsLayout], dict[int, int]]:
+def _agree(config: MicsConfig, full: RankGroup, everyone: RankGroup) -> tuple[MicsLayout, list[MicsLayout], Placement]:
     """Compare configuration, data-parallel groups and placement with all participants.
 
     Returns:
-        The layout of this rank's data-parallel group, those of all groups, and the node of each rank.
+        The layout of this rank's data-parallel group, those of all groups, and the placement of all ranks.
     """
     with agreement.failing_together(everyone.ranks):
         if not set(full.ranks) <= set(everyone.ranks):
@@ -157,14 +187,14 @@ def _agree(
     )
     note = claim, full.ranks if full.rank == 0 else None
     notes = exchange(note, everyone, "agreement on the placement of ranks")
-    nodes = placement.resolve([claim for claim, _ in notes], everyone.ranks)
-    node_of = dict(zip(everyone.ranks, nodes))
+    placed = placement.resolve([claim for claim, _ in notes], everyone.ranks, config.domain_size)
+    domain_of = dict(zip(everyone.ranks, placed.domains))
     p = int(config.shard_size)
 
     def layout(ranks: Ranks) -> MicsLayout:
-        return MicsLayout(ranks, tuple(node_of[rank] for rank in ranks), p)
+        return MicsLayout(ranks, tuple(domain_of[rank] for rank in ranks), p)
 
-    return layout(full.ranks), [layout(ranks) for _, ranks in notes if ranks is not None], node_of
+    return layout(full.ranks), [layout(ranks) for _, ranks in notes if ranks is not None], placed
 
 
 class _GroupMaker:
@@ -200,13 +230,13 @@ class _GroupMaker:
             job.groups[purpose, groups] = group
         return RankGroup(group, own, own.index(dist.get_rank()))
 
-    def of_nodes(self, purpose: str) -> NodeGroups:
-        """Return this rank's groups between and inside nodes."""
-        grids = [self._layout.node_grid(group) for group in self._layout.partition_groups]
+    def of_stages(self, purpose: str) -> StageGroups:
+        """Return this rank's groups between and inside fast domains."""
+        grids = [self._layout.domain_grid(group) for group in self._layout.partition_groups]
         (own,) = [grid for grid in grids if any(dist.get_rank() in ranks for ranks in grid.intra)]
         inter = self(purpose, tuple(ranks for grid in grids for ranks in grid.inter))
         intra = self(purpose, tuple(ranks for grid in grids for ranks in grid.intra))
-        return NodeGroups(inter, intra, own.chunk_of_slot)
+        return StageGroups(inter, intra, own.chunk_of_slot)
 
 
 @contextmanager
@@ -241,7 +271,7 @@ def _unbound() -> Iterator[None]:
 
 
 def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup, device: torch.device) -> ReduceScatterMethod:
-    """Return ``"native"`` or ``"all_to_all"``: what the configuration says, or what suits the backend.
+    """Return ``"native"`` or ``"all_to_all"``: what the configuration says, or the rule for the backend.
 
     gloo's reduce-scatter sends as many bytes as its all-reduce, 2(p-1)/p · M, where an all-to-all sends
     half of that: 1.35 s and not 2.15 s for 64 MB on two nodes of two ranks at 400 Mbit/s. NCCL's is

@@ -24,6 +24,8 @@ class Job:
     attempts: Counter[Any] = field(default_factory=Counter)
     """Process groups that this rank has tried to make, by description and ranks."""
     executors: dict[Any, Any] = field(default_factory=dict)
+    ways: dict[Any, Any] = field(default_factory=dict)
+    """Ways that collectives take, by what they were measured for, see :mod:`mics_ds.planner.measure`."""
     said: set[Any] = field(default_factory=set)
     """Messages that were logged already, see :meth:`is_news`."""
 

@@ -5,13 +5,16 @@ under tensor parallelism that is a strided subset of the world. With n of them a
 p, partition group g is the p consecutive ranks from g·p on, and the ranks with the same place in
 their partition group form a replication group. See README, "What MiCS is".
 
-    n = 8, p = 4, two ranks per node
+    n = 8, p = 4, two ranks in each fast domain
 
-               node A    node B    node C    node D
+               domain A  domain B  domain C  domain D
     ranks      0   1     2   3     4   5     6   7
                └── partition 0 ──┘ └── partition 1 ──┘
     replication groups: {0,4} {1,5} {2,6} {3,7}
-    in partition 0:  intra-node {0,1} {2,3}   inter-node {0,2} {1,3}
+    in partition 0:  inside domains {0,1} {2,3}   between domains {0,2} {1,3}
+
+A *fast domain* is a set of ranks whose links are much faster than the network: those of one node, as a rule. See
+:mod:`mics_ds.comm.placement`.
 """
 
 from __future__ import annotations
@@ -29,37 +32,29 @@ Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class NodeGrid:
-    """A partition group seen as N nodes × k ranks, for collectives in two stages.
+class DomainGrid:
+    """A partition group seen as N fast domains × k ranks, for collectives in two stages.
 
-    The inter-node all-gather of local place l fills slots l·N … l·N+N-1 of one flat buffer, and the
-    intra-node all-gather joins those blocks: no chunk is ever moved to make room for another. What
+    The all-gather between domains, of place l in each, fills slots l·N … l·N+N-1 of one flat buffer. The
+    all-gather inside a domain joins those blocks: no chunk is ever moved to make room for another. What
     is permuted is therefore the *buffer*, and :attr:`chunk_of_slot` says how.
     """
 
     intra: tuple[Ranks, ...]
-    """One group of k global ranks per node."""
+    """One group of k global ranks for each domain."""
     inter: tuple[Ranks, ...]
-    """One group of N global ranks per local place."""
+    """One group of N global ranks for each place in a domain."""
     chunk_of_slot: tuple[int, ...]
     """Partition rank whose chunk lies in each of the p slots of the gathered buffer."""
-
-    @property
-    def nodes(self) -> int:
-        return len(self.intra)
-
-    @property
-    def ranks_per_node(self) -> int:
-        return len(self.inter)
 
 
 @dataclass(frozen=True)
 class MicsLayout:
-    """Partition, replication, intra-node and inter-node groups of one data-parallel group.
+    """Partition and replication groups of one data-parallel group, and the groups of two stages.
 
     Args:
         ranks: global ranks of the data-parallel group, in data-parallel order.
-        nodes: for each of them, the index of the node it runs on.
+        domains: for each of them, the index of its fast domain.
         partition_size: p.
 
     Raises:
@@ -67,12 +62,12 @@ class MicsLayout:
     """
 
     ranks: Ranks
-    nodes: tuple[int, ...]
+    domains: tuple[int, ...]
     partition_size: int
 
     def __post_init__(self) -> None:
         n, p = len(self.ranks), self.partition_size
-        assert len(self.nodes) == n, "one node index per rank"
+        assert len(self.domains) == n, "one index per rank"
         if p > n or n % p:
             divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
             raise MicsConfigError(
@@ -101,12 +96,13 @@ class MicsLayout:
         return tuple(self.ranks[place::p] for place in range(p))
 
     @cached_property
-    def _node_of(self) -> dict[int, int]:
-        return dict(zip(self.ranks, self.nodes))
+    def domain_of(self) -> dict[int, int]:
+        """Fast domain of each rank, by global rank."""
+        return dict(zip(self.ranks, self.domains))
 
-    def node_counts(self, group: Ranks) -> dict[int, int]:
-        """Return how many ranks of ``group`` run on each node, in order of first appearance."""
-        return dict(Counter(self._node_of[rank] for rank in group))
+    def domain_counts(self, group: Ranks) -> dict[int, int]:
+        """Return how many ranks of ``group`` each fast domain has, in order of first appearance."""
+        return dict(Counter(self.domain_of[rank] for rank in group))
 
     @cached_property
     def why_not_hierarchical(self) -> str | None:
@@ -116,42 +112,46 @@ class MicsLayout:
         their peers never join.
         """
         for index, group in enumerate(self.partition_groups):
-            counts = self.node_counts(group)
+            counts = self.domain_counts(group)
             if len(counts) == 1:
-                return f"partition group {index} lies inside one node"
+                return f"partition group {index} lies inside one fast domain"
             if len(set(counts.values())) > 1:
-                spread = ", ".join(f"{count} on node {node}" for node, count in counts.items())
-                return f"partition group {index} spans nodes unevenly ({spread})"
+                spread = ", ".join(f"{count} in domain {domain}" for domain, count in counts.items())
+                return f"partition group {index} spans fast domains unevenly ({spread})"
             if set(counts.values()) == {1}:
-                return f"partition group {index} has one rank on each of its nodes, so there is no inner stage"
+                return f"partition group {index} has one rank in each of its fast domains, so there is no inner stage"
         return None
 
-    def node_grid(self, group: Ranks) -> NodeGrid:
-        """Arrange one partition group as nodes × local places. Requires :attr:`why_not_hierarchical` to be ``None``."""
+    def domain_grid(self, group: Ranks) -> DomainGrid:
+        """Arrange one partition group as domains × places. Requires :attr:`why_not_hierarchical` to be ``None``."""
         assert self.why_not_hierarchical is None, "caller must check that the group is a grid"
-        by_node: dict[int, list[int]] = {}
+        by_domain: dict[int, list[int]] = {}
         for rank in group:
-            by_node.setdefault(self._node_of[rank], []).append(rank)
+            by_domain.setdefault(self.domain_of[rank], []).append(rank)
         # Process groups number their members by ascending global rank, whatever order is asked for,
         # so that is the order in which chunks arrive.
-        intra = tuple(tuple(sorted(members)) for members in by_node.values())
+        intra = tuple(tuple(sorted(members)) for members in by_domain.values())
         inter = tuple(tuple(sorted(members)) for members in zip(*intra))
         place = {rank: index for index, rank in enumerate(group)}
-        return NodeGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
+        return DomainGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
 
-    def describe(self, gather_in_stages: bool, scatter_in_stages: bool, reduce_scatter: str) -> str:
-        """Return one readable block for the log."""
+    def describe(self, domains_from: str, gather_in_stages: bool, scatter_in_stages: bool, reduce_scatter: str) -> str:
+        """Return one readable block for the log.
+
+        Args:
+            domains_from: how the fast domains are known.
+        """
         n, p, r = self.world_size, self.partition_size, self.replication_size
-        on_node: dict[int, list[int]] = {}
-        for rank, node in zip(self.ranks, self.nodes):
-            on_node.setdefault(node, []).append(rank)
+        members: dict[int, list[int]] = {}
+        for rank, domain in zip(self.ranks, self.domains):
+            members.setdefault(domain, []).append(rank)
         flat = f"flat ({self.why_not_hierarchical or 'as configured'})"
         return (
-            f"MiCS: {n} data-parallel ranks on {len(on_node)} node{'s' * (len(on_node) > 1)} = "
+            f"MiCS: {n} data-parallel ranks in {len(members)} fast domain{'s' * (len(members) > 1)} = "
             f"{r} replica{'s' * (r > 1)} x {p} shard{'s' * (p > 1)}\n"
             f"  partition groups   {_some(self.partition_groups)}\n"
             f"  replication groups {_some(self.replication_groups)}\n"
-            f"  nodes              {_some(list(on_node.values()))}\n"
+            f"  fast domains       {_some(list(members.values()))}, {domains_from}\n"
             f"  parameter gather   {'hierarchical' if gather_in_stages else flat}\n"
             f"  gradient scatter   {'hierarchical' if scatter_in_stages else flat}, by {reduce_scatter}"
         )

@@ -9,10 +9,10 @@ parameter. A buffer is (g, width): one row for each rank, with its chunk of one 
 The same cut serves three groups: gradients and parameters in the partition group, and once more the shards of one rank
 in its replication group, whose chunks are called *slices* (1/r of 1/p is 1/n).
 
-In one stage, row d is for rank d. In two stages rows are *slots*, see :class:`mics_ds.comm.layout.NodeGrid`: rank
-a·k + b, on node a of N, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order
-again. So all whole chunks of a tensor are one strided copy (two, where they end inside a node), and one more takes the
-rest. How many copies there are does not depend on g.
+In one stage, row d is for rank d. In two stages rows are *slots*, see :class:`mics_ds.comm.layout.DomainGrid`: rank
+a·k + b, on domain a of N, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order
+again. So all whole chunks of a tensor are one strided copy (two, where they end inside a domain), and one more takes
+the rest. How many copies there are does not depend on g.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ChunkLayout:
         flats = [tensor.contiguous() for tensor in tensors]
         buffer = flats[0].new_empty(self.size * self.width) if memory is None else memory
         buffer = buffer.view(self.size, self.width)
-        if self._per_node is None:
+        if self._per_domain is None:
             by_rank = replace(self, order=tuple(range(self.size))).pack(flats)
             return torch.index_select(by_rank, 0, torch.tensor(self.order, device=by_rank.device), out=buffer)
         outside, inside, padding = [], [], []
@@ -107,7 +107,7 @@ class ChunkLayout:
             outputs: contiguous, with ``numels`` elements each, of any dtype.
             indices: of the tensors, ascending; by default all.
         """
-        if self._per_node is None:
+        if self._per_domain is None:
             by_rank = replace(self, order=tuple(range(self.size)))
             by_rank.copy_out(buffer[[self.order.index(rank) for rank in range(self.size)]], outputs, indices)
             return
@@ -165,8 +165,8 @@ class ChunkLayout:
     # Made by their strides, in one operation each: on a host that feeds an accelerator, operations count.
 
     @property
-    def _per_node(self) -> int | None:
-        return _ranks_per_node(self.order)
+    def _per_domain(self) -> int | None:
+        return _ranks_per_domain(self.order)
 
     def _pairs_of_all(
         self, index: int, flat: torch.Tensor, buffer: torch.Tensor, column: int | None = None
@@ -198,28 +198,28 @@ class ChunkLayout:
         return found + [self._rows(buffer, column, *span, width) for span in self._spans(rank, self.size)]
 
     def _spans(self, rank: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Divide ranks into whole nodes and parts of nodes: first rank of each, and (nodes, places) or (places,)."""
-        k = self._per_node or 1
+        """Divide ranks into whole domains and parts of them: first rank of each, and (domains, places) or (places,)."""
+        k = self._per_domain or 1
         while rank < end:
-            nodes = 0 if rank % k else (end - rank) // k
-            shape = (nodes, k) if nodes else (min(end, rank - rank % k + k) - rank,)
+            domains = 0 if rank % k else (end - rank) // k
+            shape = (domains, k) if domains else (min(end, rank - rank % k + k) - rank,)
             yield rank, shape
             rank += math.prod(shape)
 
     def _rows(self, buffer: torch.Tensor, column: int, rank: int, shape: tuple[int, ...], count: int) -> torch.Tensor:
-        """Return (columns), (places, columns) or (nodes, places, columns) of a buffer, from ``rank`` on."""
-        k, row = self._per_node or 1, buffer.shape[1]
-        node, place = divmod(rank, k)
-        nodes = self.size // k
-        strides = (row, nodes * row, 1)[2 - len(shape) :]
-        return _at(buffer, (place * nodes + node) * row + column, (*shape, count), strides)
+        """Return (columns), (places, columns) or (domains, places, columns) of a buffer, from ``rank`` on."""
+        k, row = self._per_domain or 1, buffer.shape[1]
+        domain, place = divmod(rank, k)
+        domains = self.size // k
+        strides = (row, domains * row, 1)[2 - len(shape) :]
+        return _at(buffer, (place * domains + domain) * row + column, (*shape, count), strides)
 
 
 @cache
-def _ranks_per_node(order: tuple[int, ...]) -> int | None:
-    """Return k, if rows are the slots of N nodes of k ranks that follow each other (N = 1 for rows in rank order).
+def _ranks_per_domain(order: tuple[int, ...]) -> int | None:
+    """Return k, if rows are the slots of N domains of k ranks that follow each other (N = 1 for rows in rank order).
 
-    ``None`` if ranks are spread over nodes in some other way.
+    ``None`` if ranks are spread over domains in some other way.
     """
     size = len(order)
     k = order[1] if size > 1 and order[1] > 1 else size

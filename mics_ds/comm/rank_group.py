@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.distributed as dist
 
 from .layout import Ranks
 
 ReduceScatterMethod = Literal["native", "all_to_all"]
+REDUCE_SCATTER_METHODS: tuple[ReduceScatterMethod, ...] = get_args(ReduceScatterMethod)
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,38 @@ class RankGroup:
 
 
 @dataclass(frozen=True)
-class NodeGroups:
-    """This rank's two groups for hierarchical collectives. See :class:`mics_ds.comm.layout.NodeGrid`."""
+class Ways:
+    """Ways that collectives over the partition group take. They differ in time, and in the order of sums."""
+
+    staged_gather: bool
+    """Whether parameters are gathered in two stages, and not in one."""
+    staged_scatter: bool
+    """Whether gradients are reduced in two stages."""
+    reduce_scatter: ReduceScatterMethod
+    """Method by which hop 1 moves gradients."""
+
+    @property
+    def gather(self) -> str:
+        """Name the way of gathers for the log."""
+        return "hierarchical" if self.staged_gather else "flat"
+
+    @property
+    def scatter(self) -> str:
+        """Name the way of hop 1 for the log."""
+        return f"{'hierarchical' if self.staged_scatter else 'flat'}, by {self.reduce_scatter}"
+
+
+@dataclass(frozen=True)
+class StageGroups:
+    """This rank's groups between and inside fast domains, for collectives in two stages. See
+    :class:`mics_ds.comm.layout.DomainGrid`."""
 
     inter: RankGroup
     intra: RankGroup
     chunk_of_slot: tuple[int, ...]
 
     @cached_property
-    def nodes_follow_each_other(self) -> bool:
-        """Return whether the partition group is one node's ranks after another's, and not nodes by turns."""
+    def domains_follow_each_other(self) -> bool:
+        """Return whether the partition group is one domain's ranks after another's, and not domains by turns."""
         k, p = self.intra.size, len(self.chunk_of_slot)
         return self.chunk_of_slot == tuple(rank for place in range(k) for rank in range(place, p, k))

@@ -26,7 +26,7 @@ class Sizes:
     bucket: int
     """Full gradients in hop 1."""
     whole: int
-    """A parameter that is gathered in two stages without a copy, by one collective for each node."""
+    """A parameter that is gathered in two stages without a copy, by one collective for each domain."""
 
     def bucket_limit(self, numel: int, itemsize: int) -> int:
         """Return the elements of the largest bucket that is of use, for ``numel`` elements of gradients in all."""

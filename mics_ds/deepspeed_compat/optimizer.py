@@ -31,6 +31,7 @@ from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
+from .hop1_record import Hop1Record
 from .muon import MuonSharing, refuse_early_muon, uses_muon
 from .patching import temporarily
 from .replica_wire import chosen_wire, encoded_mean
@@ -110,6 +111,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         _refuse_other_groups(module, groups)
         refuse_early_muon(self)
+        Hop1Record(self)
         if groups.replication is not None and uses_muon(self):
             MuonSharing(self, groups.replication)
         elif groups.replication is not None and groups.full.rank == 0:

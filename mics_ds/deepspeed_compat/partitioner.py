@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ class MicsPartitioner(pp.Init):
 
     def _gathers(self, params: Sequence[ZeroParam]) -> bool:
         """Return whether these are gathered here, and not by DeepSpeed."""
-        if self.mics_groups.replication is None and self.mics_groups.hierarchy is None:
+        if self.mics_groups.replication is None and not any(param.mics_groups.hierarchy for param in params):
             return False  # ZeRO-3 to the letter
         if self.allgather_sequential or self.use_all_reduce_for_fetch_params:
             return False  # who asks for a way of gathering gets DeepSpeed's
@@ -220,7 +221,7 @@ class MicsPartitioner(pp.Init):
         by_dtype: dict[torch.dtype, list[ZeroParam]] = {}
         for param in params:
             by_dtype.setdefault(pp.get_allgather_dtype(param, param.ds_tensor), []).append(param)
-        gathers = [_start_gather(self.mics_groups, *item) for item in by_dtype.items()]
+        gathers = [_start_gather(params[0].mics_groups, *item) for item in by_dtype.items()]
         return pp.MultipleAllGatherHandles(gathers)
 
 
@@ -282,7 +283,7 @@ def _start_gather(groups: MicsGroups, dtype: torch.dtype, params: list[ZeroParam
         # A copy also of a single shard: the optimizer may write the next weights while this one is being sent.
         shard = fill(memory.new_empty(layout.width))
         is_large = numel * dtype.itemsize >= groups.sizes.whole
-        in_order = is_single and is_large and hierarchy.nodes_follow_each_other
+        in_order = is_single and is_large and hierarchy.domains_follow_each_other
         gather = collectives.all_gather_whole_hierarchical if in_order else collectives.all_gather_hierarchical
         gathered = groups.gather_executor.submit(functools.partial(gather, shard, hierarchy))
 
@@ -355,6 +356,8 @@ def _is_on_device(param: ZeroParam) -> bool:
 class MicsParamManager(DeepSpeedZeRoOffload):
     """DeepSpeed's parameter manager. Used by the optimizer, and alone when there is none (evaluation)."""
 
+    mics_build: Any
+    """See :attr:`mics_ds.deepspeed_compat.optimizer.MicsOptimizer.mics_build`."""
     mics_groups: MicsGroups
     """Groups of the parameters. The optimizer checks that they are its own too."""
 
@@ -408,7 +411,12 @@ class MicsParamManager(DeepSpeedZeRoOffload):
                 f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "
                 f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
             )
-        self.mics_groups = next(iter(found.values()))
+        groups = next(iter(found.values()))
+        # Parameters of zero.Init were gathered by rule so far. The ways of the engine are measured.
+        self.mics_groups = replace(groups, ways=self.mics_build.groups(groups.full.group).ways)
+        params: Iterable[ZeroParam] = module.parameters()
+        for param in params:
+            param.mics_groups = self.mics_groups
 
     @override
     def destroy(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ..comm import collectives
-from ..comm.groups import MicsGroups
+from ..comm.groups import MicsGroups, reduce_scatter_method
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
 from ..comm.wire import Wire
@@ -115,14 +115,15 @@ class WorldStates:
         """Return how hop 2 is reduce-scattered.
 
         An all-to-all adds 16-bit values up in fp32, where a backend would do so in 16 bits. It sends no more where
-        each replica is on a node of its own; elsewhere a ring crosses the network less often. And it sends a message
-        to each replica, so it is used while those are worth their latency.
+        each replica is in a fast domain of its own; elsewhere a ring crosses the network less often. And it sends a
+        message to each replica, so it is used while those are worth their latency.
         """
-        nodes = {self._groups.node_of[rank] for rank in self.replication.ranks}
+        domains = {self._groups.layout.domain_of[rank] for rank in self.replication.ranks}
         worth_it = self.replication.size <= MOST_PEERS
-        if itemsize < 4 and len(nodes) == self.replication.size and worth_it:
+        if itemsize < 4 and len(domains) == self.replication.size and worth_it:
             return "all_to_all"
-        return self._groups.reduce_scatter
+        # Measurement was about the partition group, so the rule counts here.
+        return reduce_scatter_method(self._groups.config, self.replication.group, communication_device())
 
     def mean(self, param: Any) -> torch.Tensor:
         mean: torch.Tensor = self._optimizer.sync.mean(param.ds_id)

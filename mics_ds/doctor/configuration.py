@@ -60,9 +60,10 @@ def _partition_size(job: Job) -> Iterator[Finding]:
     if "unevenly" in reason:
         yield Finding(
             "ranks",
-            "partition groups with as many ranks on each of their nodes",
+            "partition groups with as many ranks in each of their fast domains",
             reason,
-            "Choose a size that divides the ranks of a node, or a multiple of them. Otherwise gathers are flat.",
+            "Choose a size that divides the ranks of a domain (a node, as a rule), or a multiple of them. Otherwise "
+            "gathers are flat.",
         )
 
 

@@ -55,7 +55,9 @@ class Job:
         nodes = self.nodes
         if nodes is None or self.mics is None or not isinstance(self.mics.shard_size, int):
             return None
-        return MicsLayout(tuple(range(len(nodes))), nodes, self.mics.shard_size)
+        size = self.mics.domain_size
+        domains = nodes if size is None else tuple(rank // size for rank in range(len(nodes)))
+        return MicsLayout(tuple(range(len(nodes))), domains, self.mics.shard_size)
 
     @property
     def zero(self) -> Mapping[str, Any]:

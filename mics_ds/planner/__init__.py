@@ -2,6 +2,6 @@
 
 ``machine`` -> ``presets`` -> ``model`` -> ``workload`` -> ``timeline`` -> ``memory`` -> ``plan`` are arithmetic and
 need no torch; ``trace`` describes modules, ``job`` reads what users give, ``compare`` and ``page`` put several clusters
-side by side, ``calibrate`` measures a cluster, and ``auto`` decides for ``mics_shard_size: "auto"``. The command is
-``mics-ds plan``.
+side by side, ``calibrate`` measures a cluster, and ``auto`` decides for ``mics_shard_size: "auto"``. ``measure``
+chooses how collectives run when an engine is built. The command is ``mics-ds plan``.
 """

@@ -142,13 +142,13 @@ class Situation:
     n: int
     """Data-parallel ranks."""
     per_node: int
-    """Ranks of one data-parallel group on a node."""
+    """Ranks of one data-parallel group in a fast domain. The planner's machines call that a node."""
     memory: float
     """Bytes that the rank with the least can use."""
     host_memory: float
-    """Bytes of host memory of the node with the least, for all its ranks."""
+    """Bytes of host memory for all ranks of a fast domain, by the node with the least."""
     sharing: int = 1
-    """Data-parallel groups that share a node and its card (tensor parallelism)."""
+    """Data-parallel groups that share a fast domain and its links to others (tensor parallelism)."""
 
 
 class Choice(NamedTuple):
@@ -192,7 +192,7 @@ def choose(config: MicsConfig, facts: Facts, model: Model, everyone: RankGroup) 
     error: Exception | None = None
     if everyone.rank == 0:
         try:
-            choice, reason = decide(config, facts, model, assess(reports, facts, everyone.ranks))
+            choice, reason = decide(config, facts, model, assess(reports, facts, everyone.ranks, config.domain_size))
             log_rank0(f'{_asked(config)} "auto": {reason}.')
         except Exception as failure:  # the others wait for an answer
             error = failure
@@ -212,11 +212,14 @@ def _asked(config: MicsConfig) -> str:
     return "mics_" + next((name for name in names if getattr(config, name) == "auto"), "optimizer_states")
 
 
-def assess(reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None) -> Situation:
+def assess(
+    reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None, domain_size: int | None = None
+) -> Situation:
     """Put together what the ranks report.
 
     Args:
         ranks: whose reports they are; by default the world's.
+        domain_size: ``mics_domain_size``.
 
     Raises:
         MicsPlanError: ranks of one data-parallel group have different models, or are placed unevenly.
@@ -228,17 +231,17 @@ def assess(reports: Sequence[Report], facts: Facts, ranks: Ranks | None = None) 
         raise MicsPlanError(
             "All data-parallel ranks must have the same model, but their parameters differ. Build it alike everywhere."
         )
-    nodes = placement.resolve([item.place for item in reports], ranks)
-    node_of = dict(zip(ranks or range(len(nodes)), nodes))
-    per_node = ranks_per_node([node_of[member] for member in facts.ranks])
-    on_a_node = max(Counter(nodes).values())
+    placed = placement.resolve([item.place for item in reports], ranks, domain_size)
+    domain_of = dict(zip(ranks or range(len(placed.domains)), placed.domains))
+    per_domain = ranks_per_node([domain_of[member] for member in facts.ranks])
+    on_a_node, in_a_domain = (max(Counter(places).values()) for places in (placed.nodes, placed.domains))
     memory = min(item.memory for item in reports)
     return Situation(
         n=len(facts.ranks),
-        per_node=per_node,
+        per_node=per_domain,
         memory=memory / on_a_node if facts.device == "cpu" else memory,
-        host_memory=min(item.host_memory for item in reports),
-        sharing=max(1, on_a_node // per_node),
+        host_memory=min(item.host_memory for item in reports) / on_a_node * in_a_domain,
+        sharing=max(1, in_a_domain // per_domain),
     )
 
 

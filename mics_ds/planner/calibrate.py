@@ -284,7 +284,7 @@ def _groups(partitions: Sequence[int] | None) -> tuple[dict[int, MicsGroups], in
     assert world is not None, "calibration runs in an initialised process group"
     n = dist.get_world_size()
     config = MicsConfig(shard_size=n)
-    k = ranks_per_node(build_groups(config, world, streams=device_streams()).layout.nodes)
+    k = ranks_per_node(build_groups(config, world, streams=device_streams()).layout.domains)
     wanted = sorted(set(partitions or partition_sizes(n, k)) | {n})
     for p in wanted:
         if p < 1 or n % p:

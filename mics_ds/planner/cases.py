@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
-from ..comm.rank_group import NodeGroups, RankGroup
+from ..comm.rank_group import RankGroup, StageGroups
 from .machine import GroupForm, Link, Machine
 
 FLOAT = 4
@@ -80,7 +80,7 @@ def _gather(mine: MicsGroups, size: int) -> Callable[[], object]:
     return run
 
 
-def _gather_in_stages(mine: MicsGroups, hierarchy: NodeGroups, size: int) -> Callable[[], object]:
+def _gather_in_stages(mine: MicsGroups, hierarchy: StageGroups, size: int) -> Callable[[], object]:
     shard = buffer(size // FLOAT // mine.partition.size)
 
     def run() -> None:
@@ -91,7 +91,7 @@ def _gather_in_stages(mine: MicsGroups, hierarchy: NodeGroups, size: int) -> Cal
     return run
 
 
-def _scatter(mine: MicsGroups, hierarchy: NodeGroups | None, size: int) -> Callable[[], object]:
+def _scatter(mine: MicsGroups, hierarchy: StageGroups | None, size: int) -> Callable[[], object]:
     method = mine.reduce_scatter
     gradient = buffer(size // FLOAT)
     order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot

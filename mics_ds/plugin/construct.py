@@ -62,7 +62,7 @@ def build_engine(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         asked, given["config"] = _resolve_auto(asked, given, among)
     # The next round is taken in there. Ranks that run stock ZeRO-3 have no other rank that waits for them.
     together = agreement.failing_together(among) if asked.is_on else nullcontext()
-    with together, Build(asked, among).active():
+    with together, Build(asked, among, given.get("model")).active():
         if asked.is_on and given.get("model") is not None:
             support.refuse_native_moe(given["model"])
             support.refuse_unpartitionable(given["model"].named_parameters())

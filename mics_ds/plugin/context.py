@@ -93,6 +93,8 @@ class Build:
     request: Request
     participants: Ranks | None = None
     """Global ranks that build it together; ``None`` for the world."""
+    model: Any = None
+    """The engine's model, for whose sizes collectives are measured. ``zero.Init`` does not know it yet."""
     _groups: dict[Ranks, MicsGroups] = field(default_factory=dict)
 
     @property
@@ -109,7 +111,12 @@ class Build:
         """
         ranks = tuple(dist.get_process_group_ranks(full))
         if ranks not in self._groups:
-            self._groups[ranks] = build_groups(self.config, full, self.participants, device_streams())
+            made = build_groups(self.config, full, self.participants, device_streams())
+            if self.model is not None:
+                from ..planner import measure
+
+                made = measure.choose_ways(made, measure.demand_of(self.model, self.request.rest, made))
+            self._groups[ranks] = made
         return self._groups[ranks]
 
     @contextmanager

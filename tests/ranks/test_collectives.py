@@ -72,7 +72,7 @@ def test_equal_requests_share_process_groups():
 def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(nodes):
     """Of one tensor by way of slots, of one straight to its place, and of two tensors together."""
     made = placed(nodes)
-    assert made.hierarchy.nodes_follow_each_other == (nodes == "0011")
+    assert made.hierarchy.domains_follow_each_other == (nodes == "0011")
     for dtype, numel in itertools.product(DTYPES.values(), (1, 5, 1000)):
         gathers_equal_the_flat_one(made, dtype, numel)
 
@@ -90,7 +90,7 @@ def gathers_equal_the_flat_one(made: MicsGroups, dtype: torch.dtype, numel: int)
     ChunkLayout(tuple(part.numel() for part in parts), order).copy_out(buffer, parts)
     for part, columns in zip(parts, flat.view(4, numel).split(widths, dim=1)):
         assert torch.equal(part, columns.flatten())
-    if made.hierarchy.nodes_follow_each_other:
+    if made.hierarchy.domains_follow_each_other:
         whole = collectives.all_gather_whole_hierarchical(shard, made.hierarchy)
         assert torch.equal(whole.view(-1), flat)
 

@@ -53,7 +53,7 @@ def test_under_a_launcher_a_table_a_verdict_and_exit_code_0(tmp_path):
     code, output = run(torchrun(2, "-m", "mics_ds", "check", "--json", str(report), *checks))
     assert code == 0, output[-5000:]
     lines = output.splitlines()
-    assert any(line.startswith("2 ranks on 1 node, cpu, backend gloo") for line in lines)
+    assert any(line.startswith("2 ranks in 1 fast domain, cpu, backend gloo") for line in lines)
     assert sum(line.startswith("ok       ") for line in lines) == 4
     assert sum(line.startswith("skipped  parity fp16") for line in lines) == 2
     assert output.count("PASSED: ") == 1

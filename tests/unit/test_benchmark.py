@@ -150,7 +150,7 @@ def test_timeline_ranges_find_their_lane():
         "step",
         "compute forward",
         "gloo:all_gather",
-        "mics inter-node all-gather",
+        "mics all-gather between domains",
         "gloo:all_gather",
         "c10d::_reduce_scatter_base_",
         "gloo:all_reduce",  # gloo's reduce-scatter

@@ -45,7 +45,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_choices(p):
 def test_two_nodes_of_two_form_a_grid():
     groups = layout(8, 4, 2)
     assert groups.why_not_hierarchical is None
-    grid = groups.node_grid((4, 5, 6, 7))
+    grid = groups.domain_grid((4, 5, 6, 7))
     assert grid.intra == ((4, 5), (6, 7))
     assert grid.inter == ((4, 6), (5, 7))
     # local place 0 gathers chunks 0 and 2 into slots 0 and 1, local place 1 chunks 1 and 3 into 2 and 3
@@ -54,34 +54,34 @@ def test_two_nodes_of_two_form_a_grid():
 
 def test_interleaved_placement_still_forms_a_grid():
     groups = MicsLayout((0, 1, 2, 3), (0, 1, 0, 1), 4)
-    grid = groups.node_grid((0, 1, 2, 3))
+    grid = groups.domain_grid((0, 1, 2, 3))
     assert grid.intra == ((0, 2), (1, 3))
     assert grid.inter == ((0, 1), (2, 3))
     assert grid.chunk_of_slot == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "p", "reason"),
+    ("domains", "p", "reason"),
     [
-        ((0, 0, 1, 1), 2, "inside one node"),
+        ((0, 0, 1, 1), 2, "inside one fast domain"),
         ((0, 0, 0, 1), 4, "unevenly"),
         ((0, 1, 2, 3), 4, "no inner stage"),
-        ((0, 0, 0, 1, 1, 1), 2, "inside one node"),
+        ((0, 0, 0, 1, 1, 1), 2, "inside one fast domain"),
     ],
 )
-def test_layouts_that_cannot_gather_hierarchically_say_why(nodes, p, reason):
-    assert reason in MicsLayout(tuple(range(len(nodes))), nodes, p).why_not_hierarchical
+def test_layouts_that_cannot_gather_hierarchically_say_why(domains, p, reason):
+    assert reason in MicsLayout(tuple(range(len(domains))), domains, p).why_not_hierarchical
 
 
 def test_description_names_groups_and_placement():
-    text = layout(8, 4, 2).describe(True, False, "all_to_all")
-    assert "8 data-parallel ranks on 4 nodes = 2 replicas x 4 shards" in text
+    text = layout(8, 4, 2).describe("the nodes", True, False, "all_to_all")
+    assert "8 data-parallel ranks in 4 fast domains = 2 replicas x 4 shards" in text
     assert "partition groups   [0-3] [4-7]" in text
     assert "replication groups [0, 4] [1, 5] [2, 6] [3, 7]" in text
-    assert "nodes              [0, 1] [2, 3] [4, 5] [6, 7]" in text
+    assert "fast domains       [0, 1] [2, 3] [4, 5] [6, 7], the nodes" in text
     assert "parameter gather   hierarchical" in text
     assert "gradient scatter   flat (as configured), by all_to_all" in text
 
 
 def test_description_of_a_large_job_stays_short():
-    assert len(layout(4096, 8, 8).describe(False, False, "native")) < 1000
+    assert len(layout(4096, 8, 8).describe("the nodes", False, False, "native")) < 1000

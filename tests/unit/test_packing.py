@@ -21,7 +21,7 @@ GRIDS = [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (8, 8)]
 
 def grid(nodes: list[int]) -> tuple[int, ...]:
     ranks = tuple(range(len(nodes)))
-    return MicsLayout(ranks, tuple(nodes), len(nodes)).node_grid(ranks).chunk_of_slot
+    return MicsLayout(ranks, tuple(nodes), len(nodes)).domain_grid(ranks).chunk_of_slot
 
 
 def orders() -> dict[str, tuple[int, ...]]:

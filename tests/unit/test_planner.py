@@ -94,7 +94,7 @@ def test_forms_are_those_of_the_layout(n, k):
             (layout.partition_groups, subject.partition_form(n, p)),
             (layout.replication_groups, subject.replication_form(n, p)),
         ):
-            counts = layout.node_counts(groups[0])
+            counts = layout.domain_counts(groups[0])
             assert (len(counts), max(counts.values())) == (form.nodes, form.per_node), (p, groups)
             on_first_node = sum(any(rank < k for rank in group) for group in groups)
             assert form.beside == min(on_first_node, len(groups)), (p, groups)

@@ -10,10 +10,10 @@ from fake_streams import FakeCollectives, FakeStream, FakeStreams
 
 from mics_ds.comm import collectives
 from mics_ds.comm.async_exec import StreamExecutor, ThreadExecutor
-from mics_ds.comm.rank_group import NodeGroups, RankGroup
+from mics_ds.comm.rank_group import RankGroup, StageGroups
 
 INTER, INTRA = RankGroup("inter", (0, 2), 0), RankGroup("intra", (0, 1), 0)
-GROUPS = NodeGroups(INTER, INTRA, (0, 2, 1, 3))
+GROUPS = StageGroups(INTER, INTRA, (0, 2, 1, 3))
 METHODS = ["native", "all_to_all"]
 
 

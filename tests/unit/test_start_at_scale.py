@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,8 @@ from fake_streams import FakeStreams
 from torch.distributed import distributed_c10d as c10d
 from torch.testing._internal.distributed import fake_pg
 
+from mics_ds.checkpoint.coordination import Roles
+from mics_ds.checkpoint.memory import mirrors
 from mics_ds.comm import agreement, groups, placement
 from mics_ds.comm.groups import MicsGroups
 from mics_ds.comm.rank_group import RankGroup
@@ -21,7 +24,13 @@ from mics_ds.config import MicsConfig
 from mics_ds.plugin.context import OFF, ON, Build, Request, compare
 
 RANKS_PER_NODE = 8
+TRAY, RACK = 4, 72
 PATIENCE = timedelta(minutes=47)
+
+
+def tray_of(rank: int) -> placement.Claim:
+    """A rank of GB200 NVL72: hosts of four GPUs, eighteen of them on one NVLink fabric."""
+    return placement.Claim("hostname", f"tray-{rank // TRAY}", rank % TRAY, f"rack-{rank // RACK}/1")
 
 
 def place_of(rank: int) -> placement.Claim:
@@ -112,7 +121,15 @@ class SplitGroup:
 class Job:
     """One rank of a large job on the ``fake`` backend, with every call that makes a communicator on record."""
 
-    def __init__(self, n: int, rank: int, monkeypatch: pytest.MonkeyPatch, comes: str = "last") -> None:
+    def __init__(
+        self,
+        n: int,
+        rank: int,
+        monkeypatch: pytest.MonkeyPatch,
+        comes: str = "last",
+        place_of: Callable[[int], placement.Claim] = place_of,
+    ) -> None:
+        self.place_of = place_of
         dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=n)
         self.store = Store(n, comes)
         self.made: list[tuple[tuple[int, ...], timedelta | None]] = []
@@ -134,7 +151,7 @@ class Job:
     def exchange(self, note: Any, group: RankGroup, what: str) -> list[Any]:
         """What a collective brings: the places of all ranks, and the ranks of the one data-parallel group."""
         self.exchanges += 1
-        return [(place_of(rank), group.ranks if rank == 0 else None) for rank in group.ranks]
+        return [(self.place_of(rank), group.ranks if rank == 0 else None) for rank in group.ranks]
 
     def start(self, config: MicsConfig, streams: Any = None) -> MicsGroups:
         """What ``zero.Init`` and an engine do: each compares, or builds its groups."""
@@ -180,6 +197,36 @@ def test_communicators_do_not_grow_with_the_job(n, p, staged, streams, monkeypat
         assert made.hierarchy.inter.ranks == (n - 9, n - 1)
         assert made.hierarchy.intra.ranks == tuple(range(n - 8, n))
     assert [ranks for ranks, _ in job.made].count(made.replication.ranks) == 1
+
+
+@pytest.mark.parametrize("known", ["by the configuration", "by NVML"])
+@pytest.mark.parametrize("p", [TRAY, RACK, 2 * RACK])
+def test_stages_and_hop2_are_between_domains_and_disks_of_hosts(p, known, monkeypatch):
+    """72 hosts of four ranks in four domains of 72, where two stages by host would be slower than one."""
+    n, rank = 4 * RACK, 4 * RACK - 1
+
+    def by_host(rank: int) -> placement.Claim:
+        return replace(tray_of(rank), fabric="")
+
+    job = Job(n, rank, monkeypatch, place_of=tray_of if known == "by NVML" else by_host)
+    config = MicsConfig(p, domain_size=None if known == "by NVML" else RACK)
+    made = job.start(config, FakeStreams())
+    assert made.layout.domains == tuple(rank // RACK for rank in range(n))
+    if p <= RACK:
+        assert made.layout.why_not_hierarchical == "partition group 0 lies inside one fast domain"
+        assert made.hierarchy is made.scatter_hierarchy is None
+    else:
+        assert made.hierarchy.inter.ranks == (rank - RACK, rank)
+        assert made.hierarchy.intra.ranks == tuple(range(n - RACK, n))
+    if p == RACK:
+        assert {made.layout.domain_of[member] for member in made.replication.ranks} == {0, 1, 2, 3}
+    # Disks, and copies in memory, are those of hosts.
+    assert made.node_of == {rank: rank // TRAY for rank in range(n)}
+    roles = Roles(made, node_local=True)
+    assert roles.peers == list(range(n - TRAY, n))
+    assert len(roles.publishers) == n // TRAY
+    assert all(made.node_of[member] != made.node_of[keeper] for member, keeper in mirrors(made.node_of).items())
+    assert roles.describe("t", 1, "s", {}).ranks_per_node == (TRAY,) * (n // TRAY)
 
 
 @pytest.mark.parametrize("version", [(2, 5), (2, 8), (2, 9)])
