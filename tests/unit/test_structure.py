@@ -30,6 +30,7 @@ ROWS = [
     {"planner", "checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
     {"guard"},
     {"checkpoint", "ab"},
+    {"replicas"},
     {"frameworks"},
     {"check"},
     {"", "reshape", "memory"},
