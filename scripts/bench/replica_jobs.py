@@ -181,7 +181,7 @@ def train(engine: Any, batches: Any, training: Training, replica: int, record: A
         reach(order, "backward")
         engine.backward(loss)
         losses.append(loss.item())
-        position = engine.global_samples
+        position, lr = engine.global_samples, engine.optimizer.param_groups[0]["lr"]
         boundary = engine.is_gradient_accumulation_boundary()
         engine.step()
         if not boundary:
@@ -195,7 +195,7 @@ def train(engine: Any, batches: Any, training: Training, replica: int, record: A
                 "losses": losses,
                 "before": before,
                 "after": digest(engine),
-                "lr": engine.get_lr(),
+                "lr": lr,
             }
         line["seconds"], started = time.monotonic() - started, time.monotonic()
         line["time"] = time.time()
@@ -393,3 +393,82 @@ def running(training: Training, **lighthouse: Any) -> Iterator[Jobs]:
         yield jobs
     finally:
         jobs.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# What was committed
+
+
+class WrongStepError(AssertionError):
+    """What replicas have committed is not what a reference computes."""
+
+
+def committed(training: Training, records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the records of each step that the newest states come from, from the first step on.
+
+    A step that only a replica has committed that died with it is not among them.
+
+    Raises:
+        WrongStepError: replicas have different states, or samples are left out or come twice.
+    """
+    kept = [line for line in records if not line["lost"]]
+    last = max(line["step"] for line in kept)
+    steps: list[list[dict[str, Any]]] = []
+    after: dict[int, str] | None = None
+    position = None
+    for step in range(last, -1, -1):
+        lines = [line for line in kept if line["step"] == step]
+        if after is not None:
+            lines = [line for line in lines if line["after"] == after[line["rank"]]]
+        for key in ("before", "after"):
+            if any(len({line[key] for line in lines if line["rank"] == rank}) > 1 for rank in range(training.ranks)):
+                raise WrongStepError(f"step {step}: replicas differ {key} it\n{lines}")
+        if {line["rank"] for line in lines} != set(range(training.ranks)):
+            raise WrongStepError(f"step {step}: no rank has recorded the states that step {step + 1} began with")
+        facts = {(line["position"], line["members"], line["lr"]) for line in lines}
+        if len(facts) != 1:
+            raise WrongStepError(f"step {step}: replicas disagree on position, members and rate: {facts}")
+        [(start, members, _)] = facts
+        samples = members * training.ranks * training.micro_batch * training.micro_steps
+        if position is not None and start + samples != position:
+            raise WrongStepError(
+                f"step {step} took samples {start} to {start + samples}, the next one begins at {position}"
+            )
+        position = start
+        after = {line["rank"]: line["before"] for line in lines}
+        steps.append(lines)
+    if position != 0:
+        raise WrongStepError(f"the first step begins at sample {position}")
+    return steps[::-1]
+
+
+def compare_with_reference(training: Training, steps: list[list[dict[str, Any]]]) -> float:
+    """Train on the same batches in one process, by plain PyTorch. Returns the greatest difference of a loss."""
+    torch.manual_seed(7)
+    model, data = Net(training.layers, training.width), Samples(training.width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-2)
+    order: list[int] = []
+    worst = 0.0
+    for lines in steps:
+        first = lines[0]
+        count = first["members"] * training.ranks
+        losses = {}
+        optimizer.zero_grad()
+        for micro_step in range(training.micro_steps):
+            for member in range(count):
+                start = first["position"] + (micro_step * count + member) * training.micro_batch
+                while len(order) < start + training.micro_batch:
+                    generator = torch.Generator().manual_seed(1 + len(order) // SAMPLES)
+                    order += torch.randperm(SAMPLES, generator=generator).tolist()
+                x, y = zip(*(data[order[place]] for place in range(start, start + training.micro_batch)))
+                loss = model(torch.stack(x), torch.stack(y))
+                (loss / (count * training.micro_steps)).backward()
+                losses[member, micro_step] = loss.item()
+        for line in lines:
+            for micro_step, loss in enumerate(line["losses"]):
+                member = line["member"] * training.ranks + line["rank"]
+                worst = max(worst, abs(loss - losses[member, micro_step]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = first["lr"]
+        optimizer.step()
+    return worst
