@@ -28,10 +28,10 @@ from ..formatting import abbreviate
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
-from ..zero.replication import Replication
+from ..zero.replication import Replication, agree_on_norms
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
-from .muon import MuonSharing, refuse_early_muon, uses_muon
+from .muon import MuonSharing, refuse_muon, uses_muon
 from .patching import temporarily
 from .replica_wire import chosen_wire, encoded_mean
 from .world_states import WorldStates
@@ -116,20 +116,12 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         _refuse_other_groups(module, groups)
-        refuse_early_muon(self)
-        self._refuse_muon_without_fixed_members()
+        refuse_muon(self)
         if groups.replication is not None and uses_muon(self):
             MuonSharing(self, groups.replication)
         elif groups.replication is not None and groups.full.rank == 0:
             warn_of_others(init_optimizer, groups.partition.size, groups.full.size)
         self.sync = self._make_sync()
-
-    def _refuse_muon_without_fixed_members(self) -> None:
-        if self.replication is not None and self.replication.votes and uses_muon(self):
-            raise MicsConfigError(
-                "mics_replicas does not go with Muon: replicas take turns at its matrices, and one that is gone would "
-                "take its turn with it. Use another optimizer, or remove mics_replicas."
-            )
 
     def _make_sync(self) -> GradSync:
         groups, device = self.mics_groups, communication_device()
@@ -363,15 +355,16 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._order_reduction_stream()
         with self._working_on_gradients():
             self.was_discarded = not self._may_commit()
-            if self.was_discarded:
-                self._discard_step()
+            if self.was_discarded:  # what DeepSpeed does with gradients that overflow, but for the loss scale
+                self._pre_step()
+                self._partition_all_parameters()
+                self.overflow = True
+                self._overflow_clean_up(self.loss_scale)
+                self.sync.restart()
             else:
                 super().step(closure)
+                self.sync.next_boundary(discarded=self.overflow)
         self._agreed_norms = None
-        if self.was_discarded:
-            self.sync.restart()
-        else:
-            self.sync.next_boundary(discarded=self.overflow)
         if self.mics_guard is not None:
             self.mics_guard.step_ended(self)
 
@@ -382,13 +375,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             return True
         self._agreed_norms = self._get_norm_groups()
         return self.replication.commit()
-
-    def _discard_step(self) -> None:
-        """Do what DeepSpeed does with gradients that overflow, but for the loss scale."""
-        self._pre_step()
-        self._partition_all_parameters()
-        self.overflow = True
-        self._overflow_clean_up(self.loss_scale)
 
     @override
     def _get_norm_groups(self) -> list[torch.Tensor]:
@@ -432,21 +418,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self.mics_groups.replica_executor.close()
             if self.replication is not None:
                 self.replication.close()
-
-
-def agree_on_norms(norms: torch.Tensor, replication: Replication) -> torch.Tensor:
-    """Return the maximum over replicas, so that all clip by the same scalar.
-
-    Each replica sums squares in its own partition group; the values are equal, but not always to
-    the last bit (a group inside a node may be reduced in another order than one across nodes). A
-    clipping factor that differs in one bit would make replicas drift apart for good.
-
-    Args:
-        norms: 1-D, -1 where invalid. That must win over any number, on all replicas.
-    """
-    norms = torch.where(norms < 0, torch.inf, norms)
-    replication.start_max_(norms, "gradient norm").wait()
-    return torch.where(norms.isinf(), -1.0, norms)
 
 
 def _undo_predivision(kwargs: dict[str, Any], ranks: int) -> None:

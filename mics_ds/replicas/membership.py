@@ -395,10 +395,10 @@ class _Guarded:
         return self._tensor
 
 
-def _reconfigurable(base: type) -> Any:
+def _reconfigurable(base: Any) -> Any:
     """Return a process group of torchft that remembers its members, and says when a lighthouse counts anew."""
 
-    class Group(base):  # type: ignore[misc, valid-type]
+    class Group(base):
         changes = 0
         size_ = 0
         rank_ = 0
@@ -422,7 +422,7 @@ def _reconfigurable(base: type) -> Any:
 
 def _transport(torchft: Any, host: str) -> Any:
     """Return a transport of states that is reached at the address of this rank and not by the name of its host."""
-    base = torchft.checkpointing.http_transport.HTTPTransport
+    base: Any = torchft.checkpointing.http_transport.HTTPTransport
 
     class Transport(base):
         def address(self) -> str:

@@ -62,3 +62,18 @@ class FixedReplication(Replication):
 
     def close(self) -> None:
         return
+
+
+def agree_on_norms(norms: torch.Tensor, replication: Replication) -> torch.Tensor:
+    """Return the maximum over replicas, so that all clip by the same scalar.
+
+    Each replica sums squares in its own partition group; the values are equal, but not always to
+    the last bit (a group inside a node may be reduced in another order than one across nodes). A
+    clipping factor that differs in one bit would make replicas drift apart for good.
+
+    Args:
+        norms: 1-D, -1 where invalid. That must win over any number, on all replicas.
+    """
+    norms = torch.where(norms < 0, torch.inf, norms)
+    replication.start_max_(norms, "gradient norm").wait()
+    return torch.where(norms.isinf(), -1.0, norms)

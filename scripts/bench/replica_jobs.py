@@ -3,6 +3,7 @@ what they have committed. For tests and for ``replica_kills.py``."""
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -112,6 +113,7 @@ def _run_rank(training: Training, replica: int, generation: int, rank: int, ligh
     log = open(folder / f"log-{replica}-{generation}-{rank}", "w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     ranks = training.ranks if training.managed else training.ranks * training.replicas
     os.environ.update(
         RANK=str(rank),
@@ -159,7 +161,9 @@ def _train(training: Training, replica: int, generation: int, rank: int, ranks: 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=training.config)
     instrument(engine, order, rank)
     save = Path(training.folder) / "checkpoints"
-    if (save / "latest").exists():
+    is_there = [(save / "latest").exists()]
+    dist.broadcast_object_list(is_there)  # another replica may be about to save
+    if is_there[0]:
         engine.load_checkpoint(str(save))
     record = open(Path(training.folder) / f"record-{replica}-{generation}-{rank}.jsonl", "w", buffering=1)
     train(engine, ReplicaBatches(Samples(training.width), engine, seed=1), training, replica, record, order)
@@ -365,7 +369,11 @@ class Jobs:
         if self._lighthouse is not None:
             self._lighthouse.stop()
 
-    def logs(self, lines: int = 15) -> str:
+    def logs(self, lines: int = 30) -> str:
+        """Return the last lines of all ranks' logs, with the stacks of those that are alive."""
+        for process in (process for processes in self.ranks.values() for process in processes if process.is_alive()):
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
         parts = []
         for path in sorted(Path(self.training.folder).glob("log-*")):
             parts += [f"== {path.name}", *path.read_text().splitlines()[-lines:]]
