@@ -53,7 +53,7 @@ _PATIENCE_S = 86400.0
 _POLL_S = 1.0
 
 
-def _import_torchft() -> Any:
+def import_torchft() -> Any:
     """Return the modules of torchft.
 
     Raises:
@@ -122,7 +122,7 @@ class Membership(Replication):
 
     def __init__(self, request: ReplicasRequest, partition: RankGroup, device: torch.device) -> None:
         self.request = request
-        self.torchft = _import_torchft()
+        self.torchft = import_torchft()
         self.replica = os.environ.get(REPLICA_ENV, "").strip() or socket.gethostname()
         self._lighthouse = os.environ.get(LIGHTHOUSE_ENV, "").strip()
         if "://" not in self._lighthouse:
