@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.background import Background
 from ..checkpoint.memory import random_states, set_random_states
 from ..deepspeed_compat import live_states
 from ..log import log_rank0
@@ -72,6 +73,10 @@ class Replicas:
             self._membership.begin_step()
         return self._membership.rank == 0
 
+    def states_loaded(self) -> None:
+        """Have this replica compare its step with the others again, since it loads a checkpoint."""
+        self._membership.leave()
+
     # ------------------------------------------------------------------------------------- for the engine
 
     def _before_forward(self, module: torch.nn.Module, _: Any) -> None:
@@ -105,6 +110,8 @@ class Replicas:
 
     def put(self, states: dict[str, Any]) -> None:
         started = time.monotonic()
+        if Background.current is not None:
+            Background.current.before_states_change()
         live_states.put(self._engine, states)
         if states["random"] is not None:
             set_random_states(states["random"])

@@ -46,8 +46,8 @@ from ..zero.replication import Replication
 LIGHTHOUSE_ENV = "TORCHFT_LIGHTHOUSE"
 REPLICA_ENV = "MICS_DS_REPLICA"
 HOST_ENV = "MICS_DS_REPLICA_HOST"
-_HEALING_S = 3600.0
-"""Seconds that replicas wait for a joining one to get its states."""
+_HEALING = 10
+"""Timeouts that replicas wait for a joining one to get its states."""
 _PATIENCE_S = 86400.0
 """Seconds that a replica waits for others, or for the lighthouse."""
 _POLL_S = 1.0
@@ -132,6 +132,7 @@ class Membership(Replication):
                 f"nodes, start torchft_lighthouse once and set it in every job."
             )
         self._partition, self._device = partition, device
+        self._healing_time = timedelta(seconds=_HEALING * request.timeout_s)
         self._living: Living | None = None
         self._manager: Any = None
         self._group: Any = None
@@ -184,13 +185,14 @@ class Membership(Replication):
         if group.began_anew:  # a new lighthouse counts anew, and the addresses of old groups are still in the store
             self._disconnect()
             return False
-        if group.changes == self._seen:
+        if group.changes == self._seen and manager.num_participants() == group.size_ and self._received is None:
             return True
         if group.size_ < self.request.min:
             self._say_below_min(group.size_)
             self._seen = -1
             return False
-        if not self._prepare(manager, living):
+        # Where they were not connected anew, the lighthouse was restarted and counts as before.
+        if group.changes == self._seen or not self._prepare(manager, living):
             self._give_up("the replicas could not connect, or could not get each other's states")
             return False
         self._seen = group.changes
@@ -221,8 +223,8 @@ class Membership(Replication):
         """Wait for members that get their states, and compare what must be equal. Returns whether that has worked."""
         numbers = living.agreement()
         both = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=self._device)
-        self._group.set_timeout(timedelta(seconds=_HEALING_S))
-        self._start(both, dist.ReduceOp.MAX, "agreement of replicas", timedelta(seconds=_HEALING_S)).wait()
+        self._group.set_timeout(self._healing_time)
+        self._start(both, dist.ReduceOp.MAX, "agreement of replicas", self._healing_time).wait()
         self._group.set_timeout(timedelta(seconds=self.request.timeout_s))
         if self._failure is not None:
             return False
@@ -280,7 +282,7 @@ class Membership(Replication):
         process_group = self.torchft.process_group
         base = process_group.ProcessGroupGloo if self._device.type == "cpu" else process_group.ProcessGroupNCCL
         self._group, self._seen = _reconfigurable(base)(timeout), -1
-        transport = _transport(self.torchft, own)(timeout=timedelta(seconds=_HEALING_S), num_chunks=0)
+        transport = _transport(self.torchft, own)(timeout=self._healing_time, num_chunks=0)
         self._manager = self.torchft.manager.Manager(
             pg=self._group,
             load_state_dict=self._receive,
@@ -374,6 +376,11 @@ class Membership(Replication):
     def _let_go(self) -> None:
         """Close the connections to other members, so that none of them waits for this rank."""
         self._group.abort(errored=False)
+
+    def leave(self) -> None:
+        """Leave the other members until the next step, because this replica has loaded other states."""
+        self._is_open = False
+        self._disconnect()
 
     def close(self) -> None:
         self._disconnect()

@@ -96,18 +96,22 @@ class Killer:
             victims.append((victims[0] + 1) % training.replicas)
         whole = self.random.random() < 0.5
         moment = self.strike(phase, victims, whole)
-        survivors = [replica for replica in range(training.replicas) if not self.jobs.has_failed(replica)]
-        killed = [replica for replica in range(training.replicas) if replica not in survivors]
-        self.wait(
-            lambda: all(self.watch.committed_since(replica, moment) for replica in survivors),
-            f"survivors {survivors} of kill {number} ({phase}, {killed})",
+
+        def living() -> list[int]:
+            return [replica for replica in range(training.replicas) if not self.jobs.has_failed(replica)]
+
+        self.wait(  # a second victim may die a little later
+            lambda: all(self.watch.committed_since(replica, moment) for replica in living()),
+            f"survivors of kill {number} ({phase}, {victims})",
         )
+        survivors = living()
+        killed = training.replicas - len(survivors)
         for replica in survivors:
             first = self.watch.committed_since(replica, moment)
             assert first is not None
             until = max(line["time"] for line in first)
             lost = self.watch.lost_since(replica, moment - 0.05, until)
-            self.results.append({"phase": phase, "killed": len(killed), "lost": lost, "seconds": until - moment})
+            self.results.append({"phase": phase, "killed": killed, "lost": lost, "seconds": until - moment})
 
     def strike(self, phase: str, victims: list[int], whole: bool) -> float:
         """Kill a rank of each victim in a phase, or the whole replica. Returns when the first one was dead."""
