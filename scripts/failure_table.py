@@ -27,8 +27,8 @@ def table() -> str:
     """Return the table in Markdown."""
     parts, machine = Parts(), load_machine(MACHINE)
     lines = [
-        "| model, p | GPUs | step, s | between failures | restart from disk, s | from memory, s | go on, s | time lost: disk | memory "
-        "| go on |",
+        "| model, p | GPUs | step, s | between failures | restart from disk, s | from memory, s | go on, s "
+        "| time lost: disk | memory | go on |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for model, p in JOBS:
