@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.cluster import Cluster, enter_namespace
+
 os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "deepspeed", "mics_ds", "torchft", "bench.replica_jobs"]
@@ -107,8 +109,17 @@ class Training:
 # In a rank
 
 
-def _run_rank(training: Training, replica: int, generation: int, rank: int, lighthouse: str, order: Any) -> None:
-    """Train as one rank. Ends the process."""
+def _run_rank(
+    training: Training, replica: int, generation: int, rank: int, lighthouse: str, node: Any, order: Any
+) -> None:
+    """Train as one rank. Ends the process.
+
+    Args:
+        node: namespace of the node and its interface, ``None`` for this machine.
+    """
+    if node is not None:
+        enter_namespace(node[0])
+        os.environ["GLOO_SOCKET_IFNAME"] = node[1]
     folder = Path(training.folder)
     log = open(folder / f"log-{replica}-{generation}-{rank}", "w", buffering=1)
     os.dup2(log.fileno(), 1)
@@ -259,11 +270,17 @@ def instrument(engine: Any, order: Any, rank: int) -> None:
 
 
 class Lighthouse:
-    """A lighthouse of torchft, as a process of its own."""
+    """A lighthouse of torchft, as a process of its own, on the first node of an emulated cluster if there is one."""
 
-    def __init__(self, min_replicas: int, join_timeout_s: float = 10.0, heartbeat_timeout_s: float = 2.0) -> None:
-        self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+    def __init__(
+        self,
+        min_replicas: int,
+        join_timeout_s: float = 10.0,
+        heartbeat_timeout_s: float = 2.0,
+        cluster: Cluster | None = None,
+    ) -> None:
+        self.port, self._cluster = free_port(), cluster
+        self.address = f"http://{'127.0.0.1' if cluster is None else cluster.address(0)}:{self.port}"
         self._options = [
             *("--min_replicas", str(min_replicas)),
             *("--join_timeout_ms", str(int(1000 * join_timeout_s))),
@@ -273,6 +290,8 @@ class Lighthouse:
 
     def start(self) -> None:
         command = [str(Path(sys.executable).parent / "torchft_lighthouse"), "--bind", f"[::]:{self.port}"]
+        if self._cluster is not None:
+            command = ["ip", "netns", "exec", self._cluster.node(0), *command]
         environment = {**os.environ, "RUST_LOG": "error"}
         self.process = subprocess.Popen([*command, *self._options], env=environment, stdin=subprocess.DEVNULL)
 
@@ -288,10 +307,14 @@ def free_port() -> int:
 
 
 class Jobs:
-    """The jobs of all replicas, or one job with all of them."""
+    """The jobs of all replicas, or one job with all of them.
 
-    def __init__(self, training: Training, lighthouse: Lighthouse | None) -> None:
-        self.training, self._lighthouse = training, lighthouse
+    Args:
+        cluster: nodes of an emulated cluster: the first is for the lighthouse, and each replica has one.
+    """
+
+    def __init__(self, training: Training, lighthouse: Lighthouse | None, cluster: Cluster | None = None) -> None:
+        self.training, self._lighthouse, self._cluster = training, lighthouse, cluster
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self.generation: dict[int, int] = {}
@@ -304,11 +327,12 @@ class Jobs:
         generation = self.generation[replica] = self.generation.get(replica, -1) + 1
         count = training.ranks if training.managed else training.ranks * training.replicas
         address = "" if self._lighthouse is None else self._lighthouse.address
+        node = None if self._cluster is None else (self._cluster.node(replica + 1), self._cluster.interface)
         self.orders[replica] = [self._context.Value("i", 0) if training.managed else None for _ in range(count)]
         self.ranks[replica] = [
             self._context.Process(
                 target=_run_rank,
-                args=(training, replica, generation, rank, address, self.orders[replica][rank]),
+                args=(training, replica, generation, rank, address, node, self.orders[replica][rank]),
                 daemon=True,
             )
             for rank in range(count)
@@ -393,9 +417,14 @@ class Jobs:
 
 
 @contextmanager
-def running(training: Training, **lighthouse: Any) -> Iterator[Jobs]:
-    """Start all replicas of a training, and end whatever is left of them."""
-    jobs = Jobs(training, Lighthouse(**{"min_replicas": training.min, **lighthouse}) if training.managed else None)
+def running(training: Training, cluster: Cluster | None = None, **options: Any) -> Iterator[Jobs]:
+    """Start all replicas of a training, and end whatever is left of them.
+
+    Args:
+        options: of :class:`Lighthouse`.
+    """
+    options = {"min_replicas": training.min, "cluster": cluster, **options}
+    jobs = Jobs(training, Lighthouse(**options) if training.managed else None, cluster)
     try:
         jobs.start_all()
         yield jobs

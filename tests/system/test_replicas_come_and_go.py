@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import cluster as emulation
 from bench import replica_kills
 from bench.replica_jobs import Jobs, Training, committed, compare_with_reference, running
 
@@ -158,3 +160,33 @@ def test_a_replica_with_another_model_ends_and_leaves_the_others_alone(tmp_path)
         steps = committed(training, [line for line in jobs.records() if line["replica"] != 2])
     assert len(steps) == 60
     assert compare_with_reference(training, steps) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    emulation.why_unavailable() is not None, reason=f"cannot emulate a cluster: {emulation.why_unavailable()}"
+)
+def test_a_node_is_cut_off_and_comes_back(tmp_path):
+    """The others go on after the timeout. The node that was cut off continues from a sibling's states."""
+    training = Training(str(tmp_path), replicas=3, ranks=2, steps=120, timeout_s=3.0, sleep_s=0.05)
+    with emulation.Cluster(4, None) as cluster, running(training, cluster, heartbeat_timeout_s=1.0) as jobs:
+        until(jobs, lambda records: sum(line["step"] >= 2 and line.get("members") == 3 for line in records) >= 6)
+        link(cluster, 3, "down")
+        last = max(line["step"] for line in jobs.records())
+        until(jobs, lambda records: any(line["step"] > last + 5 and line.get("members") == 2 for line in records))
+        link(cluster, 3, "up")
+        jobs.wait(LIMIT_S, restart=True)
+        records = jobs.records()
+    steps = committed(training, records)
+    assert len(steps) == 120
+    assert steps[-1][0]["members"] == 3
+    lost = {
+        replica: sum(line["lost"] for line in records if line["replica"] == replica and line["rank"] == 0)
+        for replica in (0, 1)
+    }
+    assert max(lost.values()) <= 2  # one when it is cut off, one if it comes back within a step
+    assert compare_with_reference(training, steps) < 1e-6
+
+
+def link(cluster: emulation.Cluster, node: int, state: str) -> None:
+    subprocess.run(["ip", "-n", cluster.node(node), "link", "set", cluster.interface, state], check=True)
