@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from ..checkpoint.background import Background
 from ..checkpoint.memory import random_states, set_random_states
 from ..deepspeed_compat import live_states
-from ..log import log_rank0
 from .membership import Membership
 
 
@@ -108,8 +106,7 @@ class Replicas:
             "own": {name: states.state_dict() for name, states in self._own.items()},
         }
 
-    def put(self, states: dict[str, Any]) -> None:
-        started = time.monotonic()
+    def put(self, states: dict[str, Any]) -> int:
         if Background.current is not None:
             Background.current.before_states_change()
         live_states.put(self._engine, states)
@@ -118,10 +115,7 @@ class Replicas:
         for name, held in states["own"].items():
             if name in self._own:
                 self._own[name].load_state_dict(held)
-        log_rank0(
-            f"replica {self._membership.replica} continues from a sibling at step {self.steps()}: "
-            f"{live_states.nbytes(states) / 1e6:.1f} MB per rank, set in {time.monotonic() - started:.2f} s"
-        )
+        return live_states.nbytes(states)
 
     def members_changed(self, healed: bool) -> None:
         if healed:

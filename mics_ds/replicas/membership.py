@@ -84,8 +84,8 @@ class Living(Protocol):
         """Return what a joining rank with the same shard continues from. Tensors may be live."""
         ...
 
-    def put(self, states: dict[str, Any]) -> None:
-        """Continue from what :meth:`take` has returned on a sibling. Without collectives."""
+    def put(self, states: dict[str, Any]) -> int:
+        """Continue from what :meth:`take` has returned on a sibling. Without collectives. Returns its bytes."""
         ...
 
     def members_changed(self, healed: bool) -> None:
@@ -135,6 +135,7 @@ class Membership(Replication):
         self._healing_time = timedelta(seconds=_HEALING * request.timeout_s)
         self._living: Living | None = None
         self._manager: Any = None
+        self._transport: Any = None
         self._group: Any = None
         self._store: Any = None
         self._failure: Exception | None = None
@@ -208,7 +209,12 @@ class Membership(Replication):
             return False
         # Only now, when all ranks of this replica have what they need: states of two steps would not go together.
         if self._received is not None:
-            living.put(self._received)
+            started = time.monotonic()
+            nbytes = living.put(self._received)
+            log_rank0(
+                f"replica {self.replica} continues from a sibling at step {living.steps()}: {nbytes / 1e6:.1f} MB per "
+                f"rank, received in {self._transport.seconds:.2f} s, set in {time.monotonic() - started:.2f} s"
+            )
         living.members_changed(healed=self._any(self._received is not None))
         self._received = None
         return not self._any(not self._meet(living))
@@ -282,7 +288,7 @@ class Membership(Replication):
         process_group = self.torchft.process_group
         base = process_group.ProcessGroupGloo if self._device.type == "cpu" else process_group.ProcessGroupNCCL
         self._group, self._seen = _reconfigurable(base)(timeout), -1
-        transport = _transport(self.torchft, own)(timeout=self._healing_time, num_chunks=0)
+        self._transport = _transport(self.torchft, own)(timeout=self._healing_time, num_chunks=0)
         self._manager = self.torchft.manager.Manager(
             pg=self._group,
             load_state_dict=self._receive,
@@ -300,7 +306,7 @@ class Membership(Replication):
             # Members are in the order of their names; numbers are to be in order too.
             replica_id=self.replica.zfill(6) if self.replica.isdigit() else self.replica,
             hostname=own,
-            checkpoint_transport=transport,
+            checkpoint_transport=self._transport,
             quorum_retries=1_000_000,  # a lighthouse may be restarted
         )
 
@@ -432,6 +438,15 @@ def _transport(torchft: Any, host: str) -> Any:
     base: Any = torchft.checkpointing.http_transport.HTTPTransport
 
     class Transport(base):
+        seconds = 0.0
+        """Time that it took to receive states."""
+
+        def recv_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            started = time.monotonic()
+            received = super().recv_checkpoint(*args, **kwargs)
+            self.seconds = time.monotonic() - started
+            return received
+
         def address(self) -> str:
             name = f"[{host}]" if ":" in host else host
             return f"http://{name}:{self._server.socket.getsockname()[1]}/checkpoint/"
