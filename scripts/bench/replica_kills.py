@@ -137,11 +137,11 @@ class Killer:
         for orders in self.jobs.orders.values():
             for order in orders:
                 order.value = 0
-        if whole or phase == "heal":
-            for replica in list(self.jobs.ranks):
-                if self.jobs.has_failed(replica):
-                    self.jobs.kill(replica)
-        time.sleep(0.03)  # of two that are aimed at, the second one may follow
+        # Of two that are aimed at, the second one may follow. A launcher ends the other ranks of a replica a bit later.
+        time.sleep(0.03 if whole else 0.5)
+        for replica in list(self.jobs.ranks):
+            if self.jobs.has_failed(replica):
+                self.jobs.kill(replica)
         return moment
 
     def aim(self, phase: str, targets: list[tuple[int, int]]) -> None:
