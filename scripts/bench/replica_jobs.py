@@ -212,6 +212,7 @@ def train(engine: Any, batches: Any, training: Training, replica: int, record: A
                 "after": digest(engine),
                 "lr": lr,
             }
+        line["scale"] = float(engine.optimizer.loss_scale)
         line["seconds"], started = time.monotonic() - started, time.monotonic()
         line["time"] = time.time()
         record.write(json.dumps(line) + "\n")

@@ -92,6 +92,24 @@ def test_kills_at_seeded_moments(tmp_path, replicas, ranks, seed):
 
 
 @pytest.mark.slow
+def test_a_step_that_is_given_up_leaves_loss_scale_and_schedule_alone(tmp_path):
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000}}
+    training = Training(str(tmp_path), replicas=2, ranks=2, steps=40, extra=fp16, sleep_s=0.05)
+    with running(training, heartbeat_timeout_s=1.0) as jobs:
+        until(jobs, lambda records: sum(line["step"] == 5 for line in records) == 4)
+        jobs.orders[1][1].value = 4  # hop 2
+        until(jobs, lambda records: any(line["generation"] == 1 for line in records))
+        jobs.wait(LIMIT_S)
+        records = jobs.records()
+    assert [line["step"] for line in records if line["lost"]], "nothing was given up"
+    assert {line["scale"] for line in records} == {256.0}
+    rates = [lines[0]["lr"] for lines in committed(training, records)]
+    assert len(rates) == 40
+    assert rates[:20] == sorted(rates[:20])
+    assert len(set(rates[:20])) >= 19, "the schedule moved with every step that was committed"
+
+
+@pytest.mark.slow
 def test_below_the_least_number_training_waits_and_says_so(tmp_path):
     training = Training(str(tmp_path), replicas=2, ranks=1, steps=30, min=2, timeout_s=2.0, sleep_s=0.05)
     with running(training, heartbeat_timeout_s=1.0) as jobs:
