@@ -66,9 +66,11 @@ def failure_cost(
 
     Args:
         parameters: of the model.
-        n, p: ranks and partition size.
+        n: ranks.
+        p: partition size.
         step_s: seconds of an optimizer step.
         gpus_per_node: ranks of a node.
+        parts: parts of the costs.
 
     Raises:
         MicsPlanError: p does not divide n, or there is one replica only, so that none is left to go on.

@@ -50,10 +50,11 @@ class ReplicaBatches:
     Args:
         dataset: with ``len()`` and an index.
         engine: what ``deepspeed.initialize`` has returned.
-        shuffle, seed: whether and how samples are permuted in each epoch.
+        shuffle: whether samples are permuted in each epoch.
+        seed: of the permutations, the same on all replicas.
         epochs: epochs after which iteration ends, ``None`` for never. Samples at the end that are too few for a step
             are left out.
-        options: of the ``DataLoader`` that fetches samples, such as ``num_workers`` or ``collate_fn``.
+        **options: of the ``DataLoader`` that fetches samples, such as ``num_workers`` or ``collate_fn``.
     """
 
     def __init__(
