@@ -6,7 +6,6 @@ import json
 import sys
 from importlib.util import find_spec
 from typing import Any
-from unittest import mock
 
 import deepspeed
 import pytest
@@ -118,9 +117,10 @@ def test_replicas_without_a_lighthouse_are_refused():
 
 @pytest.mark.ranks(4)
 def test_replicas_without_torchft_are_refused_with_the_way_to_install_it():
-    said = r"pip install 'mics-ds\[ft\]'"
-    with mock.patch.dict(sys.modules, {"torchft": None}), pytest.raises(MicsConfigError, match=said):
-        build(with_zero(mics_shard_size=4, mics_replicas={"membership": "torchft"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchft", None)
+        with pytest.raises(MicsConfigError, match=r"pip install 'mics-ds\[ft\]'"):
+            build(with_zero(mics_shard_size=4, mics_replicas={"membership": "torchft"}))
     healthy()
 
 
