@@ -95,6 +95,18 @@ class CheckpointRequest:
     """Name by which a restarted job is recognised. By default its command and folder."""
 
 
+@dataclass(frozen=True, config=_SECTION)
+class ReplicasRequest:
+    """Replicas that come and go, see :mod:`mics_ds.replicas`: ``mics_replicas``."""
+
+    membership: Literal["torchft"]
+    """Library by which replicas find each other."""
+    min: Positive = 1
+    """Least number of replicas to train with. With fewer, training waits."""
+    timeout_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
+    """Seconds after which a replica that does not answer in hop 2 is given up."""
+
+
 def _switch(value: Any) -> Any:
     """``true`` is a section of defaults, ``false`` is none."""
     return {} if value is True else None if value is False else value
@@ -142,6 +154,9 @@ class MicsConfig:
     checkpoint: Union[CheckpointRequest, None] = None
     """Settings of checkpoints. ``None`` is all defaults."""
 
+    replicas: Union[ReplicasRequest, None] = None
+    """Settings of replicas that come and go, each of them a job. ``None``: all replicas are in this job."""
+
     @property
     def is_auto(self) -> bool:
         """Return whether the partition size is for the planner to choose."""
@@ -164,7 +179,12 @@ class MicsConfig:
 
 
 _ADAPTER = TypeAdapter(MicsConfig)
-_SECTIONS = {"mics_plan": PlanRequest, "mics_guard": GuardRequest, "mics_checkpoint": CheckpointRequest}
+_SECTIONS = {
+    "mics_plan": PlanRequest,
+    "mics_guard": GuardRequest,
+    "mics_checkpoint": CheckpointRequest,
+    "mics_replicas": ReplicasRequest,
+}
 
 
 def _keys_of(kind: Any) -> tuple[str, ...]:

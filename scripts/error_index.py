@@ -57,6 +57,12 @@ CAUSES = (
         "Gradients and optimizers",
         "The script uses gradients, modules or parameters in a way that ranks cannot follow together.",
     ),
+    ("plugin", "Replicas that come and go", "A job is not exactly one replica."),
+    (
+        "replicas",
+        "Replicas that come and go",
+        "torchft or its lighthouse is missing, or replicas were started from different scripts.",
+    ),
     ("frameworks", "Checkpoints", "The last save of the job was interrupted."),
     ("guard.files", "Checkpoints", "The folder given to `mics-ds guard` is not what it needs."),
     (

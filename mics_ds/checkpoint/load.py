@@ -75,6 +75,8 @@ def load(
     if Background.current is not None:
         Background.current.wait()
         Background.current.before_states_change()
+    if hasattr(engine, "mics_replicas"):
+        engine.mics_replicas.states_loaded()
     how = {
         "load_module_strict": load_module_strict,
         # Asked for the module *and* optimizer states, its default, DeepSpeed restores no sharded weights at all.

@@ -74,6 +74,9 @@ def save(
             older checkpoints are as they were. Or an earlier asynchronous save has failed, and this one has not been
             begun.
     """
+    replicas = getattr(engine, "mics_replicas", None)
+    if replicas is not None and not replicas.publishes:
+        return True
     asked = engine.optimizer.mics_groups.config.checkpoint or CheckpointRequest()
     asynchronous = asked.asynchronous if async_save is None else bool(async_save)
     tier = getattr(engine, "mics_memory", None)

@@ -12,18 +12,19 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from . import ab, calibrate, check, checkpoints, doctor, plan
+from . import ab, calibrate, check, checkpoints, doctor, plan, replicas
 from .arguments import LocalRank
 
 BEFORE, RUN, CHECKPOINTS = "Before a job", "Train and compare", "Checkpoints and memory"
 
 COMMANDS = {
     BEFORE: (plan.plan, doctor.doctor, check.check, calibrate.calibrate),
-    RUN: (ab.ab,),
+    RUN: (ab.ab, replicas.replicas),
     CHECKPOINTS: (checkpoints.reshape, checkpoints.export, checkpoints.guard, checkpoints.memory),
 }
 _FOREIGN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 """Settings of a subcommand whose arguments are a user's command."""
+_TAKE_COMMANDS = (ab.ab, replicas.replicas)
 
 
 class GroupedHelp(TyperGroup):
@@ -45,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _command in (_function for _functions in COMMANDS.values() for _function in _functions):
-    app.command(context_settings=_FOREIGN if _command is ab.ab else None)(_command)
+    app.command(context_settings=_FOREIGN if _command in _TAKE_COMMANDS else None)(_command)
 
 
 def _show_version(wanted: bool) -> None:

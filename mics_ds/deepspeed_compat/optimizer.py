@@ -23,16 +23,16 @@ from ..comm import collectives
 from ..comm.async_exec import Handle, Stages
 from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
-from ..comm.rank_group import RankGroup
 from ..errors import MicsConfigError, MicsUsageError
 from ..formatting import abbreviate
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
+from ..zero.replication import Replication, agree_on_norms
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
 from .hop1_record import Hop1Record
-from .muon import MuonSharing, refuse_early_muon, uses_muon
+from .muon import MuonSharing, refuse_muon, uses_muon
 from .patching import temporarily
 from .replica_wire import chosen_wire, encoded_mean
 from .world_states import WorldStates
@@ -70,9 +70,15 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     mics_groups: MicsGroups
     mics_guard: Any = None
     """The replica guard, if there is one."""
+    replication: Replication | None
+    """Ranks of other replicas with the same shard, ``None`` where there are none."""
+    was_discarded = False
+    """Whether the last step was given up because a replica was gone."""
     sync: GradSync
     world_states: WorldStates | None = None
     micro_step_id: int
+    _agreed_norms: list[torch.Tensor] | None = None
+    """Norms of the step under way, once replicas have agreed on them."""
     internal = 0
     """Depth of calls in which DeepSpeed itself works on gradients that need not be final."""
     # Scripts read these two after backward(), to log or to clip gradients.
@@ -93,10 +99,11 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     ) -> None:
         full = partitioned_group(dp_process_group, kwargs.get("mpu"))
         groups = self.mics_groups = self.mics_build.groups(full)
+        self.replication = self.mics_build.replication(groups)
         self._overlaps = kwargs.get("overlap_comm", False)
         self._pass_watch = PassWatch(self)
         check_before_reading(self)
-        if groups.replication is not None:
+        if self.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             full = groups.partition.group
             if not kwargs.get("reduce_scatter", True):  # otherwise DeepSpeed refuses any but 1
@@ -110,7 +117,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         _refuse_other_groups(module, groups)
-        refuse_early_muon(self)
+        refuse_muon(self)
         Hop1Record(self)
         if groups.replication is not None and uses_muon(self):
             MuonSharing(self, groups.replication)
@@ -127,13 +134,11 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
         elif groups.replication is not None and wire is not None:
             reducer = encoded_mean(self, shards, groups.replication, part, wire)
-        elif groups.replication is not None:
-            reducer = AllReduceMean(
-                lambda: self.gradient_shards, list(shards.values()), groups.replication, device, part
-            )
+        elif self.replication is not None:
+            reducer = AllReduceMean(lambda: self.gradient_shards, list(shards.values()), self.replication, device, part)
         return GradSync(
             shards,
-            groups.replication,
+            self.replication,
             groups.scatter_executor,
             groups.replica_executor,
             reducer,
@@ -159,7 +164,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         parameter group, where those of one layer are far apart.
         """
         trained = {param.ds_id: param for group in self.fp16_groups for param in group}
-        if self.mics_groups.replication is not None:
+        if self.replication is not None:
             of_module = [param.ds_id for param in self.module.parameters() if param.ds_id in trained]
             trained = {key: trained[key] for key in [*reversed(of_module), *trained]}
         ranges, start = {}, 0
@@ -280,7 +285,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """Have DeepSpeed add reduced gradients to the shards, or write them over."""
         # With an offloaded optimizer it would copy gradients on to the optimizer as soon as it sees the boundary, when
         # they are still partial. See _finish_offloaded.
-        held_back = self.offload_optimizer and self.mics_groups.replication is not None
+        held_back = self.offload_optimizer and self.replication is not None
         with temporarily(self, "is_gradient_accumulation_boundary", lambda: False) if held_back else nullcontext():
             return super().partition_grads(params, shards)
 
@@ -351,21 +356,39 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self._look()  # Muon changes gradients in place before DeepSpeed's host looks anywhere
         self._order_reduction_stream()
         with self._working_on_gradients():
-            super().step(closure)
-        self.sync.next_boundary(discarded=self.overflow)
+            self.was_discarded = not self._may_commit()
+            if self.was_discarded:  # what DeepSpeed does with gradients that overflow, but for the loss scale
+                self._pre_step()
+                self._partition_all_parameters()
+                self.overflow = True
+                self._overflow_clean_up(self.loss_scale)
+                self.sync.restart()
+            else:
+                super().step(closure)
+                self.sync.next_boundary(discarded=self.overflow)
+        self._agreed_norms = None
         if self.mics_guard is not None:
             self.mics_guard.step_ended(self)
 
+    def _may_commit(self) -> bool:
+        """Return whether the step may use the means. Where members come and go, norms come before that question, as
+        the last collective between replicas."""
+        if self.replication is None or not self.replication.votes:
+            return True
+        self._agreed_norms = self._get_norm_groups()
+        return self.replication.commit()
+
     @override
     def _get_norm_groups(self) -> list[torch.Tensor]:
+        if self._agreed_norms is not None:
+            return self._agreed_norms
         norms = super()._get_norm_groups()
-        replication = self.mics_groups.replication
-        if not norms or replication is None:
+        if not norms or self.replication is None:
             return norms
         device = communication_device()
         stacked = torch.stack([torch.as_tensor(norm).to(device) for norm in norms])
         agreed = (
-            agree_on_norms(stacked, replication)
+            agree_on_norms(stacked, self.replication)
             if self.world_states is None
             else self.world_states.agree_on_norms(stacked)
         )
@@ -395,21 +418,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 super().destroy()
             self.mics_groups.scatter_executor.close()
             self.mics_groups.replica_executor.close()
-
-
-def agree_on_norms(norms: torch.Tensor, replication: RankGroup) -> torch.Tensor:
-    """Return the maximum over replicas, so that all clip by the same scalar.
-
-    Each replica sums squares in its own partition group; the values are equal, but not always to
-    the last bit (a group inside a node may be reduced in another order than one across nodes). A
-    clipping factor that differs in one bit would make replicas drift apart for good.
-
-    Args:
-        norms: 1-D, -1 where invalid. That must win over any number, on all replicas.
-    """
-    norms = torch.where(norms < 0, torch.inf, norms)
-    collectives.max_over_(norms, replication, "gradient norm")
-    return torch.where(norms.isinf(), -1.0, norms)
+            if self.replication is not None:
+                self.replication.close()
 
 
 def _undo_predivision(kwargs: dict[str, Any], ranks: int) -> None:

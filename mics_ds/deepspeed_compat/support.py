@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -165,12 +165,34 @@ def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
             found.append('mics_optimizer_states "world" with offload to NVMe: use "partition", or offload to cpu')
         if mics.guard is not None and mics.guard.every:
             found.append("mics_guard with offload to NVMe, as it compares what is in memory: set it to false")
+    if mics.replicas is not None:
+        found += [f"mics_replicas with {reason}" for reason in _against_managed_replicas(ds_config, mics)]
     if found:
         raise MicsConfigError(
             "MiCS (zero_optimization.mics_shard_size) does not support the following yet. "
             + "; ".join(found)
             + ". Or remove the mics_ keys to run stock ZeRO-3 with it."
         )
+
+
+def _against_managed_replicas(ds_config: DeepSpeedConfig, mics: MicsConfig) -> Iterator[str]:
+    """Yield what does not go with replicas that come and go, and why."""
+    if mics.optimizer_states != "partition":
+        yield 'mics_optimizer_states "world": a replica that is gone would take its slices with it; use "partition"'
+    if mics.replica_wire != "full":
+        yield 'mics_replica_wire: residuals of a replica that is gone would be lost; use "full"'
+    if mics.is_auto:
+        yield 'mics_shard_size "auto": it is the number of ranks of each replica\'s job; set it to that'
+    if mics.guard is not None and mics.guard.every:
+        yield "mics_guard: it compares replicas of one job; set it to false"
+    if mics.checkpoint is not None and mics.checkpoint.memory_every:
+        yield "mics_checkpoint.memory_every: siblings have the states in memory; set it to 0"
+    if swaps(ds_config):
+        yield "offload to NVMe: a sibling can be sent only what is in memory; offload to cpu"
+    if str(ds_config.optimizer_name).lower() == "muon":
+        yield "Muon: replicas take turns at its matrices, and one that is gone would take its turn with it"
+    if autotp_size(ds_config) > 1:
+        yield "tensor parallelism: the ranks of a replica must be one partition group; set autotp_size to 1"
 
 
 def supersede(ds_config: DeepSpeedConfig) -> None:

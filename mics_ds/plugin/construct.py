@@ -86,6 +86,10 @@ def _equip(engine: Any, mics: Any) -> None:
         from ..checkpoint.memory import MemoryTier
 
         engine.mics_memory = MemoryTier(mics.checkpoint, groups, engine)
+    if mics.replicas is not None:
+        from ..replicas.engine import Replicas
+
+        engine.mics_replicas = Replicas(engine, engine.optimizer.replication)
 
 
 def _resolve_auto(asked: Request, arguments: Mapping[str, Any], among: Ranks | None) -> tuple[Request, dict[str, Any]]:

@@ -21,8 +21,10 @@ from ..comm.job import current_job
 from ..comm.layout import Ranks
 from ..config import DISABLE_ENV, MicsConfig, disabled_by_environment, split_ds_config
 from ..deepspeed_compat.ds_config import load_ds_config
-from ..deepspeed_compat.engine import device_streams
+from ..deepspeed_compat.engine import communication_device, device_streams
+from ..errors import MicsConfigError
 from ..log import log_rank0
+from ..zero.replication import FixedReplication, Replication
 
 ON, DISABLED, OFF = "on", "disabled", "off"
 
@@ -118,6 +120,28 @@ class Build:
                 made = measure.choose_ways(made, measure.demand_of(self.model, self.request.rest, made))
             self._groups[ranks] = made
         return self._groups[ranks]
+
+    def replication(self, groups: MicsGroups) -> Replication | None:
+        """Return the ranks of other replicas with the same shard as this one, ``None`` where there are none.
+
+        Raises:
+            MicsConfigError: replicas are to come and go, and this job is not exactly one of them, or lacks something.
+        """
+        if self.config.replicas is None:
+            return None if groups.replication is None else FixedReplication(groups.replication)
+        if groups.partition.size != dist.get_world_size():
+            raise MicsConfigError(
+                f"With mics_replicas each replica is a job of its own, so mics_shard_size must be the number of its "
+                f"ranks, {dist.get_world_size()}, got {groups.partition.size}. Set it to that, and start one job per "
+                f"replica."
+            )
+        if not current_job().is_news("managed replicas"):
+            raise MicsConfigError(
+                "mics_replicas goes with one engine per process, but this is the second. Remove it from one of them."
+            )
+        from ..replicas.membership import Membership
+
+        return Membership(self.config.replicas, groups.partition, communication_device())
 
     @contextmanager
     def active(self) -> Iterator[None]:

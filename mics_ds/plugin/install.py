@@ -104,7 +104,11 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """``engine.step()``: copies in memory follow an optimizer step."""
     before = engine.global_steps
-    result = _changing_states(original, engine, *args, **kwargs)
+    replicas = getattr(engine, "mics_replicas", None)
+    if replicas is not None:
+        result = replicas.step(_changing_states, original, *args, **kwargs)
+    else:
+        result = _changing_states(original, engine, *args, **kwargs)
     tier = getattr(engine, "mics_memory", None)
     if tier is not None and engine.global_steps > before:
         tier.step_ended(engine)

@@ -45,12 +45,11 @@ from itertools import groupby
 
 import torch
 
-from ..comm import collectives
 from ..comm.async_exec import Executor, Handle, Stages, Task
-from ..comm.rank_group import RankGroup
 from ..errors import MicsUsageError
 from ..log import logger
 from .replica_reducers import ReplicaReducer
+from .replication import Replication
 from .units import Unit, UnitPlan
 
 USE_NON_REENTRANT = (
@@ -90,6 +89,8 @@ class _Boundary:
     """(parameters,), on the device: what all replicas were given, after hop 2 and until the host has looked."""
     is_mean: bool = True
     """Whether every shard is the mean over all ranks. The same on all replicas."""
+    used_before: list[int] = field(default_factory=list)
+    """Parameters that replicas had used before, by place."""
 
 
 class GradSync:
@@ -112,7 +113,7 @@ class GradSync:
     def __init__(
         self,
         shards: Mapping[int, tuple[int, int]],
-        replication: RankGroup | None,
+        replication: Replication | None,
         hop1: Executor,
         hop2: Executor,
         reducer: ReplicaReducer | None,
@@ -333,9 +334,27 @@ class GradSync:
         if self._boundary.flags is not None:  # the step was skipped, so nobody has looked
             self.look(self._boundary.flags.tolist())
         self._passes_per_step = max(1, self._boundary.passes)
-        self._boundary = _Boundary()
+        self._boundary = _Boundary(used_before=self._units.used)
         if self._reducer is not None:
             self._reducer.end_step(discarded=discarded)
+
+    @property
+    def used(self) -> list[int]:
+        """Parameters that replicas have used since the start, by place, on which the cut of units depends."""
+        return self._units.used
+
+    def restart(self, used: Iterable[int] | None = None) -> None:
+        """Begin a new accumulation without gradients and old means, as all replicas do where their number changes.
+
+        Args:
+            used: parameters that replicas have used, by place. By default those before this accumulation.
+        """
+        self._units.reset(self._boundary.used_before if used is None else used)
+        self._boundary = _Boundary(used_before=self._units.used)
+        assert self._reducer is not None, "there are replicas"
+        for place in self._units.place.values():
+            self._reducer.partial(place).zero_()
+        self._reducer.end_step(discarded=True)
 
     def _start(self, unit: Unit, after: Handle[None] | None = None) -> None:
         """Start hop 2 on a unit, once what it is ``after`` is done."""
@@ -364,7 +383,7 @@ class GradSync:
         if not self._reducer.keeps_partials:
             old_means.clear()
 
-    def _start_flags(self, replication: RankGroup) -> torch.Tensor:
+    def _start_flags(self, replication: Replication) -> torch.Tensor:
         """Ask what the other replicas did with each shard."""
         given = [int(self._boundary.given.get(key, Given.NOTHING)) for key in self._units.place]
         flags = torch.empty(len(given), dtype=torch.uint8, device=self._device)
@@ -375,7 +394,7 @@ class GradSync:
             start = end
 
         def agree(stages: Stages) -> None:
-            handle = collectives.start_max_over_(flags, replication, "gradients at hand")
+            handle = replication.start_max_(flags, "gradients at hand")
             with stages.wait_stage():
                 handle.wait()
                 stages.record_stream(flags)

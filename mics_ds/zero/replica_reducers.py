@@ -17,6 +17,7 @@ from ..comm import collectives
 from ..comm.async_exec import Stages, Task
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
+from .replication import Replication
 from .units import Unit
 
 
@@ -101,7 +102,7 @@ class AllReduceMean(ReplicaReducer):
         self,
         buffer: Callable[[], torch.Tensor],
         shards: list[tuple[int, int]],
-        replication: RankGroup,
+        replication: Replication,
         device: torch.device,
         part: int,
     ) -> None:
@@ -128,7 +129,7 @@ class AllReduceMean(ReplicaReducer):
             if not here:
                 on_device = stages.scratch(part.numel(), self._like.to(part.dtype))
                 on_device.copy_(part, non_blocking=True)
-            handle = collectives.start_average_(on_device, self._replication)
+            handle = self._replication.start_average_(on_device)
             with stages.wait_stage():
                 handle.wait()
                 if not here:

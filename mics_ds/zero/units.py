@@ -39,9 +39,21 @@ class UnitPlan:
     def learn(self, used: Iterable[int]) -> None:
         """Note parameters that some replica has used. Called by all replicas with the same keys."""
         if not self._used >= set(used):
-            self._used |= set(used)
-            self.early = list(self._cut(key for key in self._keys if key in self._used))
-            self.late = list(self._cut(key for key in self._keys if key not in self._used))
+            self._set(self._used | set(used))
+
+    @property
+    def used(self) -> list[int]:
+        """Places of the parameters that some replica has used."""
+        return sorted(self.place[key] for key in self._used)
+
+    def reset(self, used: Iterable[int]) -> None:
+        """Cut units as another replica does, or as they were. Called by all replicas with the same :attr:`used`."""
+        self._set({self._keys[place] for place in used})
+
+    def _set(self, used: set[int]) -> None:
+        self._used = used
+        self.early = list(self._cut(key for key in self._keys if key in used))
+        self.late = list(self._cut(key for key in self._keys if key not in used))
 
     def keys(self, unit: Unit) -> set[int]:
         """Return the parameters of a unit."""

@@ -22,6 +22,7 @@ from mics_ds.comm.wire import Cast, Wire
 from mics_ds.zero.grad_sync import GradSync
 from mics_ds.zero.replica_reducers import AllReduceMean, ReplicaReducer, ScatterToSlices
 from mics_ds.zero.replica_wire import EncodedMean, EncodedSlices
+from mics_ds.zero.replication import FixedReplication
 
 CPU = torch.device("cpu")
 LOSSLESS = Cast(torch.float32)
@@ -132,7 +133,8 @@ class Replica:
         self.cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.n)
         self.slices = torch.zeros(self.cut.width)
         self.reducer = self.make_reducer(shards)
-        self.sync = GradSync(SHARDS, self.group, self.hop1, hop2, self.reducer, CPU, unit_numel=UNIT, early=self.early)
+        replication = FixedReplication(self.group)
+        self.sync = GradSync(SHARDS, replication, self.hop1, hop2, self.reducer, CPU, unit_numel=UNIT, early=self.early)
         self.draws = random.Random(self.rank)
 
     def make_reducer(self, shards: list[tuple[int, int]]) -> ReplicaReducer:
@@ -140,7 +142,7 @@ class Replica:
         numels = [end - start for start, end in shards]
         encoded = shards, numels, self.group, CPU, 4, self.wire, lambda: self.loss_scale
         if self.kind == "all-reduce":
-            return AllReduceMean(lambda: self.buffer, *common)
+            return AllReduceMean(lambda: self.buffer, shards, FixedReplication(self.group), CPU, 4)
         if self.kind == "slices":
             return ScatterToSlices(lambda: self.buffer, lambda: self.slices, *common, method="all_to_all")
         if self.kind == "encoded":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import deepspeed
@@ -73,6 +75,53 @@ def test_unsupported_features_are_refused_by_name(name):
     zero, top = UNSUPPORTED[name]
     with pytest.raises(MicsConfigError, match=name):
         DeepSpeedConfig({**with_zero(mics_shard_size=2, **zero), **top})
+
+
+AGAINST_MANAGED_REPLICAS = {
+    "mics_optimizer_states": ({"mics_optimizer_states": "world"}, {}),
+    "mics_replica_wire": ({"mics_replica_wire": "bf16"}, {}),
+    "mics_shard_size": ({"mics_shard_size": "auto"}, {}),
+    "mics_guard": ({"mics_guard": True}, {}),
+    "memory_every": ({"mics_checkpoint": {"memory_every": 1}}, {}),
+    "Muon": ({}, {"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
+    "tensor parallelism": ({}, {"tensor_parallel": {"autotp_size": 2}}),
+}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("name", AGAINST_MANAGED_REPLICAS)
+def test_what_does_not_go_with_replicas_that_come_and_go(name):
+    zero, top = AGAINST_MANAGED_REPLICAS[name]
+    keys = {"mics_shard_size": 4, "mics_replicas": {"membership": "torchft"}, **zero}
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with pytest.raises(MicsConfigError, match=f"mics_replicas with .*{name}"):
+        DeepSpeedConfig({**with_zero(**keys), **top})
+    dist.barrier()
+
+
+@pytest.mark.ranks(4)
+def test_a_replica_that_is_not_the_whole_job_is_refused():
+    with pytest.raises(MicsConfigError, match=r"mics_shard_size must be the number of its ranks, 4, got 2"):
+        build(with_zero(mics_shard_size=2, mics_replicas={"membership": "torchft"}))
+    healthy()
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.skipif(find_spec("torchft") is None, reason="torchft is not installed")
+def test_replicas_without_a_lighthouse_are_refused():
+    with pytest.raises(MicsConfigError, match="needs the address of torchft's lighthouse in the variable TORCHFT_LIG"):
+        build(with_zero(mics_shard_size=4, mics_replicas={"membership": "torchft"}))
+    healthy()
+
+
+@pytest.mark.ranks(4)
+def test_replicas_without_torchft_are_refused_with_the_way_to_install_it():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchft", None)
+        with pytest.raises(MicsConfigError, match=r"pip install 'mics-ds\[ft\]'"):
+            build(with_zero(mics_shard_size=4, mics_replicas={"membership": "torchft"}))
+    healthy()
 
 
 class ExpertParallel(nn.Module):

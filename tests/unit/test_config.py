@@ -13,6 +13,7 @@ from mics_ds.config import (
     CheckpointRequest,
     GuardRequest,
     MicsConfig,
+    ReplicasRequest,
     disabled_by_environment,
     split_ds_config,
 )
@@ -171,3 +172,28 @@ def test_wrong_values_for_checkpoints(value, message):
 def test_wrong_guards_are_refused(value, message):
     with pytest.raises(MicsConfigError, match=re.escape(message)):
         split_ds_config(zero(mics_shard_size=2, mics_guard=value))
+
+
+def test_managed_replicas_are_a_section():
+    def replicas(value):
+        return split_ds_config(zero(mics_shard_size=2, mics_replicas=value))[0].replicas
+
+    assert replicas({"membership": "torchft"}) == ReplicasRequest("torchft", min=1, timeout_s=30.0)
+    assert replicas({"membership": "torchft", "min": 2, "timeout_s": 5.0}).min == 2
+    assert "mics_replicas" not in MicsConfig(2).to_json()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "mics_replicas must be a section with some of membership, min, timeout_s"),
+        ({}, "mics_replicas"),
+        ({"membership": "mpi"}, "mics_replicas.membership must be 'torchft'"),
+        ({"membership": "torchft", "min": 0}, "mics_replicas.min must be greater than or equal to 1"),
+        ({"membership": "torchft", "timeout_s": 0}, "mics_replicas.timeout_s must be greater than 0"),
+        ({"membership": "torchft", "max": 3}, "Unknown key under 'zero_optimization.mics_replicas': max"),
+    ],
+)
+def test_wrong_managed_replicas_are_refused(value, message):
+    with pytest.raises(MicsConfigError, match=re.escape(message)):
+        split_ds_config(zero(mics_shard_size=2, mics_replicas=value))

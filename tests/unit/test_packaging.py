@@ -14,7 +14,7 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brought it")
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Imported inside functions that say so where they are missing.
-OPTIONAL = {"huggingface_hub", "matplotlib", "safetensors", "transformers"}
+OPTIONAL = {"huggingface_hub", "matplotlib", "safetensors", "torchft", "transformers"}
 
 
 def names(requirements: list[str]) -> set[str]:

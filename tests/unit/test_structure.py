@@ -30,6 +30,7 @@ ROWS = [
     {"planner", "checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
     {"guard"},
     {"checkpoint", "ab"},
+    {"replicas"},
     {"frameworks"},
     {"check"},
     {"", "reshape", "memory"},
@@ -160,6 +161,15 @@ def test_test_files_share_what_is_in_lib_and_import_nothing_from_each_other():
     names = {path.stem for path in TESTS if path.stem.startswith("test_")}
     wrong = {str(path): sorted(imports_of_others(path) & names) for path in TESTS if imports_of_others(path) & names}
     assert not wrong
+
+
+def test_managed_replicas_are_imported_only_where_they_are_asked_for():
+    """Neither torchft nor the room around it, by any module that runs without ``mics_replicas``."""
+    for module, path in MODULES.items():
+        assert "torchft" not in imports_of_others(path), module
+        if not f"{module}.".startswith("mics_ds.replicas."):
+            of_room = {target for target, at_top in imports(path, module) if at_top and "mics_ds.replicas" in target}
+            assert not of_room, module
 
 
 def test_private_names_of_deepspeed_are_used_in_one_room():

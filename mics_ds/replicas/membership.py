@@ -1,0 +1,468 @@
+"""Which replicas take part in a step, and hop 2 over them.
+
+[Note: a step with managed replicas]
+
+    begin_step          forward, backward           step
+    ──────────          ─────────────────           ────
+    quorum: who is  →   hop 1 in the replica    →   norm     →   vote of the      →  all said yes: update weights
+    there, by the       hop 2 over those who        (max)        ranks of this       one said no: discard, and go on
+    lighthouse          are there                                replica             with the next quorum
+
+Before the first forward pass of a step, each replica asks the lighthouse who is there. If that has changed, the ranks
+that hold the same shard connect anew, and a replica that is behind (a new one, or one that could not commit a step that
+another one has committed) gets the states of a sibling. All of them wait for that. So every replica that computes a
+step has the same weights, and the batch that it draws can depend on who is there.
+
+A collective between replicas that fails raises no error. It makes all later ones of the step do nothing, and this rank
+votes no. A step is committed by a replica if all of its ranks vote yes. Another replica may decide differently: the one
+that has committed is ahead then, and the other gets its states in the next quorum. Errors inside a replica, in hop 1
+among them, are raised and end this replica.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..comm import collectives
+from ..comm.async_exec import Handle
+from ..comm.rank_group import RankGroup
+from ..config import ReplicasRequest
+from ..errors import MicsCommError, MicsConfigError
+from ..log import log_rank0, logger
+from ..zero.replication import Replication
+
+LIGHTHOUSE_ENV = "TORCHFT_LIGHTHOUSE"
+REPLICA_ENV = "MICS_DS_REPLICA"
+HOST_ENV = "MICS_DS_REPLICA_HOST"
+_HEALING = 10
+"""Timeouts that replicas wait for a joining one to get its states."""
+_PATIENCE_S = 86400.0
+"""Seconds that a replica waits for others, or for the lighthouse."""
+_POLL_S = 1.0
+
+
+def import_torchft() -> Any:
+    """Return the modules of torchft.
+
+    Raises:
+        MicsConfigError: it is not installed, or does not load.
+    """
+    os.environ.setdefault("RUST_LOG", "error")  # its servers log several lines per step otherwise
+    try:
+        import torchft.checkpointing.http_transport
+        import torchft.manager
+        import torchft.process_group
+    except ImportError as error:
+        raise MicsConfigError(
+            f'"mics_replicas": {{"membership": "torchft"}} needs torchft, which cannot be imported: {error}. Install '
+            f"it on all nodes with pip install 'mics-ds[ft]', or remove mics_replicas."
+        ) from error
+    logging.getLogger("torchft").setLevel(logging.CRITICAL)  # failures are ours to tell, once
+    return torchft
+
+
+class Living(Protocol):
+    """The engine of a replica, as membership sees it."""
+
+    def steps(self) -> int:
+        """Return the steps that this replica has committed or loaded."""
+        ...
+
+    def take(self) -> dict[str, Any]:
+        """Return what a joining rank with the same shard continues from. Tensors may be live."""
+        ...
+
+    def put(self, states: dict[str, Any]) -> int:
+        """Continue from what :meth:`take` has returned on a sibling. Without collectives. Returns its bytes."""
+        ...
+
+    def members_changed(self, healed: bool) -> None:
+        """Prepare for a step with other members. Collective over the replica.
+
+        Args:
+            healed: whether :meth:`put` was called on a rank of this replica.
+        """
+        ...
+
+    def agreement(self) -> list[int]:
+        """Return numbers that must be equal on all members before they average anything."""
+        ...
+
+
+class _Done:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        return self._tensor
+
+
+class Membership(Replication):
+    """The members of this rank's managed replication group. See [Note: a step with managed replicas].
+
+    Args:
+        request: ``mics_replicas``.
+        partition: the ranks of this replica.
+        device: where collectives work.
+    """
+
+    votes = True
+
+    def __init__(self, request: ReplicasRequest, partition: RankGroup, device: torch.device) -> None:
+        self.request = request
+        self.torchft = import_torchft()
+        self.replica = os.environ.get(REPLICA_ENV, "").strip() or socket.gethostname()
+        self._lighthouse = os.environ.get(LIGHTHOUSE_ENV, "").strip()
+        if "://" not in self._lighthouse:
+            raise MicsConfigError(
+                f"mics_replicas needs the address of torchft's lighthouse in the variable {LIGHTHOUSE_ENV}, as "
+                f"http://host:port, got {self._lighthouse!r}. `mics-ds replicas` starts one and sets it; for several "
+                f"nodes, start torchft_lighthouse once and set it in every job."
+            )
+        self._partition, self._device = partition, device
+        self._healing_time = timedelta(seconds=_HEALING * request.timeout_s)
+        self._living: Living | None = None
+        self._manager: Any = None
+        self._transport: Any = None
+        self._group: Any = None
+        self._store: Any = None
+        self._failure: Exception | None = None
+        self._is_open = self._has_met = False
+        self._received: dict[str, Any] | None = None
+        """States of a sibling, until all ranks of this replica have theirs."""
+        self._seen = -1
+        """Changes of members that this replica has prepared for, -1 after a step that was not committed."""
+        self.lost = 0
+        """Steps that this replica could not commit."""
+
+    def attach(self, living: Living) -> None:
+        """Name the engine whose states are shared."""
+        self._living = living
+
+    # ------------------------------------------------------------------------------------- who is there
+
+    @property
+    def size(self) -> int:
+        """Number of replicas in the current step, 0 before the first."""
+        return 0 if self._group is None else self._group.size_
+
+    @property
+    def rank(self) -> int:
+        """Place of this replica among them."""
+        return 0 if self._group is None else self._group.rank_
+
+    def begin_step(self) -> None:
+        """Find out who takes part in the next step, unless that has begun. Collective over the replica."""
+        if self._is_open:
+            return
+        assert self._living is not None, "attached to an engine"
+        while not self._find_members():
+            pass
+        self._is_open = True
+
+    def _find_members(self) -> bool:
+        """Take a quorum. Returns whether its members are ready for a step."""
+        if self._manager is None:
+            self._connect()
+        living, manager, group = self._living, self._manager, self._group
+        assert living is not None
+        if manager.current_step() != living.steps():  # another checkpoint was loaded
+            manager.load_state_dict({"step": living.steps(), "batches_committed": 0})
+        self._failure = self._received = None
+        with self._saying_that_it_waits():
+            manager.start_quorum(timeout=timedelta(seconds=_PATIENCE_S))
+        if group.began_anew:  # a new lighthouse counts anew, and the addresses of old groups are still in the store
+            self._disconnect()
+            return False
+        if group.changes == self._seen and manager.num_participants() == group.size_ and self._received is None:
+            return True
+        if group.size_ < self.request.min:
+            self._say_below_min(group.size_)
+            self._seen = -1
+            return False
+        # Where they were not connected anew, the lighthouse was restarted and counts as before.
+        if group.changes == self._seen or not self._prepare(manager, living):
+            self._give_up("the replicas could not connect, or could not get each other's states")
+            return False
+        self._seen = group.changes
+        log_rank0(
+            f"replica {self.replica} is {group.rank_ + 1} of {group.size_} replicas from step {living.steps() + 1} on"
+        )
+        return True
+
+    def _prepare(self, manager: Any, living: Living) -> bool:
+        """Wait until all members have the same states. Returns whether that has worked, the same on all ranks of this
+        replica."""
+        if self._any(manager.errored() is not None):
+            return False
+        # Only now, when all ranks of this replica have what they need: states of two steps would not go together.
+        if self._received is not None:
+            started = time.monotonic()
+            nbytes = living.put(self._received)
+            log_rank0(
+                f"replica {self.replica} continues from a sibling at step {living.steps()}: {nbytes / 1e6:.1f} MB per "
+                f"rank, received in {self._transport.seconds:.2f} s, set in {time.monotonic() - started:.2f} s"
+            )
+        living.members_changed(healed=self._any(self._received is not None))
+        self._received = None
+        return not self._any(not self._meet(living))
+
+    def _any(self, mark: bool) -> bool:
+        """Return whether a rank of this replica has a mark."""
+        marks = torch.tensor([int(mark)], device=self._device)
+        collectives.max_over_(marks, self._partition, "members of a step")
+        return bool(marks.item())
+
+    def _meet(self, living: Living) -> bool:
+        """Wait for members that get their states, and compare what must be equal. Returns whether that has worked."""
+        numbers = living.agreement()
+        both = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=self._device)
+        self._group.set_timeout(self._healing_time)
+        self._start(both, dist.ReduceOp.MAX, "agreement of replicas", self._healing_time).wait()
+        self._group.set_timeout(timedelta(seconds=self.request.timeout_s))
+        if self._failure is not None:
+            return False
+        most, least = both[: len(numbers)].tolist(), (-both[len(numbers) :]).tolist()
+        if most == least:
+            self._has_met = True
+            return True
+        differs = (
+            f"All replicas must train the same model with the same configuration and ranks per replica, but replica "
+            f"{self.replica} and another one differ. Start every replica with the same script and JSON."
+        )
+        if not self._has_met:
+            raise MicsConfigError(differs)
+        self._fail(MicsConfigError(differs))  # the other one is new, and ends
+        return False
+
+    @contextmanager
+    def _saying_that_it_waits(self) -> Iterator[None]:
+        done, started = threading.Event(), time.monotonic()
+
+        def say() -> None:
+            while not done.wait(self.request.timeout_s):
+                log_rank0(
+                    f"replica {self.replica} has waited {time.monotonic() - started:.0f} s for other replicas "
+                    f"({self.request.min} are needed) at the lighthouse {self._lighthouse}",
+                    logging.WARNING,
+                )
+
+        thread = threading.Thread(target=say, name="mics waiting", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _say_below_min(self, size: int) -> None:
+        log_rank0(
+            f"training waits: {size} replica{'s' * (size != 1)} of at least {self.request.min} "
+            f"(mics_replicas.min) {'is' if size == 1 else 'are'} there",
+            logging.WARNING,
+        )
+        time.sleep(_POLL_S)
+
+    # ------------------------------------------------------------------------------------- connections
+
+    def _connect(self) -> None:
+        timeout = timedelta(seconds=self.request.timeout_s)
+        own = os.environ.get(HOST_ENV, "").strip() or _own_address(self._lighthouse)
+        if self._partition.rank == 0:
+            # Not the job's own: a launcher may keep that for the next job, with the addresses of this one in it.
+            self._store = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)
+        address = None if self._store is None else (own, self._store.port)
+        (host, port), *_ = collectives.exchange(address, self._partition, "address of this replica's store")
+        process_group = self.torchft.process_group
+        base = process_group.ProcessGroupGloo if self._device.type == "cpu" else process_group.ProcessGroupNCCL
+        self._group, self._seen = _reconfigurable(base)(timeout), -1
+        self._transport = _transport(self.torchft, own)(timeout=self._healing_time, num_chunks=0)
+        self._manager = self.torchft.manager.Manager(
+            pg=self._group,
+            load_state_dict=self._receive,
+            state_dict=lambda: {} if self._living is None else self._living.take(),
+            min_replica_size=self.request.min,
+            use_async_quorum=False,
+            timeout=timeout,
+            quorum_timeout=timedelta(seconds=_PATIENCE_S),
+            connect_timeout=timeout,
+            rank=self._partition.rank,
+            world_size=self._partition.size,
+            store_addr=host,
+            store_port=port,
+            lighthouse_addr=self._lighthouse,
+            # Members are in the order of their names; numbers are to be in order too.
+            replica_id=self.replica.zfill(6) if self.replica.isdigit() else self.replica,
+            hostname=own,
+            checkpoint_transport=self._transport,
+            quorum_retries=1_000_000,  # a lighthouse may be restarted
+        )
+
+    def _disconnect(self) -> None:
+        if self._manager is not None:
+            self._group.abort(errored=False)
+            self._manager.shutdown(wait=False)
+        self._manager = self._store = None
+
+    def _receive(self, states: dict[str, Any]) -> None:
+        self._received = states
+
+    # ------------------------------------------------------------------------------------- hop 2
+
+    def start_average_(self, tensor: torch.Tensor) -> Handle[torch.Tensor]:
+        tensor.div_(self.size)
+        return self._start(tensor, dist.ReduceOp.SUM, collectives.HOP2)
+
+    def start_max_(self, tensor: torch.Tensor, what: str) -> Handle[torch.Tensor]:
+        return self._start(tensor, dist.ReduceOp.MAX, f"agreement on the {what}")
+
+    def _start(
+        self, tensor: torch.Tensor, operation: Any, what: str, timeout: timedelta | None = None
+    ) -> Handle[torch.Tensor]:
+        if self._failure is not None:
+            return _Done(tensor)
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        if timeout is not None:
+            options.timeout = timeout
+        members = RankGroup(self._group, tuple(range(self.size)), self.rank)
+        try:
+            started = collectives.Collective(
+                what, "all_reduce", tensor, members, lambda: self._group.allreduce([tensor], options)
+            )
+        except (MicsCommError, AssertionError) as error:  # torchft asserts that a group is connected
+            self._fail(error)
+            return _Done(tensor)
+        return _Guarded(started, tensor, self._fail)
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+
+    def commit(self) -> bool:
+        """Vote with the other ranks of this replica. See :meth:`Replication.commit`."""
+        self._is_open = False
+        if self._failure is not None:
+            self._manager.report_error(self._failure)
+        # Ranks of a replica notice a failure at different times, up to the timeout of a collective.
+        if self._manager.should_commit(timeout=timedelta(seconds=3 * self.request.timeout_s)):
+            return True
+        self.lost += 1
+        self._seen = -1
+        self._let_go()
+        if self._failure is not None or self._partition.rank == 0:
+            cause = self._failure and (self._failure.__cause__ or self._failure)
+            logger.warning(
+                "replica %s discards a step, because a replica could not be reached%s",
+                self.replica,
+                f": {str(cause).splitlines()[0][:200]}" if cause else " by another rank",
+            )
+        return False
+
+    def _give_up(self, why: str) -> None:
+        """Tell torchft that this quorum was of no use, so that the next one connects anew."""
+        self._manager.report_error(self._failure or RuntimeError(why))
+        self._manager.should_commit(timeout=timedelta(seconds=3 * self.request.timeout_s))
+        self._let_go()
+        log_rank0(f"replica {self.replica} tries again: {self._failure or why}", logging.WARNING)
+        self._failure = None
+
+    def _let_go(self) -> None:
+        """Close the connections to other members, so that none of them waits for this rank."""
+        self._group.abort(errored=False)
+
+    def leave(self) -> None:
+        """Leave the other members until the next step, because this replica has loaded other states."""
+        self._is_open = False
+        self._disconnect()
+
+    def close(self) -> None:
+        self._disconnect()
+
+
+class _Guarded:
+    """A collective between replicas. Waiting for it raises no error."""
+
+    def __init__(
+        self, started: collectives.Collective, tensor: torch.Tensor, fail: Callable[[Exception], None]
+    ) -> None:
+        self._started, self._tensor, self._fail = started, tensor, fail
+
+    def wait(self) -> torch.Tensor:
+        try:
+            self._started.wait()
+        except MicsCommError as error:
+            self._fail(error)
+        return self._tensor
+
+
+def _reconfigurable(base: Any) -> Any:
+    """Return a process group of torchft that remembers its members, and says when a lighthouse counts anew."""
+
+    class Group(base):
+        changes = 0
+        size_ = 0
+        rank_ = 0
+        began_anew = False
+        _newest = -1
+
+        def configure(
+            self, store_addr: str, replica_id: str, rank: int, world_size: int, *args: Any, **kwargs: Any
+        ) -> None:
+            quorum = kwargs["quorum_id"] if "quorum_id" in kwargs else args[0]
+            self.changes += 1
+            self.rank_, self.size_ = rank, world_size
+            if quorum < self._newest:
+                self.began_anew = True
+                raise RuntimeError("the lighthouse was restarted")
+            self._newest = quorum
+            super().configure(store_addr, replica_id, rank, world_size, *args, **kwargs)
+
+    return Group
+
+
+def _transport(torchft: Any, host: str) -> Any:
+    """Return a transport of states that is reached at the address of this rank and not by the name of its host."""
+    base: Any = torchft.checkpointing.http_transport.HTTPTransport
+
+    class Transport(base):
+        seconds = 0.0
+        """Time that it took to receive states."""
+
+        def recv_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            started = time.monotonic()
+            received = super().recv_checkpoint(*args, **kwargs)
+            self.seconds = time.monotonic() - started
+            return received
+
+        def address(self) -> str:
+            name = f"[{host}]" if ":" in host else host
+            return f"http://{name}:{self._server.socket.getsockname()[1]}/checkpoint/"
+
+    return Transport
+
+
+def _own_address(lighthouse: str) -> str:
+    """Return the address from which this host reaches the lighthouse. Nothing is sent."""
+    parts = urllib.parse.urlsplit(lighthouse)
+    found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)
+            except OSError:
+                continue
+            return str(probe.getsockname()[0]).partition("%")[0]
+    return socket.gethostname()
