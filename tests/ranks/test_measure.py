@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_engines import adamw, engine_of
 from helpers import build, ds_config, environment, replicas_agree, stock_reference, train
-from test_checkpoints import adamw, engine_of
-from test_memory_tier import logged
+from memory_tier import logged
 from torch import nn
 
 from mics_ds.checkpoint import manifest
