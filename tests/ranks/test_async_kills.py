@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from cases import slow
 from checkpoint_engines import engine_of, everything_is_shared, writer
 from faults import SURVIVED, Events
 from helpers import train
@@ -176,7 +175,8 @@ def start(pools, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("kills", [1, slow(KILLS // 2)])
+@pytest.mark.slow  # test_checkpoint_crashes.py kills ranks, and test_async_failures.py what ranks leave behind
+@pytest.mark.parametrize("kills", [1, KILLS // 2])
 def test_ranks_and_nodes_killed_at_random_moments(pools, start, kills):
     folder, losses, events, seconds = start(2 * kills + 20)
     chance = random.Random(20261124)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every, slow
 from helpers import (
     OddNet,
     assert_losses_close,
@@ -74,7 +75,7 @@ def size(engine: Any) -> int:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("inside_init", [True, False])
+@pytest.mark.parametrize("inside_init", [slow(True), False])
 def test_auto_trains_as_the_size_it_chose(tmp_path, inside_init):
     """Also where zero.Init had to spread the parameters before anyone knew the model."""
     with environment(MICS_DS_RANKS_PER_NODE="2"):
@@ -91,8 +92,7 @@ def test_auto_trains_as_the_size_it_chose(tmp_path, inside_init):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [2, "auto"])
-@pytest.mark.parametrize("inside_init", [True, False])
+@pytest.mark.parametrize(("p", "inside_init"), every((2, "auto"), (True, False), default=[(2, True), ("auto", False)]))
 def test_states_are_spread_where_only_that_fits(tmp_path, p, inside_init):
     """Also with a size that was given, which zero.Init knows then."""
     memory, found = enough_for(2, world=True), []

@@ -199,7 +199,7 @@ def test_a_rank_that_never_reports_is_named():
         dist.barrier()
         return
     with (
-        environment(MICS_DS_AGREEMENT_TIMEOUT="4"),
+        environment(MICS_DS_AGREEMENT_TIMEOUT="2"),
         pytest.raises(MicsAgreementError, match=r"nothing came from ranks \[2\]"),
     ):
         build(ds_config(2))

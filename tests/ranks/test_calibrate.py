@@ -67,6 +67,7 @@ def test_a_missing_folder_is_told_by_all_ranks(tmp_path):
     calibrate.check_out(tmp_path / "x.json")
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_profile_that_plans_use(tmp_path):
     out = tmp_path / "cluster.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

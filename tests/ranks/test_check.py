@@ -117,6 +117,7 @@ def test_a_checkpoint_that_is_not_loaded_is_seen(tmp_path):
     assert found == ["loaded parameters", "losses after it", "states after it"]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_background_save_of_another_moment_is_seen(tmp_path):
     setup = Setup(2, overlap=True, steps=2)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from checkpoint_engines import digest, engine_of, steps, writer
 from helpers import environment
 from memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
@@ -50,7 +51,7 @@ def files_in(root):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("culprit", [0, 3])
+@pytest.mark.parametrize("culprit", [slow(0), 3])
 def test_a_restart_without_room_uses_the_disk_on_all_ranks(tmp_path, culprit):
     with nodes(tmp_path), pytest.MonkeyPatch.context() as patched:
         _, saved, copied = on_disk_and_in_memory(tmp_path)
@@ -175,7 +176,7 @@ def test_a_load_reads_the_checkpoint_once(tmp_path, p, states):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [slow(0), 1])
 def test_a_writer_that_cannot_start_is_the_error_of_all(tmp_path, culprit):
     def refuse(*_, **__):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

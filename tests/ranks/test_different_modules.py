@@ -231,6 +231,7 @@ def leave_the_recorded_order_alone() -> None:
     tower_step(engine, 3, images=dist.get_rank() == 0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_the_recorded_order_alone_says_so(pools):
     """Its peer is in a gather meanwhile, which ends when the launcher ends the job."""
     with pytest.raises(RankError) as caught:

@@ -178,6 +178,7 @@ def test_at_the_end_of_an_asynchronous_save(tmp_path, saves):
         dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4)
 def test_a_checkpoint_is_complete_without_its_export(tmp_path):
     engine = build(ds_config(2, zero={"mics_checkpoint": {"async": True, "export": "bf16"}}), OddNet)

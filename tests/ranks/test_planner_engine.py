@@ -83,7 +83,7 @@ def held(engine: Any) -> dict[str, int]:
         slow("bf16", "adamw", {}, {}),
         ("fp16", "sgd_momentum", {}, {}),
         slow("fp32", "sgd", {"contiguous_gradients": False}, {}),
-        ("fp32", "adagrad", {}, {}),
+        slow("fp32", "adagrad", {}, {}),
         slow("bf16", "adamw", {"stage3_param_persistence_threshold": 20}, {}),
         slow("fp32", "adamw", {"sub_group_size": 60}, {}),
         ("bf16", "adamw", {}, {"data_types": {"grad_accum_dtype": "fp32"}}),

@@ -108,7 +108,7 @@ def compare(
 @pytest.mark.parametrize("sp", [2, slow(4)])
 def test_losses_and_parameters_equal_zero3_under_sequence_parallelism(sp):
     """p smaller than, equal to and larger than sp."""
-    compare(sp, [1, 2, 4], clip=0.5, micro_steps=2)
+    compare(sp, [1, 4], clip=0.5, micro_steps=2)
 
 
 @pytest.mark.slow

@@ -65,6 +65,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sub-groups": {"dtype": "bf16", "zero": {"sub_group_size": 60}},
 }
 
+FEW_WIRES = ("p=1 int8", "p=2 world int8")
+
 ALLOWED = {
     # The host needs the averaged gradients and the norm that replicas agreed on, as it makes the update.
     "offload": 2 * STEPS,
@@ -91,9 +93,14 @@ def test_the_same_of_world_sharded_states(scenario):
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", every([*SCENARIOS], default=["fp16"]))
-def test_the_same_in_fewer_bytes(scenario):
-    no_more_than_stock(scenario, ["zero3", *WIRED])
+@pytest.mark.parametrize(
+    ("scenario", "wires"),
+    every(
+        [*SCENARIOS], [("p=1 int8", "p=2 world int8"), (*WIRED,)], default=[("fp16", ("p=1 int8", "p=2 world int8"))]
+    ),
+)
+def test_the_same_in_fewer_bytes(scenario, wires):
+    no_more_than_stock(scenario, ["zero3", *wires])
 
 
 def no_more_than_stock(scenario: str, systems: Iterable[str]) -> None:

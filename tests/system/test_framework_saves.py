@@ -184,7 +184,7 @@ def run(pools, body, folder: Path, **arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("limit", "best"),
     [
-        (1, "first"),
+        slow(1, "first"),
         slow(1, None),
         slow(2, "first"),
         slow(2, "last"),
@@ -207,6 +207,7 @@ def test_hf_rotation_and_best_model(pools, tmp_path, limit, best):
     assert again["weights"] == longer["weights"]
 
 
+@pytest.mark.slow
 def test_hf_goes_on_when_a_save_fails_that_is_only_logged(pools, tmp_path):
     """And keeps the checkpoint before, which it would have deleted, until there is another."""
     section = {"async": True, "on_error": "log"}
@@ -245,6 +246,7 @@ def test_hf_job_killed_while_it_saves(pools, tmp_path):
     assert (tmp_path / "killed" / "out" / "interrupted-checkpoint-4").exists()
 
 
+@pytest.mark.slow
 def test_hf_job_killed_in_its_first_save(pools, tmp_path):
     with pytest.raises(RankError):
         run(pools, "hf", tmp_path, section=ASYNC, dies_in=2)

@@ -201,6 +201,7 @@ def test_accelerate_takes_a_planned_size(pools, tmp_path):
     assert found[0]["size"][0] in (1, 2, 4)
 
 
+@pytest.mark.slow
 def test_accelerate_refuses_auto_by_itself(pools, tmp_path):
     """Which is why there is another word. If this fails, Accelerate has changed, and the README should."""
     arguments = {"p": None, "folder": str(tmp_path), "word": "auto"}
@@ -223,6 +224,7 @@ def trainer_planned(p, folder):
     return {"size": [trainer.model_wrapped.optimizer.mics_groups.partition.size]}
 
 
+@pytest.mark.slow
 def test_hf_trainer_takes_a_planned_size(pools, tmp_path):
     found = pools.run(4, __name__, "trainer_planned", {"p": None, "folder": str(tmp_path)}, 180, fresh=True)
     assert len({item["size"][0] for item in found}) == 1
