@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[Callable[[Machine], None], str]] = {
     ),
     "a size across nodes unevenly": (
         lambda machine: (machine.zero(mics_shard_size=12), setattr(machine, "ranks", 24), _three_hosts(machine)),
-        "spans nodes unevenly",
+        "spans fast domains unevenly",
     ),
     "a size of all ranks": (_zero(mics_shard_size=16), "is all 16 ranks, which is ZeRO-3"),
     "a batch that does not fit": (
