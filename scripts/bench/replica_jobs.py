@@ -75,7 +75,7 @@ class Training:
     managed: bool = True
     """Whether replicas are jobs of their own, and not one job."""
     min: int = 1
-    timeout_s: float = 5.0
+    timeout_s: float = 30.0
     micro_steps: int = 2
     micro_batch: int = 2
     save_every: int = 0
