@@ -10,7 +10,7 @@ import os
 
 from .plugin import install
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 AUTOLOAD_ENV = "MICS_DS_AUTOLOAD"
 

@@ -149,6 +149,8 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
     if isinstance(node, ast.FormattedValue):
         node = node.value
     name = ast.unparse(node).rpartition(".")[2]
+    if name == "__version__":
+        return "<version>"
     if name in constants:
         return constants[name]
     return f"<{name}>" if name.isidentifier() else "<...>"
