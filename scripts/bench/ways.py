@@ -110,7 +110,9 @@ def reference(groups: Any, demand: measure.Demand, say: Callable[[str | None], N
             rounds.append([clock.time(work) for work in passes.values()])
             say(None)
         # The first round warms up.
-        medians[kind] = dict(zip(passes, map(statistics.median, zip(*rounds[1:]))))
+        medians[kind] = {
+            name: statistics.median(taken) / measure.AT_ONCE for name, taken in zip(passes, zip(*rounds[1:]))
+        }
     return medians
 
 
