@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mics_ds.planner.failures import Parts, failure_cost
 from mics_ds.planner.job import build_job
-from mics_ds.planner.machine import load_machine
 from mics_ds.planner.plan import make_plan
+from mics_ds.planner.presets import load_machine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "replicas.md"
 BEGIN, END = "<!-- failures: scripts/failure_table.py -->", "<!-- end of failures -->"

@@ -135,10 +135,6 @@ class Build:
                 f"ranks, {dist.get_world_size()}, got {groups.partition.size}. Set it to that, and start one job per "
                 f"replica."
             )
-        if not current_job().is_news("managed replicas"):
-            raise MicsConfigError(
-                "mics_replicas goes with one engine per process, but this is the second. Remove it from one of them."
-            )
         from ..replicas.membership import Membership
 
         return Membership(self.config.replicas, groups.partition, communication_device())

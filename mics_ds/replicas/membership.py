@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from ..comm import collectives
 from ..comm.async_exec import Handle
+from ..comm.job import current_job
 from ..comm.rank_group import RankGroup
 from ..config import ReplicasRequest
 from ..errors import MicsCommError, MicsConfigError
@@ -51,6 +52,7 @@ _HEALING = 10
 _PATIENCE_S = 86400.0
 """Seconds that a replica waits for others, or for the lighthouse."""
 _POLL_S = 1.0
+_ONE_ENGINE = "managed replicas"
 
 
 def import_torchft() -> Any:
@@ -146,6 +148,11 @@ class Membership(Replication):
         """Changes of members that this replica has prepared for, -1 after a step that was not committed."""
         self.lost = 0
         """Steps that this replica could not commit."""
+        if not current_job().is_news(_ONE_ENGINE):
+            raise MicsConfigError(
+                "mics_replicas goes with one engine per process at a time, but this is the second. Remove it from one "
+                "of them, or destroy the first one before."
+            )
 
     def attach(self, living: Living) -> None:
         """Name the engine whose states are shared."""
@@ -390,6 +397,7 @@ class Membership(Replication):
 
     def close(self) -> None:
         self._disconnect()
+        current_job().said.discard(_ONE_ENGINE)
 
 
 class _Guarded:

@@ -192,7 +192,8 @@ def train(engine: Any, batches: Any, training: Training, replica: int, record: A
         if not losses:
             before = digest(engine)  # a sibling may have sent other states
         time.sleep(training.sleep_s)
-        loss = engine(x, y)
+        dtype = next(engine.module.parameters()).dtype
+        loss = engine(x.to(dtype), y.to(dtype))
         reach(order, "backward")
         engine.backward(loss)
         losses.append(loss.item())
@@ -450,7 +451,7 @@ def committed(training: Training, records: list[dict[str, Any]]) -> list[list[di
         WrongStepError: replicas have different states, or samples are left out or come twice.
     """
     kept = [line for line in records if not line["lost"]]
-    last = max(line["step"] for line in kept)
+    last = min(max(line["step"] for line in kept if line["rank"] == rank) for rank in range(training.ranks))
     steps: list[list[dict[str, Any]]] = []
     after: dict[int, str] | None = None
     position = None

@@ -41,24 +41,39 @@ def until(jobs: Jobs, reached: Any, *, restart: bool = True) -> None:
         time.sleep(0.05)
 
 
+def until_all_take_part(jobs: Jobs) -> None:
+    """Wait until each rank that runs has committed a step of all replicas. The first to start may take steps alone."""
+    training, current = jobs.training, jobs.generation
+
+    def reached(records: list[dict[str, Any]]) -> bool:
+        together = {
+            (line["replica"], line["rank"])
+            for line in records
+            if line.get("members") == training.replicas and line["generation"] == current[line["replica"]]
+        }
+        return len(together) == training.replicas * training.ranks
+
+    until(jobs, reached)
+
+
 def log(jobs: Jobs, replica: int, generation: int = 0) -> str:
     return (Path(jobs.training.folder) / f"log-{replica}-{generation}-0").read_text()
 
 
 def test_a_replica_is_killed_and_comes_back(tmp_path):
     """The survivor goes on after one lost step, and the one that comes back continues from its states."""
-    training = Training(str(tmp_path), replicas=2, ranks=1, steps=40, min=1, sleep_s=0.05)
+    training = Training(str(tmp_path), replicas=2, ranks=1, steps=10**9, sleep_s=0.05)
     with running(training, heartbeat_timeout_s=1.0) as jobs:
-        until(jobs, lambda records: sum(line["step"] == 2 for line in records) == 2)
+        until_all_take_part(jobs)
         jobs.orders[1][0].value = 4  # hop 2
-        until(jobs, lambda records: any(line["generation"] == 1 for line in records))
-        jobs.wait(LIMIT_S)
+        until(jobs, lambda _: jobs.generation[1] == 1)
+        until_all_take_part(jobs)
         records = jobs.records()
         assert "continues from a sibling" in log(jobs, 1, 1)
     assert sum(line["lost"] for line in records if line["replica"] == 0) <= 1
     steps = committed(training, records)
-    assert len(steps) == 40
     assert {line["members"] for lines in steps for line in lines} == {1, 2}
+    assert steps[-1][0]["members"] == 2
     assert compare_with_reference(training, steps) < 1e-6
 
 
@@ -94,26 +109,26 @@ def test_kills_at_seeded_moments(tmp_path, replicas, ranks, seed):
 @pytest.mark.slow
 def test_a_step_that_is_given_up_leaves_loss_scale_and_schedule_alone(tmp_path):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000}}
-    training = Training(str(tmp_path), replicas=2, ranks=2, steps=40, extra=fp16, sleep_s=0.05)
+    training = Training(str(tmp_path), replicas=2, ranks=2, steps=10**9, extra=fp16, sleep_s=0.05)
     with running(training, heartbeat_timeout_s=1.0) as jobs:
-        until(jobs, lambda records: sum(line["step"] == 5 for line in records) == 4)
+        until_all_take_part(jobs)
         jobs.orders[1][1].value = 4  # hop 2
-        until(jobs, lambda records: any(line["generation"] == 1 for line in records))
-        jobs.wait(LIMIT_S)
+        until(jobs, lambda _: jobs.generation[1] == 1)
+        until_all_take_part(jobs)
         records = jobs.records()
     assert [line["step"] for line in records if line["lost"]], "nothing was given up"
     assert {line["scale"] for line in records} == {256.0}
     rates = [lines[0]["lr"] for lines in committed(training, records)]
-    assert len(rates) == 40
-    assert rates[:20] == sorted(rates[:20])
-    assert len(set(rates[:20])) >= 19, "the schedule moved with every step that was committed"
+    assert rates == sorted(rates)
+    moved = len(set(rates[:20]))
+    assert moved >= min(len(rates), 20) - 1, "the schedule moves with every step that is committed"
 
 
 @pytest.mark.slow
 def test_below_the_least_number_training_waits_and_says_so(tmp_path):
     training = Training(str(tmp_path), replicas=2, ranks=1, steps=30, min=2, timeout_s=2.0, sleep_s=0.05)
     with running(training, heartbeat_timeout_s=1.0) as jobs:
-        until(jobs, lambda records: sum(line["step"] == 2 for line in records) == 2)
+        until_all_take_part(jobs)
         jobs.kill(1)
         until(jobs, lambda _: "has waited" in log(jobs, 0), restart=False)
         [alone] = {line["step"] for line in jobs.records()[-1:]}
@@ -128,20 +143,21 @@ def test_below_the_least_number_training_waits_and_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_lighthouse_that_is_restarted(tmp_path):
     """Without it replicas wait. A new one counts anew, and a replica that is killed then is replaced all the same."""
-    training = Training(str(tmp_path), replicas=3, ranks=1, steps=80, sleep_s=0.05)
+    training = Training(str(tmp_path), replicas=3, ranks=1, steps=10**9, sleep_s=0.05)
     with running(training, heartbeat_timeout_s=1.0) as jobs:
-        until(jobs, lambda records: any(line["step"] == 2 for line in records))
+        until_all_take_part(jobs)
         jobs.kill(2)  # the lighthouse has counted to 2 when it dies
-        until(jobs, lambda records: any(line["generation"] == 1 for line in records))
+        until(jobs, lambda _: jobs.generation[2] == 1)
+        until_all_take_part(jobs)
         jobs._lighthouse.stop()
         time.sleep(1.0)
         jobs._lighthouse.start()
         last = max(line["step"] for line in jobs.records())
         until(jobs, lambda records: any(line["step"] > last + 3 for line in records))
         jobs.kill(1)
-        jobs.wait(LIMIT_S)
+        until(jobs, lambda _: jobs.generation[1] == 1)
+        until_all_take_part(jobs)
         steps = committed(training, jobs.records())
-    assert len(steps) == 80
     assert compare_with_reference(training, steps) < 1e-6
 
 
@@ -186,17 +202,17 @@ def test_a_replica_with_another_model_ends_and_leaves_the_others_alone(tmp_path)
 )
 def test_a_node_is_cut_off_and_comes_back(tmp_path):
     """The others go on after the timeout. The node that was cut off continues from a sibling's states."""
-    training = Training(str(tmp_path), replicas=3, ranks=2, steps=120, timeout_s=3.0, sleep_s=0.05)
+    training = Training(str(tmp_path), replicas=3, ranks=2, steps=10**9, timeout_s=3.0, sleep_s=0.05)
     with emulation.Cluster(4, None) as cluster, running(training, cluster, heartbeat_timeout_s=1.0) as jobs:
-        until(jobs, lambda records: sum(line["step"] >= 2 and line.get("members") == 3 for line in records) >= 6)
+        until_all_take_part(jobs)
         link(cluster, 3, "down")
         last = max(line["step"] for line in jobs.records())
         until(jobs, lambda records: any(line["step"] > last + 5 and line.get("members") == 2 for line in records))
+        back = max(line["step"] for line in jobs.records()) + 1
         link(cluster, 3, "up")
-        jobs.wait(LIMIT_S, restart=True)
+        until(jobs, lambda records: any(line["step"] > back and line.get("members") == 3 for line in records))
         records = jobs.records()
     steps = committed(training, records)
-    assert len(steps) == 120
     assert steps[-1][0]["members"] == 3
     lost = {
         replica: sum(line["lost"] for line in records if line["replica"] == replica and line["rank"] == 0)
