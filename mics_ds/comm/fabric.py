@@ -9,13 +9,13 @@ from __future__ import annotations
 from ctypes import byref
 from functools import cache
 
-import torch
-
 from ..log import logger
 
 
 def fabric_id() -> str:
     """Return the name of the fabric, "" where NVML names none: no GPU, no ``pynvml``, or NVLink inside nodes only."""
+    import torch  # here, as `mics-ds doctor` asks for nodes without it
+
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return ""
     return _fabric_of(torch.cuda.current_device())
@@ -23,6 +23,8 @@ def fabric_id() -> str:
 
 @cache
 def _fabric_of(index: int) -> str:
+    import torch
+
     try:
         import pynvml
     except ImportError:
