@@ -158,6 +158,7 @@ def _train(training: Training, replica: int, generation: int, rank: int, ranks: 
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch's CPU kernels have it
     rendezvous = Path(training.folder) / f"rendezvous-{replica}-{generation}"
     dist.init_process_group(
         "gloo",
@@ -362,9 +363,15 @@ class Jobs:
         return all(code == 0 for code in self.codes(replica))
 
     def restart_failed(self) -> list[int]:
-        """Do what a launcher does: end the rest of a replica of which a rank has died, and start it again."""
+        """Do what a launcher does: end the rest of a replica of which a rank has died, and start it again.
+
+        Raises:
+            RuntimeError: replicas die again and again without a step.
+        """
         failed = [replica for replica in self.ranks if self.has_failed(replica)]
         for replica in failed:
+            if self.generation[replica] >= 5 and not self.records():
+                raise RuntimeError(f"replicas cannot start\n{self.logs()}")
             self.kill(replica)
             for process in self.ranks[replica]:
                 process.join()
