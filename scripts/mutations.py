@@ -106,14 +106,14 @@ MUTATIONS = [
     ),
     Mutation(
         "replicas clip by their own norms",
-        "deepspeed_compat/optimizer.py",
-        '    collectives.max_over_(norms, replication, "gradient norm")\n',
+        "zero/replication.py",
+        '    replication.start_max_(norms, "gradient norm").wait()\n',
         "",
         "ranks/test_hops.py ranks/test_replicas.py",
     ),
     Mutation(
         "an overflow on another replica is not seen",
-        "deepspeed_compat/optimizer.py",
+        "zero/replication.py",
         "norms = torch.where(norms < 0, torch.inf, norms)",
         "norms = norms.clone()",
         "ranks/test_replicas.py ranks/test_world_states.py",
@@ -212,6 +212,12 @@ MUTATIONS = [
 ]
 
 
+def outdated() -> list[str]:
+    """Return the mutations whose text does not occur exactly once in the package any more."""
+    texts = {item.path: (ROOT / "mics_ds" / item.path).read_text() for item in MUTATIONS}
+    return [item.what for item in MUTATIONS if texts[item.path].count(item.old) != 1]
+
+
 class Outcome(NamedTuple):
     mutation: Mutation
     found_by: str
@@ -223,8 +229,6 @@ def run(copy: Path, mutation: Mutation) -> Outcome:
     """Plant a mutation in the copy, run its tests until one fails, and take it away again."""
     path = copy / "mics_ds" / mutation.path
     text = path.read_text()
-    if text.count(mutation.old) != 1:
-        raise SystemExit(f"{mutation.path} has {text.count(mutation.old)} times: {mutation.old!r}")
     path.write_text(text.replace(mutation.old, mutation.new))
     files = [f"tests/{name}" for name in mutation.tests.split()]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *files]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import mutations
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mics_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -195,3 +197,8 @@ def test_nothing_points_outside_the_repository():
         if not named <= documents or ("../shared" in text and path != Path(__file__)):
             wrong[str(path)] = sorted(named - documents) or "../shared"
     assert not wrong
+
+
+def test_defects_that_are_planted_fit_the_source():
+    """``scripts/mutations.py`` replaces text of the package. Adapt its list when that text changes."""
+    assert mutations.outdated() == []
