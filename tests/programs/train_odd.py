@@ -66,7 +66,7 @@ result = {
     "loaded": "mics_ds" in sys.modules,
     "optimizer": type(engine.optimizer).__name__,
     "partition": groups and groups.partition.ranks,
-    "nodes": groups and groups.layout.nodes,
+    "nodes": groups and [groups.node_of[rank] for rank in groups.layout.ranks],
     "hierarchical": groups and groups.hierarchy is not None,
 }
 for other in range(dist.get_world_size()):
