@@ -63,11 +63,11 @@ MUTATIONS = [
         "unit/test_packing.py",
     ),
     Mutation(
-        "a rank that differs is not noticed",
+        "ranks of a partition group that run different modules are not noticed",
         "comm/collectives.py",
         "return most == -negated_least",
         "return most >= -negated_least",
-        "ranks/test_start.py ranks/test_checkpoint_crashes.py ranks/test_auto.py",
+        "ranks/test_different_modules.py",
     ),
     Mutation(
         "hop 2 starts on a unit whose bucket came twice",
