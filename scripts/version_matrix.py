@@ -47,8 +47,8 @@ def prepare(name: str, pins: dict[str, str]) -> Path:
     """Return the interpreter of a combination's environment, made and filled if there is none."""
     place = ROOT / ".cache" / "versions" / name
     python = place / "bin" / "python"
-    stamp = place / "pins.json"
-    if not stamp.exists() or json.loads(stamp.read_text()) != pins:
+    stamp, wanted_stamp = place / "pins.json", json.dumps([pins, (ROOT / "pyproject.toml").read_text()])
+    if not stamp.exists() or stamp.read_text() != wanted_stamp:
         venv.create(place, with_pip=True)
         pip = [python, "-m", "pip", "install", "--quiet"]
         exact = [f"{package}=={version}" for package, version in pins.items()]
@@ -58,7 +58,7 @@ def prepare(name: str, pins: dict[str, str]) -> Path:
         # After the extras, whose limits are what the default tests run with.
         wanted = exact or ["--upgrade", *SHOWN]
         subprocess.run([*pip, "--no-build-isolation", *wanted], check=True)
-        stamp.write_text(json.dumps(pins))
+        stamp.write_text(wanted_stamp)
     return python
 
 
