@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +46,10 @@ SECONDS_ENV = "MICS_DS_MEASURE_SECONDS"
 DEFAULT_S = 2.0
 MARGIN = 0.15
 """Another way than that of the rule has to be faster by this fraction."""
-REPEATS = 7
+FEWEST, MOST = 3, 15
+"""Times that a size is measured: larger ones only where there is time for the fewest."""
+HOPELESS = 1.3
+"""A way that takes longer than the fastest by this factor is not measured more than twice."""
 AT_ONCE = 2
 """Collectives of one kind under way at a time, as in training, which gathers ahead and reduces behind."""
 SPARE = 0.1
@@ -147,7 +149,8 @@ def choose_ways(groups: MicsGroups, demand: Demand) -> MicsGroups:
     else:
         clock, seconds = measure(groups, demand, budget_s)
         ways = fastest(groups.choices, seconds)
-        why = f"measured in {clock.elapsed:.2f} s: {describe(seconds)}" if seconds else "too little to measure"
+        figures = describe(seconds) if seconds else "nothing certain"
+        why = f"measured in {clock.elapsed:.2f} s: {figures}"
         cache.write(ways)
     if current_job().is_news((groups.layout, demand, ways)):
         log_rank0(f"MiCS gathers parameters {ways.gather} and reduces gradients {ways.scatter} ({why})")
@@ -293,6 +296,7 @@ def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, un
 
     Returns:
         Seconds of one pass over the model, for each contestant. Times of sizes that were not reached grow with bytes.
+        Nothing, if there was no time to measure any size :data:`FEWEST` times.
     """
     found: dict[int, list[float]] = {}
     sizes = ladder(shapes)
@@ -300,23 +304,45 @@ def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, un
     for index, size in enumerate(sizes):
         began_s = clock.elapsed
         works = [prepare(size) for prepare in contestants]
-        rounds = [[clock.time(work) for work in works]]
-        once = max(clock.elapsed - began_s, 1e-9)
-        following_s = sizes[index + 1] / size * once if index + 1 < len(sizes) else math.inf
-        is_last = clock.elapsed + following_s > until_s
+        taken = [[clock.time(work)] for work in works]
+        following_s = (clock.elapsed - began_s) * sizes[min(index + 1, len(sizes) - 1)] / size
+        is_last = index + 1 == len(sizes) or clock.elapsed + FEWEST * following_s > until_s
         if is_last or size in asked:
             to_come = 1 if is_last else sum(other in asked for other in sizes[index:])
-            repeats = min(REPEATS - 1, int((until_s - clock.elapsed) / to_come / once))
-            rounds += [[clock.time(work) for work in works] for _ in range(repeats)]
-        found[size] = [statistics.median(taken) for taken in zip(*rounds)]
-        if clock.elapsed + following_s > until_s:
+            _repeat(works, taken, clock, clock.elapsed + (until_s - clock.elapsed) / to_come)
+            if max(map(len, taken)) >= FEWEST:
+                found[size] = [_typical(times) for times in taken]
+        if is_last or clock.elapsed + FEWEST * following_s > until_s:
             break
+    if not found:
+        return []
     largest = max(found)
 
     def seconds(nbytes: int, contestant: int) -> float:
         return found[nbytes][contestant] if nbytes in found else found[largest][contestant] * nbytes / largest
 
     return [sum(shape.times * seconds(shape.nbytes, number) for shape in shapes) for number in range(len(contestants))]
+
+
+def _typical(times: Sequence[float]) -> float:
+    """Return the lower quartile: whatever else a machine does makes times longer.
+
+    The first one does not count. Links let through the first bytes after a pause faster than those that follow.
+    """
+    rest = sorted(times[1:] or times)
+    return rest[len(rest) // 4]
+
+
+def _repeat(works: Sequence[Callable[[], object]], taken: list[list[float]], clock: Any, until_s: float) -> None:
+    """Time works again in turns, while there is time, and those that may still win."""
+    for _ in range(MOST - 1):
+        best = min(map(min, taken))
+        for work, times in zip(works, taken):
+            if min(times) > HOPELESS * best and len(times) > 1:
+                continue
+            if clock.elapsed + times[-1] > until_s:
+                return
+            times.append(clock.time(work))
 
 
 def ladder(shapes: Sequence[Shape]) -> list[int]:

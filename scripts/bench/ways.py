@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 if __name__ == "__main__":
@@ -75,7 +76,8 @@ def in_a_rank(
         groups = build_groups(MicsConfig(p), dist.group.WORLD)
         demand = measure.demand_of(model(), CONFIG, groups)
         choose = functools.partial(measure.choose_ways, groups, demand)
-        first_s, chosen = seconds_of(choose)
+        with mock.patch.object(measure, "describe", wraps=measure.describe) as described:
+            first_s, chosen = seconds_of(choose)
         current_job().ways.clear()  # as in a process that starts anew
         later_s, again = seconds_of(choose)
         assert again.ways == chosen.ways
@@ -83,6 +85,7 @@ def in_a_rank(
             {
                 "p": p,
                 "chosen": [chosen.ways.gather, chosen.ways.scatter],
+                "measured": described.call_args.args[0],
                 "first_s": first_s,
                 "later_s": later_s,
                 **reference(groups, demand, say),

@@ -125,12 +125,15 @@ def test_small_and_large_sizes_are_measured_and_added_up():
 @pytest.mark.parametrize("until_s", [0.5, 1.0])
 def test_the_budget_holds_on_any_link(rate, until_s):
     clock = Clock()
-    slow, fast = race([link(1e-4, rate), link(1e-4, 2 * rate)], (Shape(1 << 24, 3),), clock, until_s)
+    found = race([link(1e-4, rate), link(1e-4, 2 * rate)], (Shape(1 << 24, 3),), clock, until_s)
     # The first, smallest size is measured once, whatever it takes.
     assert clock.elapsed <= max(until_s, 1.001 * (1.5 * (1 << 16) / rate + 2e-4))
-    assert slow > fast
+    if rate == 1e5:
+        assert found == [], "too slow for three times"
+    else:
+        assert found[0] > found[1]
     if rate >= 1e9:
-        assert clock.sizes.count(1 << 24) == 2 * measure.REPEATS
+        assert clock.sizes.count(1 << 24) == measure.MOST + 2, "the slower one twice"
 
 
 def test_another_way_than_that_of_the_rule_has_to_be_clearly_faster():
@@ -244,3 +247,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(cache, tmp_path):
     (tmp_path / "cache").write_text("a file")
     cache().write(FLAT)
     assert cache().read() is None
+
+
+def test_a_stall_does_not_decide():
+    """One of many times is longer by whatever else the machine does; the first one is shorter, from a full bucket."""
+    assert measure._typical([0.001, 0.010, 0.011, 0.500, 0.010, 0.012, 0.010]) == 0.010
+    stalls = iter(range(1000))
+
+    def stalling(size):
+        return lambda: (size, 0.02 + 0.5 * (next(stalls) == 4))
+
+    slow, fast = race([stalling, link(0.01, 1e12)], (Shape(1 << 16, 1),), Clock(), until_s=2.0)
+    assert (slow, fast) == pytest.approx((0.02, 0.01), rel=1e-3)
