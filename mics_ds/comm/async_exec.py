@@ -251,7 +251,7 @@ class _ThreadHandle(Future[T]):
 
 
 class _Turns:
-    """What the threads of an executor share. Each stage is one thread's at a time, in the order of the tasks."""
+    """State that the threads of an executor share. One thread at a time runs a stage, in the order of the tasks."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[tuple[_ThreadHandle, Task] | None] = SimpleQueue()

@@ -76,10 +76,12 @@ class PassWatch:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._has_gradients = self._has_reduced = False
-        """Whether gradients have come since the last epilogue, and whether some of them were reduced."""
+        self._has_gradients = False
+        """Whether gradients have come since the last epilogue."""
+        self._has_reduced = False
+        """Whether some of those gradients were reduced."""
         self._interrupted = False
-        """Whether a forward pass has begun since."""
+        """Whether a forward pass has begun since gradients came."""
         replace_methods(optimizer, self, self.REPLACED)
 
     def gradient_came(self) -> None:

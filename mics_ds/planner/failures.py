@@ -1,4 +1,4 @@
-"""What a failure costs: restart the whole job from disk, from copies in memory, or go on with the other replicas.
+"""Cost of a failure: restart the whole job from disk, from copies in memory, or go on with the other replicas.
 
 All costs are seconds of the whole job, so that ways compare: a replica that is missing for t seconds costs t/r of them.
 The parts are inputs. What is measured of them, and where, is in docs/replicas.md.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import MicsPlanError
 
 STATE_BYTES = 14
-"""Of weights in 16 bits, fp32 masters and two moments, per parameter: what a rank has to be given."""
+"""Bytes per parameter that a rank has to be given: weights in 16 bits, fp32 masters and two moments."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Parts:
     """Parts of the costs of a failure, in seconds and bytes per second."""
 
     start_s: float = 120.0
-    """From the start of a job to its first step: scheduler, imports, process groups, compilation."""
+    """Time from the start of a job to its first step: scheduler, imports, process groups, compilation."""
     detect_s: float = 10.0
-    """Until a failed job is known to have failed, and its ranks have ended."""
+    """Time until a failed job is known to have failed, and its ranks have ended."""
     notice_s: float = 5.0
-    """Until the other replicas go on: the lighthouse's heartbeat timeout."""
+    """Time until the other replicas go on: the lighthouse's heartbeat timeout."""
     disk: float = 2e9
     """Bytes per second that a node reads from storage."""
     network: float = 2.5e9

@@ -65,7 +65,7 @@ class Samples(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Training:
-    """What every rank runs."""
+    """Settings of a job that every rank runs."""
 
     folder: str
     replicas: int = 3
@@ -446,7 +446,7 @@ def running(training: Training, cluster: Cluster | None = None, **options: Any) 
 
 
 class WrongStepError(AssertionError):
-    """What replicas have committed is not what a reference computes."""
+    """Raised where replicas have committed other results than a reference computes."""
 
 
 def committed(training: Training, records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

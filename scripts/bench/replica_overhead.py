@@ -1,4 +1,4 @@
-"""What replicas that come and go cost without failures, and how long a replica takes to join.
+"""Measure the cost of replicas that come and go without failures, and the time that a replica takes to join.
 
     python -m bench.replica_overhead [--pairs 3] [--heal]      (in scripts/)
 

@@ -1,4 +1,4 @@
-"""Whether the ways that MiCS chooses at start are the fastest: on emulated clusters, collectives only.
+"""Compare the ways that MiCS chooses at start with the fastest ones: on emulated clusters, collectives only.
 
     python scripts/bench/ways.py [--shape 2x2:100mbit:4 ...] [--json FILE]
 

@@ -27,7 +27,7 @@ def adamw(params):
 
 
 class WithBuffer(OddNet):
-    """With a buffer that training changes, for it has to come back as well."""
+    """A model with a buffer that training changes and that has to come back as well."""
 
     def __init__(self):
         super().__init__()

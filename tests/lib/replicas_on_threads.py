@@ -114,7 +114,7 @@ class Replica:
     early: bool = True
     kind: str = "all-reduce"
     wire: Wire = LOSSLESS
-    """Of encoded reducers: by default one that rounds nothing."""
+    """Wire of encoded reducers: by default one that rounds nothing."""
 
     def __post_init__(self) -> None:
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
@@ -223,7 +223,7 @@ class Replica:
 
 
 class Counting:
-    """What rank 0 averages: (offset, elements) of each all-reduce of hop 2."""
+    """(offset, elements) of each all-reduce of hop 2 on rank 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[tuple[int, int]] = []

@@ -22,7 +22,7 @@ IGNORED = -100
 
 
 def causal(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any, **_kwargs: Any) -> Any:
-    """What transformers calls an attention function: (bs, heads, length, size) to (bs, length, heads, size)."""
+    """An attention function as transformers calls it: (bs, heads, length, size) to (bs, length, heads, size)."""
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
 
 

@@ -33,7 +33,7 @@ SYSTEMS: dict[str, tuple[int | None, int]] = {  # p, ranks per node
 
 
 WORLD: dict[str, tuple[int | None, int]] = {"p=1 world": (1, 4), "p=2 world": (2, 4)}
-"""With world-sharded optimizer states."""
+"""Configuration with world-sharded optimizer states."""
 
 
 WIRED: dict[str, tuple[int | None, int]] = {
@@ -43,21 +43,21 @@ WIRED: dict[str, tuple[int | None, int]] = {
     "p=1 world int4": (1, 4),
     "p=2 world int8": (2, 4),
 }
-"""With hop 2 in fewer bytes."""
+"""Configuration with hop 2 in fewer bytes."""
 
 
 @dataclass
 class Seen:
-    """What a rank saw of some steps."""
+    """Observations of one rank in some steps."""
 
     races: list[str]
     disorder: list[str]
     waits: list[str]
-    """Where the host waited for the device."""
+    """Places where the host waited for the device."""
     issued: list[Issued]
     losses: list[float]
     growth: dict[str, tuple[int, int]]
-    """What was held after the last step and not after the one before: (before, after), by name."""
+    """Amounts that differ between the ends of the last two steps: (before, after), by name."""
 
 
 def engine_of(

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from round_machine import NO_LIMITS, layers, machine
 
 from mics_ds.comm.layout import MicsLayout
 from mics_ds.comm.sizes import Sizes
@@ -16,35 +17,12 @@ from mics_ds.comm.wire import wire_of
 from mics_ds.errors import MicsPlanError
 from mics_ds.planner import machine as planner_machine
 from mics_ds.planner import plan as planning
-from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
+from mics_ds.planner.machine import GroupForm, Link, Sweep
 from mics_ds.planner.memory import memory
 from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit
 from mics_ds.planner.presets import PRESETS, load_machine
 from mics_ds.planner.timeline import ENCODING_BYTES, WIRE_BYTES, Costs, Queues, Scheme, StepTime, step_time
 from mics_ds.planner.workload import Workload, ZeroSettings
-
-KB = 1000
-NO_LIMITS = ZeroSettings(prefetch_bucket_size=0, max_reuse_distance=0, param_persistence_threshold=0)
-
-
-def machine(k: int = 2, **values) -> Machine:
-    """Links with round numbers: 1000 B/s inside, 100 B/s between nodes, 1 and 10 s per step."""
-    given = {
-        "name": "round",
-        "gpus_per_node": k,
-        "memory": 1e9,
-        "flops": {"fp32": 1.0, "bf16": 1.0},
-        "efficiency": 1.0,
-        "intra": Link(1000, 1),
-        "inter": Link(100, 10),
-        "memory_bandwidth": 1e30,
-    }
-    return Machine(**{**given, **values})
-
-
-def layers(count: int, numel: int, flops: float = 0.0, **block) -> Model:
-    return Model("layers", (Block((Unit((numel,), flops),), count, **block),))
-
 
 # ------------------------------------------------------------------------------------------ collectives
 

@@ -7,37 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from round_machine import machine
 from torch import nn
 
 from mics_ds.errors import MicsPlanError
-from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
-from mics_ds.planner.model import NAMED, Block, Model, Transformer, Unit, parse_transformer
+from mics_ds.planner.machine import GroupForm, Link, Sweep
+from mics_ds.planner.model import NAMED, Transformer, parse_transformer
 from mics_ds.planner.presets import PRESETS, load_machine, machine_from_json
 from mics_ds.planner.trace import model_from_module
-from mics_ds.planner.workload import ZeroSettings
-
-KB = 1000
-NO_LIMITS = ZeroSettings(prefetch_bucket_size=0, max_reuse_distance=0, param_persistence_threshold=0)
-
-
-def machine(k: int = 2, **values) -> Machine:
-    """Links with round numbers: 1000 B/s inside, 100 B/s between nodes, 1 and 10 s per step."""
-    given = {
-        "name": "round",
-        "gpus_per_node": k,
-        "memory": 1e9,
-        "flops": {"fp32": 1.0, "bf16": 1.0},
-        "efficiency": 1.0,
-        "intra": Link(1000, 1),
-        "inter": Link(100, 10),
-        "memory_bandwidth": 1e30,
-    }
-    return Machine(**{**given, **values})
-
-
-def layers(count: int, numel: int, flops: float = 0.0, **block) -> Model:
-    return Model("layers", (Block((Unit((numel,), flops),), count, **block),))
-
 
 # ------------------------------------------------------------------------------------------ machines
 
