@@ -6,7 +6,7 @@ and by a clique: GPUs that have both in common reach each other over NVLink.
 
 from __future__ import annotations
 
-from ctypes import byref
+from ctypes import addressof, byref, string_at
 from functools import cache
 
 from ..log import logger
@@ -38,9 +38,11 @@ def _fabric_of(index: int) -> str:
             pynvml.nvmlDeviceGetGpuFabricInfoV(device, byref(info))
         finally:
             pynvml.nvmlShutdown()
+        is_ready = info.state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED and info.status == pynvml.NVML_SUCCESS
+        field = type(info).clusterUuid
+        # By its address: some bindings decode the field as text when it is read, which most UUIDs are not.
+        uuid = string_at(addressof(info) + field.offset, field.size)
+        return f"{uuid.hex()}/{info.cliqueId}" if is_ready and any(uuid) else ""
     except Exception as error:  # drivers and bindings of many ages
         logger.debug("NVML does not tell the fabric of GPU %d: %s", index, error)
         return ""
-    is_ready = info.state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED and info.status == pynvml.NVML_SUCCESS
-    uuid = bytes(info.clusterUuid)
-    return f"{uuid.hex()}/{info.cliqueId}" if is_ready and any(uuid) else ""

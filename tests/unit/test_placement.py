@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from ctypes import addressof, memmove
 from types import SimpleNamespace
 
 import pytest
@@ -111,17 +112,28 @@ def test_a_simulated_node_has_no_fabric(monkeypatch):
 
 
 class Nvml:
-    """What ``pynvml`` has of fabrics. Its structure is as nvidia-ml-py 13 defines it."""
+    """What ``pynvml`` has of fabrics.
+
+    Args:
+        as_text: whether the structure gives the UUID as text, as that of nvidia-ml-py 12 does. That of 13 has numbers.
+    """
 
     NVML_SUCCESS, NVML_GPU_FABRIC_STATE_COMPLETED = 0, 3
 
-    def __init__(self, uuid: bytes, state: int = 3, status: int = 0, fails: bool = False) -> None:
-        from ctypes import Structure, c_uint, c_uint8, c_uint32
+    def __init__(
+        self, uuid: bytes, state: int = 3, status: int = 0, fails: bool = False, as_text: bool = False
+    ) -> None:
+        from ctypes import Structure, c_char, c_uint, c_uint8, c_uint32
 
-        class Info(Structure):
+        class Printable(Structure):
+            def __getattribute__(self, name: str) -> object:
+                found = super().__getattribute__(name)
+                return found.decode() if isinstance(found, bytes) else found
+
+        class Info(Printable):
             _fields_ = (
                 ("version", c_uint),
-                ("clusterUuid", c_uint8 * 16),
+                ("clusterUuid", (c_char if as_text else c_uint8) * 16),
                 ("status", c_uint),
                 ("cliqueId", c_uint32),
                 ("state", c_uint),
@@ -147,7 +159,7 @@ class Nvml:
         if self._fails:
             raise RuntimeError("Not Supported")
         uuid, found = self._values[0], info._obj
-        found.clusterUuid[:] = list(uuid)
+        memmove(addressof(found) + type(found).clusterUuid.offset, uuid, len(uuid))
         found.state, found.status, found.cliqueId = *self._values[1:], 32766
 
 
@@ -159,6 +171,9 @@ RACK = bytes(range(16))
     [
         (Nvml(RACK), f"{RACK.hex()}/32766"),
         (Nvml(bytes(16)), ""),  # NVLink inside a node only
+        (Nvml(RACK, as_text=True), f"{RACK.hex()}/32766"),
+        (Nvml(bytes([255] * 16), as_text=True), f"{'ff' * 16}/32766"),
+        (Nvml(bytes(16), as_text=True), ""),
         (Nvml(RACK, state=2), ""),
         (Nvml(RACK, status=1), ""),
         (Nvml(RACK, fails=True), ""),
