@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..comm.job import current_job
 from ..comm.rank_group import RankGroup
 from ..comm.wire import Wire, wire_of
-from ..errors import MicsConfigError
+from ..errors import MicsCheckpointError, MicsConfigError, describe_error
 from ..log import logger
 from ..zero.replica_wire import EncodedMean, EncodedSlices
 from ..zero.residuals import Held, Place, cut_anew
@@ -21,6 +22,7 @@ from .muon import uses_muon
 from .states import residual_extents
 
 FULL = "full"
+MODEL_RANK = "model_parallel_rank"
 _KEY = "zero_optimization.mics_replica_wire"
 
 
@@ -135,7 +137,7 @@ def saved_residuals(optimizer: Any) -> dict[str, Any]:
     held = held_residuals(optimizer)
     copies = {name: tensor.to("cpu", copy=True) for name, tensor in held.tensors.items()}
     layout = {"place": list(held.place), "widths": dict(held.widths), "numels": dict(held.numels)}
-    return {RESIDUALS: {**layout, "tensors": copies}}
+    return {RESIDUALS: {**layout, MODEL_RANK: optimizer.model_parallel_rank, "tensors": copies}}
 
 
 def restore_residuals(optimizer: Any, own: Any, of_all_ranks: Callable[[], list[Any]]) -> None:
@@ -144,15 +146,36 @@ def restore_residuals(optimizer: Any, own: Any, of_all_ranks: Callable[[], list[
     Args:
         own: what this rank had saved, if anything.
         of_all_ranks: returns what can be found of all ranks.
+
+    Raises:
+        MicsCheckpointError: some rank could not read what others have saved. The same on all ranks.
     """
     if not optimizer.sync.residuals():
         return
+    failure: Exception | None = None
+    try:
+        _restore(optimizer, own, of_all_ranks)
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        failure = error
+    told = None if failure is None else describe_error(failure)
+    notes = collectives.exchange(told, optimizer.mics_groups.full, "loading of hop 2's residuals")
+    failed = [f"rank {rank}: {note}" for rank, note in enumerate(notes) if note is not None]
+    if failed:
+        raise MicsCheckpointError(
+            f"Expected hop 2's residuals beside the model states that were loaded, but {'; '.join(failed)}. Load "
+            f"another checkpoint, or train without {_KEY} from this one."
+        ) from failure
+
+
+def _restore(optimizer: Any, own: Any, of_all_ranks: Callable[[], list[Any]]) -> None:
     new = held_residuals(optimizer)
     if own is not None and _fits(_held(own), new):
         for name, tensor in new.tensors.items():
             tensor.copy_(own["tensors"][name])
         return
-    old = {held.place: held for held in map(_held, of_all_ranks()) if held.numels == new.numels}
+    mine = optimizer.model_parallel_rank
+    found = [_held(saved) for saved in of_all_ranks() if saved.get(MODEL_RANK, 0) == mine]
+    old = {held.place: held for held in found if held.numels == new.numels}
     places = {place for place in old if len(old) == place.shards * place.replicas}
     if old and len(places) == len(old):
         cut_anew(list(old.values()), new)

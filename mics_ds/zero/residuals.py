@@ -99,6 +99,8 @@ def cut_anew(old: Sequence[Held], new: Held) -> None:
         rest = missing - missing.float().double() if UNPUBLISHED in new.tensors else missing.clone()
         rest *= new.place.replicas
         for _ in range(new.place.replica):
+            if not rest.any():  # after a few replicas, of however many
+                break
             rest -= rest.to(new.tensors[UNSENT].dtype).double()
         for kind, first, values in new.parts(name):
             source = rest if kind == UNSENT else missing

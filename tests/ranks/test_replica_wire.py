@@ -32,10 +32,10 @@ from mics_ds.check.meter import CommMeter
 from mics_ds.checkpoint.background import wait_for_saves
 from mics_ds.comm.collectives import HOP2, HOP2_EXCHANGE, HOP2_GATHER, HOP2_SCATTER
 from mics_ds.comm.wire import Cast
-from mics_ds.deepspeed_compat import replica_wire
+from mics_ds.deepspeed_compat import checkpoint, replica_wire
 from mics_ds.deepspeed_compat.checkpoint import RESIDUALS
 from mics_ds.deepspeed_compat.states import states_of
-from mics_ds.errors import MicsConfigError
+from mics_ds.errors import MicsCheckpointError, MicsConfigError
 from mics_ds.zero.replica_wire import Residual
 from mics_ds.zero.residuals import missing_mean
 
@@ -229,6 +229,30 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path, wire, p,
         assert (after[name] - values).abs().max() <= tolerance * values.abs().max(), name
     train(other, 1)
     replicas_agree(other)
+
+
+@pytest.mark.ranks(4)
+def test_residuals_of_other_ranks_are_read_by_all_or_none_and_for_one_model_parallel_rank(tmp_path):
+    engine = build(config("int8", "partition", 2), optimizer=adamw)
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path))
+    other = build(config("int8", "partition", 1, {"mics_reshape_checkpoint": True}), optimizer=adamw)
+    found = checkpoint._residuals_in
+
+    def unreadable(folder: str) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        return found(folder)
+
+    on_rank_1 = pytest.raises(MicsCheckpointError, match="rank 1: OSError: the disk is gone")
+    with mock.patch.object(checkpoint, "_residuals_in", unreadable), on_rank_1:
+        other.load_checkpoint(str(tmp_path))
+    other.optimizer.model_parallel_rank = 1  # whose residuals are of other parameters with the same names
+    other.load_checkpoint(str(tmp_path))
+    assert not any(tensor.any() for tensor in other.optimizer.sync.residuals().values())
+    other.optimizer.model_parallel_rank = 0
+    other.load_checkpoint(str(tmp_path))
+    assert any(tensor.any() for tensor in other.optimizer.sync.residuals().values())
 
 
 def missing(engine: Any) -> dict[str, torch.Tensor]:
