@@ -44,7 +44,7 @@ from .workload import ZeroSettings
 SECONDS_ENV = "MICS_DS_MEASURE_SECONDS"
 """Seconds that measurement may take; 0 leaves the choice to the rule."""
 DEFAULT_S = 2.0
-MARGIN = 0.15
+MARGIN = 0.07
 """Another way than that of the rule has to be faster by this fraction."""
 FEWEST, MOST = 3, 15
 """Times that a size is measured: larger ones only where there is time for the fewest."""
@@ -52,7 +52,7 @@ HOPELESS = 1.3
 """A way that takes longer than the fastest by this factor is not measured more than twice."""
 AT_ONCE = 2
 """Collectives of one kind under way at a time, as in training, which gathers ahead and reduces behind."""
-SPARE = 0.1
+SPARE = 0.2
 """Part of the time that is not planned for, because a size may take longer than a smaller one foretold."""
 SHAPES = 3
 SMALLEST, LARGEST = 1 << 16, 1 << 28
@@ -149,7 +149,7 @@ def choose_ways(groups: MicsGroups, demand: Demand) -> MicsGroups:
     else:
         clock, seconds = measure(groups, demand, budget_s)
         ways = fastest(groups.choices, seconds)
-        figures = describe(seconds) if seconds else "nothing certain"
+        figures = describe(seconds) if seconds else "too slow to be measured, so by the fewest bytes"
         why = f"measured in {clock.elapsed:.2f} s: {figures}"
         cache.write(ways)
     if current_job().is_news((groups.layout, demand, ways)):
@@ -291,12 +291,16 @@ Prepare = Callable[[int], Callable[[], object]]
 def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, until_s: float) -> list[float]:
     """Time contestants in turns, from small sizes to large ones, until the next size would not fit the time.
 
+    Only sizes of the model count. Smaller ones foretell how long the next one takes, but not which way is faster there:
+    latency decides about them, and links that were idle let some bytes through faster than those that follow.
+
     Args:
         until_s: reading of the clock at which to end.
 
     Returns:
-        Seconds of one pass over the model, for each contestant. Times of sizes that were not reached grow with bytes.
-        Nothing, if there was no time to measure any size :data:`FEWEST` times.
+        Seconds of one pass over the model, for each contestant. Times of larger sizes that were not reached grow with
+        bytes. Nothing, if there was no time to measure any size :data:`FEWEST` times: then bytes decide, and the rule
+        has the way with the fewest.
     """
     found: dict[int, list[float]] = {}
     sizes = ladder(shapes)
@@ -307,7 +311,7 @@ def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, un
         taken = [[clock.time(work)] for work in works]
         following_s = (clock.elapsed - began_s) * sizes[min(index + 1, len(sizes) - 1)] / size
         is_last = index + 1 == len(sizes) or clock.elapsed + FEWEST * following_s > until_s
-        if is_last or size in asked:
+        if size in asked:
             to_come = 1 if is_last else sum(other in asked for other in sizes[index:])
             _repeat(works, taken, clock, clock.elapsed + (until_s - clock.elapsed) / to_come)
             if max(map(len, taken)) >= FEWEST:
@@ -470,5 +474,5 @@ class Cache:
             partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
             partial.write_text(json.dumps({"key": self._key, "ways": asdict(ways)}, indent=1) + "\n")
             os.replace(partial, self.path)
-        except (OSError, RuntimeError) as error:
-            logger.debug("measured times of collectives are not kept in %s: %s", cache_folder(), error)
+        except (OSError, RuntimeError) as error:  # as in read
+            logger.debug("measured ways of collectives are not kept: %s", error)
