@@ -6,10 +6,9 @@ collectives, the *wait stage* waits for them and works on what they bring. What 
 - With streams, ``work.wait()`` stops the current stream and never the host. The issue stage runs on the stream that is
   current when the task is submitted, the wait stage on a stream of the executor's own (:class:`StreamExecutor`). So the
   issue stage of the next task is not held up by the wait stage of this one.
-- On a CPU it stops the thread, so the executor has a thread (:class:`ThreadExecutor`), on which both stages run. All
-  ranks have to issue the collectives of a group in the same order. Hence a first-in-first-out queue, and process groups
-  of the executor's own (:mod:`mics_ds.comm.groups`). Where the two stages use different groups, a second thread runs
-  the issue stage of the next task during the wait stage of this one.
+- On a CPU it stops the thread, so the executor has two threads (:class:`ThreadExecutor`): one runs the issue stage of
+  the next task during the wait stage that the other is in. All ranks have to issue the collectives of a group in the
+  same order. Hence a first-in-first-out queue, and process groups of the executor's own (:mod:`mics_ds.comm.groups`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
@@ -60,8 +59,13 @@ class Handle(Protocol[T_co]):
 class Stages:
     """Places where the stages of a task run. This class runs both where the task runs, on memory of the task's own."""
 
-    def wait_stage(self) -> AbstractContextManager:
-        """Enter the wait stage: code inside may wait for collectives that were issued outside of it."""
+    def wait_stage(self, *, issues_again: bool = False) -> AbstractContextManager:
+        """Enter the wait stage: code inside may wait for collectives that were issued outside of it.
+
+        Args:
+            issues_again: whether code inside issues collectives of a group of the issue stage. Then no other task
+                issues any before this one is done, so that all ranks issue them in one order.
+        """
         return nullcontext()
 
     def record_stream(self, *tensors: torch.Tensor) -> None:
@@ -121,7 +125,7 @@ class _StreamStages(Stages):
         self._issue = issue
         self._wait = wait
 
-    def wait_stage(self) -> AbstractContextManager:
+    def wait_stage(self, *, issues_again: bool = False) -> AbstractContextManager:
         if self._wait is not self._issue:
             self._wait.wait_stream(self._issue)  # what the wait stage issues may need what the issue stage has packed
         return self._executor.streams.stream(self._wait)
@@ -275,45 +279,49 @@ class _Turns:
             else:
                 # Going on after a failure would issue collectives that no other rank expects next.
                 handle.set_exception(self.error)
-            stages.enter_wait_stage()
+            stages.enter_wait_stage(issues_again=True)
             self.error = self.error or handle.exception()
-            self.waiting.release()
+            stages.end()
             del handle, task, submitted  # and with it the buffers it worked on, while this thread sleeps
 
 
 class _ThreadStages(Stages):
     def __init__(self, turns: _Turns) -> None:
         self._turns = turns
-        self._is_waiting = False
+        self._is_waiting, self._is_issuing = False, True
 
-    def enter_wait_stage(self) -> None:
-        """Let another thread issue, once the wait stages of earlier tasks are over."""
+    def enter_wait_stage(self, issues_again: bool = False) -> None:
+        """Wait for the wait stages of earlier tasks, and let another thread issue if this one does not."""
         if not self._is_waiting:
             self._turns.waiting.acquire()
-            self._turns.issuing.release()
             self._is_waiting = True
+        if self._is_issuing and not issues_again:
+            self._turns.issuing.release()
+            self._is_issuing = False
 
-    def wait_stage(self) -> AbstractContextManager:
+    def end(self) -> None:
+        """Let the wait stage of the next task begin."""
         self.enter_wait_stage()
+        self._turns.waiting.release()
+
+    def wait_stage(self, *, issues_again: bool = False) -> AbstractContextManager:
+        self.enter_wait_stage(issues_again)
         if self._turns.error is not None:
             raise self._turns.error
         return nullcontext()
 
 
 class ThreadExecutor:
-    """An executor with threads, which start with the first task.
+    """An executor with two threads, which start with the first task.
 
     Args:
         name: shown as the thread's name in traces and stack dumps.
         ahead: how many tasks may be unfinished, ``None`` for no limit. ``submit`` waits for the oldest.
-        overlapping: whether the issue stage of a task may run during the wait stage of the one before it, on a second
-            thread. Tasks must not use one process group in both stages then: ranks could not agree on an order.
     """
 
-    def __init__(self, name: str, *, ahead: int | None = None, overlapping: bool = False) -> None:
+    def __init__(self, name: str, *, ahead: int | None = None) -> None:
         self.name = name
         self._ahead = ahead
-        self._count = 2 if overlapping else 1
         self._turns = _Turns()
         self._unfinished: deque[_ThreadHandle] = deque()
         self._threads: list[threading.Thread] = []
@@ -330,11 +338,11 @@ class ThreadExecutor:
             handle.wait()  # raise here and now
             return handle
         if not self._threads:
+            wait(self._unfinished)  # by threads that end then: two pairs would issue in any order
             # Daemons: after a failure elsewhere the process must be able to end while a collective
             # still waits for a rank that is gone.
             self._threads = [
-                threading.Thread(target=self._turns.work, name=f"mics {self.name}", daemon=True)
-                for _ in range(self._count)
+                threading.Thread(target=self._turns.work, name=f"mics {self.name}", daemon=True) for _ in range(2)
             ]
             for thread in self._threads:
                 thread.start()
@@ -358,8 +366,8 @@ class ThreadExecutor:
             for thread in self._threads:
                 thread.join()
         self._threads, self._turns = [], _Turns()
-        # Failures were for the engine that used the executor before.
-        self._unfinished.clear()
+        # Failures were for the engine that used the executor before. Others may still wait for what is under way.
+        self._unfinished = deque(handle for handle in self._unfinished if not handle.done())
 
     def end(self, deadline: float) -> None:
         """Let the threads end when their tasks are done, and wait for that until ``deadline``, of a monotonic clock."""
@@ -388,14 +396,12 @@ def make_executor(
     *,
     ahead: int | None = None,
     own_issue_stream: bool = False,
-    overlapping: bool = False,
 ) -> Executor:
     """Return an executor for a device with these streams, or for one without.
 
     Args:
         ahead, own_issue_stream: see :class:`StreamExecutor`.
-        overlapping: see :class:`ThreadExecutor`. With streams, stages always overlap: the host issues everything.
     """
     if streams is None:
-        return ThreadExecutor(name, ahead=ahead, overlapping=overlapping)
+        return ThreadExecutor(name, ahead=ahead)
     return StreamExecutor(name, streams, ahead=ahead, own_issue_stream=own_issue_stream)

@@ -151,8 +151,8 @@ def build_groups(
         ways=ways,
         node_of=dict(zip(everyone.ranks, placed.nodes)),
         sizes=sizes_of(streams is not None),
-        gather_executor=_executor("all-gather", own, streams, overlapping=True),
-        scatter_executor=_executor("reduction", own, streams, ahead=AHEAD, overlapping=True),
+        gather_executor=_executor("all-gather", own, streams),
+        scatter_executor=_executor("reduction", own, streams, ahead=AHEAD),
         replica_executor=_executor("replicas", own, streams, ahead=AHEAD, own_issue_stream=True),
     )
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
-LEAST_UNITS = 8
-"""No more than an eighth of the gradients is left to be reduced when a pass ends."""
+LEAST_PARTS = 8
+"""Hop 1 leaves at most an eighth of the gradients to the end of a pass, and hop 2 begins with an eighth of them."""
 AHEAD = 2
 """Tasks of one executor that hold memory at a time, see :class:`mics_ds.comm.async_exec.StreamExecutor`."""
 
@@ -22,7 +22,7 @@ class Sizes:
     """Least bytes of what is worth a collective."""
 
     unit: int
-    """Gradient shards in hop 2, gathered shards of updated weights."""
+    """Gradient shards in hop 2, see :meth:`unit_of`, and gathered shards of updated weights."""
     bucket: int
     """Full gradients in hop 1."""
     whole: int
@@ -30,7 +30,11 @@ class Sizes:
 
     def bucket_limit(self, numel: int, itemsize: int) -> int:
         """Return the elements of the largest bucket that is of use, for ``numel`` elements of gradients in all."""
-        return max(self.bucket // itemsize, -(-numel // LEAST_UNITS))
+        return max(self.bucket // itemsize, -(-numel // LEAST_PARTS))
+
+    def unit_of(self, nbytes: int) -> int:
+        """Return the least bytes of a unit of hop 2, for gradient shards of ``nbytes`` in all."""
+        return min(self.unit, max(self.unit // LEAST_PARTS, nbytes // LEAST_PARTS))
 
 
 ON_ACCELERATORS = Sizes(unit=32 * MIB, bucket=32 * MIB, whole=8 * MIB)

@@ -143,7 +143,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             groups.replica_executor,
             reducer,
             device,
-            unit_numel=groups.sizes.unit // self.gradient_shards.element_size(),
+            unit_numel=groups.sizes.unit_of(self.gradient_shards.nbytes) // self.gradient_shards.element_size(),
             # Offloaded gradients go on to host buffers at the boundary, all at once. And what DeepSpeed reduces by
             # itself (reduce_scatter: false) comes without a word about where a bucket ends.
             early=self._reduces_beside and self.reduce_scatter,
@@ -179,8 +179,14 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._lay_out_gradients()
 
     @override
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        with self._working_on_gradients():
+            super().offload_states(*args, **kwargs)
+
+    @override
     def reload_states(self, *args: Any, **kwargs: Any) -> None:
-        super().reload_states(*args, **kwargs)
+        with self._working_on_gradients():
+            super().reload_states(*args, **kwargs)
         self._lay_out_gradients()
 
     def _lay_out_gradients(self) -> None:

@@ -250,6 +250,11 @@ class Player:
         self.sent = 0
         self.updated: dict[int, float] = {}
         """Parameters whose updated shards are there by then, on every replica."""
+        itemsize, trained = job.accumulation_itemsize or job.itemsize, job.model.trainable
+        numel = sum(size * count for size, count in trained.items())
+        unit = machine.sizes.unit_of(numel * itemsize // self.costs.p) * self.costs.p // itemsize
+        self.unit = max(unit, numel // max(1, sum(trained.values())))
+        """Elements of a unit of hop 2, in full. It has whole shards."""
         self.to_average = 0
         """Elements whose hop 1 is done, and that do not fill a unit of hop 2 yet."""
         self.live = 0
@@ -445,13 +450,12 @@ class Player:
 
     def _average_finished(self, reduced: list[tuple[int, float]]) -> None:
         """Start hop 2 of the units whose hop 1 is done by now, in order."""
-        unit = self.machine.sizes.unit * self.costs.p // (self.job.accumulation_itemsize or self.job.itemsize)
         while reduced and reduced[0][1] <= self.now:
             bucket, done = reduced.pop(0)
             self.to_average += bucket
-            while self.to_average >= unit:
-                self.queues.issue("average", self.costs.average(unit), done)
-                self.to_average -= unit
+            while self.to_average >= self.unit:
+                self.queues.issue("average", self.costs.average(self.unit), done)
+                self.to_average -= self.unit
 
 
 def step_time(machine: Machine, job: Workload, system: Scheme, n: int) -> StepTime:

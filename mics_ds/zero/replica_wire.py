@@ -129,7 +129,7 @@ class _Encoded(ReplicaReducer):
             sent, received = (stages.scratch(count * nbytes, like).view(count, nbytes) for _ in range(2))
             self._encode(places, layout, sent, scale, repeated)
             exchange = collectives.start_exchange(received, sent, self._replication, collectives.HOP2_EXCHANGE)
-            with stages.wait_stage():
+            with stages.wait_stage(issues_again=not self.keeps_partials):
                 exchange.wait()
                 mean = self._wire.decode(received, layout.width).mean(dim=0)
                 self._finish(places, layout, mean, scale, repeated, stages)

@@ -41,6 +41,7 @@ from mics_ds.planner.presets import load_machine
 from mics_ds.planner.timeline import Scheme
 from mics_ds.planner.workload import Workload, ZeroSettings
 
+WIRE = "mics_replica_wire"
 STRIDE = 3
 """Every third measurement is fitted on."""
 
@@ -101,9 +102,18 @@ class Measurement:
         return Spec.parse(self.record["system"])
 
     @property
+    def wire(self) -> str:
+        return self.spec.options.get(WIRE, "full")
+
+    @property
+    def is_flat(self) -> bool:
+        """Return whether the system was told to use one stage only."""
+        return bool(self.spec.options.keys() - {WIRE})
+
+    @property
     def label(self) -> str:
-        flat = ", flat" if self.spec.options else ""
-        return "ZeRO-3" if self.spec.kind == "zero3" else f"MiCS p={self.record['p']}{flat}"
+        more = ", flat" * self.is_flat + f", {self.wire} wire" * (self.wire != "full")
+        return "ZeRO-3" if self.spec.kind == "zero3" else f"MiCS p={self.record['p']}{more}"
 
     def job(self) -> Workload:
         record = self.record
@@ -111,10 +121,12 @@ class Measurement:
         emulated = EmulatedJob(record["hidden"], record["layers"], record["micro_steps"], record["micro_batch"])
         shape = Shape.parse(record["shape"])
         zero = ZeroSettings.from_ds(deepspeed_config(self.spec, emulated, shape, numel)["zero_optimization"])
-        model = Model("emulated", (Block((Unit((numel,), 1.0),), record["layers"]),))
+        sizes = (numel, record["hidden"]) if record.get("bias") else (numel,)
+        model = Model("emulated", (Block((Unit(sizes, 1.0),), record["layers"]),))
         compute = record["layers"] * 3 * record["layer_s"]
+        optimizer = record.get("optimizer", "sgd")
         return Workload(
-            model, record["micro_batch"], record["micro_steps"], "fp32", False, "sgd", zero, compute_s=compute
+            model, record["micro_batch"], record["micro_steps"], "fp32", False, optimizer, zero, compute_s=compute
         )
 
     def predict(self, constants: tuple[float, float]) -> planning.Row:
@@ -122,10 +134,10 @@ class Measurement:
         job = self.job()
         if self.spec.kind == "zero3":
             system = planning.zero3(machine, job)
-        elif self.spec.options:
-            system = Scheme(self.record["p"])
+        elif self.is_flat:
+            system = Scheme(self.record["p"], wire=self.wire)
         else:
-            system = planning.mics(machine, job, self.n, self.record["p"])
+            system = planning.mics(machine, job, self.n, self.record["p"], wire=self.wire)
         return planning.predict(machine, job, system, self.n)
 
 

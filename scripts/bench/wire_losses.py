@@ -32,6 +32,10 @@ from mics_ds.comm.wire import wire_of
 from mics_ds.deepspeed_compat import replica_wire
 
 NO_FEEDBACK = ", no feedback"
+OPTIMIZERS = {
+    "adamw": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+    "sgd": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+}
 WIRES = ("full", "bf16", "int8", "int4", "int4" + NO_FEEDBACK)
 
 
@@ -56,7 +60,7 @@ def final_loss(wire: str, seed: int, given: argparse.Namespace) -> float:
         "train_micro_batch_size_per_gpu": given.batch,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+        "optimizer": OPTIMIZERS[given.optimizer],
         "zero_optimization": {
             "stage": 3,
             "mics_shard_size": given.p,
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--p", type=int, default=1, help="partition size (default 1: as many replicas as ranks)")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     parser.add_argument("--states", choices=["partition", "world"], default="partition")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)

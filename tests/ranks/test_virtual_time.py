@@ -21,7 +21,7 @@ from virtual_device.steps import Case
 def test_communication_is_hidden_as_far_as_it_can_be(p, nodes, setting):
     case = Case(p, nodes, setting)
     step = steps.measure(case)
-    assert step.count(case.replicas, steps.HOP2) <= case.shard_bytes / steps.SIZES.unit + 2
+    assert step.count(case.replicas, steps.HOP2) <= case.shard_bytes / case.unit_bytes + 2
     if (p, nodes, setting) != (16, 2, "network-bound"):
         # There gathers and hop 1 take as long as compute, but share groups whose collectives run in order of issue, so
         # that each waits for the other's stage on the other link.
@@ -36,7 +36,7 @@ def test_updated_weights_are_gathered_beside_the_next_pass(setting):
     """The planner counts on it."""
     case = Case(8, 64, setting, "world")
     step = steps.measure(case)
-    assert step.count(case.replicas, ("reduce_scatter_tensor",)) <= case.shard_bytes / steps.SIZES.unit + 2
+    assert step.count(case.replicas, ("reduce_scatter_tensor",)) <= case.shard_bytes / case.unit_bytes + 2
     assert abs(steps.planned(case).total / step.seconds - 1) < 0.05, steps.row(case, step)
 
 

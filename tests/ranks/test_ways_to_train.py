@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from unittest import mock
 
 import deepspeed
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -203,11 +205,13 @@ def offload_and_reload(engine):
 
 @pytest.mark.slow  # DeepSpeed moves the states of its own fused Adam only, which has to be compiled
 @pytest.mark.ranks(4, timeout=400)
-def test_offload_and_reload_states():
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_offload_and_reload_states(states):
     from deepspeed.ops.adam import FusedAdam
 
     # a model without frozen parameters, which stock 0.19.8 counts wrongly here
-    compare(drive=offload_and_reload, optimizer=lambda params: FusedAdam(params, lr=0.01), model=Deep)
+    with mock.patch.object(helpers, "STATES", states):
+        compare(drive=offload_and_reload, optimizer=lambda params: FusedAdam(params, lr=0.01), model=Deep)
 
 
 @pytest.mark.ranks(4)

@@ -81,7 +81,7 @@ def overlapping_task(seen: list[str], name: str, may_end: threading.Event):
 
 def test_a_task_is_issued_while_the_one_before_it_waits():
     """Each stage is for one task at a time, in their order."""
-    executor, seen, may_end = ThreadExecutor("overlapping", overlapping=True), [], threading.Event()
+    executor, seen, may_end = ThreadExecutor("overlapping"), [], threading.Event()
     for name in "abc":
         executor.submit(overlapping_task(seen, name, may_end))
     while len(seen) < 3:
@@ -98,9 +98,32 @@ def test_a_task_is_issued_while_the_one_before_it_waits():
     assert executor_thread("overlapping") is None
 
 
+def test_nothing_is_issued_while_a_task_issues_again():
+    """Ranks would issue its second collective before that of the next task, or after it, by chance."""
+    executor, seen, may_end = ThreadExecutor("test"), [], threading.Event()
+
+    def task(stages) -> None:
+        seen.append("issue a")
+        with stages.wait_stage(issues_again=True):
+            seen.append("wait a")
+            may_end.wait()
+            seen.append("issue a again")
+
+    executor.submit(task)
+    executor.submit(overlapping_task(seen, "b", may_end))
+    while len(seen) < 2:
+        threading.Event().wait(0.001)
+    threading.Event().wait(0.02)
+    assert seen == ["issue a", "wait a"]
+    may_end.set()
+    executor.drain()
+    assert seen == ["issue a", "wait a", "issue a again", "issue b", "wait b", "end b"]
+    executor.close()
+
+
 def test_a_task_does_not_wait_after_a_failure_of_the_one_before_it():
     """It would issue collectives that no other rank expects, in a group that they have given up."""
-    executor, seen, gate = ThreadExecutor("test", overlapping=True), [], threading.Event()
+    executor, seen, gate = ThreadExecutor("test"), [], threading.Event()
 
     def fail(stages) -> None:
         with stages.wait_stage():
@@ -214,6 +237,29 @@ def test_closing_does_not_wait_for_a_task_that_hangs():
     assert executor_thread("hanging") is not None
     gate.set()
     handle.wait()
+
+
+def test_what_is_under_way_when_an_executor_is_closed_can_be_waited_for():
+    """Engines share an executor. One of them is destroyed while the other's weights are on their way."""
+    executor, seen, gate = ThreadExecutor("shared"), [], threading.Event()
+
+    def task(_) -> None:
+        gate.wait()
+        seen.append("first")
+
+    executor.submit(task)
+    executor.close()
+    threading.Timer(0.05, gate.set).start()
+    executor.submit(lambda _: seen.append("second"))
+    executor.drain()
+    assert seen == ["first", "second"], "in their order, by whichever threads"
+    gate.clear()
+    executor.submit(task)
+    executor.close()
+    threading.Timer(0.05, gate.set).start()
+    executor.drain()
+    assert seen == ["first", "second", "first"]
+    executor.close()
 
 
 EXITS = """

@@ -213,6 +213,20 @@ def test_an_eighth_of_the_gradients_waits_unless_that_is_too_little(numel, items
     assert sizes_of(streams).bucket_limit(numel, itemsize) == expected
 
 
+@pytest.mark.parametrize(
+    ("shards", "streams", "expected"),
+    [
+        (1 << 30, True, 32 * MIB),
+        (64 * MIB, True, 8 * MIB),
+        (MIB, True, 4 * MIB),
+        (8 * MIB, False, MIB),
+        (0, False, MIB // 4),
+    ],
+)
+def test_hop_2_begins_with_an_eighth_of_the_gradients_unless_that_is_too_little(shards, streams, expected):
+    assert sizes_of(streams).unit_of(shards) == expected
+
+
 def test_sizes_are_those_of_the_network_that_each_device_has():
     assert (ON_ACCELERATORS.unit, ON_CPUS.unit) == (32 * MIB, 2 * MIB)
     assert sizes_of(True) is ON_ACCELERATORS

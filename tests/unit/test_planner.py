@@ -11,6 +11,7 @@ import pytest
 import torch
 from round_machine import NO_LIMITS, layers, machine
 
+from mics_ds.comm import sizes as comm_sizes
 from mics_ds.comm.layout import MicsLayout
 from mics_ds.comm.sizes import Sizes
 from mics_ds.comm.wire import wire_of
@@ -193,7 +194,8 @@ def test_overlap_hides_what_fits_beside_compute(layers_in_unit):
         zero=replace(NO_LIMITS, prefetch_bucket_size=1, reduce_bucket_size=1000, max_live_parameters=10**9),
     )
     subject, sizes = machine(2), Sizes(unit=2000 * layers_in_unit, bucket=1, whole=1)
-    with mock.patch.object(planner_machine, "sizes_of", return_value=sizes):
+    whole_units = mock.patch.object(comm_sizes, "LEAST_PARTS", 1)
+    with whole_units, mock.patch.object(planner_machine, "sizes_of", return_value=sizes):
         time = step_time(subject, job, Scheme(2), 4)
     assert time.gathers == pytest.approx(subject.time("all_gather", 4000, GroupForm(1, 2)))
     scatter = subject.time("reduce_scatter", 4000, GroupForm(1, 2))

@@ -86,6 +86,11 @@ class Case:
         return LAYERS * (WEIGHT + HIDDEN) // self.p * ITEM
 
     @property
+    def unit_bytes(self) -> int:
+        """Least bytes of a unit of hop 2."""
+        return SIZES.unit_of(self.shard_bytes)
+
+    @property
     def cluster(self) -> Cluster:
         """NVLink of 250 GB/s, 400 Gbit/s to a node, and matrix products that take as long as the setting says."""
         flops = SCALE * 2 * SAMPLES * WEIGHT / FORWARD_S[self.setting]
@@ -220,7 +225,7 @@ def exposed_at_least(case: Case, step: Step) -> float:
 
     gather = over_partition("all_gather", WEIGHT, by_node=True)
     hop1 = over_partition("stock_reduce_scatter", LAYER)
-    each = -(-SIZES.unit // (case.shard_bytes // LAYERS))  # layers in a unit
+    each = -(-case.unit_bytes // (case.shard_bytes // LAYERS))  # layers in a unit
     units = [min(each, LAYERS - start) for start in range(0, LAYERS, each)] if len(case.replicas) > 1 else []
     hop2 = [seconds("all_reduce", layers * LAYER / case.p, replication) for layers in units]
     first = over_partition("all_gather", HIDDEN * LAYERS).whole + gather.whole
