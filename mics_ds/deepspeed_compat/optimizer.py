@@ -103,17 +103,18 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._overlaps = kwargs.get("overlap_comm", False)
         self._pass_watch = PassWatch(self)
         check_before_reading(self)
+        numel, itemsize = _gradient_size(module)
         if self.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
             full = groups.partition.group
             if not kwargs.get("reduce_scatter", True):  # otherwise DeepSpeed refuses any but 1
                 _undo_predivision(kwargs, groups.full.size)
             elif self._overlaps:
-                limit = groups.sizes.bucket_limit(*_gradient_size(module))
+                limit = groups.sizes.bucket_limit(numel, itemsize)
                 kwargs["reduce_bucket_size"] = min(kwargs.get("reduce_bucket_size", limit), limit)
             if groups.spreads_states:
                 refuse_others(init_optimizer)
-                self.world_states = WorldStates(self, groups)
+                self.world_states = WorldStates(self, groups, numel * itemsize // groups.partition.size)
         with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         _refuse_other_groups(module, groups)

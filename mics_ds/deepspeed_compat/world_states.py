@@ -52,6 +52,7 @@ class WorldStates:
     Args:
         optimizer: whose methods are replaced, on the instance, by those here that have their names. Before its
             constructor has run.
+        shard_bytes: bytes of this rank's shards of all gradients.
     """
 
     REPLACED = (
@@ -66,11 +67,11 @@ class WorldStates:
         "offload_states",
     )
 
-    def __init__(self, optimizer: Any, groups: MicsGroups) -> None:
+    def __init__(self, optimizer: Any, groups: MicsGroups, shard_bytes: int) -> None:
         assert groups.replication is not None, "only where there are replicas"
         self._optimizer, self._groups = optimizer, groups
         self.replication: RankGroup = groups.replication
-        self._weights = WeightGather(self.replication, groups.replica_executor, groups.sizes.unit)
+        self._weights = WeightGather(self.replication, groups.replica_executor, groups.sizes.unit_of(shard_bytes))
         self._mean_slices = torch.empty(0)
         self._stand_in = False
         self.cuts: list[ChunkLayout] = []

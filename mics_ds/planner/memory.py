@@ -227,10 +227,10 @@ def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
     p = system.partition_size(n)
     if p < n and job.zero.offload_optimizer:  # by way of the device, in parts
         return system.bucket_size(job.zero.reduce_bucket_size) // p * (job.accumulation_itemsize or job.itemsize)
-    unit = sizes_of(True).unit
+    numel = job.unit_numel(sizes_of(True), p) // p
     if system.wire != "full":  # encoded rows, sent, received and gathered; and fp32 copies while they are made
-        return round(unit / (job.accumulation_itemsize or job.itemsize) * (3 * WIRE_BYTES[system.wire] + 8))
-    return unit if system.slices(n) > 1 else 0
+        return round(numel * (3 * WIRE_BYTES[system.wire] + 8))
+    return numel * (job.accumulation_itemsize or job.itemsize) if system.slices(n) > 1 else 0
 
 
 def _step_bytes(job: Workload, system: Scheme, n: int, trained: int) -> int:

@@ -246,15 +246,12 @@ class Player:
         self.overhead = machine.issue_overhead * machine.host_slowdown * (machine.host_slowdown - 1)
         self.ready: dict[int, float] = {}
         """Parameters that are gathered, or will be at that time."""
+        self.unit = job.unit_numel(machine.sizes, self.costs.p)
+        """Elements of a unit of hop 2, and of a gather of updated weights, in full."""
         self.not_updated, self.bucket_of = self._update_buckets()
         self.sent = 0
         self.updated: dict[int, float] = {}
         """Parameters whose updated shards are there by then, on every replica."""
-        itemsize, trained = job.accumulation_itemsize or job.itemsize, job.model.trainable
-        numel = sum(size * count for size, count in trained.items())
-        unit = machine.sizes.unit_of(numel * itemsize // self.costs.p) * self.costs.p // itemsize
-        self.unit = max(unit, numel // max(1, sum(trained.values())))
-        """Elements of a unit of hop 2, in full. It has whole shards."""
         self.to_average = 0
         """Elements whose hop 1 is done, and that do not fill a unit of hop 2 yet."""
         self.live = 0
@@ -287,13 +284,12 @@ class Player:
         if not self.system.world_states or self.costs.r == 1:
             return [], {}
         trained = self.job.model.trainable
-        limit = self.costs.p * self.machine.sizes.unit // self.job.itemsize
         buckets: list[list[int]] = []
         numel = 0
         for param, size in enumerate(self.numel):
             if (self.stays[param] and self.costs.p > 1) or size not in trained:
                 continue  # those that stay gathered come first, and are waited for at once: see finish
-            if not buckets or numel + size > limit:
+            if not buckets or numel + size > self.unit:
                 buckets.append([])
                 numel = 0
             buckets[-1].append(param)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from ..comm.sizes import Sizes
 from ..errors import MicsPlanError
 from .model import Model
 
@@ -141,6 +142,12 @@ class Workload:
     def model_bytes(self) -> int:
         """M."""
         return self.model.numel * self.itemsize
+
+    def unit_numel(self, sizes: Sizes, p: int) -> int:
+        """Return the elements, in full, of a unit of hop 2 with shards of 1/p. A unit has whole shards."""
+        trained, itemsize = self.model.trainable, self.accumulation_itemsize or self.itemsize
+        numel = sum(size * count for size, count in trained.items())
+        return max(sizes.unit_of(numel * itemsize // p) * p // itemsize, numel // max(1, sum(trained.values())))
 
     @property
     def samples(self) -> int:
