@@ -177,7 +177,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     @override
     def _setup_for_real_optimizer(self) -> None:
         super()._setup_for_real_optimizer()
-        self._lay_out_gradients()
+        _lay_out_gradients(self)
 
     @override
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
@@ -188,13 +188,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def reload_states(self, *args: Any, **kwargs: Any) -> None:
         with self._working_on_gradients():
             super().reload_states(*args, **kwargs)
-        self._lay_out_gradients()
-
-    def _lay_out_gradients(self) -> None:
-        views: dict[int, torch.Tensor] = getattr(self, GRADIENTS)
-        for key, (start, end) in self.gradient_ranges().items():
-            if key in views:
-                views[key] = self.gradient_shards[start:end]
+        _lay_out_gradients(self)
 
     # ------------------------------------------------------------------------------------- hop 1
 
@@ -427,6 +421,14 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self.mics_groups.replica_executor.close()
             if self.replication is not None:
                 self.replication.close()
+
+
+def _lay_out_gradients(optimizer: MicsOptimizer) -> None:
+    """Make DeepSpeed's views of the buffer those of :meth:`MicsOptimizer.gradient_ranges`."""
+    views: dict[int, torch.Tensor] = getattr(optimizer, GRADIENTS)
+    for key, (start, end) in optimizer.gradient_ranges().items():
+        if key in views:
+            views[key] = optimizer.gradient_shards[start:end]
 
 
 def _undo_predivision(kwargs: dict[str, Any], ranks: int) -> None:

@@ -61,6 +61,7 @@ def final_loss(wire: str, seed: int, given: argparse.Namespace) -> float:
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
         "optimizer": OPTIMIZERS[given.optimizer],
+        "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": 3,
             "mics_shard_size": given.p,
