@@ -25,7 +25,7 @@ SHOWN = ("step ", "GPT ", "final ", "  partition", "  replication", "  nodes", "
 
 
 def run(config: Path, ranks: int, port: int, more: list[str], disable: bool) -> dict:
-    """One run under the deepspeed launcher. Its output goes to ours, indented; returns its report."""
+    """Run train_gpt.py under the deepspeed launcher, print its output indented, and return its report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
@@ -53,7 +53,7 @@ def run(config: Path, ranks: int, port: int, more: list[str], disable: bool) -> 
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Columns under a first row of names, all but the first aligned to the right."""
+    """Return rows as aligned columns. The first row has the names; all columns but the first are right-aligned."""
     made = output.table(*rows[0], right=True)
     for row in rows[1:]:
         made.add_row(*map(output.cell, row))

@@ -1,4 +1,4 @@
-"""An emulated cluster on one machine. See bench/cluster.py, or run this with --help."""
+"""Emulate a cluster on one machine. See bench/cluster.py, or run this with --help."""
 
 from __future__ import annotations
 

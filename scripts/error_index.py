@@ -91,7 +91,7 @@ class Message(NamedTuple):
     module: str
     kind: str
     text: str
-    """With names in angle brackets for values."""
+    """Message with names in angle brackets for values."""
 
     @property
     def heading(self) -> str:

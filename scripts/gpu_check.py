@@ -52,11 +52,11 @@ COLLECTIVES: dict[str, tuple[str, str]] = {
 }
 
 WANTED = ("parity,fp32", "parity,bf16", "hierarchical", "flat", "late")
-"""What four ranks on one device check, in the words of ``mics-ds check``."""
+"""Checks of four ranks on one device, in the words of ``mics-ds check``."""
 
 
 Measure = tuple[str, float, float]
-"""What was measured, its value, and the largest one that is right."""
+"""Name of a measure, its value, and the largest correct value."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class Shim:
         """GPU cycles to spin on the waiting stream before a result is copied to it."""
 
     def install(self) -> None:
-        """Put wrappers in place of torch's functions. To be done before DeepSpeed is imported."""
+        """Put wrappers in place of torch's functions. Call it before DeepSpeed is imported."""
         for name, (read, written) in COLLECTIVES.items():
             wrapper = self._wrapped(getattr(dist, name), name, read, written)
             setattr(dist, name, wrapper)
@@ -155,7 +155,7 @@ def _spin(cycles: int) -> None:
 
 
 JOBS: dict[str, Callable[..., Any]] = {}
-"""By name: what ranks can be asked to do. The first argument is the :class:`Rank`."""
+"""Jobs of ranks by name. The first argument is the :class:`Rank`."""
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 
@@ -168,19 +168,19 @@ def job(function: Job) -> Job:
 
 @dataclass
 class Rank:
-    """What a job knows of the process it runs in."""
+    """Process that a job runs in."""
 
     rank: int
     world_size: int
     device: torch.device
     shim: Shim
     place: Any
-    """The :class:`mics_ds.check.runs.Place` of this rank."""
+    """Return the :class:`mics_ds.check.runs.Place` of this rank."""
 
 
 @job
 def probe(rank: Rank, name: str) -> str:
-    """Try one collective on device tensors. Returns what is wrong with it, or an empty string."""
+    """Try one collective on device tensors. Return its fault, or an empty string."""
     n, me = rank.world_size, rank.rank
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
@@ -222,7 +222,7 @@ def stage(rank: Rank, names: list[str]) -> None:
 
 @job
 def late_results_show(rank: Rank) -> list[Measure]:
-    """Would the race checks see a missing synchronisation? Leave one out: the reader must get the old value."""
+    """Check that the race checks see a missing synchronisation: leave one out; the reader must get the old value."""
     values = torch.ones(3, device=rank.device)
     torch.cuda.synchronize()
     before = rank.shim.staged
@@ -245,7 +245,7 @@ def late_results_show(rank: Rank) -> list[Measure]:
 
 @job
 def checked(rank: Rank, name: str) -> list[Measure]:
-    """One check of ``mics-ds check``, with results that come late."""
+    """Run one check of ``mics-ds check``, with results that come late."""
     (check,) = [check for check in all_checks() if check.name == name]
     rank.shim.delay = DELAY_CYCLES
     try:
@@ -255,7 +255,7 @@ def checked(rank: Rank, name: str) -> list[Measure]:
 
 
 def all_checks() -> list[Any]:
-    """Those of the package for four ranks on one node. Not imported before the shim is in place."""
+    """Return the package's checks for four ranks on one node. Imports them, so the shim must be in place."""
     checks = importlib.import_module("mics_ds.check.checks")
     return checks.all_checks(checks.Surroundings((0,) * RANKS))
 
@@ -265,7 +265,7 @@ def all_checks() -> list[Any]:
 
 
 class Ranks:
-    """Live processes that share the one device."""
+    """Live processes that share one device."""
 
     def __init__(self, world_size: int, device: str, backend: str, end: float) -> None:
         serve = functools.partial(_serve, world_size, device, backend, end)
@@ -276,7 +276,7 @@ class Ranks:
         """Run a job on all ranks and return what it returned, in rank order.
 
         Raises:
-            RankError: it did not return everywhere. These processes are of no use any more.
+            RankError: the job did not return on every rank. The processes cannot be used any more.
         """
         self._ranks.send((job_name, arguments))
         return self._ranks.collect(timeout, what=f"{job_name} {arguments}")
@@ -343,7 +343,7 @@ def _set_up(rank: int, world_size: int, device_type: str, backend: str, folder: 
 
 
 class Runner:
-    """Runs jobs one after another on ranks that are started when needed, and keeps the score."""
+    """Runs jobs one after another on ranks that are started when needed, and counts failures."""
 
     def __init__(self, device: str, only: str) -> None:
         self._device = device
@@ -356,11 +356,11 @@ class Runner:
         self.done = self.failed = 0
 
     def left(self) -> float:
-        """Seconds before the budget is spent."""
+        """Return the seconds that are left of the budget."""
         return BUDGET_S - (time.monotonic() - self._start)
 
     def users_commands(self) -> None:
-        """The check and the calibration as users start them, with a rank on each GPU of this machine."""
+        """Run the check and the calibration as users start them, with a rank on each GPU of this machine."""
         self._command("-m", "mics_ds", "check")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(torch.cuda.device_count()))
         with tempfile.TemporaryDirectory() as folder:
@@ -380,7 +380,7 @@ class Runner:
         print(f"{'FAILED' if code else 'ok    '}  python {' '.join(arguments)}: exit code {code}", flush=True)
 
     def probe_collectives(self) -> None:
-        """Print which collectives gloo can do on this device, and stage the others from now on."""
+        """Print the collectives that gloo can do on this device, and stage the others from now on."""
         for name in COLLECTIVES:
             try:
                 problems = [text for text in self._run("probe", CHECK_S, name=name) if text]
@@ -396,7 +396,7 @@ class Runner:
         self.discard()
 
     def measure(self, label: str, job_name: str, **arguments: Any) -> None:
-        """Run a job that returns measures, if it is asked for, and print one line."""
+        """Run a job that returns measures, if its name is selected, and print one line."""
         if not all(word in label for word in self._only):
             return
         self.done += 1
@@ -419,7 +419,7 @@ class Runner:
         print(f"{'ok    ' if right else 'FAILED'}  {label}: {text} [{seconds:.1f} s]", flush=True)
 
     def _run(self, job_name: str, timeout: float, **arguments: Any) -> list[Any]:
-        """A job on the ranks; if it fails, they are discarded."""
+        """Run a job on the ranks, and discard the ranks if it fails."""
         try:
             if self._ranks is None:
                 self._ranks = Ranks(RANKS, self._device, "gloo", self._end)

@@ -27,11 +27,11 @@ LOG_TAIL = 4000
 REAP_S = 10.0
 
 Serve = Callable[[int, Path, Connection], None]
-"""The life of a rank: rank, the pool's folder, its pipe. To be picklable where processes are not forked."""
+"""Main function of a rank, called with its rank, the pool's folder and its pipe. Picklable, unless processes fork."""
 
 
 class RankError(AssertionError):
-    """Some rank raised, died or did not finish. The message has every rank's traceback or stack."""
+    """A rank raised, died or did not finish. The message has every rank's traceback or stack."""
 
 
 class LocalRanks:
@@ -70,7 +70,7 @@ class LocalRanks:
         self.close()
 
     def close(self) -> None:
-        """Kill what is alive and remove the folder."""
+        """Kill all live ranks and remove the folder."""
         for process in self._processes:
             if process.is_alive():
                 process.kill()
@@ -99,12 +99,12 @@ class LocalRanks:
         """Wait for a result of every rank and return them in rank order.
 
         Args:
-            what: was to be done, for the error.
+            what: name of the task, for the error.
             since_last_news: count the time from the last message of any rank, not from now.
             say: called with the text of progress messages.
 
         Raises:
-            RankError: at least one rank has none. The processes are of no use any more.
+            RankError: at least one rank has no result. The processes cannot be used any more.
         """
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
@@ -161,7 +161,7 @@ class LocalRanks:
 
 
 def _rank_main(serve: Serve, rank: int, folder: Path, pipe: Connection) -> None:
-    """Never returns: gloo's threads may abort an interpreter that shuts down in order."""
+    """Run a rank and end its process without a shutdown of the interpreter, which gloo's threads may abort."""
     code = 0
     try:
         log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

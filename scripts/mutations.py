@@ -1,4 +1,4 @@
-"""Check that the tests find defects: plant one at a time in a copy of the package, and run the tests of that part.
+"""Check that the tests find defects: plant one at a time in a copy of the package, and run the tests of its part.
 
 python scripts/mutations.py [--only WORD] [--table FILE]
 """
@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
     """Text that occurs there once."""
     new: str
     tests: str
-    """Files below ``tests/``, of the part that the defect is in."""
+    """Files below ``tests/`` that test the part with the defect."""
 
 
 MUTATIONS = [
@@ -233,7 +233,7 @@ class Outcome(NamedTuple):
 
 
 def run(copy: Path, mutation: Mutation) -> Outcome:
-    """Plant a mutation in the copy, run its tests until one fails, and take it away again."""
+    """Plant a mutation in the copy, run its tests until one fails, and restore the file."""
     path = copy / "mics_ds" / mutation.path
     text = path.read_text()
     path.write_text(text.replace(mutation.old, mutation.new))

@@ -33,9 +33,9 @@ class Entry:
     config: str
     model: str
     cluster: str
-    """A preset, or a file in ``configs/``."""
+    """Name of a preset, or of a file in ``configs/``."""
     machine: str
-    """In words."""
+    """Machine in words."""
     nodes: int
     reason: str
 

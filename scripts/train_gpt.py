@@ -75,7 +75,7 @@ class GPT(nn.Module):
 
 
 def load_text() -> torch.Tensor:
-    """The standard library's source files in alphabetical order, cut to a few megabytes, as bytes."""
+    """Return the standard library's source files in alphabetical order, cut to a few megabytes, as bytes."""
     text = bytearray()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += path.read_bytes()
@@ -83,7 +83,7 @@ def load_text() -> torch.Tensor:
 
 
 def batches(text: torch.Tensor, batch: int, context: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless random windows, different on every rank and the same in every run."""
+    """Yield random windows without end, different on every rank and the same in every run."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - context - 1, (batch,), generator=generator)
@@ -91,7 +91,7 @@ def batches(text: torch.Tensor, batch: int, context: int, seed: int) -> Iterator
 
 
 def loopback_bytes() -> int | None:
-    """Bytes sent over the loopback interface so far: on one machine, what all ranks really sent each other."""
+    """Return the bytes sent over the loopback interface so far: on one machine, the traffic between all ranks."""
     try:
         counters = Path("/proc/net/dev").read_text()
     except OSError:
@@ -146,7 +146,7 @@ def measure_traffic(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tens
 
 
 def train_one_step(engine: deepspeed.DeepSpeedEngine, data: Iterator[torch.Tensor]) -> float:
-    """All micro-steps of one optimizer step. Returns the loss averaged over them and over ranks."""
+    """Run all micro-steps of one optimizer step. Return the loss, averaged over micro-steps and ranks."""
     total = torch.zeros((), device=engine.device)
     for _ in range(engine.gradient_accumulation_steps()):
         loss = engine(next(data).to(engine.device))

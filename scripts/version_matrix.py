@@ -32,7 +32,7 @@ COMBINATIONS: dict[str, dict[str, str]] = {
     "torch-2.13": {"deepspeed": "0.19.8", "torch": "2.13.0", "transformers": "5.23.0"},
     "torch-2.14": {"deepspeed": "0.19.8", "torch": "2.14.1", "transformers": "5.24.0"},
 }
-"""Versions that are fixed; of everything else the newest that pyproject.toml allows."""
+"""Fixed versions. Of all other packages the newest versions that pyproject.toml allows are installed."""
 
 SUITES: dict[str, list[str]] = {
     "parity": ["tests/ranks/test_parity.py", "-k", "(equal_zero3 and fp32) or odd or offload or hierarchical_gather"],

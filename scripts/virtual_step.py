@@ -1,4 +1,4 @@
-"""A training step on the virtual accelerator: prints what communication costs, and draws one step. No GPU needed.
+"""Run a training step on the virtual accelerator, print what communication costs, and draw the step. No GPU needed.
 
 python scripts/virtual_step.py [--plot FOLDER]
 """
@@ -22,7 +22,7 @@ DRAWN = ((8, 64, "balanced"), (16, 64, "balanced"))
 
 
 def _serve(rank: int, folder: Path, pipe: Connection) -> None:
-    """One process with the virtual accelerator, which is rank 0 of the imagined job."""
+    """Serve as rank 0 of an imagined job, with the virtual accelerator."""
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ["MICS_DS_MEASURE_SECONDS"] = "0"  # time is virtual here
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lib")]
@@ -48,7 +48,7 @@ def _serve(rank: int, folder: Path, pipe: Connection) -> None:
 
 
 def draw(tasks: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Streams from top to bottom, milliseconds to the right."""
+    """Draw streams from top to bottom, milliseconds to the right."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""How long training stands still for a checkpoint: saved asynchronously, saved and waited for, and for one memcpy.
+"""Measure how long a checkpoint stops training: by an asynchronous save, by a blocking save, and by one memcpy.
 
     torchrun --nproc_per_node 4 scripts/bench/async_save.py --folder FOLDER [--gigabytes 1] [--states world]
 
-Masters and two moments of AdamW make up the states. The three take turns in the same ranks, after a step of training
-each, in another order each time; times are from the first rank's start to the last rank's end, medians over rounds, and
-ratios are medians of the ratios of one round. With more ranks than cores, what a rank does beside copying counts more.
+Masters and two moments of AdamW make up the states. The three ways take turns in the same ranks, after a step of
+training each, in another order each time. Times run from the first rank's start to the last rank's end and are medians
+over rounds. Ratios are medians of the ratios of one round. With more ranks than cores, work of a rank beside copying
+counts more.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ def engine_of(gigabytes: float, p: int, states: str) -> Any:
 
 
 def seconds_of_all(work: Callable[[], Any]) -> float:
-    """From the first rank's start to the last rank's end. Ranks of one machine, which share its monotonic clock: some
-    may only get a core when others are done, and do not know that they have waited."""
+    """Return the seconds from the first rank's start to the last rank's end.
+
+    All ranks are on one machine and share its monotonic clock. A rank that gets a core only after another one is done
+    cannot measure its own waiting.
+    """
     dist.barrier()
     started = time.monotonic()
     work()

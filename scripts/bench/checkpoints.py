@@ -1,4 +1,4 @@
-"""Time, bytes and memory of saving and loading, for stock ZeRO-3 and MiCS in turns.
+"""Measure time, bytes and memory of saving and loading, for stock ZeRO-3 and MiCS in turns.
 
 torchrun --nproc_per_node 4 scripts/bench/checkpoints.py --systems zero3,mics:2,mics:1 --width 2048
 """

@@ -52,7 +52,7 @@ class ClusterError(RuntimeError):
 
 
 def why_unavailable() -> str | None:
-    """Why this machine cannot emulate a cluster, or ``None`` if it can."""
+    """Return why this machine cannot emulate a cluster, or ``None`` if it can."""
     if not sys.platform.startswith("linux"):
         return "network namespaces exist on Linux only"
     if os.geteuid() != 0:
@@ -67,7 +67,7 @@ def _run(*command: str) -> str:
     """Run one administrative command.
 
     Raises:
-        ClusterError: it failed; the message has the command and what it said.
+        ClusterError: the command failed; the message has the command and its output.
     """
     # A session of its own: Ctrl-C must reach us and not stop a command that is cleaning up.
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
@@ -78,21 +78,21 @@ def _run(*command: str) -> str:
 
 
 def namespaces() -> list[str]:
-    """Namespaces of all emulated clusters on this machine."""
+    """Return the namespaces of all emulated clusters on this machine."""
     names = [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line.strip()]
     return sorted(name for name in names if name.startswith(PREFIX + "-"))
 
 
 def cluster_ids() -> list[str]:
-    """Ids of the emulated clusters on this machine."""
+    """Return the ids of the emulated clusters on this machine."""
     return sorted({name.split("-")[1] for name in namespaces()})
 
 
 def remove(cluster_id: str) -> list[str]:
-    """Remove the namespaces of one cluster, stopping what still runs inside. Returns their names.
+    """Remove the namespaces of one cluster, stop the processes inside, and return the names.
 
     Raises:
-        ClusterError: some could not be removed; the others were.
+        ClusterError: a namespace could not be removed; the others were.
     """
     ours = [name for name in namespaces() if name.startswith(f"{PREFIX}-{cluster_id}-")]
     failures = []
@@ -165,16 +165,16 @@ class Cluster:
         return f"{PREFIX}-{self.id}-switch"
 
     def node(self, index: int) -> str:
-        """Name of a node's namespace."""
+        """Return the name of a node's namespace."""
         return f"{PREFIX}-{self.id}-n{index}"
 
     def address(self, index: int) -> str:
-        """Address at which the other nodes reach this one."""
+        """Return the address at which the other nodes reach a node."""
         return f"{NETWORK}.{index + 1}" if self.isolated else "127.0.0.1"
 
     @property
     def interface(self) -> str:
-        """The interface over which nodes talk, for ``GLOO_SOCKET_IFNAME``."""
+        """Return the interface over which nodes talk, for ``GLOO_SOCKET_IFNAME``."""
         return CARD if self.isolated else "lo"
 
     def __enter__(self) -> Cluster:
@@ -198,7 +198,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Remove everything, also what was built only in part. May be called again."""
+        """Remove the cluster, also one that was built only in part. A second call does nothing."""
         if self.isolated:
             with _without_interruptions():
                 remove(self.id)
@@ -222,7 +222,7 @@ class Cluster:
                     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, *shaper)
 
     def enter_node(self, index: int) -> None:
-        """Move the calling thread into a node. For a freshly forked process, before it starts threads.
+        """Move the calling thread into a node. Call it in a freshly forked process, before other threads start.
 
         Raises:
             ClusterError: the namespace is gone or may not be entered.
@@ -235,7 +235,7 @@ def enter_namespace(name: str) -> None:
     """Move the calling thread into a named network namespace.
 
     Raises:
-        ClusterError: there is none of that name, or it may not be entered.
+        ClusterError: no namespace has that name, or it may not be entered.
     """
     libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
     try:
@@ -250,7 +250,7 @@ def enter_namespace(name: str) -> None:
 
 
 def sent_bytes(interface: str = CARD) -> int:
-    """Bytes sent so far over an interface of the calling process's own network namespace.
+    """Return the bytes sent so far over an interface of the calling process's own network namespace.
 
     From ``/proc/self/net``, which follows the namespace; ``/sys/class/net`` shows the one it was mounted in.
 
@@ -265,7 +265,7 @@ def sent_bytes(interface: str = CARD) -> int:
 
 
 def describe(cluster_id: str) -> str:
-    """One line per node of a cluster: its namespace, addresses, shaping and processes."""
+    """Return one line per node of a cluster: its namespace, addresses, shaping and processes."""
     lines = [f"cluster {cluster_id}"]
     for name in namespaces():
         if not name.startswith(f"{PREFIX}-{cluster_id}-n"):

@@ -1,6 +1,6 @@
-"""What a step has to cost: bytes on the links between nodes, and the time below which no schedule can go.
+"""Compute what a step must cost: bytes on the links between nodes, and the least time of any schedule.
 
-Only arithmetic. Symbols: M bytes of parameters, s micro-steps, N nodes with k ranks each, n = N·k ranks,
+Symbols: M bytes of parameters, s micro-steps, N nodes with k ranks each, n = N·k ranks,
 partition groups of p ranks, r = n/p replicas. All bytes are what one node sends per optimizer step.
 
 | system                | gathers                      | gradients, each micro-step | at the boundary          |
@@ -29,10 +29,10 @@ _BITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 
 
 def parse_rate(rate: str) -> int:
-    """Bits per second of a rate as ``tc`` writes it.
+    """Return the bits per second of a rate as ``tc`` writes it.
 
     Raises:
-        ValueError: it is not a positive number followed by bit, kbit, mbit or gbit.
+        ValueError: the rate is not a positive number followed by bit, kbit, mbit or gbit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(bit|kbit|mbit|gbit)", rate.strip().lower())
     if match is None or float(match[1]) <= 0:
@@ -66,7 +66,7 @@ class Shape:
         """Read ``NODESxRANKS``, for example ``4x2``.
 
         Raises:
-            ValueError: it reads otherwise.
+            ValueError: the text has another form.
         """
         match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
         if match is None:
@@ -75,7 +75,7 @@ class Shape:
 
 
 def nic_bytes(kind: str, model_bytes: float, micro_steps: int, shape: Shape, p: int, staged: bool = False) -> float:
-    """Bytes that each node sends to other nodes per optimizer step, by the table above.
+    """Return the bytes that each node sends to other nodes per optimizer step, by the table above.
 
     Args:
         kind: ``zero3``, ``fsdp``, ``hpz``, ``ddp``, ``hsdp`` or ``mics``.
@@ -119,7 +119,7 @@ class Bound:
 
 
 def bound(node_bytes: float, bits_per_second: float, compute_s: float) -> Bound:
-    """The bandwidth term of the alpha-beta model beside ``compute_s`` seconds of compute.
+    """Return the bandwidth term of the alpha-beta model beside ``compute_s`` seconds of compute.
 
     Latency (alpha) is left out: the emulated links have none to speak of, and a lower bound may.
     """

@@ -1,4 +1,4 @@
-"""What a check of the replica guard costs, against copying the same bytes once, and its share of a planned step.
+"""Measure what a check of the replica guard costs, against one copy of the same bytes, and its share of a planned step.
 
     python scripts/bench/guard.py [--mb 256]
 
@@ -36,7 +36,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write, views left out."""
+    """Counts the bytes that operators read and write. Views count nothing."""
 
     def __init__(self, least: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Traffic(TorchDispatchMode):
 
 
 def best_of(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each, in turn."""
+    """Run functions in turns and return the least seconds of each."""
     best = dict.fromkeys(works, float("inf"))
     for _ in range(REPEATS):
         for name, work in works.items():
@@ -63,7 +63,7 @@ def best_of(works: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def measure(nbytes: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes and time of a digest, each against a copy."""
+    """Return bytes and time of a digest, each divided by those of a copy."""
     data = torch.randint(256, (nbytes,), dtype=torch.uint8).view(dtype)
     other = torch.empty_like(data)
     works: dict[str, Callable[[], object]]
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def example() -> tuple[float, float]:
-    """Bytes of states on a GPU, and seconds of a step, of docs/planner.md's example with its recommended size."""
+    """Return bytes of states on a GPU and seconds of a step, for docs/planner.md's example at its recommended size."""
     machine, job = PRESETS["p4d.24xlarge"], build_job("llama-13b", 64, micro_steps=4, checkpointing=True)
     chosen = choose(make_plan(machine, job, 64))
     assert chosen is not None, "the example fits"

@@ -1,4 +1,4 @@
-"""What is trained: a stack of layers that only pretends to compute, or a real small GPT.
+"""Jobs to train: a stack of layers that only pretends to compute, or a real small GPT.
 
 A :class:`Job` gives every system the same initial weights and every rank the same data, so that losses can
 be compared between systems step by step.
@@ -34,19 +34,19 @@ class Job(Protocol):
 
     @property
     def compute_s(self) -> float | None:
-        """Seconds of compute per step on each rank, if they are known beforehand."""
+        """Return the seconds of compute per step on each rank, if they are known beforehand."""
 
     def model(self) -> nn.Module:
-        """A new model; called with the batch's tensors, it returns the loss. The same weights on each call."""
+        """Return a new model, with the same weights on each call. Its forward takes a batch and returns the loss."""
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that are gathered one by one, in the order they run."""
+        """Return the modules that are gathered one by one, in the order they run."""
 
     def data(self, rank: int) -> Iterator[Batch]:
-        """Endless micro-batches of one rank, the same in each call."""
+        """Yield micro-batches of one rank without end, the same in each call."""
 
     def settings(self) -> dict[str, Any]:
-        """What to write beside the results."""
+        """Return the settings to write beside the results."""
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -55,7 +55,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 class _Sleep(torch.autograd.Function):
-    """The identity, as slow as the compute it stands for. Sleeping frees the processor for other ranks and
+    """Identity that sleeps as long as the compute that it stands for. Sleeping frees the processor for other ranks and
     for communication threads, as a kernel on a GPU does."""
 
     @staticmethod

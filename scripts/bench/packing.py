@@ -1,4 +1,4 @@
-"""What the host has to do for each tensor to get gradients into the buffer of hop 1, and parameters out of a gather's.
+"""Measure the host's work for each tensor that enters the buffer of hop 1 or leaves that of a gather.
 
     python scripts/bench/packing.py
 
@@ -47,7 +47,7 @@ class _Count(TorchDispatchMode):
 
 
 def cost(work: Work) -> str:
-    """Operations and microseconds per tensor."""
+    """Return operations and microseconds per tensor."""
     with _Count() as counted:
         work()
     best = float("inf")
@@ -59,7 +59,7 @@ def cost(work: Work) -> str:
 
 
 def staged_order(p: int) -> tuple[int, ...]:
-    """Slots of nodes of two ranks each."""
+    """Return the order of slots for nodes of two ranks each."""
     return tuple(rank for place in range(2) for rank in range(place, p, 2))
 
 

@@ -1,4 +1,4 @@
-"""The planner against measured steps on emulated clusters.
+"""Compare the planner with measured steps on emulated clusters.
 
     python scripts/bench/planning.py calibrate --shape 2x2,4x2,8x2 --rate 100mbit,50mbit --out profiles
     python scripts/benchmark.py --shape 4x2 --rate 100mbit --systems zero3,mics:2,mics:4 ... --out measured.jsonl
@@ -51,7 +51,7 @@ def profile_path(folder: Path, shape: str, rate: str) -> Path:
 
 
 def calibrate_all(shapes: Sequence[str], rates: Sequence[str], budget: float, folder: Path) -> None:
-    """One profile per cluster."""
+    """Write one profile per cluster."""
     import torch
 
     from bench.runner import Session, run
@@ -142,7 +142,7 @@ class Measurement:
 
 
 def load(measured: Path, profiles: Path) -> list[Measurement]:
-    """Measurements of clusters that have a profile, in the order of the file."""
+    """Return the measurements of clusters that have a profile, in the order of the file."""
     found = []
     for line in measured.read_text().splitlines():
         record = json.loads(line)
@@ -153,7 +153,7 @@ def load(measured: Path, profiles: Path) -> list[Measurement]:
 
 
 def fit(measurements: Sequence[Measurement]) -> tuple[float, float]:
-    """The two constants of the host that give the least mean squared relative error.
+    """Return the two constants of the host that give the least mean squared relative error.
 
     A step is linear in both as long as they change nothing about what is waited for, which is nearly so; a few rounds
     of least squares around the last values find them.
@@ -189,7 +189,7 @@ def by_cluster(measurements: Sequence[Measurement]) -> Iterator[tuple[str, list[
 
 
 def compare(measurements: Sequence[Measurement]) -> str:
-    """The comparison, as Markdown."""
+    """Return the comparison in Markdown."""
     constants = fit(measurements[::STRIDE])
     lines = ["| cluster | system | measured, s | spread | predicted | error | |", "|---|---|---|---|---|---|---|"]
     errors: dict[bool, list[float]] = {True: [], False: []}

@@ -34,7 +34,7 @@ _LANE_COLOURS = dict(zip(LANES, ("#6b8f71", "#2f6db3", "#d1495b", "#edae49", "#b
 
 
 def load(path: Path) -> list[Record]:
-    """The last record of each system, cluster and job in a file."""
+    """Return the last record of each system, cluster and job in a file."""
     latest: dict[tuple[Any, ...], Record] = {}
     for line in path.read_text().splitlines():
         if line.strip():
@@ -50,7 +50,7 @@ def _title(record: Record) -> str:
 
 
 def _settings(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by everything but system and shape: what may be drawn into one figure."""
+    """Group records that may share a figure: those that differ in system and shape only."""
     grouped: dict[str, list[Record]] = {}
     for record in records:
         grouped.setdefault(_title(record), []).append(record)
@@ -58,7 +58,7 @@ def _settings(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _short(system: str) -> str:
-    """A system's name for a legend: keys that are switched off in all their stages are plainly "flat"."""
+    """Return a system's name for a legend. With all two-stage collectives switched off it is called "flat"."""
     flat = ":mics_hierarchical_params_gather=false:mics_hierarchical_grad_scatter=false"
     return system.replace(flat, " flat")
 
@@ -72,7 +72,7 @@ def _shapes(records: Iterable[Record]) -> list[str]:
 
 
 def _colours(names: list[str]) -> dict[str, Any]:
-    """One colour per system; those of MiCS and HSDP with several sizes are told apart by shade."""
+    """Return one colour per system. Partition sizes of MiCS and of HSDP differ in shade."""
     chosen: dict[str, Any] = {}
     seen: dict[str, int] = {}
     for name in names:
@@ -86,7 +86,7 @@ def _colours(names: list[str]) -> dict[str, Any]:
 
 
 def _grouped_bars(axes: Axes, records: list[Record], value: str, scale: float = 1.0) -> dict[str, list[float]]:
-    """One group of bars per shape, one bar per system. Returns the bars' middles by system, shape by shape."""
+    """Draw a group of bars per shape with a bar per system. Return the bars' middles by system, shape by shape."""
     names, shapes = _systems(records), _shapes(records)
     colours, width = _colours(names), 0.8 / len(names)
     middles: dict[str, list[float]] = {}
@@ -108,7 +108,7 @@ def _grouped_bars(axes: Axes, records: list[Record], value: str, scale: float = 
 
 
 def draw_throughput(title: str, records: list[Record]) -> Figure:
-    """Samples per second of the whole cluster."""
+    """Draw the samples per second of the whole cluster."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     total = [{**item, "total": item["samples_per_s_per_rank"] * item["nodes"] * item["per_node"]} for item in records]
     _grouped_bars(axes, total, "total")
@@ -118,7 +118,7 @@ def draw_throughput(title: str, records: list[Record]) -> Figure:
 
 
 def draw_bytes(title: str, records: list[Record]) -> Figure:
-    """Bytes the busiest node's card sent, with a mark where the formula puts them."""
+    """Draw the bytes that the busiest node's card sent, with a mark at the formula's value."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     middles = _grouped_bars(axes, records, "nic_bytes", 1e-6)
     shapes, half = _shapes(records), 0.4 / len(middles)
@@ -132,7 +132,7 @@ def draw_bytes(title: str, records: list[Record]) -> Figure:
 
 
 def draw_weak_scaling(title: str, records: list[Record]) -> Figure | None:
-    """Samples per second and rank, relative to the smallest cluster of the same system. None for one size."""
+    """Draw samples per second and rank, relative to the smallest cluster of the same system. ``None`` for one size."""
     by_system = {
         name: sorted((item for item in records if item["system"] == name), key=lambda item: item["nodes"])
         for name in _systems(records)
@@ -161,7 +161,7 @@ _SIGNS = {GATHER: ("gather",), HOP_1: ("hop-1", "reduce-scatter", "all-to-all", 
 
 
 def lane_of(name: str) -> str | None:
-    """The lane that a range's own name puts it in, or ``None`` for one that is not drawn."""
+    """Return the lane of a range by its own name, or ``None`` for a range that is not drawn."""
     if name.startswith("compute "):
         return "compute"
     if not name.startswith(("gloo:", "mics")):
@@ -196,7 +196,7 @@ def lanes_of(events: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 
 def draw_timeline(record: Record) -> Figure:
-    """One step of one rank, a lane for each kind of work."""
+    """Draw one step of one rank, with a lane for each kind of work."""
     spans = lanes_of(record["timeline"])
     shown = [lane for lane in LANES if spans[lane]]
     end = max(event["end"] for event in record["timeline"] if event["name"] == "step")
@@ -214,7 +214,7 @@ def draw_timeline(record: Record) -> Figure:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds in which at least one of the spans (start, length) is open."""
+    """Return the seconds in which at least one of the spans (start, length) is open."""
     total, reached = 0.0, 0.0
     for start, length in sorted(spans):
         total += max(start + length - max(start, reached), 0.0)
@@ -223,7 +223,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def draw_all(results: Path, folder: Path) -> list[Path]:
-    """Draw everything there is to draw. Returns the files written.
+    """Draw all figures that the results allow, and return the files written.
 
     Raises:
         ValueError: the file has no results.

@@ -1,4 +1,4 @@
-"""The planner beside published figures of MiCS and its peers.
+"""Compare the planner with published figures of MiCS and its peers.
 
     python scripts/bench/published.py           tables for docs/planner_results.md
     python scripts/bench/published.py --fit     the free constants, fitted anew on the points marked as such
@@ -35,8 +35,10 @@ HPZ = replace(ZERO3, secondary=True)
 
 
 def in_tree(p: int) -> Scheme:
-    """MiCS as DeepSpeed shipped it: flat, and the "ReduceScatter operation also blocks the concurrent execution of
-    AllReduce" (AMSP)."""
+    """Return MiCS as DeepSpeed shipped it: flat, without overlap.
+
+    The "ReduceScatter operation also blocks the concurrent execution of AllReduce" (AMSP).
+    """
     return Scheme(p, hop1_beside=False, hop2_beside=False)
 
 
@@ -91,7 +93,7 @@ BERTS = (("bert-10b", 8), ("bert-15b", 16), ("bert-20b", 16), ("bert-50b", 64))
 
 
 def bert_speedups(machine: Machine) -> dict[tuple[str, int], float]:
-    """MiCS over ZeRO-3 for each model and number of GPUs."""
+    """Return the speedups of MiCS over ZeRO-3 for each model and number of GPUs."""
     found = {}
     for name, p in BERTS:
         for n in (16, 32, 64, 128):
@@ -107,7 +109,7 @@ AMSP_MODELS = {"7B": (NAMED["llama-7b"], 8), "13B": (NAMED["llama-13b"], 8), "30
 
 
 def amsp(machine: Machine, size: str, n: int, system: Scheme | None) -> Row:
-    """One cell of AMSP's table. ``None``: MiCS with the partition size of the paper's table IV."""
+    """Return one cell of AMSP's table. ``None`` stands for MiCS with the partition size of the paper's table IV."""
     shape, p = AMSP_MODELS[size]
     job = _job(shape.model(4096), 1, 1024 // n, "bf16", checkpointing=size == "30B", zero=ZeroSettings())
     return predict(machine, job, in_tree(p) if system is None else system, n)
@@ -134,13 +136,13 @@ LLAMA3_13B = Transformer(5120, 40, 128256, heads=40, kv_heads=8, ffn=17920, gate
 
 
 def fsdp(machine: Machine, model: Model, n: int, micro_batch: int, micro_steps: int, checkpointing: bool) -> Row:
-    """FSDP is planned as ZeRO-3 that gathers and reduces beside compute; gradients are summed in fp32."""
+    """Plan FSDP as ZeRO-3 that gathers and reduces beside compute, with gradients summed in fp32."""
     job = _job(model, micro_batch, micro_steps, "bf16", checkpointing=checkpointing, accumulation_itemsize=4)
     return predict(machine, job, Scheme(None), n)
 
 
 def selective(model: Model) -> Model:
-    """A model of which every second matrix product is computed again: every second layer, which costs the same."""
+    """Return a model that recomputes every second layer, which costs as much as every second matrix product."""
     embedding, layers, head = model.blocks
     half = layers.repeat // 2
     again, kept = replace(layers, repeat=half), replace(layers, repeat=layers.repeat - half, checkpointed=False)
@@ -152,7 +154,7 @@ def titan(machine: Machine, n: int) -> Row:
 
 
 def halves(machine: Machine) -> Machine:
-    """The cluster with half of the GPUs and network cards on a node."""
+    """Return the cluster with half of the GPUs and network cards on a node."""
     inter = Link(machine.inter.bandwidth / 2, machine.inter.latency)
     return replace(machine, gpus_per_node=machine.gpus_per_node // 2, inter=inter)
 
@@ -320,7 +322,7 @@ FIGURES: tuple[Figure, ...] = (
 
 
 def error(figure: Figure, machine: Machine | None = None) -> float:
-    """Relative, or in points for an efficiency."""
+    """Return the relative error, or points for an efficiency."""
     value = figure.predict(machine or find_preset(figure.cluster))
     return value - figure.value if figure.kind == "efficiency" else value / figure.value - 1
 
@@ -329,14 +331,14 @@ ASKED = {"mics": 0.10, "efficiency": 5, "fsdp": 0.15}
 
 
 def holds(figure: Figure) -> bool | None:
-    """Whether it is as close as it is asked to be; ``None`` if it is not asked."""
+    """Return whether the prediction is as close as the figure demands; ``None`` if it demands nothing."""
     if figure.kind == "other" or (figure.excused and figure.kind != "fsdp"):
         return None
     return abs(error(figure)) <= ASKED[figure.kind]
 
 
 def table(figures: Sequence[Figure] = FIGURES) -> str:
-    """Published and predicted, as Markdown."""
+    """Return published and predicted figures in Markdown."""
     lines = ["| figure | source | published | ours | error | | assumed |", "|---|---|---|---|---|---|---|"]
     for figure in figures:
         ours, off = figure.predict(find_preset(figure.cluster)), error(figure)
@@ -364,8 +366,10 @@ GRIDS = {
 
 
 def fit(cluster: str) -> tuple[float, Machine]:
-    """The constants on the grid whose worst error over the fitted points is least. A point of an efficiency counts
-    as a percent."""
+    """Return the constants on the grid with the least worst error over the fitted points.
+
+    A point of an efficiency counts as a percent.
+    """
     base, best = find_preset(cluster), (float("inf"), find_preset(cluster))
     points = [figure for figure in FIGURES if figure.fitted and figure.cluster == cluster]
     for efficiency, bandwidth, latency in itertools.product(*GRIDS[cluster]):

@@ -1,4 +1,4 @@
-"""How long ranks take to agree and to make their groups: real processes and gloo on this machine, no training.
+"""Measure how long ranks take to agree and to make their groups: real processes, gloo on this machine, no training.
 
     PYTHONPATH=.:scripts OMP_NUM_THREADS=1 python -m bench.start [RANKS] [PARTITION_SIZE]
 

@@ -1,4 +1,4 @@
-"""The systems that are compared, behind one interface. All average over all ranks.
+"""Systems to compare, behind one interface. All average over all ranks.
 
 | spec on the command line     | what it is                                                               |
 |------------------------------|--------------------------------------------------------------------------|
@@ -39,7 +39,7 @@ _HIERARCHICAL_KEY = "mics_hierarchical_params_gather"
 
 @dataclass(frozen=True)
 class Spec:
-    """Which system, with which options."""
+    """Name and options of a system."""
 
     kind: str
     p: int | None = None
@@ -79,7 +79,7 @@ class Spec:
 
     @property
     def staged(self) -> bool:
-        """Whether the bytes to compare with are those of two-stage collectives."""
+        """Return whether to compare with the bytes of two-stage collectives."""
         return self.kind == "mics" and self.options.get(_HIERARCHICAL_KEY, "auto") is not False
 
     def partition_size(self, shape: Shape) -> int:
@@ -99,14 +99,14 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
 
 
 class System(ABC):
-    """A model under one system's care, ready to train."""
+    """Model set up for training by one system."""
 
     @abstractmethod
     def train_step(self, data: Iterator[Batch]) -> float:
-        """All micro-steps of one optimizer step. Returns this rank's mean loss."""
+        """Run all micro-steps of one optimizer step and return this rank's mean loss."""
 
     def settle(self) -> None:  # noqa: B027 (most have nothing to wait for)
-        """Wait for what a step has left under way, beside the next one."""
+        """Wait for work of the last step that would run beside the next one."""
 
     @abstractmethod
     def close(self) -> None:
@@ -114,7 +114,7 @@ class System(ABC):
 
 
 def build(spec: Spec, job: Job, shape: Shape) -> System:
-    """Build one system on all ranks. Collective."""
+    """Build one system. All ranks must call it."""
     if spec.kind in ("zero3", "hpz", "mics"):
         return DeepSpeedSystem(spec, job, shape)
     if spec.kind == "ddp":
@@ -123,7 +123,7 @@ def build(spec: Spec, job: Job, shape: Shape) -> System:
 
 
 def deepspeed_config(spec: Spec, job: Job, shape: Shape, layer_numel: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a system. ``layer_numel``: elements of the largest layer."""
+    """Return the DeepSpeed JSON of a system. ``layer_numel`` is the number of elements of the largest layer."""
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -260,7 +260,7 @@ class FSDPSystem(_TorchSystem):
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that Python code of this process can reach, storage shared by views once."""
+    """Return the bytes of all tensors that Python code of this process can reach. Shared storage counts once."""
     gc.collect()
     storages: dict[int, int] = {}
     for item in gc.get_objects():

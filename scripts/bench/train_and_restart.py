@@ -1,4 +1,4 @@
-"""Trains from wherever it left off, knowing nothing of where that is. Prints each loss, exactly, and when."""
+"""Train from the newest state that can be resumed. Print each loss exactly, with its time."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ CONFIG = {"zero_optimization": {"stage3_param_persistence_threshold": 5000}}
 
 
 def model() -> nn.Module:
-    """Six layers in three sizes, 2.4 MB in all."""
+    """Return six layers in three sizes, 2.4 MB in all."""
     return nn.Sequential(*(nn.Linear(256, width) for width in (256, 256, 256, 512, 512, 640)))
 
 
@@ -67,7 +67,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
 def in_a_rank(
     sizes: Sequence[int], folder: str, rank: int, session: Session, interface: str, say: Callable[[str | None], None]
 ) -> list[dict[str, Any]]:
-    """Choose, and time all ways, for each partition size. The records of rank 0 count."""
+    """Choose ways, and time all of them, for each partition size. Rank 0's records are used."""
     del session, interface
     os.environ.update(XDG_CACHE_HOME=folder, MICS_DS_MEASURE_SECONDS="2")
     found = []
@@ -95,7 +95,7 @@ def in_a_rank(
 
 
 def reference(groups: Any, demand: measure.Demand, say: Callable[[str | None], None]) -> dict[str, dict[str, float]]:
-    """Median seconds of one pass over the model, for all ways of gathers and of hop 1, in turns."""
+    """Return median seconds of one pass over the model, for all ways of gathers and of hop 1, in turns."""
     clock = measure.Clock(groups.full)
     kinds: dict[str, dict[str, Callable[[], Any]]] = {"gathers": {}, "scatters": {}}
     for ways in groups.choices:
@@ -132,7 +132,7 @@ def excess(record: dict[str, Any]) -> list[float]:
 
 
 def row(record: dict[str, Any]) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return one line of the table."""
     gathers, scatters = ({name: f"{1e3 * value:.0f}" for name, value in record[kind].items()} for kind in KINDS)
     more = max(excess(record))
     return (

@@ -1,4 +1,4 @@
-"""Processor time of the optimizer's update, with optimizer states of a partition group and of all ranks.
+"""Measure the processor time of the optimizer's update, with states sharded over a partition group and over all ranks.
 
     torchrun --nproc_per_node 4 scripts/bench/world_states.py
 
@@ -33,7 +33,7 @@ def engine_of(states: str) -> Any:
 
 
 def update_seconds(engine: Any) -> float:
-    """Of this thread, in one step's updates."""
+    """Return this thread's processor seconds in the updates of one step."""
     update, spent = engine.optimizer._optimizer_step, []
 
     def timed(sub_group: int) -> None:
