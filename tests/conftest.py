@@ -19,6 +19,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [
 # scripts/version_matrix.py tries versions that are not in the list yet.
 for _name in [name for name in os.environ if name.startswith("MICS_DS_") and name != "MICS_DS_ALLOW_UNTESTED"]:
     del os.environ[_name]
+# Programs that tests start would compile the package each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["MICS_DS_MEASURE_SECONDS"] = "0"  # which way is faster here is chance; test_measure.py measures
 
 import pytest  # noqa: E402

@@ -6,6 +6,7 @@ strategies. So a method that a DeepSpeed has renamed is a refusal at start, and 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ def misfits() -> list[str]:
     return list(dict.fromkeys(found))  # two strategies may replace one method
 
 
+@functools.cache  # each engine of a process asks again
 def _parameters(method: Any) -> set[str]:
     """Return the names of a method's parameters; of some of DeepSpeed's decorators hide them."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -29,7 +29,7 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 RUNS = [(p, {}) for p in (1, 2, 4)] + [(2, OFFLOADED)]
 
 
-STEPS = 4
+STEPS = 2
 
 
 def train_save_train(folder, dtype):
@@ -77,9 +77,9 @@ def test_resuming_after_kill_9_is_as_if_nothing_had_happened(pools, tmp_path, dt
 def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
     make = {"adamw": adamw, "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)}[optimizer]
     engine = engine_of(old, optimizer=make, zero={"sub_group_size": 150})
-    train(engine, 5)
+    train(engine, 3)
     engine.save_checkpoint(str(tmp_path))
-    expected = train(engine, 5)
+    expected = train(engine, 3)
     refusing = engine_of(new, optimizer=make, seed=7)
     before = digest(refusing)
     with pytest.raises(MicsCheckpointError, match=rf"{old or 4} shards and this job {new}.*mics_reshape_checkpoint"):
@@ -87,8 +87,8 @@ def test_resume_in_another_number_of_shards(tmp_path, old, new, optimizer):
     assert digest(refusing) == before, "a refused checkpoint must leave everything as it was"
     resumed = engine_of(new, optimizer=make, seed=8, zero=RESHAPE)
     resumed.load_checkpoint(str(tmp_path))
-    assert resumed.global_steps == 5
-    assert_losses_close(train(resumed, 5), expected, 1e-6)
+    assert resumed.global_steps == 3
+    assert_losses_close(train(resumed, 3), expected, 1e-6)
 
 
 @pytest.mark.ranks(4)
@@ -245,7 +245,7 @@ def resume_universal(folder, p):
 def test_universal_checkpoints_round_trip(pools, tmp_path):
     expected = pools.run(4, __name__, "save_for_universal", {"folder": str(tmp_path)}, 60)[0]
     convert_to_universal(tmp_path, "t")
-    for p in (2, 4, 1, None):
+    for p in (4, None):
         actual = pools.run(4, __name__, "resume_universal", {"folder": str(tmp_path), "p": p}, 60)[0]
         assert_losses_close(actual, expected, 1e-6)
 

@@ -83,7 +83,7 @@ def train(engine, p: int, seed: int, steps: int) -> list[float]:
     return losses
 
 
-FAST = {(1, 1, True), (1, 3, False), (2, 3, True), (2, 1, False)}
+FAST = {(1, 3, False), (2, 1, True)}
 CASES = every((1, 2), (1, 3), (True, False), range(5), default=[(*case, 0) for case in FAST])
 
 
@@ -95,7 +95,7 @@ def test_any_pattern_equals_zero3(p, micro_steps, overlap, seed):
     for size in (None, p):
         engine = build(ds_config(size, micro_steps=micro_steps, clip=0.5, zero=zero), Branches)
         initial = full_params(engine)
-        results.append((train(engine, p, seed, steps=9), full_params(engine)))
+        results.append((train(engine, p, seed, steps=5), full_params(engine)))
         same_on_all_ranks(results[-1][1])
     (expected_losses, expected), (losses, params) = results
     assert_losses_close(losses, expected_losses, 1e-6)
@@ -117,7 +117,7 @@ def test_offloaded_and_reduced_by_deepspeed(micro_steps, clip, zero):
         config = ds_config(size, micro_steps=micro_steps, clip=clip, zero={**zero, "reduce_bucket_size": 60})
         engine = build(config, Branches)
         initial = full_params(engine)
-        results.append((train(engine, 2, 0, steps=6), full_params(engine)))
+        results.append((train(engine, 2, 0, steps=4), full_params(engine)))
     assert_losses_close(results[1][0], results[0][0], 1e-6)
     assert_close(results[1][1], results[0][1], 1e-6, initial)
 

@@ -96,6 +96,13 @@ LIKE_OTHERS = (
     "offload_optimizer.pipeline",
     "offload_optimizer.fast_init",
     "offload_optimizer",
+    "contiguous_gradients",  # test_parity.py
+    "overlap_comm",  # test_parity.py
+    "param_persistence_threshold",
+    "use_all_reduce_for_fetch_params",  # test_hops.py
+    "allgather_sequential",  # test_hops.py
+    "sub_group_size",  # test_parity.py
+    "offload_param",
 )
 
 
@@ -173,7 +180,7 @@ SCALED: dict[str, dict[str, Any]] = {
 def test_gradients_that_are_scaled_around_the_reduction(name, contiguous):
     """What stock has without reduce-scatter only."""
     # without clipping, which would hide a factor
-    compare(zero={"reduce_scatter": False, "contiguous_gradients": contiguous}, sizes=(1, 2), **SCALED[name])
+    compare(zero={"reduce_scatter": False, "contiguous_gradients": contiguous}, **SCALED[name])
 
 
 @pytest.mark.slow
@@ -208,11 +215,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 WATCHING = ("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state")
+OPTIMIZERS = ("Adam", "SGD", "AdamW from the configuration")
+"""Built in the same way as that of "scheduler"."""
 CONFIGURATIONS["all that watch"] = {key: value for name in WATCHING for key, value in CONFIGURATIONS[name].items()}
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("name", [slow(name) if name in WATCHING else name for name in CONFIGURATIONS])
+@pytest.mark.parametrize("name", [slow(name) if name in WATCHING + OPTIMIZERS else name for name in CONFIGURATIONS])
 def test_configuration(name):
     config = dict(CONFIGURATIONS[name])
     if "optimizer" not in config:
@@ -269,7 +278,7 @@ CLIENT_OPTIMIZERS["Lion"] = lambda params: Lion(params, lr=1e-3)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("name", every([*CLIENT_OPTIMIZERS], default=["SGD", "Adagrad", "two groups", "Lion"]))
+@pytest.mark.parametrize("name", every([*CLIENT_OPTIMIZERS], default=["two groups", "Lion"]))
 def test_client_optimizer(name):
     compare(optimizer=CLIENT_OPTIMIZERS[name], micro_steps=2, clip=0.5)
 
@@ -287,7 +296,7 @@ def test_bf16_with_16_bit_master_weights_and_optimizer_states():
         settings = ds_config(p, dtype="bf16", data_types={"grad_accum_dtype": "bf16"})
         settings["bf16"].update(config)
         engines.append(build(settings, optimizer=adamw))
-        losses = train(engines[-1], 5)
+        losses = train(engines[-1], 3)
         if p is None:
             expected = losses
     assert_losses_close(losses, expected, 0.05)

@@ -262,7 +262,7 @@ def test_several_backward_passes_of_one_step_share_one_hop2(p, overlap):
     for size in (None, p):
         engine = build(ds_config(size, clip=0.5, zero={"overlap_comm": overlap}))
         losses = []
-        for step in range(4):
+        for step in range(3):
             with CommMeter() as meter:
                 for half in range(2):
                     loss = engine(*batch(step, half, dist.get_rank()))
@@ -314,7 +314,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(
     ("p", "dtype"),
-    [(1, "fp16"), (2, "fp16"), (4, "fp16"), (2, "bf16"), *by_default_not((1, "bf16"), (1, "fp32"), (2, "fp32"))],
+    [(1, "fp16"), (2, "bf16"), (4, "fp16"), *by_default_not((2, "fp16"), (1, "bf16"), (1, "fp32"), (2, "fp32"))],
 )
 def test_a_step_asks_no_more_than_that_of_zero3(p, dtype):
     """Replicas see an overflow in the same bits. On top of stock's questions comes one about norms, and the flags."""

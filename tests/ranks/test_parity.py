@@ -31,7 +31,7 @@ from torch import nn
 from mics_ds.comm import groups as groups_module
 from mics_ds.comm.sizes import Sizes
 
-STEPS = {"fp32": 12, "bf16": 6, "fp16": 6}
+STEPS = {"fp32": 6, "bf16": 6, "fp16": 6}
 # Relative. fp32 is the promise; in 16 bits one addition in another order moves a value by half a unit
 # in the last place (bf16: 2^-8, fp16: 2^-11), and every step carries that on.
 TOLERANCE = {"fp32": 1e-6, "bf16": 0.05, "fp16": 0.01}
@@ -43,7 +43,6 @@ def compare(sizes: list[int], tolerance: float, steps: int | None = None, **kwar
     steps = steps or STEPS[kwargs.get("dtype", "fp32")]
     stock_zero = {key: value for key, value in kwargs.get("zero", {}).items() if not key.startswith("mics_")}
     initial, expected_losses, expected = stock_reference(steps, **more, **{**kwargs, "zero": stock_zero})
-    assert expected_losses[-1] < expected_losses[0], "the oracle must learn something"
     for p in sizes:
         exact = p == 4
         if exact:
@@ -60,7 +59,8 @@ def compare(sizes: list[int], tolerance: float, steps: int | None = None, **kwar
 
 
 # In fp32 every pair of values of two settings comes up: micro-steps, clipping, reduce_scatter, contiguous_gradients,
-# overlap_comm. All combinations take many minutes more: those are the slow tests.
+# overlap_comm. One of these cases has all partition sizes, the others the size with both hops. All combinations take
+# many minutes more: those are the slow tests.
 LONG = ("fp32", 3, 0.5, True, True, True)
 FAST = {
     LONG,
@@ -87,11 +87,11 @@ def test_every_pair_of_settings_comes_up_in_fp32():
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(("dtype", "micro_steps", "clip", "reduce_scatter", "contiguous", "overlap"), CASES)
 def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scatter, contiguous, overlap):
-    case = (dtype, micro_steps, clip, reduce_scatter, contiguous, overlap)
+    short = (dtype, micro_steps, clip, reduce_scatter, contiguous, overlap) in FAST - {LONG}
     compare(
-        [1, 2, 4],
+        [2] if short else [1, 2, 4],
         TOLERANCE[dtype],
-        steps=4 if case in FAST - {LONG} else STEPS[dtype],
+        steps=3 if short else STEPS[dtype],
         dtype=dtype,
         micro_steps=micro_steps,
         clip=clip,
@@ -109,7 +109,7 @@ def test_losses_and_parameters_equal_zero3(dtype, micro_steps, clip, reduce_scat
     ],
 )
 def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
-    compare([1, 2, 4], 1e-6, steps=4, model=lambda: OddNet(checkpointing), micro_steps=micro_steps, clip=0.5)
+    compare([2, 4], 1e-6, steps=3, model=lambda: OddNet(checkpointing), micro_steps=micro_steps, clip=0.5)
 
 
 @pytest.mark.ranks(4)
@@ -117,7 +117,7 @@ def test_activation_checkpointing_changes_nothing(checkpointing, micro_steps):
 def test_hierarchical_gather_changes_nothing(dtype):
     """Two simulated nodes of two ranks. The gather is exact, so even p = n stays bit for bit ZeRO-3."""
     with environment(MICS_DS_RANKS_PER_NODE="2"):
-        compare([4], 0, dtype=dtype, micro_steps=3, clip=0.5, zero={"mics_hierarchical_params_gather": True})
+        compare([4], 0, steps=3, dtype=dtype, micro_steps=3, clip=0.5, zero={"mics_hierarchical_params_gather": True})
 
 
 @pytest.mark.ranks(4)
@@ -127,7 +127,7 @@ def test_large_parameters_are_gathered_straight_to_their_place(nodes):
     rank, sizes = dist.get_rank(), Sizes(unit=1, bucket=1, whole=1)
     launcher = environment(CROSS_RANK=nodes[rank], LOCAL_RANK=str(nodes[:rank].count(nodes[rank])))
     with launcher, mock.patch.object(groups_module, "sizes_of", return_value=sizes):
-        compare([4], 0)
+        compare([4], 0, steps=3)
 
 
 @pytest.mark.ranks(4)
@@ -138,12 +138,12 @@ def test_large_parameters_are_gathered_straight_to_their_place(nodes):
     [slow(4, 4), (4, 2), slow(2, 1), (2, 2)],
 )
 def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, ranks_per_node, method, micro_steps):
-    initial, expected_losses, expected = stock_reference(8, micro_steps=micro_steps, clip=0.5)
+    initial, expected_losses, expected = stock_reference(4, micro_steps=micro_steps, clip=0.5)
     with environment(MICS_DS_RANKS_PER_NODE=str(ranks_per_node)):
         config = ds_config(p, micro_steps=micro_steps, clip=0.5, zero={"mics_reduce_scatter": method})
         engine = build(config, inside_init=True)
     assert (engine.optimizer.mics_groups.scatter_hierarchy is not None) == ((p, ranks_per_node) == (4, 2))
-    assert_losses_close(train(engine, 8), expected_losses, 1e-6)
+    assert_losses_close(train(engine, 4), expected_losses, 1e-6)
     params = full_params(engine)
     assert_close(params, expected, 1e-6, initial)
     same_on_all_ranks(params)
@@ -152,19 +152,19 @@ def test_every_reduce_scatter_path_gives_zero3_losses_and_equal_replicas(p, rank
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("sub_group_size", [50, slow(200)])
 def test_many_sub_groups(sub_group_size):
-    compare([1, 2, 4], 1e-6, steps=4, clip=0.5, zero={"sub_group_size": sub_group_size})
+    compare([1, 2], 1e-6, steps=3, clip=0.5, zero={"sub_group_size": sub_group_size})
 
 
 @pytest.mark.ranks(4)
 def test_persistent_parameters():
-    compare([1, 2, 4], 1e-6, steps=4, clip=0.5, micro_steps=3, zero={"stage3_param_persistence_threshold": 100})
+    compare([1, 2], 1e-6, steps=3, clip=0.5, micro_steps=2, zero={"stage3_param_persistence_threshold": 100})
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("micro_steps", [slow(1), 3])
 @pytest.mark.parametrize("where", ["offload_optimizer", slow("offload_param")])
 def test_offload_to_host_memory(where, micro_steps):
-    compare([1, 2, 4], 1e-6, steps=4, clip=0.5, micro_steps=micro_steps, zero={where: {"device": "cpu"}})
+    compare([1, 2], 1e-6, steps=3, clip=0.5, micro_steps=micro_steps, zero={where: {"device": "cpu"}})
 
 
 @pytest.mark.ranks(4)
@@ -174,7 +174,7 @@ def test_offload_to_host_memory(where, micro_steps):
 def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
     """Plain PyTorch, without DeepSpeed: the mean loss over all ranks' and micro-steps' data."""
     engine = build(ds_config(p, micro_steps=micro_steps, clip=clip))
-    losses, params = train(engine, 20), full_params(engine)
+    losses, params = train(engine, 8), full_params(engine)
 
     torch.manual_seed(1234)
     model = OddNet()
@@ -182,7 +182,7 @@ def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
     expected = []
-    for step in range(20):
+    for step in range(8):
         parts = [model(*batch(step, micro, rank)) for micro in range(micro_steps) for rank in range(4)]
         loss = torch.stack(parts).mean()
         expected.append(loss.item())
@@ -197,7 +197,7 @@ def test_equals_one_process_on_the_whole_batch(p, micro_steps, clip):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, slow(4)])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 def test_gradient_norm_is_that_of_zero3(p):
     norms = []
     for size in (None, p):
@@ -208,19 +208,19 @@ def test_gradient_norm_is_that_of_zero3(p):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [slow(1), 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("first", ["inside", slow("outside")])
 def test_a_model_built_inside_zero_init_trains_alike(p, first):
     results = []
     for inside in (first == "inside", first != "inside"):
         engine = build(ds_config(p, clip=0.5), inside_init=inside)
-        results.append((train(engine, 5), full_params(engine)))
+        results.append((train(engine, 3), full_params(engine)))
     assert results[0][0] == results[1][0]
     assert_close(results[0][1], results[1][1], 0)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_a_model_built_partly_inside_and_partly_outside(p):
     """LoRA adapters and resized embeddings come to be outside of a model that was built inside."""
 
@@ -236,12 +236,12 @@ def test_a_model_built_partly_inside_and_partly_outside(p):
             return (self.outside(torch.tanh(self.inside(x))) - y).pow(2).mean()
 
     stock = build(ds_config(), lambda: Mixed(ds_config(), ds_config()))
-    expected_losses, expected = train(stock, 10), full_params(stock)
+    expected_losses, expected = train(stock, 4), full_params(stock)
     # In the second case zero.Init was not told of MiCS, and only the engine is.
     for given in (ds_config(p), ds_config()):
         engine = build(ds_config(p), lambda: Mixed(ds_config(p), given))  # noqa: B023
         assert {param.mics_groups.partition.size for param in engine.module.parameters()} == {p}
-        assert_losses_close(train(engine, 10), expected_losses, 1e-6)
+        assert_losses_close(train(engine, 4), expected_losses, 1e-6)
         params = full_params(engine)
         assert_close(params, expected, 1e-6)
         same_on_all_ranks(params)
@@ -256,7 +256,7 @@ def test_partition_groups_are_cut_from_the_data_parallel_group(p):
         zero = {"mics_reduce_scatter": "native"} if size == 2 else {}
         engine = build(ds_config(size, clip=0.5, micro_steps=2, zero=zero), mpu=mpu)
         # both ranks of a model-parallel group see the same data
-        results.append((train(engine, 10, rank=mpu.get_data_parallel_rank()), full_params(engine)))
+        results.append((train(engine, 3, rank=mpu.get_data_parallel_rank()), full_params(engine)))
     groups = engine.optimizer.mics_groups
     assert groups.full.ranks == (dist.get_rank() % 2, dist.get_rank() % 2 + 2)
     assert groups.partition.size == p
@@ -269,10 +269,10 @@ def test_partition_groups_are_cut_from_the_data_parallel_group(p):
 @pytest.mark.parametrize("micro_steps", [slow(1), 3])
 def test_an_odd_number_of_ranks(micro_steps):
     """Three replicas: dividing by 3 rounds, so nothing is exact here but the replicas' equality."""
-    initial, expected_losses, expected = stock_reference(8, micro_steps=micro_steps, clip=0.5)
+    initial, expected_losses, expected = stock_reference(4, micro_steps=micro_steps, clip=0.5)
     for p in (1, 3):
         engine = build(ds_config(p, micro_steps=micro_steps, clip=0.5))
-        assert_losses_close(train(engine, 8), expected_losses, 1e-6)
+        assert_losses_close(train(engine, 4), expected_losses, 1e-6)
         params = full_params(engine)
         assert_close(params, expected, 1e-6, initial)
         same_on_all_ranks(params)

@@ -96,7 +96,7 @@ def test_model_states_to_the_byte(dtype, optimizer, zero, extra):
         more = {"mics_optimizer_states": states} if p else {}
         config = ds_config(p, dtype=dtype, zero={**zero, **more}, **extra)
         engine = build(config, optimizer=OPTIMIZERS[optimizer])
-        train(engine, 2)
+        train(engine, 1)
         found = held(engine)
         settings = ZeroSettings.from_ds(config["zero_optimization"])
         accumulation = 4 if extra else 0

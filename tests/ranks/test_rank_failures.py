@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from helpers import batch, build, ds_config, environment, train
 from local_ranks import LocalRanks
 from rank_pool import Pools, RankError
@@ -40,7 +41,7 @@ def die_in_the_middle_of_a_step(victim: int) -> None:
         os._exit(1)
 
 
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("victim", [slow(0), 3])
 def test_nobody_waits_forever_for_a_rank_that_was_killed(pools: Pools, victim: int) -> None:
     """Nothing kills the survivors here, unlike under a launcher: each has to notice by itself."""
     with pytest.raises(RankError) as failure:

@@ -192,7 +192,7 @@ def test_in_another_number_of_shards_while_loading(tmp_path, old, new):
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("old", "new"), [(2, None), slow(1, None), (1, 2), slow(2, 1), slow(None, 2), slow(4, 1)])
+@pytest.mark.parametrize(("old", "new"), [(2, None), slow(1, None), slow(1, 2), slow(2, 1), slow(None, 2), slow(4, 1)])
 def test_in_another_number_of_shards_by_the_command(tmp_path, old, new):
     engine = trained(old)
     saved = differs(engine)

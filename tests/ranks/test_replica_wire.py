@@ -63,16 +63,17 @@ SETTINGS = [
 ]
 
 
-ONE_EACH = [(STATES[place % 2], 1 + place // 2 % 2, zero) for place, zero in enumerate(SETTINGS)]
+# The others change nothing of hop 2 that these do not. test_world_states.py has them all.
+FEW = [(states, 1 + place % 2, SETTINGS[place]) for states, place in zip([*STATES, *STATES], (0, 1, 2, 5))]
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("states", "p", "zero"), every(STATES, (1, 2), SETTINGS, default=ONE_EACH))
+@pytest.mark.parametrize(("states", "p", "zero"), every(STATES, (1, 2), SETTINGS, default=FEW))
 def test_as_zero3_where_nothing_is_rounded(states, p, zero):
-    reference = stock_reference(5, optimizer=adamw, zero=zero, micro_steps=2, clip=0.5)
+    reference = stock_reference(3, optimizer=adamw, zero=zero, micro_steps=2, clip=0.5)
     with mock.patch.object(replica_wire, "wire_of", return_value=Cast(torch.float32)):
         engine = build(config("int8", states, p, zero, micro_steps=2, clip=0.5), optimizer=adamw)
-    assert_losses_close(train(engine, 5), reference.losses, 1e-6)
+    assert_losses_close(train(engine, 3), reference.losses, 1e-6)
     params = full_params(engine)
     same_on_all_ranks(params)
     assert_close(params, reference.params, 1e-6, reference.initial)
@@ -86,9 +87,9 @@ def test_as_zero3_where_nothing_is_rounded(states, p, zero):
 def test_replicas_stay_equal_and_losses_near_zero3(wire, states, types):
     dtype, accumulation = types
     more = {"data_types": {"grad_accum_dtype": accumulation}} if accumulation else {}
-    reference = stock_reference(10, dtype=dtype, micro_steps=2, clip=0.5, **more)
+    reference = stock_reference(4, dtype=dtype, micro_steps=2, clip=0.5, **more)
     engine = build(config(wire, states, dtype=dtype, micro_steps=2, clip=0.5, **more))
-    losses = train(engine, 10)
+    losses = train(engine, 4)
     assert_losses_close(losses, reference.losses, {"bf16": 0.02, "int8": 0.02, "int4": 0.1}[wire])
     same_on_all_ranks(full_params(engine))
     replicas_agree(engine)
@@ -141,7 +142,7 @@ def test_an_overflow_on_one_rank_discards_the_step_and_leaves_residuals_alone(wi
     engine = build(config(wire, states, dtype="fp16"), Scaled)
     reducer = engine.optimizer.sync._reducer
     skipped = []
-    for step in range(12):
+    for step in range(9):
         x, y = batch(step, 0, dist.get_rank(), torch.float16)
         before = [item.committed.clone() for item in residuals(reducer)]
         scale = 1e4 if step in (3, 7) and dist.get_rank() == 3 else 1.0
@@ -173,7 +174,7 @@ def test_with_one_replica_the_key_warns_once():
 def test_what_a_script_reads_and_sets_counts_once(states):
     """Gradients are read after each micro-step, and one is set to what was read. Residuals hold no more afterwards."""
     engines = [build(config("int8", states, 1, micro_steps=2), seed=7) for _ in range(2)]
-    for step in range(4):
+    for step in range(2):
         for engine, reads in zip(engines, (True, False)):
             for micro_step in range(2):
                 engine.backward(engine(*batch(step, micro_step, dist.get_rank())))
@@ -208,17 +209,17 @@ def test_muon_with_integers_is_refused(wire):
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path, wire, p, states):
     """The digest has the residuals too. In another number of shards as much of the mean is missing as before."""
     engine = build(config(wire, states, p, micro_steps=2), optimizer=adamw)
-    train(engine, 3)
+    train(engine, 2)
     engine.save_checkpoint(str(tmp_path), client_state={"mine": dist.get_rank()})
     assert any(tensor.any() for tensor in engine.optimizer.sync.residuals().values())
     before = missing(engine)
-    expected = train(engine, 3), digest(engine)
+    expected = train(engine, 2), digest(engine)
     resumed = build(config(wire, states, p, micro_steps=2), optimizer=adamw, seed=9)
     train(resumed, 1)  # residuals of its own are replaced
     _, client_state = resumed.load_checkpoint(str(tmp_path))
     assert client_state["mine"] == dist.get_rank()
     assert RESIDUALS not in client_state
-    assert (train(resumed, 3), digest(resumed)) == expected
+    assert (train(resumed, 2), digest(resumed)) == expected
     other = build(config(wire, states, 3 - p, {"mics_reshape_checkpoint": True}, micro_steps=2), optimizer=adamw)
     train(other, 1)
     other.load_checkpoint(str(tmp_path))
@@ -267,8 +268,8 @@ def missing(engine: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("states", every(STATES, default=["world"]))
 def test_the_guard_at_every_step_finds_equal_replicas(states):
     engine = build(config("int8", states, 2, {"mics_guard": {"every": 1}}), optimizer=adamw)
-    train(engine, 10)
-    assert engine.optimizer.mics_guard.checks == 10
+    train(engine, 4)
+    assert engine.optimizer.mics_guard.checks == 4
     names = {state.name for state in states_of(engine.optimizer, replicated=True) if not state.replicated}
     assert {"unsent residual"} <= names
 

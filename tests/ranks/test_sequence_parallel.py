@@ -78,7 +78,7 @@ def compare(
     sp: int,
     sizes: list[int],
     *,
-    steps: int = 3,
+    steps: int = 2,
     clip: float = 0.0,
     micro_steps: int = 1,
     by_mesh: bool = False,

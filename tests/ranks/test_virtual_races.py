@@ -65,6 +65,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sub-groups": {"dtype": "bf16", "zero": {"sub_group_size": 60}},
 }
 
+FEW_SYSTEMS = ("zero3", "p=2", "p=4 hierarchical")
 FEW_WIRES = ("p=1 int8", "p=2 world int8")
 
 ALLOWED = {
@@ -81,9 +82,16 @@ if Version(deepspeed.__version__) < Version("0.19"):  # stock does not look at t
 
 
 @pytest.mark.ranks(4, virtual=True)
-@pytest.mark.parametrize("scenario", every([*SCENARIOS], default=["fp16", "offload", "evaluation"]))
-def test_no_race_one_order_and_no_more_waiting_than_stock(scenario):
-    no_more_than_stock(scenario, SYSTEMS)
+@pytest.mark.parametrize(
+    ("scenario", "systems"),
+    every(
+        [*SCENARIOS],
+        [(*SYSTEMS,), FEW_SYSTEMS],
+        default=[("fp16", (*SYSTEMS,)), ("offload", FEW_SYSTEMS), ("evaluation", FEW_SYSTEMS)],
+    ),
+)
+def test_no_race_one_order_and_no_more_waiting_than_stock(scenario, systems):
+    no_more_than_stock(scenario, systems)
 
 
 @pytest.mark.ranks(4, virtual=True)
@@ -95,9 +103,7 @@ def test_the_same_of_world_sharded_states(scenario):
 @pytest.mark.ranks(4, virtual=True)
 @pytest.mark.parametrize(
     ("scenario", "wires"),
-    every(
-        [*SCENARIOS], [("p=1 int8", "p=2 world int8"), (*WIRED,)], default=[("fp16", ("p=1 int8", "p=2 world int8"))]
-    ),
+    every([*SCENARIOS], [FEW_WIRES, (*WIRED,)], default=[("fp16", FEW_WIRES)]),
 )
 def test_the_same_in_fewer_bytes(scenario, wires):
     no_more_than_stock(scenario, ["zero3", *wires])

@@ -15,7 +15,7 @@ from virtual_device.steps import Case
         (8, 16),
         (2, 64, 512),
         list(steps.FORWARD_S),
-        default=[(8, 64, "network-bound"), (16, 64, "balanced"), (16, 2, "network-bound"), (8, 512, "balanced")],
+        default=[(8, 64, "network-bound"), (16, 2, "network-bound")],
     ),
 )
 def test_communication_is_hidden_as_far_as_it_can_be(p, nodes, setting):

@@ -106,9 +106,9 @@ class External(nn.Module):
 @pytest.mark.parametrize("inside_init", [True, False])
 def test_external_parameters(inside_init):
     expected = None
-    for p in (None, 1, 2):
+    for p in (None, 2):
         engine = build(ds_config(p), lambda: External(register=True), inside_init=inside_init)
-        losses = train(engine, 4)
+        losses = train(engine, 3)
         expected = expected or losses
         assert_losses_close(losses, expected, 1e-6)
 
@@ -193,7 +193,7 @@ WAYS = [
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_way_of_training(way):
-    compare(drive=way, sizes=(1, 2))
+    compare(drive=way)
 
 
 def offload_and_reload(engine):
@@ -219,7 +219,7 @@ def test_dynamic_loss_scale_overflow_and_recovery():
     def drive(engine):
         losses = train(engine, 1)
         engine.optimizer.loss_scaler.cur_scale = 2.0**40  # too much for fp16: a few steps are skipped
-        return losses + train(engine, 12)
+        return losses + train(engine, 6)
 
     engines = compare(drive=drive, dtype="fp16", tolerance=0.02)
     skipped = [engine.skipped_steps for engine in engines]
@@ -333,7 +333,15 @@ def test_going_on_after_an_exception_in_backward_is_named_as_such(p, next_call, 
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(("p", "micro_steps", "states"), pairs((1, 2, 4), (1, 2), ("partition", "world")))
+@pytest.mark.parametrize(
+    ("p", "micro_steps", "states"),
+    every(
+        (1, 2, 4),
+        (1, 2),
+        ("partition", "world"),
+        default=[(1, 1, "world"), (2, 2, "partition"), (2, 1, "world"), (4, 2, "partition")],
+    ),
+)
 def test_a_batch_is_repeated_after_an_exception_before_the_first_reduction(p, micro_steps, states):
     """Gradients of the interrupted pass are gone: stock adds them to those of the next one."""
     results = []
@@ -355,7 +363,7 @@ def test_a_batch_is_repeated_after_an_exception_before_the_first_reduction(p, mi
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [slow(1), 2, slow(4)])
 def test_passes_that_end_in_other_ways_are_not_taken_for_interrupted(p):
     """Two forward passes for one backward, gradients of the input only, and a forward pass that nothing follows."""
     results = []

@@ -47,7 +47,7 @@ def adamw(params: list) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
 
 
-def as_zero3(p: int, steps: int = 5, optimizer: Any = None, tolerance: float = TOLERANCE, **more: Any) -> Any:
+def as_zero3(p: int, steps: int = 3, optimizer: Any = None, tolerance: float = TOLERANCE, **more: Any) -> Any:
     """Train with it and with stock ZeRO-3. Losses and parameters must agree."""
     zero = more.pop("zero", {})
     of_stock = {key: value for key, value in zero.items() if not key.startswith("mics_")}
@@ -64,8 +64,8 @@ def as_zero3(p: int, steps: int = 5, optimizer: Any = None, tolerance: float = T
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize(("p", "micro_steps"), every((1, 2, 4), (1, 3), default=[(1, 3), (2, 3)]))
-def test_twenty_steps_as_zero3(p, micro_steps):
-    as_zero3(p, 20, micro_steps=micro_steps, clip=0.5)
+def test_as_zero3(p, micro_steps):
+    as_zero3(p, 6, micro_steps=micro_steps, clip=0.5)
 
 
 @pytest.mark.slow  # eight ranks
@@ -98,7 +98,7 @@ def test_settings_of_zero(p, zero):
 @pytest.mark.parametrize("accumulation", ["fp32", slow(None)])
 def test_sixteen_bit(dtype, accumulation):
     more = {"data_types": {"grad_accum_dtype": accumulation}} if accumulation else {}
-    as_zero3(2, 5, tolerance=2e-2, dtype=dtype, micro_steps=2, clip=0.5, **more)
+    as_zero3(2, tolerance=2e-2, dtype=dtype, micro_steps=2, clip=0.5, **more)
 
 
 def spread(engine: Any) -> tuple[int, int]:
@@ -137,11 +137,11 @@ class Scaled(nn.Module):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("p", [slow(1), 2])
-def test_fifty_fp16_steps_with_overflows_on_one_rank(p):
+def test_fp16_steps_with_overflows_on_one_rank(p):
     engine = build(config(p, dtype="fp16", clip=0.5), Scaled, optimizer=adamw)
     skipped = 0
-    for step in range(50):
-        victim = step % 4 if step % 7 == 3 else -1
+    for step in range(12):
+        victim = step % 4 if step % 3 == 2 else -1
         generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
         x = torch.randn(2, 7, generator=generator).half()
         y = torch.randn(2, 7, generator=generator).half()
@@ -151,7 +151,7 @@ def test_fifty_fp16_steps_with_overflows_on_one_rank(p):
         engine.step()
         assert engine.skipped_steps - before == (victim >= 0), "all ranks skip together"
         skipped += engine.skipped_steps - before
-    assert skipped == 7
+    assert skipped == 4
     replicas_agree(engine)
 
 

@@ -58,7 +58,7 @@ def hf_trainer(p, folder, route):
             seed=7,
         )
 
-    given = arguments(6)  # before the model: it tells transformers that parameters are to be partitioned
+    given = arguments(4)  # before the model: it tells transformers that parameters are to be partitioned
 
     def model() -> nn.Module:
         torch.manual_seed(11)
@@ -81,8 +81,8 @@ def hf_trainer(p, folder, route):
     uses_mics(engine, p)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(history) == 6
-    assert len(evaluated) == 3
+    assert len(history) == 4
+    assert len(evaluated) == 2
     with torch.no_grad():
         prompt = data[dist.get_rank()]["input_ids"][None, :4]
         generated = engine.module.generate(prompt, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0)
@@ -96,8 +96,8 @@ def hf_trainer(p, folder, route):
         weights["rows"] = sum(value.double().sum().item() for value in saved.values())
     # go on from the middle: the last steps have to repeat themselves
     dist.barrier()
-    again = Trainer(model=model(), args=arguments(6), train_dataset=data, eval_dataset=evaluation)
-    again.train(resume_from_checkpoint=f"{folder}/out/checkpoint-4")
+    again = Trainer(model=model(), args=arguments(4), train_dataset=data, eval_dataset=evaluation)
+    again.train(resume_from_checkpoint=f"{folder}/out/checkpoint-2")
     resumed = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
     assert resumed[-2:] == history[-2:], (resumed, history)
 
@@ -141,8 +141,8 @@ def accelerate(p, folder, route):
     model = LlamaForCausalLM(llama_config())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
-    # 7 micro-batches for each rank: the last window of an epoch is short
-    loader = torch.utils.data.DataLoader(texts(7 * 8), batch_size=2)
+    # 3 micro-batches for each rank: the last window of an epoch is short
+    loader = torch.utils.data.DataLoader(texts(3 * 8), batch_size=2)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     uses_mics(model, p)
 
@@ -194,6 +194,7 @@ def accelerate_planned(p, folder, word):
     return {"size": [model.optimizer.mics_groups.partition.size]}
 
 
+@pytest.mark.slow  # test_auto.py has the word without Accelerate
 def test_accelerate_takes_a_planned_size(pools, tmp_path):
     arguments = {"p": None, "folder": str(tmp_path), "word": "planned"}
     found = pools.run(4, __name__, "accelerate_planned", arguments, 180, fresh=True)
@@ -289,7 +290,7 @@ def lightning_trainer(p, folder):
 
     generator = torch.Generator().manual_seed(1)
     data = torch.utils.data.TensorDataset(
-        torch.randn(64, 7, generator=generator), torch.randn(64, 7, generator=generator)
+        torch.randn(32, 7, generator=generator), torch.randn(32, 7, generator=generator)
     )
     loader = torch.utils.data.DataLoader(data, batch_size=2)
     config = ds_config(p, train_micro_batch_size_per_gpu=2, gradient_clipping=0.0)

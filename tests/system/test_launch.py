@@ -140,6 +140,7 @@ def test_inert_and_disabled_under_a_launcher():
         assert [item["losses"] for item in run] == [item["losses"] for item in absent]
 
 
+@pytest.mark.slow  # test_bad_input.py has them without a launcher
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
@@ -148,30 +149,25 @@ def test_inert_and_disabled_under_a_launcher():
             "mics_shard_size = 3 must divide the number of data-parallel ranks, which is 2",
             id="size 3",
         ),
-        # The rest are in test_bad_input.py too, without a launcher.
         pytest.param(
             *(ds_config(2), ("--other-config", json.dumps(ds_config(1)))),
             "All ranks must agree on whether MiCS is on",
             id="two sizes",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             *(ds_config(2), ("--other-config", json.dumps(ds_config()))),
             "All ranks must agree on whether MiCS is on",
             id="key on some ranks",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             *(ds_config(2), ("--other-config", json.dumps(ds_config(0)))),
             "mics_shard_size must be greater than or equal to 1",
             id="wrong on one rank",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             *(ds_config(2), ("--disable-on", "1")),
             "All ranks must agree on whether MiCS is on",
             id="disabled on one rank",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -67,7 +67,7 @@ def test_an_error_of_ours_is_one_line_without_a_traceback(capsys, tmp_path):
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", every([*OLD_NAMES], default=["mics_ds.check", "mics_ds.reshape"]))
+@pytest.mark.parametrize("module", every([*OLD_NAMES], default=["mics_ds.reshape"]))
 def test_old_names_do_the_same_after_one_line_of_notice(module, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     command, arguments = OLD_NAMES[module]
@@ -92,14 +92,6 @@ def test_on_ranks_the_notice_comes_from_rank_0_and_names_the_module():
     assert first.stderr == "python -m mics_ds.check will go after the next release; use: -m mics_ds check\n"
     assert first.stdout == "zero.Init bf16 p=2\n"
     assert (second.stdout, second.stderr) == ("", "")
-
-
-def test_training_jobs_do_not_import_the_command_line():
-    text = (
-        "import sys, mics_ds, deepspeed; print(sorted({'typer', 'mics_ds.cli', 'mics_ds.doctor'} & set(sys.modules)))"
-    )
-    done = start("-c", text)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_the_help_loads_neither_torch_nor_deepspeed():

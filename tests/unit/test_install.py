@@ -56,17 +56,18 @@ def python(code: str, **environment: str) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-# One that imports DeepSpeed from the middle of an import of ours, and one that does not.
-FIRST = ["mics_ds.deepspeed_compat.optimizer", "mics_ds.comm.groups"]
+# It imports DeepSpeed from the middle of an import of ours.
+FIRST = "mics_ds.deepspeed_compat.optimizer"
 
 
-@pytest.mark.parametrize("first", [name if name in FIRST else slow(name) for name in MODULES])
+@pytest.mark.parametrize("first", [name if name == FIRST else slow(name) for name in MODULES])
 def test_any_module_may_be_imported_first(first):
     code = f"import {first}, deepspeed\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')"
     assert python(code) == "hooked"
 
 
-@pytest.mark.parametrize("order", ["import deepspeed, mics_ds", slow("import mics_ds, deepspeed")])
+@pytest.mark.slow  # test_nothing_of_ours_reads_sources_at_import begins in one of these ways
+@pytest.mark.parametrize("order", ["import deepspeed, mics_ds", "import mics_ds, deepspeed"])
 def test_before_or_after_deepspeed(order):
     assert python(f"{order}\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')") == "hooked"
 
@@ -137,7 +138,7 @@ inspect.signature = signature
     [
         ("a module of ours", "SyntaxError"),
         slow("a module of ours", "RuntimeError"),
-        ("a constructor without a signature", "ValueError"),
+        slow("a constructor without a signature", "ValueError"),
     ],
 )
 def test_whatever_fails_in_our_installation_deepspeed_is_imported(part, error):
@@ -158,13 +159,14 @@ print(deepspeed.runtime.engine.DeepSpeedEngine.__name__)
 
 
 def test_imports_are_light_without_mics():
-    """Counted in modules of ours, where a machine has the package for the jobs of others."""
+    """Counted in modules of ours, where a machine has the package for the jobs of others. None is of the command."""
     code = """
 import torch
 def ours():
     return sorted(name for name in sys.modules if name.startswith("mics_ds"))
 with_torch = ours()
 import deepspeed
+assert not {"typer", "mics_ds.cli", "mics_ds.doctor"} & set(sys.modules)
 print(len(with_torch), len(ours()), all(hooks().values()), *ours())
 """
     with_torch, with_deepspeed, hooked, *_ = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="1").split()
@@ -182,7 +184,8 @@ def getsource(*args):
     ours.append(sys._getframe(1).f_globals["__name__"])
     return real(*args)
 inspect.getsource = getsource
-import mics_ds, deepspeed, mics_ds.plugin.construct
+import deepspeed, mics_ds, mics_ds.plugin.construct
+assert all(hooks().values()), hooks()
 print([name for name in ours if name.startswith("mics_ds")])
 """
     assert python(code) == "[]"

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cases import every
 
 from mics_ds.checkpoint import copies, folder, links, manifest, writer
 from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory, read
@@ -209,7 +210,7 @@ def test_one_failure_is_the_one_error_of_all(tmp_path, culprit):
     assert not list(tmp_path.glob("*/.tag.f00d.partial")), "remains are removed"
 
 
-@pytest.mark.parametrize("culprit", range(4))
+@pytest.mark.parametrize("culprit", every(range(4), default=[0, 3]))
 def test_one_that_never_came_is_the_one_error_of_all(tmp_path, culprit):
     a, b = tmp_path / "a", tmp_path / "b"
     ranks = Ranks([a, a, b, b], tmp_path)
