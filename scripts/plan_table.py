@@ -26,6 +26,16 @@ ETHERNET = "a100_100g_ethernet.json"
 SEQUENCE = 4096
 
 
+@cache
+def rows_of(entry: Entry) -> list[Row]:
+    """Plan ZeRO-3 and MiCS at every partition size, with the batch of the configuration."""
+    source = ROOT / "configs" / entry.cluster
+    machine = load_machine(str(source) if source.suffix == ".json" else entry.cluster)
+    gpus = entry.nodes * machine.gpus_per_node
+    job = build_job(entry.model, gpus, ds_config=entry.path, sequence=SEQUENCE, checkpointing=True)
+    return make_plan(machine, job, gpus, states=("partition", "world"))
+
+
 @dataclass(frozen=True)
 class Entry:
     """A job with a configuration for it."""
@@ -43,19 +53,11 @@ class Entry:
     def path(self) -> Path:
         return ROOT / "configs" / f"{self.config}.json"
 
-    def rows(self) -> list[Row]:
-        """Plan ZeRO-3 and MiCS at every partition size, with the batch of the configuration."""
-        source = ROOT / "configs" / self.cluster
-        machine = load_machine(str(source) if source.suffix == ".json" else self.cluster)
-        gpus = self.nodes * machine.gpus_per_node
-        job = build_job(self.model, gpus, ds_config=self.path, sequence=SEQUENCE, checkpointing=True)
-        return make_plan(machine, job, gpus, states=("partition", "world"))
-
     def planned(self) -> tuple[Row, Row, Row | None]:
         """Return the rows of ZeRO-3, of the configuration, and of the planner's own choice."""
         mics, _ = split_ds_config(parse_ds_json(self.path.read_text()))
         assert mics is not None, self.config
-        rows = self.rows()
+        rows = rows_of(self)
         (mine,) = [
             row
             for row in rows

@@ -1,6 +1,6 @@
-"""Imported last by the forkserver: keeps the garbage collector of ranks from all that is imported before they fork.
+"""Hide what the forkserver has imported from the garbage collector of ranks. The forkserver imports this module last.
 
-Looking through it once more would cost each rank half a second, and a copy of the pages that it shares with the others.
+A collection in a rank would look at all of it, which takes half a second and copies the pages that ranks share.
 """
 
 import gc

@@ -36,7 +36,7 @@ def averaging(change, monkeypatch):
     return start
 
 
-QUICK = Setup(2, overlap=True, micro_steps=2, steps=3)
+QUICK = Setup(2, overlap=True, micro_steps=2, steps=2)
 
 
 @pytest.mark.ranks(4)

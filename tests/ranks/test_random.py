@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
-FEW = 4
+FEW = 3
 EXAMPLES = int(os.environ.get("MICS_TEST_EXAMPLES", "10"))
 TOLERANCE = {"fp32": 1e-6, "bf16": 0.05}
 

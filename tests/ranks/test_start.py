@@ -154,6 +154,18 @@ def test_an_engine_that_is_built_with_positional_arguments_runs_mics():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.ranks(2, fresh=True)  # said once in a job
+def test_disabled_everywhere_is_stock_zero3_and_says_so(monkeypatch):
+    expected = train(build(ds_config()), 2)
+    monkeypatch.setenv(context.DISABLE_ENV, "1")
+    said: list[str] = []
+    monkeypatch.setattr(context, "log_rank0", said.append)
+    engine = build(ds_config(1), inside_init=True)
+    assert not hasattr(engine.optimizer, "mics_groups")
+    assert train(engine, 2) == expected
+    assert said == ["MICS_DS_DISABLE is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks."]
+
+
 # --------------------------------------------------------------------------------------------------
 # Subsets of the ranks
 

@@ -35,7 +35,6 @@ def runs_alone() -> dict[str, tuple[int, str]]:
     asked: dict[str, tuple[Any, tuple[str, ...], dict[str, str]]] = {
         "absent": (ds_config(), (), NOT_LOADED),
         "loaded": (ds_config(), (), {}),
-        "disabled": (ds_config(1), (), {"MICS_DS_DISABLE": "1"}),
         "key without the package": (ds_config(1), (), NOT_LOADED),
         "imported, with the key": (ds_config(1), ("--import-mics", "before"), NOT_LOADED),
     }
@@ -122,14 +121,7 @@ def test_with_the_key_the_package_is_needed_and_importing_it_is_enough():
     assert imported["optimizer"] == "MicsOptimizer"
 
 
-def test_disabled_everywhere_is_stock_zero3_and_says_so():
-    [disabled], [stock] = ran_well("disabled"), ran_well("loaded")
-    assert runs_alone()["disabled"][1].count("MICS_DS_DISABLE is set: mics_ keys are ignored") == 1
-    assert is_stock(disabled)
-    assert disabled["losses"] == stock["losses"]
-
-
-@pytest.mark.slow  # the same as the three above, on two ranks
+@pytest.mark.slow  # the same as the two above, on two ranks
 def test_inert_and_disabled_under_a_launcher():
     absent, loaded = run_well(torchrun_command(ds_config()), NOT_LOADED), stock_run()
     imported = run_well(torchrun_command(ds_config(), more=("--import-mics", "before")))
