@@ -177,6 +177,13 @@ def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
 
 def _against_managed_replicas(ds_config: DeepSpeedConfig, mics: MicsConfig) -> Iterator[str]:
     """Yield what does not go with replicas that come and go, and why."""
+    assert mics.replicas is not None, "asked for"
+    if mics.replicas.hold_global_batch:
+        yield (
+            "hold_global_batch: loops count the micro-steps of a step themselves, and with a number of replicas that "
+            "does not divide them ranks would take different numbers; remove it, and let the learning rate follow "
+            "engine.mics_replicas.size"
+        )
     if mics.optimizer_states != "partition":
         yield 'mics_optimizer_states "world": a replica that is gone would take its slices with it; use "partition"'
     if mics.replica_wire != "full":

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import MicsUsageError
+
 
 class Deal(NamedTuple):
     """A rank's share of a step."""
@@ -49,7 +51,8 @@ class ReplicaBatches:
 
     Args:
         dataset: with ``len()`` and an index.
-        engine: what ``deepspeed.initialize`` has returned.
+        engine: what ``deepspeed.initialize`` has returned, or a function that returns it later: frameworks ask for
+            batches before they build it.
         shuffle: whether samples are permuted in each epoch.
         seed: of the permutations, the same on all replicas.
         epochs: epochs after which iteration ends, ``None`` for never. Samples at the end that are too few for a step
@@ -74,21 +77,34 @@ class ReplicaBatches:
         self._permutation: tuple[int, list[int]] = (-1, [])
 
     def __iter__(self) -> Iterator[Any]:
-        deal = self._next_deal()
+        engine = self._engine if hasattr(self._engine, "global_samples") else self._engine()
+        deal = self._next_deal(engine)
         while self._has(deal):
             fetched = iter(DataLoader(self._dataset, batch_sampler=self._indices(deal), **self._options))
             expected = deal
             while deal == expected and self._has(deal):
                 for _ in range(deal.micro_steps):
                     yield next(fetched)
+                self._refuse_to_run_ahead(engine, deal)
                 expected = deal.next
-                if not self._has(deal._replace(position=self._engine.global_samples)):
+                if not self._has(deal._replace(position=engine.global_samples)):
                     return  # without a quorum, which replicas that are done would not come to
-                deal = self._next_deal()
+                deal = self._next_deal(engine)
 
-    def _next_deal(self) -> Deal:
+    @staticmethod
+    def _refuse_to_run_ahead(engine: Any, deal: Deal) -> None:
+        replicas = getattr(engine, "mics_replicas", None)
+        if engine.global_samples == deal.position if replicas is None else replicas.in_step:
+            raise MicsUsageError(
+                "ReplicaBatches was asked for a batch of the next step before the engine's step had ended, but which "
+                "samples that step takes depends on whether this one is committed. Draw its batches after "
+                "engine.step(), and do not wrap ReplicaBatches in a loader that fetches ahead: docs/replicas.md has "
+                "what Accelerate, Trainer and Lightning need."
+            )
+
+    @staticmethod
+    def _next_deal(engine: Any) -> Deal:
         """Return this rank's share of the next step, once it is known who takes part."""
-        engine = self._engine
         rank, ranks = dist.get_rank(), dist.get_world_size()
         replicas = getattr(engine, "mics_replicas", None)
         if replicas is not None:

@@ -47,6 +47,11 @@ class Replicas:
         """Number of steps that this process has computed and could not commit."""
         return self._membership.lost
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._membership.in_step
+
     def begin_step(self) -> None:
         """Find out which replicas take part in the next step, unless that has begun. Collective over the replica.
 
@@ -97,9 +102,11 @@ class Replicas:
     # ------------------------------------------------------------------------------------- for membership
 
     def steps(self) -> int:
+        """Return the steps that this replica has committed or loaded."""
         return int(self._engine.global_steps)
 
     def take(self) -> dict[str, Any]:
+        """Return what a joining rank with the same shard continues from. Tensors may be live."""
         return {
             **live_states.take(self._engine),
             "random": random_states() if self.steps() else None,
@@ -107,6 +114,7 @@ class Replicas:
         }
 
     def put(self, states: dict[str, Any]) -> int:
+        """Continue from what :meth:`take` has returned on a sibling. Without collectives. Returns its bytes."""
         if Background.current is not None:
             Background.current.before_states_change()
         live_states.put(self._engine, states)
@@ -118,11 +126,17 @@ class Replicas:
         return live_states.nbytes(states)
 
     def members_changed(self, healed: bool) -> None:
+        """Prepare for a step with other members. Collective over the replica.
+
+        Args:
+            healed: whether :meth:`put` was called on a rank of this replica.
+        """
         if healed:
             live_states.shards_changed(self._engine)
         self._engine.optimizer.sync.restart()
 
     def agreement(self) -> list[int]:
+        """Return numbers that must be equal on all members before they average anything."""
         optimizer = self._engine.optimizer
         config = json.dumps(optimizer.mics_groups.config.to_json(), sort_keys=True)
         said = repr((config, list(optimizer.gradient_ranges().values()), optimizer.sync.used))

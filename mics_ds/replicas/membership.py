@@ -27,10 +27,10 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,9 @@ from ..config import ReplicasRequest
 from ..errors import MicsCommError, MicsConfigError
 from ..log import log_rank0, logger
 from ..zero.replication import Replication
+
+if TYPE_CHECKING:
+    from .engine import Replicas
 
 LIGHTHOUSE_ENV = "TORCHFT_LIGHTHOUSE"
 REPLICA_ENV = "MICS_DS_REPLICA"
@@ -75,42 +78,6 @@ def import_torchft() -> Any:
     return torchft
 
 
-class Living(Protocol):
-    """The engine of a replica, as membership sees it."""
-
-    def steps(self) -> int:
-        """Return the steps that this replica has committed or loaded."""
-        ...
-
-    def take(self) -> dict[str, Any]:
-        """Return what a joining rank with the same shard continues from. Tensors may be live."""
-        ...
-
-    def put(self, states: dict[str, Any]) -> int:
-        """Continue from what :meth:`take` has returned on a sibling. Without collectives. Returns its bytes."""
-        ...
-
-    def members_changed(self, healed: bool) -> None:
-        """Prepare for a step with other members. Collective over the replica.
-
-        Args:
-            healed: whether :meth:`put` was called on a rank of this replica.
-        """
-        ...
-
-    def agreement(self) -> list[int]:
-        """Return numbers that must be equal on all members before they average anything."""
-        ...
-
-
-class _Done:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def wait(self) -> torch.Tensor:
-        return self._tensor
-
-
 class Membership(Replication):
     """The members of this rank's managed replication group. See [Note: a step with managed replicas].
 
@@ -135,13 +102,13 @@ class Membership(Replication):
             )
         self._partition, self._device = partition, device
         self._healing_time = timedelta(seconds=_HEALING * request.timeout_s)
-        self._living: Living | None = None
+        self._own: Replicas | None = None
         self._manager: Any = None
         self._transport: Any = None
         self._group: Any = None
         self._store: Any = None
         self._failure: Exception | None = None
-        self._is_open = self._has_met = False
+        self.in_step = self._has_met = False
         self._received: dict[str, Any] | None = None
         """States of a sibling, until all ranks of this replica have theirs."""
         self._seen = -1
@@ -154,9 +121,9 @@ class Membership(Replication):
                 "of them, or destroy the first one before."
             )
 
-    def attach(self, living: Living) -> None:
+    def attach(self, own: Replicas) -> None:
         """Name the engine whose states are shared."""
-        self._living = living
+        self._own = own
 
     # ------------------------------------------------------------------------------------- who is there
 
@@ -172,24 +139,28 @@ class Membership(Replication):
 
     def begin_step(self) -> None:
         """Find out who takes part in the next step, unless that has begun. Collective over the replica."""
-        if self._is_open:
+        if self.in_step:
             return
-        assert self._living is not None, "attached to an engine"
-        while not self._find_members():
+        assert self._own is not None, "attached to an engine"
+        while not self._find_members(self._own):
             pass
-        self._is_open = True
+        self.in_step = True
 
-    def _find_members(self) -> bool:
+    def _find_members(self, own: Replicas) -> bool:
         """Take a quorum. Returns whether its members are ready for a step."""
         if self._manager is None:
-            self._connect()
-        living, manager, group = self._living, self._manager, self._group
-        assert living is not None
-        if manager.current_step() != living.steps():  # another checkpoint was loaded
-            manager.load_state_dict({"step": living.steps(), "batches_committed": 0})
+            self._connect(own)
+        manager, group = self._manager, self._group
+        if manager.current_step() != own.steps():  # another checkpoint was loaded
+            manager.load_state_dict({"step": own.steps(), "batches_committed": 0})
         self._failure = self._received = None
-        with self._saying_that_it_waits():
+        waiting = threading.Timer(self.request.timeout_s, self._say_that_it_waits)
+        waiting.daemon = True
+        waiting.start()
+        try:
             manager.start_quorum(timeout=timedelta(seconds=_PATIENCE_S))
+        finally:
+            waiting.cancel()
         if group.began_anew:  # a new lighthouse counts anew, and the addresses of old groups are still in the store
             self._disconnect()
             return False
@@ -200,31 +171,33 @@ class Membership(Replication):
             self._seen = -1
             return False
         # Where they were not connected anew, the lighthouse was restarted and counts as before.
-        if group.changes == self._seen or not self._prepare(manager, living):
-            self._give_up("the replicas could not connect, or could not get each other's states")
+        if group.changes == self._seen or not self._prepare(own):
+            self._fail(RuntimeError("the replicas could not connect, or could not get each other's states"))
+            log_rank0(f"replica {self.replica} tries again: {self._failure}", logging.WARNING)
+            self._vote()  # tells torchft that this quorum was of no use
             return False
         self._seen = group.changes
         log_rank0(
-            f"replica {self.replica} is {group.rank_ + 1} of {group.size_} replicas from step {living.steps() + 1} on"
+            f"replica {self.replica} is {group.rank_ + 1} of {group.size_} replicas from step {own.steps() + 1} on"
         )
         return True
 
-    def _prepare(self, manager: Any, living: Living) -> bool:
+    def _prepare(self, own: Replicas) -> bool:
         """Wait until all members have the same states. Returns whether that has worked, the same on all ranks of this
         replica."""
-        if self._any(manager.errored() is not None):
+        if self._any(self._manager.errored() is not None):
             return False
         # Only now, when all ranks of this replica have what they need: states of two steps would not go together.
         if self._received is not None:
             started = time.monotonic()
-            nbytes = living.put(self._received)
+            nbytes = own.put(self._received)
             log_rank0(
-                f"replica {self.replica} continues from a sibling at step {living.steps()}: {nbytes / 1e6:.1f} MB per "
+                f"replica {self.replica} continues from a sibling at step {own.steps()}: {nbytes / 1e6:.1f} MB per "
                 f"rank, received in {self._transport.seconds:.2f} s, set in {time.monotonic() - started:.2f} s"
             )
-        living.members_changed(healed=self._any(self._received is not None))
+        own.members_changed(healed=self._any(self._received is not None))
         self._received = None
-        return not self._any(not self._meet(living))
+        return not self._any(not self._meet(own))
 
     def _any(self, mark: bool) -> bool:
         """Return whether a rank of this replica has a mark."""
@@ -232,9 +205,9 @@ class Membership(Replication):
         collectives.max_over_(marks, self._partition, "members of a step")
         return bool(marks.item())
 
-    def _meet(self, living: Living) -> bool:
+    def _meet(self, own: Replicas) -> bool:
         """Wait for members that get their states, and compare what must be equal. Returns whether that has worked."""
-        numbers = living.agreement()
+        numbers = own.agreement()
         both = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=self._device)
         self._group.set_timeout(self._healing_time)
         self._start(both, dist.ReduceOp.MAX, "agreement of replicas", self._healing_time).wait()
@@ -254,25 +227,12 @@ class Membership(Replication):
         self._fail(MicsConfigError(differs))  # the other one is new, and ends
         return False
 
-    @contextmanager
-    def _saying_that_it_waits(self) -> Iterator[None]:
-        done, started = threading.Event(), time.monotonic()
-
-        def say() -> None:
-            while not done.wait(self.request.timeout_s):
-                log_rank0(
-                    f"replica {self.replica} has waited {time.monotonic() - started:.0f} s for other replicas "
-                    f"({self.request.min} are needed) at the lighthouse {self._lighthouse}",
-                    logging.WARNING,
-                )
-
-        thread = threading.Thread(target=say, name="mics waiting", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    def _say_that_it_waits(self) -> None:
+        log_rank0(
+            f"replica {self.replica} has waited {self.request.timeout_s:.0f} s for other replicas "
+            f"({self.request.min} are needed) at the lighthouse {self._lighthouse}, and goes on waiting",
+            logging.WARNING,
+        )
 
     def _say_below_min(self, size: int) -> None:
         log_rank0(
@@ -284,22 +244,22 @@ class Membership(Replication):
 
     # ------------------------------------------------------------------------------------- connections
 
-    def _connect(self) -> None:
+    def _connect(self, own: Replicas) -> None:
         timeout = timedelta(seconds=self.request.timeout_s)
-        own = os.environ.get(HOST_ENV, "").strip() or _own_address(self._lighthouse)
+        address = os.environ.get(HOST_ENV, "").strip() or _own_address(self._lighthouse)
         if self._partition.rank == 0:
             # Not the job's own: a launcher may keep that for the next job, with the addresses of this one in it.
-            self._store = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)
-        address = None if self._store is None else (own, self._store.port)
-        (host, port), *_ = collectives.exchange(address, self._partition, "address of this replica's store")
+            self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        store = None if self._store is None else (address, self._store.port)
+        (host, port), *_ = collectives.exchange(store, self._partition, "address of this replica's store")
         process_group = self.torchft.process_group
         base = process_group.ProcessGroupGloo if self._device.type == "cpu" else process_group.ProcessGroupNCCL
         self._group, self._seen = _reconfigurable(base)(timeout), -1
-        self._transport = _transport(self.torchft, own)(timeout=self._healing_time, num_chunks=0)
+        self._transport = _transport(self.torchft, address)(timeout=self._healing_time, num_chunks=0)
         self._manager = self.torchft.manager.Manager(
             pg=self._group,
             load_state_dict=self._receive,
-            state_dict=lambda: {} if self._living is None else self._living.take(),
+            state_dict=own.take,
             min_replica_size=self.request.min,
             use_async_quorum=False,
             timeout=timeout,
@@ -312,7 +272,7 @@ class Membership(Replication):
             lighthouse_addr=self._lighthouse,
             # Members are in the order of their names; numbers are to be in order too.
             replica_id=self.replica.zfill(6) if self.replica.isdigit() else self.replica,
-            hostname=own,
+            hostname=address,
             checkpoint_transport=self._transport,
             quorum_retries=1_000_000,  # a lighthouse may be restarted
         )
@@ -339,19 +299,19 @@ class Membership(Replication):
         self, tensor: torch.Tensor, operation: Any, what: str, timeout: timedelta | None = None
     ) -> Handle[torch.Tensor]:
         if self._failure is not None:
-            return _Done(tensor)
+            return _Guarded(None, tensor, self._fail)
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         if timeout is not None:
             options.timeout = timeout
         members = RankGroup(self._group, tuple(range(self.size)), self.rank)
+        started = None
         try:
             started = collectives.Collective(
                 what, "all_reduce", tensor, members, lambda: self._group.allreduce([tensor], options)
             )
         except (MicsCommError, AssertionError) as error:  # torchft asserts that a group is connected
             self._fail(error)
-            return _Done(tensor)
         return _Guarded(started, tensor, self._fail)
 
     def _fail(self, error: Exception) -> None:
@@ -360,15 +320,10 @@ class Membership(Replication):
 
     def commit(self) -> bool:
         """Vote with the other ranks of this replica. See :meth:`Replication.commit`."""
-        self._is_open = False
-        if self._failure is not None:
-            self._manager.report_error(self._failure)
-        # Ranks of a replica notice a failure at different times, up to the timeout of a collective.
-        if self._manager.should_commit(timeout=timedelta(seconds=3 * self.request.timeout_s)):
+        self.in_step = False
+        if self._vote():
             return True
         self.lost += 1
-        self._seen = -1
-        self._let_go()
         if self._failure is not None or self._partition.rank == 0:
             cause = self._failure and (self._failure.__cause__ or self._failure)
             logger.warning(
@@ -378,21 +333,20 @@ class Membership(Replication):
             )
         return False
 
-    def _give_up(self, why: str) -> None:
-        """Tell torchft that this quorum was of no use, so that the next one connects anew."""
-        self._manager.report_error(self._failure or RuntimeError(why))
-        self._manager.should_commit(timeout=timedelta(seconds=3 * self.request.timeout_s))
-        self._let_go()
-        log_rank0(f"replica {self.replica} tries again: {self._failure or why}", logging.WARNING)
-        self._failure = None
-
-    def _let_go(self) -> None:
-        """Close the connections to other members, so that none of them waits for this rank."""
-        self._group.abort(errored=False)
+    def _vote(self) -> bool:
+        """Return whether no rank of this replica has seen a failure. Otherwise the next quorum connects anew."""
+        if self._failure is not None:
+            self._manager.report_error(self._failure)
+        # Ranks of a replica notice a failure at different times, up to the timeout of a collective.
+        if self._manager.should_commit(timeout=timedelta(seconds=3 * self.request.timeout_s)):
+            return True
+        self._seen = -1
+        self._group.abort(errored=False)  # so that no other member waits for this rank
+        return False
 
     def leave(self) -> None:
         """Leave the other members until the next step, because this replica has loaded other states."""
-        self._is_open = False
+        self.in_step = False
         self._disconnect()
 
     def close(self) -> None:
@@ -401,16 +355,17 @@ class Membership(Replication):
 
 
 class _Guarded:
-    """A collective between replicas. Waiting for it raises no error."""
+    """A collective between replicas, ``None`` if it was not started. Waiting for it raises no error."""
 
     def __init__(
-        self, started: collectives.Collective, tensor: torch.Tensor, fail: Callable[[Exception], None]
+        self, started: collectives.Collective | None, tensor: torch.Tensor, fail: Callable[[Exception], None]
     ) -> None:
         self._started, self._tensor, self._fail = started, tensor, fail
 
     def wait(self) -> torch.Tensor:
         try:
-            self._started.wait()
+            if self._started is not None:
+                self._started.wait()
         except MicsCommError as error:
             self._fail(error)
         return self._tensor
@@ -427,16 +382,15 @@ def _reconfigurable(base: Any) -> Any:
         _newest = -1
 
         def configure(
-            self, store_addr: str, replica_id: str, rank: int, world_size: int, *args: Any, **kwargs: Any
+            self, store_addr: str, replica_id: str, rank: int, world_size: int, quorum_id: int, *more: Any
         ) -> None:
-            quorum = kwargs["quorum_id"] if "quorum_id" in kwargs else args[0]
             self.changes += 1
             self.rank_, self.size_ = rank, world_size
-            if quorum < self._newest:
+            if quorum_id < self._newest:
                 self.began_anew = True
                 raise RuntimeError("the lighthouse was restarted")
-            self._newest = quorum
-            super().configure(store_addr, replica_id, rank, world_size, *args, **kwargs)
+            self._newest = quorum_id
+            super().configure(store_addr, replica_id, rank, world_size, quorum_id, *more)
 
     return Group
 
@@ -467,10 +421,7 @@ def _own_address(lighthouse: str) -> str:
     parts = urllib.parse.urlsplit(lighthouse)
     found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
     for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.connect(address)
-            except OSError:
-                continue
+        with socket.socket(family, kind, protocol) as probe, suppress(OSError):
+            probe.connect(address)
             return str(probe.getsockname()[0]).partition("%")[0]
     return socket.gethostname()

@@ -3,6 +3,7 @@ what they have committed. For tests and for ``replica_kills.py``."""
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -14,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,12 @@ os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "deepspeed", "mics_ds", "torchft", "bench.replica_jobs"]
 PHASES = ("forward", "backward", "hop 1", "hop 2", "step", "save", "heal")
+PUBLISH = "publish"
+"""The moment at which a checkpoint is written and not yet there."""
+MOMENTS = (*PHASES, PUBLISH)
 SAMPLES = 997
 WIDTH = 16
+LIMIT_S = 120
 
 
 class Net(nn.Module):
@@ -83,8 +89,12 @@ class Training:
     width: int = WIDTH
     sleep_s: float = 0.0
     """Seconds that a forward pass takes besides."""
+    unit_bytes: int = 256
+    """Least bytes of a unit of hop 2: few, so that there are several."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys of the DeepSpeed configuration."""
+    program: str = ""
+    """``module:function`` that trains :class:`Net` in the place of :func:`train_plainly`, with the same arguments."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -154,9 +164,10 @@ def _train(training: Training, replica: int, generation: int, rank: int, ranks: 
     import deepspeed
     import torch.distributed as dist
 
-    from mics_ds.replicas import ReplicaBatches
+    from mics_ds.comm import sizes
 
     torch.set_num_threads(1)
+    sizes.ON_CPUS = dataclasses.replace(sizes.ON_CPUS, unit=training.unit_bytes)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch's CPU kernels have it
     rendezvous = Path(training.folder) / f"rendezvous-{replica}-{generation}"
@@ -168,62 +179,99 @@ def _train(training: Training, replica: int, generation: int, rank: int, ranks: 
         timeout=timedelta(seconds=60),
     )
     deepspeed.init_distributed("gloo")
+    record = open(Path(training.folder) / f"record-{replica}-{generation}-{rank}.jsonl", "w", buffering=1)
+    initialize = deepspeed.initialize
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        engine, *others = initialize(*args, **kwargs)
+        Recorder(engine, training, replica, record, order)
+        return engine, *others
+
+    deepspeed.initialize = recording
     torch.manual_seed(7)
+    program = train_plainly
+    if training.program:
+        module, _, name = training.program.partition(":")
+        program = getattr(import_module(module), name)
+    program(training)
+    dist.destroy_process_group()
+
+
+def train_plainly(training: Training) -> None:
+    """Train with DeepSpeed alone."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from mics_ds.replicas import ReplicaBatches
+
     model = Net(training.layers, training.width)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=training.config)
-    instrument(engine, order, rank)
     save = Path(training.folder) / "checkpoints"
     is_there = [(save / "latest").exists()]
     dist.broadcast_object_list(is_there)  # another replica may be about to save
     if is_there[0]:
         engine.load_checkpoint(str(save))
-    record = open(Path(training.folder) / f"record-{replica}-{generation}-{rank}.jsonl", "w", buffering=1)
-    train(engine, ReplicaBatches(Samples(training.width), engine, seed=1), training, replica, record, order)
-    engine.destroy()
-    dist.destroy_process_group()
-
-
-def train(engine: Any, batches: Any, training: Training, replica: int, record: Any, order: Any) -> None:
-    """Take steps, and write a line for each that was committed."""
-    before, losses, started = digest(engine), [], time.monotonic()
-    members = getattr(engine, "mics_replicas", None)
-    for x, y in batches:
-        reach(order, "forward")
+    dtype = next(engine.module.parameters()).dtype
+    for x, y in ReplicaBatches(Samples(training.width), engine, seed=1):
         step = engine.global_steps
-        if not losses:
-            before = digest(engine)  # a sibling may have sent other states
-        time.sleep(training.sleep_s)
-        dtype = next(engine.module.parameters()).dtype
-        loss = engine(x.to(dtype), y.to(dtype))
-        reach(order, "backward")
-        engine.backward(loss)
-        losses.append(loss.item())
-        position, lr = engine.global_samples, engine.optimizer.param_groups[0]["lr"]
-        boundary = engine.is_gradient_accumulation_boundary()
+        engine.backward(engine(x.to(dtype), y.to(dtype)))
         engine.step()
-        if not boundary:
-            continue
-        line: dict[str, Any] = {"replica": replica, "step": step, "lost": engine.global_steps == step}
-        if engine.global_steps > step:
-            line |= {
-                "position": position,
-                "members": 1 if members is None else members.size,
-                "member": 0 if members is None else members.rank,
-                "losses": losses,
-                "before": before,
-                "after": digest(engine),
-                "lr": lr,
-            }
-        line["scale"] = float(engine.optimizer.loss_scale)
-        line["seconds"], started = time.monotonic() - started, time.monotonic()
-        line["time"] = time.time()
-        record.write(json.dumps(line) + "\n")
-        losses = []
-        if training.save_every and engine.global_steps > step and engine.global_steps % training.save_every == 0:
-            reach(order, "save")
-            engine.save_checkpoint(str(Path(training.folder) / "checkpoints"))
+        if engine.global_steps > step and training.save_every and engine.global_steps % training.save_every == 0:
+            engine.save_checkpoint(str(save))
         if engine.global_steps >= training.steps:
+            break
+    engine.destroy()
+
+
+class Recorder:
+    """Writes a line for each step of an engine, and ends its rank where that has been ordered.
+
+    Args:
+        order: of this rank, see :func:`reach`.
+    """
+
+    def __init__(self, engine: Any, training: Training, replica: int, file: Any, order: Any) -> None:
+        self._engine, self._training, self._replica = engine, training, replica
+        self._file, self._order = file, order
+        self._losses: list[float] = []
+        self._before: dict[str, Any] = {}
+        self._started = time.monotonic()
+        engine.module.register_forward_pre_hook(self._forward)  # after the hook that gets states of a sibling
+        engine.module.register_forward_hook(self._backward)
+        self._step, engine.step = engine.step, self.step
+        instrument(engine, order)
+
+    def _forward(self, module: nn.Module, _: Any) -> None:
+        if not module.training:
             return
+        engine = self._engine
+        reach(self._order, "forward")
+        if not self._losses:
+            rate = engine.optimizer.param_groups[0]["lr"]
+            self._before = {"step": engine.global_steps, "position": engine.global_samples, "lr": rate}
+            self._before["before"] = digest(engine)
+        time.sleep(self._training.sleep_s)
+
+    def _backward(self, module: nn.Module, _: Any, returned: Any) -> None:
+        if module.training:
+            self._losses.append((returned["loss"] if isinstance(returned, dict) else returned).item())
+            reach(self._order, "backward")
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        engine = self._engine
+        result = self._step(*args, **kwargs)
+        if len(self._losses) < self._training.micro_steps:
+            return result
+        line = {"replica": self._replica, "step": self._before["step"], "lost": True}
+        if engine.global_steps > line["step"]:
+            members = getattr(engine, "mics_replicas", None)
+            line |= {**self._before, "lost": False, "losses": self._losses, "after": digest(engine)}
+            line["members"], line["member"] = (1, 0) if members is None else (members.size, members.rank)
+        line["scale"] = float(engine.optimizer.loss_scale)
+        line["seconds"], line["time"] = time.monotonic() - self._started, time.time()
+        self._file.write(json.dumps(line) + "\n")
+        self._losses, self._started = [], time.monotonic()
+        return result
 
 
 def digest(engine: Any) -> str:
@@ -237,26 +285,34 @@ def digest(engine: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def reach(order: Any, phase: str) -> None:
-    """Note that this rank reaches a phase. Whoever wants it dead there has set its number in ``order``."""
-    if order is None or order.value != PHASES.index(phase) + 1:
+def reach(order: Any, moment: str) -> None:
+    """Note that this rank reaches a moment: end it, or let it sleep, where that was ordered by :class:`Jobs`."""
+    if order is None:
+        return
+    if order.value < 0 and moment == "backward":
+        seconds, order.value = -order.value, 0
+        time.sleep(seconds)
+    if order.value != MOMENTS.index(moment) + 1:
         return
     order.value = 0
+    if moment == PUBLISH:
+        os.kill(os.getpid(), signal.SIGKILL)
     delay = (os.getpid() * 7919 % 10) / 1000
     threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
-def instrument(engine: Any, order: Any, rank: int) -> None:
-    """Note phases that lie inside the package."""
+def instrument(engine: Any, order: Any) -> None:
+    """Note phases that lie inside the engine."""
     if order is None:
         return
+    from mics_ds.checkpoint import folder
     from mics_ds.comm import collectives
 
-    def noting(owner: Any, name: str, phase: str) -> None:
+    def noting(owner: Any, name: str, moment: str) -> None:
         original = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            reach(order, phase)
+            reach(order, moment)
             return original(*args, **kwargs)
 
         setattr(owner, name, call)
@@ -266,6 +322,8 @@ def instrument(engine: Any, order: Any, rank: int) -> None:
     noting(engine.optimizer, "_optimizer_step", "step")
     noting(engine.mics_replicas, "take", "heal")
     noting(engine.mics_replicas, "put", "heal")
+    noting(engine, "save_checkpoint", "save")
+    noting(folder, "publish", PUBLISH)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,6 +411,14 @@ class Jobs:
             if rank in (None, index) and process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
 
+    def aim(self, replica: int, rank: int, moment: str) -> None:
+        """Have a rank killed when it reaches a moment."""
+        self.orders[replica][rank].value = MOMENTS.index(moment) + 1
+
+    def stall(self, replica: int, rank: int, seconds: int) -> None:
+        """Have a rank sleep between its next forward and backward pass."""
+        self.orders[replica][rank].value = -seconds
+
     def codes(self, replica: int) -> list[int | None]:
         return [process.exitcode for process in self.ranks[replica]]
 
@@ -362,17 +428,23 @@ class Jobs:
     def is_done(self, replica: int) -> bool:
         return all(code == 0 for code in self.codes(replica))
 
+    def end_rest_of_failed(self) -> list[int]:
+        """Do what a launcher does: end the rest of each replica of which a rank has died. Returns those replicas."""
+        failed = [replica for replica in self.ranks if self.has_failed(replica)]
+        for replica in failed:
+            self.kill(replica)
+        return failed
+
     def restart_failed(self) -> list[int]:
-        """Do what a launcher does: end the rest of a replica of which a rank has died, and start it again.
+        """Start replicas again of which a rank has died.
 
         Raises:
             RuntimeError: replicas die again and again without a step.
         """
-        failed = [replica for replica in self.ranks if self.has_failed(replica)]
+        failed = self.end_rest_of_failed()
         for replica in failed:
             if self.generation[replica] >= 5 and not self.records():
                 raise RuntimeError(f"replicas cannot start\n{self.logs()}")
-            self.kill(replica)
             for process in self.ranks[replica]:
                 process.join()
             self.start(replica)
@@ -393,6 +465,29 @@ class Jobs:
             elif any(self.has_failed(replica) for replica in self.ranks):
                 raise RuntimeError(f"a rank failed\n{self.logs()}")
             time.sleep(0.02)
+
+    def until(self, reached: Callable[[list[dict[str, Any]]], bool], *, restart: bool = True) -> None:
+        """Wait until a condition on the records holds."""
+        deadline = time.monotonic() + LIMIT_S
+        while not reached(self.records()):
+            assert time.monotonic() < deadline, self.logs()
+            if restart:
+                self.restart_failed()
+            time.sleep(0.05)
+
+    def until_all_take_part(self) -> None:
+        """Wait until each rank that runs has committed a step of all replicas. The first to start takes steps alone."""
+        training = self.training
+
+        def reached(records: list[dict[str, Any]]) -> bool:
+            together = {
+                (line["replica"], line["rank"])
+                for line in records
+                if line.get("members") == training.replicas and line["generation"] == self.generation[line["replica"]]
+            }
+            return len(together) == training.replicas * training.ranks
+
+        self.until(reached)
 
     def close(self) -> None:
         for replica, processes in self.ranks.items():

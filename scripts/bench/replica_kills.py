@@ -100,18 +100,20 @@ class Killer:
         def living() -> list[int]:
             return [replica for replica in range(training.replicas) if not self.jobs.has_failed(replica)]
 
-        self.wait(  # a second victim may die a little later
-            lambda: all(self.watch.committed_since(replica, moment) for replica in living()),
-            f"survivors of kill {number} ({phase}, {victims})",
-        )
+        def went_on() -> bool:
+            self.jobs.end_rest_of_failed()  # a second victim may die a little later
+            return all(self.watch.committed_since(replica, moment) for replica in living())
+
+        self.wait(went_on, f"survivors of kill {number} ({phase}, {victims})")
         survivors = living()
-        killed = training.replicas - len(survivors)
+        costs = []
         for replica in survivors:
             first = self.watch.committed_since(replica, moment)
             assert first is not None
             until = max(line["time"] for line in first)
-            lost = self.watch.lost_since(replica, moment - 0.05, until)
-            self.results.append({"phase": phase, "killed": killed, "lost": lost, "seconds": until - moment})
+            costs.append({"lost": self.watch.lost_since(replica, moment - 0.05, until), "seconds": until - moment})
+        killed = training.replicas - len(survivors)
+        self.results.append({"phase": phase, "whole": whole, "killed": killed, "survivors": costs})
 
     def strike(self, phase: str, victims: list[int], whole: bool) -> float:
         """Kill a rank of each victim in a phase, or the whole replica. Returns when the first one was dead."""
@@ -122,14 +124,16 @@ class Killer:
                 process.join()
             self.jobs.start(victims[0])
             sends = self.random.random() < 0.5
-            targets = [replica for replica in range(training.replicas) if (replica != victims[0]) == sends]
-            self.aim(phase, [(replica, rank) for replica in targets for rank in range(training.ranks)])
+            for replica in range(training.replicas):
+                for rank in range(training.ranks) if (replica != victims[0]) == sends else ():
+                    self.jobs.aim(replica, rank, phase)
         elif phase == ANY_TIME:
             time.sleep(self.random.random())
             for replica in victims:
                 self.jobs.kill(replica, None if whole else self.random.randrange(training.ranks))
         else:
-            self.aim(phase, [(replica, self.random.randrange(training.ranks)) for replica in victims])
+            for replica in victims:
+                self.jobs.aim(replica, self.random.randrange(training.ranks), phase)
         self.wait(
             lambda: any(self.jobs.has_failed(replica) for replica in range(training.replicas)), f"death in {phase}"
         )
@@ -139,14 +143,8 @@ class Killer:
                 order.value = 0
         # Of two that are aimed at, the second one may follow. A launcher ends the other ranks of a replica a bit later.
         time.sleep(0.03 if whole else 0.5)
-        for replica in list(self.jobs.ranks):
-            if self.jobs.has_failed(replica):
-                self.jobs.kill(replica)
+        self.jobs.end_rest_of_failed()
         return moment
-
-    def aim(self, phase: str, targets: list[tuple[int, int]]) -> None:
-        for replica, rank in targets:
-            self.jobs.orders[replica][rank].value = PHASES.index(phase) + 1
 
 
 def run(training: Training, kills: int, seed: int, phases: list[str]) -> dict[str, Any]:
@@ -164,13 +162,17 @@ def run(training: Training, kills: int, seed: int, phases: list[str]) -> dict[st
         jobs_records = jobs.records()
     steps = committed(training, jobs_records)
     worst = compare_with_reference(training, steps)
-    seconds = sorted(item["seconds"] for item in killer.results)
+    costs = [(item, cost) for item in killer.results for cost in item["survivors"]]
+    seconds = sorted(cost["seconds"] for _, cost in costs)
     return {
         "kills": kills,
-        "survivors": len(killer.results),
-        "lost by survivors": dict(Counter(item["lost"] for item in killer.results)),
-        "seconds to the next step": {"median": seconds[len(seconds) // 2], "greatest": seconds[-1]} if seconds else {},
         "by phase": dict(Counter(item["phase"] for item in killer.results)),
+        "a rank, the rest of its replica later": sum(not item["whole"] for item in killer.results),
+        "two replicas at once": sum(item["killed"] > 1 for item in killer.results),
+        "lost by survivors": dict(Counter(cost["lost"] for _, cost in costs)),
+        "more than a step lost for each that died": [item for item, cost in costs if cost["lost"] > item["killed"]],
+        "seconds to the next step": {"median": seconds[len(seconds) // 2], "greatest": seconds[-1]} if seconds else {},
+        "later than timeout + 2 s": [item for item, cost in costs if cost["seconds"] > training.timeout_s + 2],
         "committed steps": len(steps),
         "greatest difference of a loss": worst,
         "minutes": (time.monotonic() - started) / 60,
@@ -202,8 +204,8 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1))
     print(json.dumps({key: value for key, value in found.items() if key != "results"}, indent=1))
-    if found["greatest difference of a loss"] > 1e-6:
-        raise WrongStepError(f"losses differ by {found['greatest difference of a loss']}")
+    if found["greatest difference of a loss"] > 1e-6 or found["more than a step lost for each that died"]:
+        raise WrongStepError("see above")
 
 
 if __name__ == "__main__":

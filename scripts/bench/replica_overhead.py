@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from bench.replica_jobs import Training, running
+from mics_ds.comm import sizes
 
 FIRST = 5
 """Steps that are left out: connections, the first cut of units."""
@@ -37,7 +38,15 @@ def compare(pairs: int, replicas: int, ranks: int, sleep_s: float, steps: int) -
         for managed in (True, False) if pair % 2 else (False, True):
             folder = tempfile.mkdtemp(prefix="replica-overhead-")
             training = Training(
-                folder, replicas, ranks, steps=steps, managed=managed, min=replicas, sleep_s=sleep_s, width=256
+                folder,
+                replicas,
+                ranks,
+                steps=steps,
+                managed=managed,
+                min=replicas,
+                sleep_s=sleep_s,
+                width=256,
+                unit_bytes=sizes.ON_CPUS.unit,
             )
             found[managed] = median_step(training)
         ratios.append(found[True] / found[False])

@@ -82,6 +82,7 @@ AGAINST_MANAGED_REPLICAS = {
     "mics_replica_wire": ({"mics_replica_wire": "bf16"}, {}),
     "mics_shard_size": ({"mics_shard_size": "auto"}, {}),
     "mics_guard": ({"mics_guard": True}, {}),
+    "hold_global_batch": ({"mics_replicas": {"membership": "torchft", "hold_global_batch": True}}, {}),
     "memory_every": ({"mics_checkpoint": {"memory_every": 1}}, {}),
     "Muon": ({}, {"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
     "tensor parallelism": ({}, {"tensor_parallel": {"autotp_size": 2}}),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from mics_ds.errors import MicsUsageError
 from mics_ds.replicas.data import Deal, ReplicaBatches
 
 RANKS = 2
@@ -26,6 +27,7 @@ class Engine:
     size: int = 1
     rank: int = 0
     begun: int = 0
+    in_step: bool = False
     members: list[tuple[int, int]] = field(default_factory=list)
     """Rank and number of replicas for each quorum to come."""
 
@@ -37,6 +39,7 @@ class Engine:
 
     def begin_step(self) -> None:
         self.begun += 1
+        self.in_step = True
         if self.members:
             self.rank, self.size = self.members.pop(0)
 
@@ -62,6 +65,7 @@ def take_steps(engine: Engine, batches: Any, outcomes: list[bool]) -> list[list[
     stream = iter(batches)
     for committed in outcomes:
         step = [int(index) for _ in range(engine.micro_steps) for index in next(stream)]
+        engine.in_step = False
         if committed:
             engine.global_samples += engine.size * RANKS * engine.micro_batch * engine.micro_steps
             found.append(step)
@@ -114,6 +118,7 @@ def test_epochs_end_without_a_quorum_that_others_would_not_come_to(rank):
     batches = iter(ReplicaBatches(range(20), engine, shuffle=False, epochs=1))
     for step in range(2):
         assert next(batches).tolist() == [8 * step, 8 * step + 1]
+        engine.in_step = False
         engine.global_samples += 8
     assert next(batches, None) is None
     assert engine.begun == 2
@@ -126,6 +131,23 @@ def test_without_managed_replicas_the_ranks_of_the_job_share_the_stream(rank):
     first = next(batches).tolist()
     engine.global_samples += 4
     assert [first, next(batches).tolist()] == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("make", [Engine, managed])
+def test_a_loader_that_fetches_ahead_is_refused(rank, make):
+    """It would get the samples of the step under way once more."""
+    batches = iter(ReplicaBatches(range(100), make()))
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(MicsUsageError, match="before the engine's step had ended"):
+        next(batches)
+
+
+def test_an_engine_may_be_built_later(rank):
+    built = []
+    batches = iter(ReplicaBatches(range(20), lambda: built[0], shuffle=False))
+    built.append(Engine())
+    assert next(batches).tolist() == [0, 1]
 
 
 def test_places_of_a_step_cover_it_once():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from replicas_on_threads import CPU, SHARDS, UNIT, Deferring
 
@@ -21,28 +23,33 @@ class Breaking(Replication):
     votes = True
 
     def __init__(self) -> None:
-        self.broken = False
+        self.units: float = math.inf
+        """Units of hop 2 that still work."""
 
     def start_average_(self, tensor: torch.Tensor) -> Any:
-        return self._done(tensor, 99.0)
+        done = self._done(tensor, 99.0)
+        self.units -= 1
+        return done
 
     def start_max_(self, tensor: torch.Tensor, what: str) -> Any:
         return self._done(tensor, Given.WRITTEN)
 
     def _done(self, tensor: torch.Tensor, garbage: float) -> Any:
-        if self.broken:
+        if self.units <= 0:
             tensor.fill_(garbage)
         return SimpleNamespace(wait=lambda: tensor)
 
     def commit(self) -> bool:
-        return not self.broken
+        return self.units > 0
 
     def close(self) -> None:
         pass
 
 
-def test_a_step_that_is_given_up_leaves_nothing_behind():
-    """Neither garbage in shards, which would be old means, nor what flags seemed to say of the units."""
+@pytest.mark.parametrize("units", [0, 1])
+def test_a_step_that_is_given_up_leaves_nothing_behind(units):
+    """Neither garbage in shards, which would be old means, nor what flags seemed to say of the units. A replica may die
+    before the first unit of hop 2 or between two."""
     members, buffer, executor = Breaking(), torch.zeros(11), Deferring(0)
     reducer = AllReduceMean(lambda: buffer, list(SHARDS.values()), members, CPU, 4)
     sync = GradSync(SHARDS, members, executor, executor, reducer, CPU, unit_numel=UNIT)
@@ -58,7 +65,7 @@ def test_a_step_that_is_given_up_leaves_nothing_behind():
     step(10, 1.0)
     sync.next_boundary()
     assert sync.used == [0]
-    members.broken = True
+    members.units = units
     step(12, 2.0)
     assert buffer.tolist() != [1.0] * 3 + [0.0] * 8
     sync.restart()
@@ -66,7 +73,7 @@ def test_a_step_that_is_given_up_leaves_nothing_behind():
     assert sync.used == [0], "that of the last step that counted"
     assert sync.is_mean
     assert sync.flags is None
-    members.broken = False
+    members.units = math.inf
     step(12, 3.0)
     sync.next_boundary()
     assert buffer.tolist() == [0.0] * 4 + [3.0] * 5 + [0.0] * 2

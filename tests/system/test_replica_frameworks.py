@@ -1,0 +1,62 @@
+"""Frameworks on replicas that come and go, held to plain PyTorch on the batches that were committed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.replica_jobs import LIMIT_S, Training, committed, compare_with_reference, running
+from replica_frameworks import RATE
+
+pytest.importorskip("torchft")
+
+
+def kill_one(folder: Path, program: str) -> list[list[dict[str, Any]]]:
+    """Kill one of two replicas and start it again. Returns the steps that were committed."""
+    program = f"replica_frameworks:{program}"
+    training = Training(str(folder), replicas=2, ranks=1, steps=10**9, sleep_s=0.05, program=program)
+    with running(training, heartbeat_timeout_s=1.0) as jobs:
+        jobs.until_all_take_part()
+        jobs.aim(1, 0, "hop 2")
+        jobs.until(lambda _: jobs.generation[1] == 1)
+        jobs.until_all_take_part()
+        records = jobs.records()
+    found = committed(training, records)
+    assert {line["members"] for lines in found for line in lines} == {1, 2}
+    assert compare_with_reference(training, found) < 1e-6
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["hf_trainer", "accelerate", "lightning"])
+def test_a_replica_of_a_framework_is_killed_and_comes_back(tmp_path, program):
+    rates = [lines[0]["lr"] for lines in kill_one(tmp_path, program)][1:]
+    steps = [after - before for before, after in pairwise(rates)]
+    assert steps == pytest.approx([RATE] * len(steps)), "schedules move with every step that is committed, and no other"
+
+
+@pytest.mark.slow
+def test_the_learning_rate_may_follow_the_number_of_replicas(tmp_path):
+    for lines in kill_one(tmp_path, "rate_by_replicas"):
+        assert {line["lr"] for line in lines} == {100 * RATE * lines[0]["members"]}
+
+
+@pytest.mark.slow
+def test_a_trainer_resumes_where_its_replicas_have_saved(tmp_path):
+    first = Training(str(tmp_path), 2, 1, steps=10, min=2, save_every=5, program="replica_frameworks:hf_trainer")
+    with running(first, join_timeout_s=60) as jobs:
+        jobs.wait(LIMIT_S, restart=False)
+        before = jobs.records()
+    for path in tmp_path.glob("re*"):
+        path.unlink()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    again = Training(str(tmp_path), 2, 1, steps=15, min=2, save_every=5, program="replica_frameworks:hf_trainer")
+    with running(again, join_timeout_s=60) as jobs:
+        jobs.wait(LIMIT_S, restart=False)
+        after = jobs.records()
+    assert min(line["step"] for line in after) == 10
+    steps = committed(first, before + after)
+    assert len(steps) == 15
+    assert compare_with_reference(first, steps) < 1e-6
