@@ -61,7 +61,7 @@ CAUSES = (
     (
         "replicas",
         "Replicas that come and go",
-        "torchft or its lighthouse is missing, or replicas were started from different scripts.",
+        "torchft or its lighthouse is missing, replicas run different scripts, or a loader fetches ahead.",
     ),
     ("frameworks", "Checkpoints", "The last save of the job was interrupted."),
     ("guard.files", "Checkpoints", "The folder given to `mics-ds guard` is not what it needs."),
