@@ -83,24 +83,20 @@ class ReplicaBatches:
             fetched = iter(DataLoader(self._dataset, batch_sampler=self._indices(deal), **self._options))
             expected = deal
             while deal == expected and self._has(deal):
+                ended = _steps_ended(engine)
                 for _ in range(deal.micro_steps):
                     yield next(fetched)
-                self._refuse_to_run_ahead(engine, deal)
+                if _steps_ended(engine) == ended:
+                    raise MicsUsageError(
+                        "ReplicaBatches was asked for a batch of the next step before the engine's step had ended, but "
+                        "which samples that step takes depends on whether this one is committed. Draw its batches "
+                        "after engine.step(), and do not wrap ReplicaBatches in a loader that fetches ahead: "
+                        "docs/replicas.md has what Accelerate, Trainer and Lightning need."
+                    )
                 expected = deal.next
                 if not self._has(deal._replace(position=engine.global_samples)):
                     return  # without a quorum, which replicas that are done would not come to
                 deal = self._next_deal(engine)
-
-    @staticmethod
-    def _refuse_to_run_ahead(engine: Any, deal: Deal) -> None:
-        replicas = getattr(engine, "mics_replicas", None)
-        if engine.global_samples == deal.position if replicas is None else replicas.in_step:
-            raise MicsUsageError(
-                "ReplicaBatches was asked for a batch of the next step before the engine's step had ended, but which "
-                "samples that step takes depends on whether this one is committed. Draw its batches after "
-                "engine.step(), and do not wrap ReplicaBatches in a loader that fetches ahead: docs/replicas.md has "
-                "what Accelerate, Trainer and Lightning need."
-            )
 
     @staticmethod
     def _next_deal(engine: Any) -> Deal:
@@ -128,6 +124,12 @@ class ReplicaBatches:
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._permutation = epoch, torch.randperm(self._length, generator=generator).tolist()
         return self._permutation[1][offset]
+
+
+def _steps_ended(engine: Any) -> tuple[int, int]:
+    """Return the steps that this replica has committed and discarded."""
+    replicas = getattr(engine, "mics_replicas", None)
+    return engine.global_steps, 0 if replicas is None else replicas.lost_steps
 
 
 class _Indices:

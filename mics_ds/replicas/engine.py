@@ -47,11 +47,6 @@ class Replicas:
         """Number of steps that this process has computed and could not commit."""
         return self._membership.lost
 
-    @property
-    def in_step(self) -> bool:
-        """Whether a step has begun and not ended."""
-        return self._membership.in_step
-
     def begin_step(self) -> None:
         """Find out which replicas take part in the next step, unless that has begun. Collective over the replica.
 

@@ -108,7 +108,7 @@ class Membership(Replication):
         self._group: Any = None
         self._store: Any = None
         self._failure: Exception | None = None
-        self.in_step = self._has_met = False
+        self._is_open = self._has_met = False
         self._received: dict[str, Any] | None = None
         """States of a sibling, until all ranks of this replica have theirs."""
         self._seen = -1
@@ -139,12 +139,12 @@ class Membership(Replication):
 
     def begin_step(self) -> None:
         """Find out who takes part in the next step, unless that has begun. Collective over the replica."""
-        if self.in_step:
+        if self._is_open:
             return
         assert self._own is not None, "attached to an engine"
         while not self._find_members(self._own):
             pass
-        self.in_step = True
+        self._is_open = True
 
     def _find_members(self, own: Replicas) -> bool:
         """Take a quorum. Returns whether its members are ready for a step."""
@@ -320,7 +320,7 @@ class Membership(Replication):
 
     def commit(self) -> bool:
         """Vote with the other ranks of this replica. See :meth:`Replication.commit`."""
-        self.in_step = False
+        self._is_open = False
         if self._vote():
             return True
         self.lost += 1
@@ -346,7 +346,7 @@ class Membership(Replication):
 
     def leave(self) -> None:
         """Leave the other members until the next step, because this replica has loaded other states."""
-        self.in_step = False
+        self._is_open = False
         self._disconnect()
 
     def close(self) -> None:

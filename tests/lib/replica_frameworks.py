@@ -119,12 +119,9 @@ def lightning(training: Training) -> None:
                 torch.manual_seed(7)
                 self.net = Net()
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return self.net(x, y)
-
         def training_step(self, dataloader_iter: Iterator) -> torch.Tensor:  # without this name Lightning fetches ahead
             (x, y), _, _ = next(dataloader_iter)
-            return self(x, y)
+            return self.net(x, y)
 
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
             scheduler.step(self.trainer.model.global_steps - 1)  # not one more for a discarded step

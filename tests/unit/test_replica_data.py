@@ -27,7 +27,8 @@ class Engine:
     size: int = 1
     rank: int = 0
     begun: int = 0
-    in_step: bool = False
+    global_steps: int = 0
+    lost_steps: int = 0
     members: list[tuple[int, int]] = field(default_factory=list)
     """Rank and number of replicas for each quorum to come."""
 
@@ -39,7 +40,6 @@ class Engine:
 
     def begin_step(self) -> None:
         self.begun += 1
-        self.in_step = True
         if self.members:
             self.rank, self.size = self.members.pop(0)
 
@@ -65,7 +65,8 @@ def take_steps(engine: Engine, batches: Any, outcomes: list[bool]) -> list[list[
     stream = iter(batches)
     for committed in outcomes:
         step = [int(index) for _ in range(engine.micro_steps) for index in next(stream)]
-        engine.in_step = False
+        engine.lost_steps += not committed
+        engine.global_steps += committed
         if committed:
             engine.global_samples += engine.size * RANKS * engine.micro_batch * engine.micro_steps
             found.append(step)
@@ -118,7 +119,7 @@ def test_epochs_end_without_a_quorum_that_others_would_not_come_to(rank):
     batches = iter(ReplicaBatches(range(20), engine, shuffle=False, epochs=1))
     for step in range(2):
         assert next(batches).tolist() == [8 * step, 8 * step + 1]
-        engine.in_step = False
+        engine.global_steps += 1
         engine.global_samples += 8
     assert next(batches, None) is None
     assert engine.begun == 2
@@ -129,6 +130,7 @@ def test_without_managed_replicas_the_ranks_of_the_job_share_the_stream(rank):
     engine = Engine(micro_steps=1)
     batches = iter(ReplicaBatches(range(20), engine, shuffle=False))
     first = next(batches).tolist()
+    engine.global_steps += 1
     engine.global_samples += 4
     assert [first, next(batches).tolist()] == [[2, 3], [6, 7]]
 
