@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,11 @@ def hf_trainer(training: Training) -> None:
     from replica_trainer import ReplicaTrainer
     from transformers import TrainingArguments
 
+    class Trainer(ReplicaTrainer):
+        def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=WARMUP * RATE, eps=1e-2)
+            return self.optimizer
+
     gloo_for_accelerate()
     given = TrainingArguments(
         output_dir=f"{training.folder}/out",
@@ -55,9 +59,7 @@ def hf_trainer(training: Training) -> None:
         seed=1,
     )
     torch.manual_seed(7)
-    model = NetWithLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP * RATE, eps=1e-2)
-    trainer = ReplicaTrainer(model=model, args=given, train_dataset=NamedSamples(), optimizers=(optimizer, None))
+    trainer = Trainer(model=NetWithLoss(), args=given, train_dataset=NamedSamples())
     saved = sorted(Path(training.folder, "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved and training.save_every else None)
     assert trainer.state.global_step == trainer.model_wrapped.global_steps == training.steps
@@ -111,40 +113,49 @@ def lightning(training: Training) -> None:
 
     from mics_ds.replicas import ReplicaBatches
 
+    class Batches(ReplicaBatches):
+        def __len__(self) -> int:
+            return 10**9  # Lightning fetches ahead where it knows no length
+
     class Module(pl.LightningModule):
-        net: Any = None
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: Any = None
 
         def configure_model(self) -> None:
             if self.net is None:
                 torch.manual_seed(7)
                 self.net = Net()
 
-        def training_step(self, dataloader_iter: Iterator) -> torch.Tensor:  # without this name Lightning fetches ahead
-            (x, y), _, _ = next(dataloader_iter)
-            return self.net(x, y)
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.net(*batch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=WARMUP * RATE, eps=1e-2)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / WARMUP)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-            scheduler.step(self.trainer.model.global_steps - 1)  # not one more for a discarded step
+            scheduler.step(self.trainer.model.global_steps)  # not one more for a discarded step
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.trainer.should_stop = self.trainer.model.global_steps >= training.steps
 
-    rates = {"warmup_type": "linear", "warmup_num_steps": WARMUP, "warmup_max_lr": WARMUP * RATE}
-    config = {**training.config, "scheduler": {"type": "WarmupLR", "params": rates}}
+    config = without_schedule(training)
     os.environ["GROUP_WORLD_SIZE"] = "1"
     trainer = pl.Trainer(
         strategy=on_cpu(strategies)(config=config, process_group_backend="gloo"),
         plugins=[TorchElasticEnvironment()],
         accelerator="cpu",
         devices=training.ranks,
-        max_steps=-1,
+        max_epochs=-1,
         accumulate_grad_batches=config.pop("gradient_accumulation_steps"),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), ReplicaBatches(Samples(), lambda: trainer.model, seed=1))
+    trainer.fit(Module(), Batches(Samples(), lambda: trainer.model, seed=1))
 
 
 def without_schedule(training: Training) -> dict[str, Any]:
