@@ -408,8 +408,8 @@ class Jobs:
     def kill(self, replica: int, rank: int | None = None) -> None:
         """Kill a rank, or all of a replica."""
         for index, process in enumerate(self.ranks[replica]):
-            if rank in (None, index) and process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            if rank in (None, index):
+                process.kill()
 
     def aim(self, replica: int, rank: int, moment: str) -> None:
         """Have a rank killed when it reaches a moment."""
