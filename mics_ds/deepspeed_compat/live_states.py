@@ -24,13 +24,18 @@ def take(engine: Any) -> dict[str, Any]:
     return {
         "layouts": [state.layout for state in states],
         "tensors": [state.tensor for state in states],
-        "optimizer": [dict(held) for held, _ in _optimizer_states(optimizer)],
+        "optimizer": [dict(held) for held, *_ in _optimizer_states(optimizer)],
         "param_groups": [_settings(group) for group in optimizer.param_groups],
         "units": optimizer.sync.used,
         "buffers": [buffer.detach().clone() for buffer in engine.module.buffers()],
         "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else None,
         "counters": counters(engine),
     }
+
+
+def shards(engine: Any) -> list[torch.Tensor]:
+    """Return the weights and masters that :func:`take` sends, live."""
+    return [state.tensor for state in _shards(engine.optimizer)]
 
 
 def put(engine: Any, taken: Mapping[str, Any]) -> None:
@@ -50,8 +55,8 @@ def put(engine: Any, taken: Mapping[str, Any]) -> None:
         for state, tensor in zip(states, taken["tensors"]):
             state.tensor.copy_(tensor)
             state.put_back()
-        for (held, master), values in zip(_optimizer_states(optimizer), taken["optimizer"]):
-            _set_optimizer_states(held, master, values)
+        for (held, master, on_device), values in zip(_optimizer_states(optimizer), taken["optimizer"]):
+            _set_optimizer_states(held, master, values, on_device)
         for buffer, tensor in zip(engine.module.buffers(), taken["buffers"]):
             buffer.copy_(tensor)
     for group, settings in zip(optimizer.param_groups, taken["param_groups"]):
@@ -90,22 +95,25 @@ def _shards(optimizer: Any) -> Iterator[State]:
     return (s for s in states_of(optimizer, replicated=True) if s.group == NO_GROUP or s.name in (WEIGHTS, MASTER))
 
 
-def _optimizer_states(optimizer: Any) -> Iterator[tuple[dict, torch.Tensor]]:
-    """Yield the states of each sub-group, live and empty before the first step, with its master."""
+def _optimizer_states(optimizer: Any) -> Iterator[tuple[dict, torch.Tensor, bool]]:
+    """Yield the states of each sub-group, live and empty before the first step, with its master, and whether counters
+    of steps are on the device of that."""
     for inner in filter(None, (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None))):
+        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
         for master in optimizer.fp32_partitioned_groups_flat:
-            yield inner.state[master], master
+            yield inner.state[master], master, on_device
 
 
-def _set_optimizer_states(held: dict, master: torch.Tensor, values: Mapping[Any, Any]) -> None:
+def _set_optimizer_states(held: dict, master: torch.Tensor, values: Mapping[Any, Any], on_device: bool) -> None:
     for key in held.keys() - values.keys():
         del held[key]
     for key, value in values.items():
         there = held.get(key)
         if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and there.shape == value.shape:
             there.copy_(value)
-        elif isinstance(value, torch.Tensor):  # before this rank's first step; counters of steps stay on the host
-            held[key] = value.to(master.device if value.numel() == master.numel() else value.device, copy=True)
+        elif isinstance(value, torch.Tensor):  # before this rank's first step
+            follows = on_device or value.numel() == master.numel()
+            held[key] = value.to(master.device if follows else "cpu", copy=True)
         else:
             held[key] = value
 

@@ -11,8 +11,13 @@ import torch
 
 from ..checkpoint.background import Background
 from ..checkpoint.memory import random_states, set_random_states
+from ..comm import collectives
 from ..deepspeed_compat import live_states
+from ..guard.digest import combined, digests
 from .membership import Membership
+
+_BLOCK = 16 << 20
+"""Bytes that one digest is of."""
 
 
 class Replicas:
@@ -78,7 +83,7 @@ class Replicas:
     # ------------------------------------------------------------------------------------- for the engine
 
     def _before_forward(self, module: torch.nn.Module, _: Any) -> None:
-        if module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._membership.begin_step()
 
     def step(self, call: Callable[..., Any], original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +135,29 @@ class Replicas:
             live_states.shards_changed(self._engine)
         self._engine.optimizer.sync.restart()
 
+    def _digests(self) -> list[list[int]]:
+        """Return digests of this rank's weights and masters."""
+        return [
+            combined(digests(shard, _BLOCK)).tolist() for shard in live_states.shards(self._engine) if shard.numel()
+        ]
+
     def agreement(self) -> list[int]:
-        """Return numbers that must be equal on all members before they average anything."""
+        """Return numbers that must be equal on all members before they average. Collective over the replica."""
         optimizer = self._engine.optimizer
         config = json.dumps(optimizer.mics_groups.config.to_json(), sort_keys=True)
         said = repr((config, list(optimizer.gradient_ranges().values()), optimizer.sync.used))
-        digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")
-        return [digest, self.steps(), live_states.samples_per_step(self._engine), self._engine.global_samples]
+        # Of all shards, so that all ranks of a replica come to the same conclusion.
+        partition = optimizer.mics_groups.partition
+        weights = collectives.exchange(self._digests(), partition, "comparison of weights")
+        return [
+            _number(said),
+            _number(repr(weights)),
+            self.steps(),
+            live_states.samples_per_step(self._engine),
+            self._engine.global_samples,
+        ]
+
+
+def _number(said: str) -> int:
+    """Return 56 bits of a digest."""
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")

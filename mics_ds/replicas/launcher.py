@@ -68,8 +68,7 @@ class Launcher:
         environment = {**os.environ, LIGHTHOUSE_ENV: self._lighthouse, REPLICA_ENV: str(replica)}
         environment |= {"PET_MASTER_PORT": port, "MASTER_PORT": port}  # PET_: torchrun's names of its own options
         if self._gpus is not None:
-            first = replica * self._gpus
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + self._gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(replica * self._gpus, self._gpus))
         command = [part.replace("{replica}", str(replica)).replace("{port}", port) for part in self._command]
         self._processes[replica] = subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -92,6 +91,13 @@ class Launcher:
             del self._again[replica]
             if not self._succeeded:
                 self._start(replica)
+
+
+def _visible(first: int, count: int) -> list[str]:
+    """Return the GPUs ``first`` to ``first + count - 1`` of those that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(first + count)] if given is None else given.split(",")
+    return names[first : first + count]
 
 
 def _end(processes: Iterable[subprocess.Popen]) -> None:

@@ -21,6 +21,7 @@ among them, are raised and end this replica.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
@@ -108,7 +109,7 @@ class Membership(Replication):
         self._group: Any = None
         self._store: Any = None
         self._failure: Exception | None = None
-        self._is_open = self._has_met = False
+        self._is_open = self._has_met = self._is_closed = False
         self._received: dict[str, Any] | None = None
         """States of a sibling, until all ranks of this replica have theirs."""
         self._seen = -1
@@ -139,7 +140,7 @@ class Membership(Replication):
 
     def begin_step(self) -> None:
         """Find out who takes part in the next step, unless that has begun. Collective over the replica."""
-        if self._is_open:
+        if self._is_open or self._is_closed:  # a module outlives its engine, with the hook that calls this
             return
         assert self._own is not None, "attached to an engine"
         while not self._find_members(self._own):
@@ -219,8 +220,9 @@ class Membership(Replication):
             self._has_met = True
             return True
         differs = (
-            f"All replicas must train the same model with the same configuration and ranks per replica, but replica "
-            f"{self.replica} and another one differ. Start every replica with the same script and JSON."
+            f"All replicas must train the same model from the same weights, with the same configuration and ranks per "
+            f"replica, but replica {self.replica} and another one differ. Start every replica with the same script, "
+            f"JSON and seed, and have all of them load the same checkpoint."
         )
         if not self._has_met:
             raise MicsConfigError(differs)
@@ -262,6 +264,7 @@ class Membership(Replication):
             state_dict=own.take,
             min_replica_size=self.request.min,
             use_async_quorum=False,
+            init_sync=False,  # it would take each shard from another replica: weights that nobody has made
             timeout=timeout,
             quorum_timeout=timedelta(seconds=_PATIENCE_S),
             connect_timeout=timeout,
@@ -281,6 +284,7 @@ class Membership(Replication):
         if self._manager is not None:
             self._group.abort(errored=False)
             self._manager.shutdown(wait=False)
+            self._transport.shutdown(wait=True)  # its thread has the last states that were sent
         self._manager = self._store = None
 
     def _receive(self, states: dict[str, Any]) -> None:
@@ -350,6 +354,7 @@ class Membership(Replication):
         self._disconnect()
 
     def close(self) -> None:
+        self._is_closed = True
         self._disconnect()
         current_job().said.discard(_ONE_ENGINE)
 
@@ -402,12 +407,27 @@ def _transport(torchft: Any, host: str) -> Any:
     class Transport(base):
         seconds = 0.0
         """Time that it took to receive states."""
+        _disallowed: bool
 
         def recv_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["timeout"] = self._timeout  # the manager's own is that of a collective
             started = time.monotonic()
             received = super().recv_checkpoint(*args, **kwargs)
             self.seconds = time.monotonic() - started
             return received
+
+        def disallow_checkpoint(self) -> None:
+            while not self._disallowed:
+                try:
+                    super().disallow_checkpoint()
+                except TimeoutError:  # weights must not change before they have been sent
+                    self._disallowed = False
+                    logger.warning(
+                        "a replica still receives states after %.0f s, and training waits for it. With a larger "
+                        "mics_replicas.timeout_s, which is a tenth of that, it would not be left behind.",
+                        self._timeout.total_seconds(),
+                    )
+            self._state_dict = self._chunks = None  # on an accelerator, a copy in host memory
 
         def address(self) -> str:
             name = f"[{host}]" if ":" in host else host
@@ -423,5 +443,20 @@ def _own_address(lighthouse: str) -> str:
     for family, kind, protocol, _, address in found:
         with socket.socket(family, kind, protocol) as probe, suppress(OSError):
             probe.connect(address)
-            return str(probe.getsockname()[0]).partition("%")[0]
+            own = str(probe.getsockname()[0]).partition("%")[0]
+            if ipaddress.ip_address(own).is_loopback and not _is_local(parts.hostname):
+                raise MicsConfigError(
+                    f"mics_replicas needs an address of this host that other replicas reach, but its name for the "
+                    f"lighthouse, {parts.hostname}, leads to {own} here (see /etc/hosts). Set {HOST_ENV} to the "
+                    f"address of this host, or give the lighthouse by its address."
+                )
+            return own
     return socket.gethostname()
+
+
+def _is_local(host: str | None) -> bool:
+    """Return whether a host is given as one that only this host reaches: for replicas on one machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False

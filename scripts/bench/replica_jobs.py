@@ -93,6 +93,8 @@ class Training:
     """Least bytes of a unit of hop 2: few, so that there are several."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys of the DeepSpeed configuration."""
+    seeds: tuple[int, ...] = ()
+    """Seed of each replica's weights, by default the same."""
     program: str = ""
     """``module:function`` that trains :class:`Net` in the place of :func:`train_plainly`, with the same arguments."""
 
@@ -188,7 +190,7 @@ def _train(training: Training, replica: int, generation: int, rank: int, ranks: 
         return engine, *others
 
     deepspeed.initialize = recording
-    torch.manual_seed(7)
+    torch.manual_seed(training.seeds[replica] if training.seeds else 7)
     program = train_plainly
     if training.program:
         module, _, name = training.program.partition(":")

@@ -237,6 +237,20 @@ def test_a_replica_with_another_model_ends_and_leaves_the_others_alone(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replicas_with_other_weights_do_not_start(tmp_path, ranks):
+    """On all ranks, those of the same replica too."""
+    training = Training(str(tmp_path), replicas=2, ranks=ranks, steps=5, min=2, seeds=(7, 8))
+    with running(training, join_timeout_s=60) as jobs:
+        for replica in range(2):
+            for process in jobs.ranks[replica]:
+                process.join(LIMIT_S)
+            assert jobs.codes(replica) == [1] * ranks
+            assert "from the same weights" in log(jobs, replica)
+        assert not jobs.records()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     emulation.why_unavailable() is not None, reason=f"cannot emulate a cluster: {emulation.why_unavailable()}"
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
-from mics_ds.replicas import launcher
+import pytest
+
+from mics_ds.errors import MicsConfigError
+from mics_ds.replicas import launcher, membership
 from mics_ds.replicas.launcher import Launcher
 
 
@@ -35,7 +39,24 @@ def test_it_gives_up_after_so_many_restarts(tmp_path: Path, monkeypatch):
     assert (tmp_path / "started").read_text() == "xxx"
 
 
-def test_a_replica_knows_its_name_the_lighthouse_its_port_and_its_gpus(tmp_path: Path):
+def test_replicas_share_the_gpus_that_the_launcher_may_use(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launcher._visible(2, 2) == ["2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6,7")
+    assert launcher._visible(2, 2) == ["GPU-6", "7"]
+
+
+def test_a_loopback_address_is_for_replicas_on_one_machine(monkeypatch):
+    pytest.importorskip("torchft")
+    assert membership._own_address("http://127.0.0.1:29510") == "127.0.0.1"
+    there = [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("127.0.0.1", 29510))]  # "127.0.1.1 head" in /etc/hosts
+    monkeypatch.setattr(membership.socket, "getaddrinfo", lambda *_, **__: there)
+    with pytest.raises(MicsConfigError, match="MICS_DS_REPLICA_HOST"):
+        membership._own_address("http://head:29510")
+
+
+def test_a_replica_knows_its_name_the_lighthouse_its_port_and_its_gpus(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     code = (
         "import os, sys; names = ('TORCHFT_LIGHTHOUSE', 'MICS_DS_REPLICA', 'CUDA_VISIBLE_DEVICES')\n"
         "assert os.environ['PET_MASTER_PORT'] == os.environ['MASTER_PORT'] == sys.argv[2]\n"
