@@ -108,7 +108,8 @@ class MicsPartitioner(pp.Init):
     ) -> None:
         had_shard = param.ds_tensor is not None
         super()._partition_param(param, buffer, has_been_updated, free_data)
-        if not had_shard and self.mics_groups.replication is not None and _is_in_memory(param):
+        has_copies = self.mics_groups.replication is not None or self.mics_groups.config.replicas is not None
+        if not had_shard and has_copies and _is_in_memory(param):
             # DeepSpeed leaves in the padding what was in memory. Copies are compared whole, so it has to be equal.
             width = param.ds_tensor.numel()
             param.ds_tensor.data[max(0, param.ds_numel - self._partition_rank(param) * width) :].zero_()
