@@ -28,10 +28,15 @@ LIMIT_S = 240
 
 
 class Job:
-    """torchrun on two emulated nodes, each with memory of its own."""
+    """torchrun on two emulated nodes, each with memory of its own.
 
-    def __init__(self, cluster: emulation.Cluster, root: Path, *arguments: str) -> None:
+    Args:
+        shm_bytes: of each node's ``/dev/shm``; by default half of this machine's memory.
+    """
+
+    def __init__(self, cluster: emulation.Cluster, root: Path, *arguments: str, shm_bytes: int | None = None) -> None:
         self.cluster, self.root, self.arguments = cluster, root, arguments
+        self._size = [] if shm_bytes is None else ["-o", f"size={shm_bytes}"]
         self.disk = root / "disk"
         self.lines: list[str] = []
         self._processes: dict[int, subprocess.Popen] = {}
@@ -50,7 +55,7 @@ class Job:
         path = self.root / f"memory{node}"
         if not path.exists():
             path.mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(path)], check=True)
+            subprocess.run(["mount", "-t", "tmpfs", *self._size, "tmpfs", str(path)], check=True)
         return path
 
     def start(self, node: int) -> None:

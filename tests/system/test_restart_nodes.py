@@ -68,3 +68,34 @@ def test_without_both_nodes_that_held_a_shard_the_disk_is_used(tmp_path):
         assert "no complete set of copies in memory" in said
         assert "LOADED 3" in said
         assert set(job.losses(killed)) == set(range(4, STEPS + 1))
+
+
+def said_with(cluster: emulation.Cluster, root: Path, shm_bytes: int | None) -> tuple[str, str]:
+    """What a job says at its start, and after the loss of a node, on nodes with so much ``/dev/shm``."""
+    root.mkdir()
+    size = ["--hidden", "1024", "--layers", "8"]
+    with Job(cluster, root, "--steps", "8", "--pause", "1", *size, shm_bytes=shm_bytes) as job:
+        job.start(0)
+        job.start(1)
+        job.await_line(r"STEP 6 ")
+        job.kill(1)
+        killed = len(job.lines)
+        job.forget(1)
+        job.start(1)
+        job.finish()
+        return "\n".join(job.lines[:killed]), "\n".join(job.lines[killed:])
+
+
+@pytest.mark.slow
+def test_the_smallest_dev_shm_that_holds_the_copies_will_do_and_less_is_told_at_the_start(tmp_path):
+    with emulation.Cluster(2, None) as cluster:
+        before, after = said_with(cluster, tmp_path / "plenty", None)
+        [takes] = {float(each) for each in re.findall(r"copies in memory take (\S+) GB on a node", before)}
+        assert takes > 0.1, "hundredths of a GB are told"
+        assert "resumed from memory" in after
+        for name, room in (("enough", takes + 0.01), ("short", takes - 0.01)):
+            before, after = said_with(cluster, tmp_path / name, int(room * 1e9))
+            short = f"a restart uses the disk: that takes {takes:.2f} GB on a node, in /dev/shm, which has"
+            assert (short in before) == (name == "short"), before
+            assert ("resumed from memory" in after) == (name == "enough"), after
+            assert ("LOADED 3" in after) == (name == "short"), after
