@@ -5,6 +5,12 @@ Every message says what was expected, what was found, and what to do about it.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .log import logger
+
 
 class MicsError(Exception):
     """Base class of every error raised by mics_ds."""
@@ -49,3 +55,17 @@ def describe_error(error: BaseException) -> str:
     """An error in a note to the other ranks; one of ours needs no introduction."""
     said = str(error) if isinstance(error, MicsCheckpointError) else f"{type(error).__name__}: {error}"
     return said.encode(errors="backslashreplace").decode().strip().rstrip(".")
+
+
+@contextmanager
+def noting(errors: list[str], say: Callable[[Exception], str] = describe_error) -> Iterator[None]:
+    """Note an error of the block, of whatever kind, to raise it on all ranks later.
+
+    Raised here, it would be known to this rank alone, and the others would wait for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (MicsCheckpointError, OSError, pickle.PickleError)):
+            logger.error("on this rank:", exc_info=True)  # the other ranks have no use for where it happened
+        errors.append(say(error))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import manifest
 from .checkpoint import reshape as cutting
-from .checkpoint.coordination import SLOW_S, refuse_lost_manifest, tell_speed
+from .checkpoint.coordination import SLOW_S, manifest_or_shards, tell_speed
 from .checkpoint.folder import discard
 from .deepspeed_compat.checkpoint import load_states
 from .deepspeed_compat.patching import temporarily
@@ -128,13 +128,11 @@ class Weights:
         """Number of shards, if the checkpoint is complete."""
         if not self.folder.is_dir():
             raise MicsCheckpointError(f"{self.folder} is not a folder. Give the folder of one tag, DIR/global_step100.")
-        try:
-            found = manifest.read(self.folder)
+        found, shards = manifest_or_shards(self.folder, 0)
+        parallel, damages = 1, list[str]()
+        if found is not None:
+            parallel = found.model_parallel
             damages = manifest.damages(self.folder, sorted(found.files), found.files, contents=check)
-            shards, parallel = found.shards, found.model_parallel
-        except FileNotFoundError:
-            refuse_lost_manifest(self.folder, 0)
-            shards, parallel, damages = manifest.count_shards(self.folder), 1, []
         if not shards:
             damages = [cutting.what_else_it_is(self.folder)]
         elif parallel > 1 or list(self.folder.glob("*mp_rank_01*")):

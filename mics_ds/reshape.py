@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .checkpoint import folder as folders
 from .checkpoint import manifest
 from .checkpoint import reshape as cutting
-from .checkpoint.coordination import SLOW_S, RankState, refuse_lost_manifest, restore_own, tell_speed, versions
+from .checkpoint.coordination import SLOW_S, RankState, manifest_or_shards, restore_own, tell_speed, versions
 from .checkpoint.manifest import OWN_STATE, FileRecord, Manifest
 from .checkpoint.staging import marked
 from .deepspeed_compat.checkpoint import load_states
@@ -96,14 +96,10 @@ def _names(folder: Path) -> list[str]:
 
 def _check(source: Path) -> tuple[int, Manifest | None]:
     """Number of shards and manifest, if ``source`` is complete."""
-    old: Manifest | None = None
-    try:
-        old = manifest.read(source)
+    old, shards = manifest_or_shards(source, 0)
+    if old is not None:
         found = manifest.damages(source, sorted(old.files), old.files)
-        shards = old.shards
-    except FileNotFoundError:
-        refuse_lost_manifest(source, 0)
-        shards = manifest.count_shards(source)
+    else:
         mp = {match["mp"]: match["prefix"] for match in map(_OPTIMIZER_FILE.match, _names(source)) if match}
         wanted = [
             name

@@ -22,32 +22,25 @@ from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
 from ..deepspeed_compat.engine import device_streams
 from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
-from .coordination import Run, attempt, exchange, raise_together, shared_store
+from .coordination import Run, raised_on_all_ranks, shared_store
 from .copies import Copying, SharedMemory
 from .links import LostError, Neighbour, connect_for_save, listen, writer_of
-from .writer import Done, Job, Seal, Sealed, Serve, Station
+from .writer import Done, Job, Seal
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = (
-    f"import sys; sys.path[0] = {_ROOT!r}; from mics_ds.checkpoint.writer import serve; serve(*map(int, sys.argv[1:4]))"
+    f"import sys; sys.path[0] = {_ROOT!r}; from mics_ds.checkpoint.writer import serve; serve(*map(int, sys.argv[1:]))"
 )
 _END_S = 10.0
 _GRACE_S = 60.0
 _POLL_S = 0.2
-
-
-class _HandOver(NamedTuple):
-    """Something for the process to do, once a copy has arrived."""
-
-    copying: Copying
-    message: Job | Seal | Serve
 
 
 class Background:
@@ -73,7 +66,8 @@ class Background:
         self._died = False
         self._ends = threading.Event()
         self._process, self._pipe = self._start()
-        self._handed: queue.SimpleQueue[_HandOver] = queue.SimpleQueue()
+        self._handed: queue.SimpleQueue[tuple[Job | Seal, Copying]] = queue.SimpleQueue()
+        """What the process is to do, each once a copy has arrived."""
         threading.Thread(target=self._hand_over, name="mics hand-over", daemon=True).start()
 
     @classmethod
@@ -93,27 +87,21 @@ class Background:
         if cls.current is not None:
             cls.current.close()
         Run.begin()
-        errors: list[str] = []
-        attempt(cls._make, errors)
         try:
-            notes = exchange({"errors": errors}, "starting the processes that write checkpoints")
-            raise_together(
-                notes,
+            with raised_on_all_ranks(
+                "starting the processes that write checkpoints",
                 "The processes that write checkpoints could not be started.",
                 'Save without "mics_checkpoint": {"async": true} and "memory_every", or give the ranks what they lack.',
-            )
+            ):
+                made = cls.current = cls()
+                shared_store().set(f"writer/{Run.name}/{made._rank}", json.dumps([made._host, made._port]))
+                _prepare_for_the_end()
         except BaseException:
             if cls.current is not None:
                 cls.current.close()
             raise
         assert cls.current is not None, "there were no errors"
         return cls.current
-
-    @classmethod
-    def _make(cls) -> None:
-        made = cls.current = cls()
-        shared_store().set(f"writer/{Run.name}/{made._rank}", json.dumps([made._host, made._port]))
-        _prepare_for_the_end()
 
     # ------------------------------------------------------------------------------------- saves
 
@@ -128,11 +116,7 @@ class Background:
         return self._neighbours[rank]
 
     def revive(self) -> None:
-        """Start the process again if it has died.
-
-        Raises:
-            OSError: that is not possible.
-        """
+        """Start the process again if it has died."""
         if self._process.poll() is not None:
             self._wait_for(lambda: self._died)  # the thread that listens to it is about to notice
         if self._died:
@@ -158,26 +142,23 @@ class Background:
 
     def serve(self, folder: Path) -> None:
         """Have the copies in a folder given to other ranks."""
-        self._give(Serve(str(folder)), Copying())
+        self._give(Seal(0, str(folder)), Copying())
 
-    def _give(self, message: Job | Seal | Serve, copying: Copying) -> None:
+    def _give(self, job: Job | Seal, copying: Copying) -> None:
         self._copying.append(copying)
-        self._handed.put(_HandOver(copying, message))
+        self._handed.put((job, copying))
 
     def _hand_over(self) -> None:
         while True:
-            copying, message = self._handed.get()
+            job, copying = self._handed.get()
             try:
                 copying.wait()
-                self._pipe.send(message)
+                self._pipe.send(job)
             except OSError:  # and the thread that listens may have looked before there was a job
                 self._gone()
             except Exception as error:  # of the device
                 failed = f"rank {self._rank}: states could not be copied, {describe_error(error)}"
-                if isinstance(message, Seal):
-                    self._sealed(Sealed(message.number, failed))
-                else:
-                    self._finish(failed, 0.0, 0)
+                self._finish(Done(job.number, failed, 0.0, 0))
             with suppress(ValueError):
                 self._copying.remove(copying)
 
@@ -199,12 +180,8 @@ class Background:
             self._wait_for(lambda: self._job is None, self._since + job.limit_s + _GRACE_S - started)
             if self._job is not None:
                 self._process.kill()
-                self._finish(
-                    f"Whether checkpoint {job.target} was saved is not known. {writer_of(self._rank)} did not come to "
-                    f"an end within {job.limit_s:.0f} s",
-                    0.0,
-                    0,
-                )
+                ended = f"{writer_of(self._rank)} did not come to an end within {job.limit_s:.0f} s"
+                self._lose(job, ended)
             log_rank0(f"waited {time.monotonic() - started:.1f} s for a checkpoint that was being written")
 
     def take_error(self) -> str:
@@ -225,15 +202,13 @@ class Background:
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.memory.descriptor, self._listening.fileno())
         environment = {**os.environ, "MICS_DS_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        arguments = map(str, (*descriptors, self._rank, os.getpid()))
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            env=environment,
+            [sys.executable, "-c", _START, *arguments], pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment
         )
         theirs.close()
         pipe = Connection(ours.detach())
-        pipe.send(Station(self._rank, Run.token, os.getpid()))
+        pipe.send(Run.token)
         self._listener = threading.Thread(target=self._listen, args=(pipe, process), name="mics writer", daemon=True)
         self._listener.start()
         return process, pipe
@@ -241,38 +216,38 @@ class Background:
     def _listen(self, pipe: Connection, process: subprocess.Popen) -> None:
         while True:
             try:
-                said: Done | Sealed = pipe.recv()
+                self._finish(pipe.recv())
             except (EOFError, OSError):
                 if process is self._process:
                     self._gone()
                     self._answer_for_the_dead()
                 return
-            if isinstance(said, Sealed):
-                self._sealed(said)
-            else:
-                self._finish(said.error, said.seconds, said.nbytes)
 
-    def _sealed(self, said: Sealed) -> None:
+    def _finish(self, done: Done) -> None:
+        """Take a result."""
         with self._changed:
-            self.sealing.discard(said.number)
+            was_sealed = done.number in self.sealing
+            self.sealing.discard(done.number)
             self._changed.notify_all()
-        if said.error:
-            logger.warning("a copy of the states in memory is lost: %s", said.error)
-
-    def _finish(self, error: str, seconds: float, nbytes: int) -> None:
-        if self._job is not None:
-            self._when_done()  # before the next save may begin
-        with self._changed:
-            job, self._job = self._job, None
-            self.error = self.error or (error if job is not None else "")
-            self._changed.notify_all()
-        if job is None:
+        if was_sealed and done.error:
+            logger.warning("a copy of the states in memory is lost: %s", done.error)
+        job = self._job
+        if job is None or job.number != done.number:
             return
-        if error:
-            logger.error("%s", error)
+        self._when_done()  # before the next save may begin
+        with self._changed:
+            if self._job is not job:
+                return
+            self._job, self.error = None, self.error or done.error
+            self._changed.notify_all()
+        if done.error:
+            logger.error("%s", done.error)
         else:
-            speed = f", {nbytes / 1e6 / seconds:.0f} MB/s on rank 0" if seconds > 1 else ""
-            log_rank0(f"{job.target} is complete, written asynchronously in {seconds:.1f} s{speed}")
+            speed = f", {done.nbytes / 1e6 / done.seconds:.0f} MB/s on rank 0" if done.seconds > 1 else ""
+            log_rank0(f"{job.target} is complete, written asynchronously in {done.seconds:.1f} s{speed}")
+
+    def _lose(self, job: Job, why: str) -> None:
+        self._finish(Done(job.number, f"Whether checkpoint {job.target} was saved is not known: {why}", 0.0, 0))
 
     def _gone(self) -> None:
         """The process has ended, and not because it was told to."""
@@ -289,7 +264,7 @@ class Background:
                     link = connect_for_save(job.parent, Run.token, job.number, self._rank, time.monotonic() + _GRACE_S)
                     link.send({"errors": [ended], "files": {}})
                     link.close()
-            self._finish(f"Whether checkpoint {job.target} was saved is not known: {ended}", 0.0, 0)
+            self._lose(job, ended)
 
     def _answer_for_the_dead(self) -> None:
         """Close what connects to a process that has ended, until there is another one."""

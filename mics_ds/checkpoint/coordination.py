@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from .. import __version__
 from ..comm.groups import MicsGroups
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device
-from ..errors import MicsCheckpointError, describe_error
-from ..log import log_rank0, logger
+from ..errors import MicsCheckpointError, describe_error, noting
+from ..log import log_rank0
 from . import folder as folders
 from . import manifest
 from .manifest import FileRecord, Manifest
@@ -38,8 +38,6 @@ RESHAPE_COMMAND = "mics-ds reshape"
 UNCHANGED = "No state was changed."
 SLOW_S = 3.0
 """Seconds after which the log says how long something takes."""
-
-_EXPECTED = (MicsCheckpointError, OSError, pickle.PickleError)
 
 
 def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
@@ -55,14 +53,8 @@ def exchange(note: dict[str, Any], doing: str) -> list[dict[str, Any]]:
 
 
 def exchange_and_compare(note: dict[str, Any], value: Any, doing: str) -> tuple[list[dict[str, Any]], bool]:
-    """Return the notes of all ranks, and whether all have the same value, by one all-reduce as a rule.
-
-    Args:
-        note, value: something that JSON can hold.
-
-    Raises:
-        MicsCheckpointError: another rank has died.
-    """
+    """Return the notes of all ranks, and whether all have the same value, by one all-reduce as a rule. Both are things
+    that JSON can hold. Raises as :func:`exchange` does."""
     world = dist.get_world_size()
     if world == 1:
         return [note], True
@@ -143,17 +135,22 @@ def raise_together(notes: list[dict[str, Any]], failed: str, remedy: str) -> Non
         raise MicsCheckpointError(f"{failed} {said}{more}. {remedy}")
 
 
-def attempt(work: Callable[[], Any], errors: list[str], say: Callable[[Exception], str] = describe_error) -> None:
-    """Do what may fail on this rank only: note the error, of whatever kind, for :func:`raise_together` later.
+@contextmanager
+def raised_on_all_ranks(doing: str, failed: str, remedy: str | Callable[[], str] = "") -> Iterator[list[str]]:
+    """Raise on all ranks what goes wrong in the block on any of them. Collective over the world, at its end.
 
-    Raised here, it would be known to this rank alone, and the others would wait for it.
+    Args:
+        remedy: a function is called on all ranks, and may be collective.
+
+    Yields:
+        The errors of this rank, for what the block does not raise.
     """
-    try:
-        work()
-    except Exception as error:
-        if not isinstance(error, _EXPECTED):  # the other ranks have no use for where it happened
-            logger.error("on this rank:", exc_info=True)
-        errors.append(say(error))
+    noted: list[str] = []
+    with noting(noted):
+        yield noted
+    notes = exchange({"errors": noted}, doing)
+    if any(note["errors"] for note in notes):
+        raise_together(notes, failed, remedy if isinstance(remedy, str) else remedy())
 
 
 class Roles:
@@ -163,82 +160,43 @@ class Roles:
     """
 
     def __init__(self, groups: MicsGroups, node_local: bool) -> None:
-        self.rank = dist.get_rank()
-        self.groups = groups
-        self.node_local = node_local
+        self.rank, self.groups, self.node_local = dist.get_rank(), groups, node_local
         self.shard = groups.partition.rank
         self.replicas = groups.layout.replication_groups[self.shard]
         """Global ranks that hold this rank's shard."""
+        self._folder_of = {rank: node if node_local else 0 for rank, node in groups.node_of.items()}
+        """Number of the folder that each global rank sees."""
+        first: dict[int, int] = {}
+        self._publisher_of = {rank: first.setdefault(seen, rank) for rank, seen in self._folder_of.items()}
+        self.publishers = sorted(first.values())
+        """Global ranks that publish: one, or with node-local folders one on each node."""
+        self.publisher = self._publisher_of[self.rank]
+        """Global rank that publishes where this rank's files are."""
+        self.publishes = self.rank == self.publisher
+        self.owner = self._owner_of[self.rank]
+        """Global rank that writes the files of this rank's shard, where this rank can see them."""
+        self.owns = self.rank == self.owner
+        self.sharers = [rank for rank in self.replicas if self._owner_of[rank] == self.owner]
+        """Global ranks that hold this rank's shard and see the folder that :attr:`owner` writes it to."""
 
     @cached_property
     def peers(self) -> list[int]:
         """Global ranks that see the same folder."""
-        nodes = self.groups.node_of
-        return [rank for rank, node in nodes.items() if not self.node_local or node == nodes[self.rank]]
+        return [rank for rank, seen in self._folder_of.items() if seen == self._folder_of[self.rank]]
 
     @cached_property
-    def publisher(self) -> int:
-        """Global rank that publishes where this rank's files are."""
-        return self.peers[0]
-
-    @property
-    def publishes(self) -> bool:
-        return self.rank == self.publisher
-
-    @cached_property
-    def publishers(self) -> list[int]:
-        """Global ranks that publish: one, or with node-local folders one on each node."""
-        return [self.publisher] if not self.node_local else self._first_of_each_node(self.groups.node_of)
-
-    @cached_property
-    def owner(self) -> int:
-        """Global rank that writes the files of this rank's shard, where this rank can see them."""
-        layout = self.groups.layout
-        if not self.node_local:  # shard i by replica i mod r, so that replicas share the writing
-            return self.replicas[self.shard % layout.replication_size]
-        return self.sharers[0]
-
-    @property
-    def owns(self) -> bool:
-        return self.rank == self.owner
-
-    @cached_property
-    def owners(self) -> list[int]:
-        """Global ranks that write the files of this rank's shard: one, or with node-local folders one on each node."""
-        return [self.owner] if not self.node_local else self._first_of_each_node(self.replicas)
-
-    @cached_property
-    def sharers(self) -> list[int]:
-        """Global ranks that hold this rank's shard and see the folder that :attr:`owner` writes it to."""
-        return [rank for rank in self.replicas if rank in self.peers]
-
-    @cached_property
-    def parent(self) -> int | None:
-        """Global rank whose writer this rank's writer reports to.
-
-        Sharers report to the owner, owners to the publisher, publishers to the first of them.
-        """
-        way_up = [self.owner, self.publisher, self.publishers[0]]
-        return next((rank for rank in way_up if rank != self.rank), None) if self.rank != way_up[-1] else None
-
-    @cached_property
-    def children(self) -> list[int]:
-        """Global ranks whose writers report to this rank's writer."""
-        found = set(self.sharers) if self.owns else set()
-        found |= set(self._owners_here()) if self.publishes else set()
-        found |= set(self.publishers) if self.rank == self.publishers[0] else set()
-        return sorted(found - {self.rank})
-
-    def _owners_here(self) -> Iterator[int]:
-        """Global ranks that write to this rank's folder, those of other model-parallel ranks among them."""
-        layout, peers = self.groups.layout, set(self.peers)
+    def _owner_of(self) -> dict[int, int]:
+        """The owner of each global rank's shard, those of other data-parallel groups among them."""
+        found: dict[int, int] = {}
         for offset in self.offsets:
-            for shard, replicas in enumerate(layout.replication_groups):
-                ranks = [rank + offset for rank in replicas]
-                if self.node_local:
-                    yield from [rank for rank in ranks if rank in peers][:1]
-                else:
-                    yield ranks[shard % len(ranks)]
+            for shard, replicas in enumerate(self.groups.layout.replication_groups):
+                ranks, first = [rank + offset for rank in replicas], dict[int, int]()
+                for rank in filter(
+                    self._folder_of.__contains__, ranks
+                ):  # shard i by replica i mod r, so that replicas share the writing
+                    here = first.setdefault(self._folder_of[rank], rank)
+                    found[rank] = here if self.node_local else ranks[shard % len(ranks)]
+        return found
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -249,9 +207,20 @@ class Roles:
             left -= {rank + found[-1] for rank in ranks}
         return found
 
-    def _first_of_each_node(self, ranks: Any) -> list[int]:
-        nodes = self.groups.node_of
-        return sorted({nodes[rank]: rank for rank in reversed(list(ranks))}.values())
+    def _parent_of(self, rank: int) -> int | None:
+        """Sharers report to the owner, owners to the publisher, publishers to the first of them."""
+        way_up = (self._owner_of[rank], self._publisher_of[rank], self.publishers[0])
+        return next((up for up in way_up if up != rank), None) if rank != way_up[-1] else None
+
+    @property
+    def parent(self) -> int | None:
+        """Global rank whose writer this rank's writer reports to."""
+        return self._parent_of(self.rank)
+
+    @property
+    def children(self) -> list[int]:
+        """Global ranks whose writers report to this rank's writer."""
+        return sorted(rank for rank in self._owner_of if self._parent_of(rank) == self.rank)
 
     def describe(self, tag: str, steps: int, save: str, files: Mapping[str, FileRecord]) -> Manifest:
         """Return the manifest of a checkpoint of this job, as this rank's folder has it."""
@@ -280,12 +249,15 @@ def roles_of(engine: Any) -> Roles:
     return Roles(engine.optimizer.mics_groups, engine.use_node_local_storage())
 
 
-def on_publishers(roles: Roles, work: Callable[[], Any], doing: str) -> list[dict[str, Any]]:
-    """Do something on the ranks that publish, and tell all ranks how it went."""
-    errors: list[str] = []
-    if roles.publishes:
-        attempt(work, errors)
-    return exchange({"errors": errors}, doing)
+def require_same(notes: list[dict[str, Any]], field: str, what: str) -> None:
+    """Raise MicsCheckpointError, on every rank, unless all ranks have noted the same."""
+    said = {note[field]: rank for rank, note in reversed(list(enumerate(notes)))}
+    if len(said) > 1:
+        values = sorted(said.items(), key=lambda item: item[1])
+        raise MicsCheckpointError(
+            f"All ranks must {what}, but {'; '.join(f'rank {rank} said {value!r}' for value, rank in values[:8])}. "
+            f"Give every rank the same one (a folder local to each node needs use_node_local_storage)."
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,8 +271,7 @@ def agree_on_tag(roles: Roles, load_dir: Any, tag: Any) -> str | None:
     newer checkpoint is complete on all nodes, and is taken.
     """
     note: dict[str, Any] = {"asked": None, "latest": None, "steps": -1, "errors": []}
-
-    def look() -> None:
+    with noting(note["errors"]):
         folder = Path(load_dir)
         if tag is not None:
             note["asked"] = str(tag)
@@ -310,55 +281,47 @@ def agree_on_tag(roles: Roles, load_dir: Any, tag: Any) -> str | None:
                 log_rank0(f"{remains} is left from an interrupted save; it is not a checkpoint and is ignored")
         if tag is None:
             note["latest"] = folders.read_latest(folder)
-        wanted = note["latest"] if tag is None else note["asked"]
+        wanted = note["asked"] or note["latest"]
         if wanted and roles.publishes and folders.recover(folder / wanted):
             log_rank0(f"{folder / wanted} was being replaced when that was interrupted; the older one is back")
-        if wanted and tag is None and roles.node_local and (folder / wanted / manifest.NAME).is_file():
-            note["steps"] = manifest.read(folder / wanted).global_steps
-
-    attempt(look, note["errors"])
-    folder, asked = load_dir, note["asked"]
-    notes = exchange(note, f"looking for a checkpoint in {folder}")
-    raise_together(notes, f"No checkpoint can be loaded from {folder}.", UNCHANGED)
-    if len({item["asked"] for item in notes}) > 1:
-        raise MicsCheckpointError(
-            f"All ranks must load the same tag, got {', '.join(repr(item['asked']) for item in notes[:8])} in rank "
-            f"order. Give every rank the same one."
-        )
-    if asked is not None:
-        return asked
-    found = {item["latest"] for item in notes}
-    if len(found) == 1:
-        return note["latest"]
-    seeing = [rank for rank, item in enumerate(notes) if item["latest"] is not None]
+        if note["latest"] and roles.node_local and (folder / note["latest"] / manifest.NAME).is_file():
+            note["steps"] = manifest.read(folder / note["latest"]).global_steps
+    notes = exchange(note, f"looking for a checkpoint in {load_dir}")
+    raise_together(notes, f"No checkpoint can be loaded from {load_dir}.", UNCHANGED)
+    require_same(notes, "asked", "load the same tag")
     if not roles.node_local:
-        raise MicsCheckpointError(
-            f"{Path(folder) / folders.LATEST} says "
-            + "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(item["latest"] for item in notes))
-            + ". The folder has to be on storage that all nodes share; for folders local to each node set "
-            '"checkpoint": {"use_node_local_storage": true}.'
-        )
-    newest = max((notes[rank] for rank in seeing), key=lambda item: item["steps"])["latest"]
-    log_rank0(f"nodes disagree on the latest checkpoint in {folder}, as after an interrupted save; taking {newest}")
+        require_same(notes, "latest", f"find the same tag in {Path(load_dir) / folders.LATEST}")
+    if note["asked"] is not None:
+        return note["asked"]
+    newest = max(notes, key=lambda item: (item["latest"] is not None, item["steps"]))["latest"]
+    if any(item["latest"] != newest for item in notes):
+        log_rank0(f"nodes disagree on {Path(load_dir) / folders.LATEST}, as after an interrupted save; taking {newest}")
     return newest
 
 
-def refuse_lost_manifest(folder: Path, shard: int) -> None:
-    """See to it that a folder without a manifest never had one, as far as the files of one shard tell.
+def manifest_or_shards(folder: Path, shard: int) -> tuple[Manifest | None, int]:
+    """Return the manifest of a checkpoint, if it has one, and its number of shards, 0 if it has none.
+
+    Args:
+        shard: whose files tell whether a manifest is gone.
 
     Raises:
-        MicsCheckpointError: MiCS wrote it, and ``MICS_DS_ALLOW_UNCHECKED=1`` is not set.
+        MicsCheckpointError: MiCS wrote it, its manifest is gone, and ``MICS_DS_ALLOW_UNCHECKED=1`` is not set.
     """
-    if os.environ.get(manifest.ALLOW_UNCHECKED_ENV) == "1":
-        return
-    for path in sorted(folder.glob(f"*zero_pp_rank_{shard}_mp_rank_*_optim_states.pt")):
-        version = seam.load_states(path, mmap=True).get(MARK)
-        if version is not None:
-            raise MicsCheckpointError(
-                f"{folder} was written by mics_ds {version}, and its {manifest.NAME} is gone: nothing tells whether "
-                f"its files are those that were written. Restore that file, or load another checkpoint, or set "
-                f"{manifest.ALLOW_UNCHECKED_ENV}=1 on all ranks to load this one unchecked"
-            )
+    with suppress(FileNotFoundError):
+        found = manifest.read(folder)
+        return found, found.shards
+    shards = manifest.count_shards(folder)
+    if os.environ.get(manifest.ALLOW_UNCHECKED_ENV) != "1":
+        for path in sorted(folder.glob(f"*zero_pp_rank_{shard % max(shards, 1)}_mp_rank_*_optim_states.pt")):
+            version = seam.load_states(path, mmap=True).get(MARK)
+            if version is not None:
+                raise MicsCheckpointError(
+                    f"{folder} was written by mics_ds {version}, and its {manifest.NAME} is gone: nothing tells "
+                    f"whether its files are those that were written. Restore it, or load another checkpoint, or set "
+                    f"{manifest.ALLOW_UNCHECKED_ENV}=1 on all ranks to load this one unchecked"
+                )
+    return None, shards
 
 
 def tell_speed(target: Path, nbytes: int, started: float) -> None:

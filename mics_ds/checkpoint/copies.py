@@ -10,7 +10,6 @@ Whatever has no description, or one that its content does not match, is not ther
 
 from __future__ import annotations
 
-import errno
 import getpass
 import hashlib
 import json
@@ -92,7 +91,7 @@ class SharedMemory:
         """See to it that there is so much, pinned where there is an accelerator of CUDA's kind.
 
         Raises:
-            OSError: there is not. What was there before still is.
+            MicsCheckpointError, OSError: there is not. What was there before still is.
         """
         size = os.fstat(self.descriptor).st_size
         if nbytes > size:
@@ -111,13 +110,7 @@ class SharedMemory:
         """
         while size < wanted:
             step = min(_STEP, wanted - size)
-            left, of = host_memory_left()
-            if left < step + _MARGIN:
-                raise OSError(
-                    errno.ENOMEM,
-                    f"{wanted / 1e9:.2f} GB of host memory are needed to stage states in, {size / 1e9:.2f} GB were "
-                    f"taken, and {left / 1e9:.2f} GB are left of {of}",
-                )
+            require_host_memory(step + _MARGIN, f"to stage states in, {wanted / 1e9:.2f} GB in all")
             os.posix_fallocate(self.descriptor, size, step)
             size += step
 
@@ -228,19 +221,15 @@ class Shard:
         """By name, whole when all replicas were added."""
 
     def add(self, staged: Staged, replica: int, memory: SharedMemory) -> None:
-        """Take what a replica has copied.
-
-        Raises:
-            MicsCheckpointError: there is not enough host memory.
-        """
+        """Take what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
         if not self._wholes:
-            _require_host_memory(sum(share.nbytes for share in staged.shares))
+            require_host_memory(sum(share.nbytes for share in staged.shares), "to put a shard together")
             self._wholes = [torch.empty(share.nbytes, dtype=torch.uint8, device="cpu") for share in staged.shares]
         for share, (start, nbytes), whole in zip(staged.shares, staged.pieces(replica), self._wholes):
             share.put(memory.view(start, nbytes), replica, whole)
         for file in staged.files:
             if self._lasting:
-                _require_host_memory(sum(item.nbytes for item in file.storages if item.share < 0))
+                require_host_memory(sum(item.nbytes for item in file.storages if item.share < 0), "to load a shard")
             storages = [self._storage(item, memory) for item in file.storages]
             self.files.append((file.name, Recorded(bytes(memory.buffer(*file.pickled)), storages)))
 
@@ -251,12 +240,12 @@ class Shard:
         return found.clone() if self._lasting else found
 
 
-def _require_host_memory(nbytes: int) -> None:
+def require_host_memory(nbytes: int, purpose: str) -> None:
+    """Raise MicsCheckpointError unless there is so much host memory."""
     left, of = host_memory_left()
     if nbytes > left:
         raise MicsCheckpointError(
-            f"{nbytes / 1e9:.2f} GB of host memory are needed to put a shard together, and {left / 1e9:.2f} GB are "
-            f"left of {of}"
+            f"{nbytes / 1e9:.2f} GB of host memory are needed {purpose}, and {left / 1e9:.2f} GB are left of {of}"
         )
 
 
@@ -316,11 +305,7 @@ class Copy(NamedTuple):
     path: Path
 
     def require_same(self, memory: SharedMemory) -> None:
-        """Compare with what is in memory.
-
-        Raises:
-            MicsCheckpointError: that is something else.
-        """
+        """Raise MicsCheckpointError unless this is what is in memory."""
         nbytes = self.description.staged.nbytes
         if memory.nbytes < nbytes or memory.checksum(nbytes) != self.checksum:
             raise MicsCheckpointError(f"{self.path} has other content than was written (checksum)")
@@ -390,11 +375,7 @@ def region(folder: str | os.PathLike, key: str) -> Path:
 
 
 def require_own(path: Path) -> None:
-    """Check that no other user can write to ``path``.
-
-    Raises:
-        MicsCheckpointError: it belongs to another user, who could have put anything there.
-    """
+    """Raise MicsCheckpointError if another user can write to ``path``, who could have put anything there."""
     found = path.stat(follow_symlinks=False)
     if found.st_uid != os.getuid() or found.st_mode & 0o022 or path.is_symlink():
         raise MicsCheckpointError(

@@ -54,45 +54,27 @@ _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def check_tag(tag: str) -> None:
-    """See to it that a tag is the name of something inside the folder of checkpoints.
-
-    Raises:
-        MicsCheckpointError: it is not.
-    """
+    """Raise MicsCheckpointError unless a tag is the name of something inside the folder of checkpoints."""
     parts = tag.split("/")
-    if len(tag) > _LONGEST:
-        problem = "it is too long"
-    elif all(part in ("", ".") for part in parts):
-        problem = "it names no folder"
-    elif tag.startswith("/"):
-        problem = "it is an absolute path"
-    elif ".." in parts:
-        problem = "'..' leaves the folder of the checkpoints"
-    elif "\0" in tag:
-        problem = "no file name has a NUL character"
-    elif not _is_utf8(tag):
-        problem = "it has half of a surrogate pair, which UTF-8 cannot express"
-    elif max(len(part.encode()) for part in parts) > _LONGEST_PART:
-        problem = "it is too long for a file name"
-    elif tag != tag.strip():
-        problem = f"{LATEST!r} keeps no white space around it"
-    elif is_remains(Path(tag).name):
-        problem = "such names are those of checkpoints that are not complete"
-    else:
+    problems = {
+        "it is too long": len(tag) > _LONGEST,
+        "it names no folder": all(part in ("", ".") for part in parts),
+        "it is an absolute path": tag.startswith("/"),
+        "'..' leaves the folder of the checkpoints": ".." in parts,
+        "no file name has a NUL character": "\0" in tag,
+        "it has half of a surrogate pair, which UTF-8 cannot express": tag != tag.encode(errors="ignore").decode(),
+        "it is too long for a file name": max(len(part.encode(errors="replace")) for part in parts) > _LONGEST_PART,
+        f"{LATEST!r} keeps no white space around it": tag != tag.strip(),
+        "such names are those of checkpoints that are not complete": is_remains(parts[-1]),
+    }
+    problem = next((words for words, is_so in problems.items() if is_so), "")
+    if not problem:
         return
     shown = ascii(tag) if len(tag) <= _SHOWN else f"{tag[:_SHOWN]!a}..."
     raise MicsCheckpointError(
         f"{shown} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
         f"checkpoints are kept in, global_step100 say"
     )
-
-
-def _is_utf8(tag: str) -> bool:
-    try:
-        tag.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_tag(tag: str) -> bool:
@@ -206,14 +188,6 @@ def newest(folder: Path) -> tuple[str, int]:
     return marker(tag, found.save or f"of {found.global_steps}"), found.global_steps
 
 
-def newest_marker(folder: Path) -> str:
-    """The marker of the checkpoint that ``latest`` names, as far as that can be read."""
-    try:
-        return newest(folder)[0]
-    except (OSError, MicsCheckpointError):
-        return ""
-
-
 def complete_tags(folder: Path) -> list[str]:
     """Tags in ``folder`` with a manifest that can be read, oldest training step first."""
     found = []
@@ -242,7 +216,7 @@ def staging_folder(target: Path, save: str) -> Path:
 
 
 class Staging:
-    """The folder that one save writes to, and the lock on its tag. On the rank that publishes.
+    """The folder that one save writes to, and the lock on its tag, which the rank that publishes takes.
 
     Args:
         target: where the checkpoint will be.
@@ -250,7 +224,7 @@ class Staging:
     """
 
     def __init__(self, target: Path, save: str) -> None:
-        self.target, self.folder = target, staging_folder(target, save)
+        self.target, self.save, self.folder = target, save, staging_folder(target, save)
         self._lock = _lock_on(target)
         self._new_folders: list[Path] = []
         """Made on the way, innermost first."""

@@ -1,12 +1,13 @@
 """Connections between the processes that write: messages of JSON, each with any number of bytes after it.
 
 A link is a connection of :mod:`multiprocessing`, whose two ends know each other by a token that the ranks of the job
-share. Nothing that comes from one is unpickled. Both ends show a sign of life every second, an empty message. The end
-of the connection, silence, and the deadline of what the link is for are all the same to its user: a :class:`LostError`.
+share. Nothing that comes from one is unpickled. TCP tells when a process ends, and its keepalive when a node is gone.
+Both, and the deadline of what the link is for, are the same to its user: a :class:`LostError`.
 """
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
@@ -14,8 +15,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, NamedTuple
@@ -27,14 +28,15 @@ from .copies import SharedMemory
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 STARTING_S = 120.0
-"""Seconds that a process may take from its start to its first sign of life; it imports torch."""
+"""Seconds that a process may take from its start to its first answer; it imports torch."""
 _BACKLOG = 4096
-_BEAT_S = 1.0
 _CHUNK = 16 << 20
+_NOTHING = memoryview(b"")
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class LostError(MicsCheckpointError):
-    """The other end of a link is gone, or shows no sign of life, or takes too long."""
+    """The other end of a link is gone, or its node does not answer, or it takes too long."""
 
 
 class Neighbour(NamedTuple):
@@ -54,12 +56,12 @@ def writer_of(rank: int) -> str:
 
 
 def patience_s() -> float:
-    """Seconds of silence after which the other end of a link is lost."""
+    """Seconds after which a node that does not answer is lost."""
     return float(os.environ.get(PATIENCE_ENV, 30.0))
 
 
 class Link:
-    """One connection, from either end.
+    """One connection, from either end. Every method raises :class:`LostError` when the other end is lost.
 
     Args:
         who: the other end, for errors.
@@ -68,22 +70,27 @@ class Link:
 
     def __init__(self, connected: socket.socket, who: str, deadline: float) -> None:
         self.who, self.deadline = who, deadline
-        self._socket, self._lock = connected, threading.Lock()
+        self._socket = connected
         connected.settimeout(None)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._set_timeout(socket.SO_RCVTIMEO, max(patience_s(), STARTING_S))
+        patience = max(1, int(patience_s()))
+        for option, value in (
+            (socket.TCP_NODELAY, 1),
+            (socket.TCP_KEEPIDLE, max(1, patience // 3)),
+            (socket.TCP_KEEPINTVL, max(1, patience // 3)),
+            (socket.TCP_USER_TIMEOUT, 1000 * patience),
+        ):
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._connection = Connection(os.dup(connected.fileno()))
 
-    def _set_timeout(self, which: int, seconds: float) -> None:
+    def _set_timeout(self, which: int, most_s: float = float("inf")) -> None:
+        seconds = min(most_s, self.deadline - time.monotonic())
         self._socket.setsockopt(socket.SOL_SOCKET, which, struct.pack("ll", max(1, int(seconds)), 0))
 
     def authenticate(self, token: str, *, connected: bool) -> None:
-        """See to it that both ends have the same token.
-
-        Raises:
-            LostError: they have not.
-        """
+        """Raise :class:`LostError` unless both ends have the same token."""
         steps = [answer_challenge, deliver_challenge] if connected else [deliver_challenge, answer_challenge]
+        self._set_timeout(socket.SO_RCVTIMEO, max(patience_s(), STARTING_S))
         try:
             for step in steps:
                 step(self._connection, token.encode())
@@ -91,67 +98,41 @@ class Link:
             raise self._lost(error) from error
         except (AuthenticationError, AssertionError) as error:
             raise LostError(f"{self.who} is of another job") from error
-        self._set_timeout(socket.SO_RCVTIMEO, patience_s())
-        _Beats.of_process().links.add(self)
 
-    def send(self, message: Mapping[str, Any], content: Sequence[memoryview] = ()) -> None:
-        """Send a message, and bytes after it.
-
-        Raises:
-            LostError: the other end will not get it.
-        """
-        body = json.dumps({**message, "nbytes": sum(part.nbytes for part in content)}).encode()
+    def send(self, message: Mapping[str, Any], content: memoryview = _NOTHING) -> None:
+        """Send a message, and bytes after it."""
+        body = json.dumps({**message, "nbytes": content.nbytes}).encode()
+        chunks = (content[start : start + _CHUNK] for start in range(0, content.nbytes, _CHUNK))
         try:
-            self._set_timeout(socket.SO_SNDTIMEO, self.deadline - time.monotonic())
-            with self._lock:
-                self._connection.send_bytes(body)
-            for part in content:
-                for start in range(0, part.nbytes, _CHUNK):
-                    with self._lock:
-                        self._connection.send_bytes(part[start : start + _CHUNK])
+            self._set_timeout(socket.SO_SNDTIMEO)
+            for part in (memoryview(body), *chunks):
+                self._connection.send_bytes(part)
         except OSError as error:
             raise self._lost(error) from error
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next message. Its bytes, ``nbytes`` of them, are to be received next.
-
-        Raises:
-            LostError: there will be none.
-        """
+        """Wait for the next message. Its bytes, ``nbytes`` of them, are to be received next."""
         return json.loads(self._await(self._connection.recv_bytes))
 
     def receive_into(self, room: memoryview) -> None:
-        """Receive bytes.
-
-        Raises:
-            LostError: there will be none.
-        """
+        """Receive bytes until the room is full."""
         while room:
             count = self._await(lambda: self._connection.recv_bytes_into(room[:_CHUNK]))  # noqa: B023
             room = room[count:]
 
     def _await(self, receive: Callable[[], Any]) -> Any:
+        self._set_timeout(socket.SO_RCVTIMEO)
         try:
-            while not (received := receive()):  # a sign of life
-                if time.monotonic() > self.deadline:
-                    raise LostError(f"{self.who} did not come to an end within the time limit")
+            return receive()
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
-        return received
 
     def _lost(self, error: Exception) -> LostError:
-        if not isinstance(error, BlockingIOError):
-            return LostError(f"{self.who} has ended")
-        if time.monotonic() > self.deadline:
+        if isinstance(error, BlockingIOError):
             return LostError(f"{self.who} did not come to an end within the time limit")
-        return LostError(f"{self.who} has shown no sign of life for {patience_s():.0f} s")
-
-    def beat(self) -> None:
-        """Show a sign of life, unless a message is under way, which is one."""
-        if self._lock.acquire(blocking=False):
-            with suppress(OSError):
-                self._connection.send_bytes(b"")
-            self._lock.release()
+        if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+            return LostError(f"{self.who} is lost: its node has not answered for {patience_s():.0f} s")
+        return LostError(f"{self.who} has ended")
 
     def await_close(self) -> None:
         """Wait until the other end has got everything and closes."""
@@ -160,40 +141,12 @@ class Link:
                 self.receive()
 
     def close(self) -> None:
-        _Beats.of_process().links.discard(self)
         self._connection.close()
         self._socket.close()
 
 
-class _Beats:
-    """Shows a sign of life on all links of this process."""
-
-    _current: _Beats | None = None
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.links: set[Link] = set()
-        threading.Thread(target=self._run, name="mics signs of life", daemon=True).start()
-
-    @classmethod
-    def of_process(cls) -> _Beats:
-        if cls._current is None or cls._current.process != os.getpid():
-            cls._current = cls()
-        return cls._current
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(_BEAT_S)
-            for link in list(self.links):
-                link.beat()
-
-
 def connect_for_save(to: Neighbour, token: str, number: int, rank: int, deadline: float) -> Link:
-    """Connect to the writer that this rank's reports to, in one save.
-
-    Raises:
-        LostError: it cannot be reached.
-    """
+    """Connect to the writer that this rank's reports to, in one save, or raise :class:`LostError`."""
     return _connect(to, token, {"kind": "save", "number": number, "rank": rank}, deadline)
 
 
@@ -211,28 +164,24 @@ def _connect(to: Neighbour, token: str, hello: Mapping[str, Any], deadline: floa
 
 
 def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory) -> str:
-    """Fetch from the writer of another rank what that rank has copied.
+    """Fetch a copy that the writer of another rank has.
 
     Args:
-        which: the ``number`` of a save; or the ``name`` and the ``step`` of a copy, and if it is not there yet the
-            ``number`` under which it is sealed.
+        which: its ``name`` and ``step``, and if it is not there yet the ``number`` under which it is sealed.
         memory: written, from its beginning on.
 
     Returns:
-        The description of a copy; empty if there is none.
+        The description of the copy; empty if there is none.
 
     Raises:
         LostError: the writer is gone.
         OSError: there is not enough memory.
     """
-    link = _connect(source, token, {"kind": "fetch", **which}, time.monotonic() + 10 * STARTING_S)
-    try:
+    with closing(_connect(source, token, {"kind": "fetch", **which}, time.monotonic() + 10 * STARTING_S)) as link:
         message = link.receive()
         memory.reserve(message["nbytes"])
         link.receive_into(memory.buffer(0, message["nbytes"]))
         return str(message.get("description", ""))
-    finally:
-        link.close()
 
 
 class Listener:
@@ -272,11 +221,7 @@ class Listener:
             self._changed.notify_all()
 
     def await_save(self, number: int, rank: int, deadline: float) -> Link:
-        """The link of a rank that takes part in a save.
-
-        Raises:
-            LostError: there is none.
-        """
+        """Return the link of a rank that takes part in a save, or raise :class:`LostError` if it does not come."""
         until = min(deadline, time.monotonic() + max(patience_s(), STARTING_S))
         with self._changed:
             if not self._changed.wait_for(lambda: (number, rank) in self._arrived, until - time.monotonic()):

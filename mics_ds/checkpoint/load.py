@@ -22,7 +22,7 @@ from ..comm import collectives
 from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device, is_fresh
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
 from . import folder as folders
 from . import manifest, reshape, restart
@@ -33,17 +33,16 @@ from .coordination import (
     UNCHANGED,
     Roles,
     agree_on_tag,
-    attempt,
     elementwise_max,
     exchange,
     exchange_and_compare,
-    raise_together,
-    refuse_lost_manifest,
+    manifest_or_shards,
+    raised_on_all_ranks,
     restore_own,
     roles_of,
     tell_speed,
 )
-from .manifest import OWN_STATE, FileRecord, Manifest
+from .manifest import OWN_STATE, FileRecord
 from .memory import MemoryTier, set_random_states
 from .reshape import Parameters, ShardLayout, Sharers
 from .staging import Image
@@ -93,13 +92,11 @@ def load(
             return _resume(original, engine, found, tier, load_dir, how)
     roles = roles_of(engine)
     tag = agree_on_tag(roles, load_dir, tag)
-    if tag is None:  # nothing saved yet: DeepSpeed warns and returns (None, None), which frameworks rely on
-        if tier is not None:
-            tier.begins_in(load_dir, "")
-        return original(engine, load_dir)
-    result = _load(original, engine, roles, Path(load_dir), tag, how)
+    # If nothing was saved yet, DeepSpeed warns and returns (None, None), which frameworks rely on.
+    nothing = tag is None
+    result = original(engine, load_dir) if nothing else _load(original, engine, roles, Path(load_dir), tag, how)
     if tier is not None:
-        tier.begins_in(load_dir, folders.newest_marker(Path(load_dir)))
+        tier.begins_in(load_dir)
     return result
 
 
@@ -112,7 +109,7 @@ def _resume(original: Any, engine: Any, found: restart.Restored, tier: MemoryTie
     if found.own is not None:
         set_random_states(found.own["random"])
         client_state = {**(client_state or {}), **found.own["client_state"]}
-    tier.begins_in(load_dir, folders.newest_marker(Path(load_dir)))
+    tier.begins_in(load_dir)
     log_rank0(f"resumed from {found.words}")
     return str(tier.folder), client_state
 
@@ -122,14 +119,8 @@ class _Saved:
 
     def __init__(self, engine: Any, roles: Roles, target: Path) -> None:
         self._engine, self._roles, self.folder, self.groups = engine, roles, target, roles.groups
-        self.manifest: Manifest | None = None
         self.reshapes = False
-        try:
-            self.manifest = manifest.read(target)
-            self.shards = self.manifest.shards
-        except FileNotFoundError:
-            self.shards = manifest.count_shards(target)
-            refuse_lost_manifest(target, roles.shard % max(self.shards, 1))
+        self.manifest, self.shards = manifest_or_shards(target, roles.shard)
 
     @property
     def records(self) -> Mapping[str, FileRecord]:
@@ -241,7 +232,8 @@ class _Reader:
             The states; nothing if there are errors on this rank or on another replica.
         """
         image, sums, failed = Image(record.bytes), list[int](), list[str]()
-        attempt(lambda: image.leave_holes(path), failed)
+        with noting(failed):
+            image.leave_holes(path)
         silent = dist.get_rank() != 0
         with tqdm(total=record.bytes, desc=path.name, unit="B", unit_scale=True, delay=SLOW_S, disable=silent) as bar:
             for start in range(0, record.bytes, _BLOCK):
@@ -249,12 +241,14 @@ class _Reader:
                 part = torch.zeros(-(-(stop - start) // self._size), dtype=torch.uint8, device="cpu")
                 first = start + self._place * part.numel()
                 mine = part[: max(0, min(stop - first, part.numel()))]
-                if not failed:
-                    attempt(functools.partial(_pread, path, mine, first), failed)
+                with noting(failed):
+                    if not failed:
+                        _pread(path, mine, first)
                 sums.append(-1 if failed else zlib.crc32(mine.numpy().data))
                 block = self._all_gather(part).view(-1)[: stop - start]
-                if not failed:
-                    attempt(functools.partial(image.fill, block, start), failed)
+                with noting(failed):
+                    if not failed:
+                        image.fill(block, start)
                 bar.update(stop - start)
         errors += failed
         rows = self._all_gather(torch.tensor(sums or [0], dtype=torch.int64)).tolist()
@@ -263,9 +257,9 @@ class _Reader:
         if self._joined(rows, record.bytes) != record.crc32:
             errors.append(manifest.other_content(path))
             return {}
-        states: dict[str, Any] = {}
-        attempt(lambda: states.update(image.load(functools.partial(seam.load_states, name=path))), errors)
-        return states
+        with noting(errors):
+            return image.load(functools.partial(seam.load_states, name=path))
+        return {}
 
     def _joined(self, rows: Sequence[Sequence[int]], nbytes: int) -> int:
         """The checksum of the file, by those of its parts, of each replica and block."""
@@ -315,13 +309,10 @@ def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
     sums, errors = [0] * len(segments), list[str]()
     place, count = roles.peers.index(roles.rank), len(roles.peers)
 
-    def read(number: int) -> None:
-        name, start, stop = segments[number]
-        with open(saved.folder / name, "rb", buffering=0) as file:
-            sums[number] = 1 + manifest.range_checksum(file, start, stop)
-
-    for number in range(place, len(segments), count):
-        attempt(functools.partial(read, number), errors)
+    for number, (name, start, stop) in enumerate(segments):
+        if number % count == place:
+            with noting(errors), open(saved.folder / name, "rb", buffering=0) as file:
+                sums[number] = 1 + manifest.range_checksum(file, start, stop)
     joined: dict[str, int] = {}
     for (name, start, stop), one_more in zip(segments, elementwise_max(sums) if segments else []):
         joined[name] = manifest.join(joined.get(name, 0), one_more - 1, stop - start)
@@ -354,52 +345,41 @@ class _Loading:
         """Return whether only the rest of the module is left to load."""
         return self.weights is not None
 
-    def make(self, make: Callable[[], Any]) -> None:
-        make()
-
     def read(self, path: str) -> dict[str, Any]:
         return self._optimizer if path.endswith("_optim_states.pt") else self.model
 
 
 def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how: How) -> Result:
     """Load a checkpoint that is on disk. Collective over the world."""
-    started, target, errors, found = time.monotonic(), folder / tag, list[str](), list[_Saved]()
-    doing = f"reading {target}"
-
-    def look() -> None:
+    started, target, p = time.monotonic(), folder / tag, roles.groups.partition.size
+    doing, failed = f"reading {target}", f"Checkpoint {target} cannot be loaded."
+    together = functools.partial(raised_on_all_ranks, doing, failed, functools.partial(_remedy, folder, tag))
+    described = ""
+    with together() as errors:
         if not target.is_dir():
             raise MicsCheckpointError(f"{target} does not exist")
-        found.append(_Saved(engine, roles, target))
-        errors.extend(_objections(engine, roles, found[0], how["load_optimizer_states"]))
-
-    attempt(look, errors)
-    described = found[0].manifest.dumps() if found and found[0].manifest is not None and not roles.node_local else ""
-    notes, same = exchange_and_compare({"errors": errors}, described, doing)
-    _require(notes, folder, tag)
-    if not same:
+        saved = _Saved(engine, roles, target)
+        errors += _objections(engine, roles, saved, how["load_optimizer_states"])
+        if saved.manifest is not None and not roles.node_local:
+            described = saved.manifest.dumps()
+    if not exchange_and_compare({}, described, doing)[1]:
         raise MicsCheckpointError(f"Ranks see different checkpoints in {target}: it is being replaced. Load it again.")
-    saved, p = found[0], roles.groups.partition.size
     _report(roles, saved)
     reader = _Reader(None if roles.node_local else roles.groups.replication)
     if saved.shards != p:
-        _require(exchange({"errors": _check_contents(roles, saved)}, doing), folder, tag)
-    model: dict[str, Any] = {}
-
-    def fits() -> None:
+        with together() as errors:
+            errors += _check_contents(roles, saved)
+    with together() as errors:
+        model = _states(reader, saved, saved.model_states(saved.model_states_shard), errors)
         own = saved.own_state
-        if own is not None:
-            errors.extend(manifest.damages(target, [own.name], saved.records))
-        if own is not None and not errors:
+        if model and own is not None:
+            errors += manifest.damages(target, [own.name], saved.records)
+        if model and own is not None and not errors:
             restore_own(model, seam.load_states(own))
-        errors.extend(_misfits(engine, roles, saved, model, how))
-
-    shard = saved.model_states_shard
-    model |= _states(reader, saved, saved.model_states(shard), errors)
-    if not errors and model:
-        attempt(fits, errors)
-    _require(exchange({"errors": errors}, doing), folder, tag)
-    session = _read_the_rest(engine, roles, saved, reader, model, how, errors)
-    _require(exchange({"errors": errors}, doing), folder, tag)
+        if model and not errors:
+            errors += _misfits(engine, roles, saved, model, how)
+    with together() as errors:
+        session = _read_the_rest(engine, roles, saved, reader, model, how, errors)
     reader.complete()
     if session.weights is not None:
         seam.set_shards(engine, session.weights)
@@ -411,16 +391,14 @@ def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how:
     return path, client_state
 
 
-def _require(notes: list[dict[str, Any]], folder: Path, tag: str) -> None:
-    """Raise on all ranks what any of them has noted, with what else could be loaded."""
-    if not any(item["errors"] for item in notes):
-        return
+def _remedy(folder: Path, tag: str) -> str:
+    """Say what else could be loaded. Collective over the world."""
     mine: list[str] = []
-    attempt(lambda: mine.extend(folders.complete_tags(folder)), [])
+    with noting([]):
+        mine = folders.complete_tags(folder)
     seen = exchange({"complete": mine}, f"looking into {folder}")
     complete = sorted(set.intersection(*(set(item["complete"]) for item in seen)) - {tag})
-    others = f" Complete checkpoints in {folder}: {', '.join(complete)}." if complete else ""
-    raise_together(notes, f"Checkpoint {folder / tag} cannot be loaded.", f"{UNCHANGED}{others}")
+    return f"{UNCHANGED} Complete checkpoints in {folder}: {', '.join(complete)}." if complete else UNCHANGED
 
 
 def _report(roles: Roles, saved: _Saved) -> None:
@@ -435,12 +413,10 @@ def _report(roles: Roles, saved: _Saved) -> None:
 
 def _states(reader: _Reader, saved: _Saved, path: Path, errors: list[str]) -> dict[str, Any]:
     """Return the content of a file. It is read together, and compared with its record once, if it has one."""
-    record = saved.records.get(path.name)
-    if record is not None and saved.shards == saved.groups.partition.size:
+    record, reshapes = saved.records.get(path.name), saved.shards != saved.groups.partition.size
+    if record is not None and not reshapes:
         return reader.read(path, record, errors)
-    states: dict[str, Any] = {}
-    attempt(lambda: states.update(seam.load_states(path, mmap=saved.shards != saved.groups.partition.size)), errors)
-    return states
+    return seam.load_states(path, mmap=reshapes)
 
 
 def _read_the_rest(
@@ -476,18 +452,15 @@ def _read_the_rest(
         shapes = model[reshape.FROZEN_SHAPES] if model.get(reshape.FROZEN_SHARDS) else {}
         return reshape.reshape_frozen(model_states, shapes, saved.shards, p, shard, sharers)
 
-    def cut_weights() -> None:
-        shards.update(reshape.weights_of(optimizer_states, old, old.shapes, p, shard, sharers), **frozen())
-        model[reshape.FROZEN_SHARDS] = None
-
-    def cut_anew() -> None:
-        if model.get(reshape.FROZEN_SHARDS) and saved.shards != p:
-            model[reshape.FROZEN_SHARDS] = frozen()
-        new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
-        own.update(reshape.reshape_optimizer(optimizer_states, old, new, shard, owners, sharers))
-
-    if weights or saved.reshapes:
-        attempt(cut_weights if weights else cut_anew, errors)
+    with noting(errors):
+        if weights:
+            shards.update(reshape.weights_of(optimizer_states, old, old.shapes, p, shard, sharers), **frozen())
+            model[reshape.FROZEN_SHARDS] = None
+        elif saved.reshapes:
+            if model.get(reshape.FROZEN_SHARDS) and saved.shards != p:
+                model[reshape.FROZEN_SHARDS] = frozen()
+            new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
+            own.update(reshape.reshape_optimizer(optimizer_states, old, new, shard, owners, sharers))
     return _Loading(saved, model, own, shards if weights else None)
 
 

@@ -13,7 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import device_streams, steps_taken
-from ..errors import MicsCheckpointError, MicsConfigError, describe_error
+from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
@@ -43,9 +43,9 @@ from .copies import (
     region,
     require_own,
 )
-from .folder import FileLock, discard
-from .save import collect
-from .staging import Plan, Stager, pickled
+from .folder import FileLock, discard, newest
+from .save import plan_of
+from .staging import pickled
 from .writer import Seal
 
 SLOTS = 2
@@ -123,7 +123,7 @@ class MemoryTier:
         self.gave_client_state = False
         self.newest_on_disk = -1
         self._memories: dict[Path, SharedMemory] = {}
-        self._complained = self._is_served = False
+        self._complained = False
         self.layout = _layout(engine, groups)
         self.place = self.place_of(self.roles.rank)
         self._kept_by = {rank: [rank] for rank in self.on_node}
@@ -151,18 +151,14 @@ class MemoryTier:
 
     def _can_be_on(self, engine: Any) -> bool:
         """Return whether no other job is using the region, and there is room. Collective over the world."""
-        errors, needs = list[str](), list[int]()
-        attempts: list[Callable[[], Any]] = [lambda: needs.append(self._plan(engine, {}).staged.nbytes)]
-        if self.roles.rank == self.on_node[0]:
-            attempts.append(self._take_region)
-        for attempt in attempts:
-            try:
-                attempt()
-            except Exception as error:
-                errors.append(describe_error(error))
+        errors, needs = list[str](), 0
+        with noting(errors):
+            needs = plan_of(engine, self.roles, {}).staged.nbytes
+        with noting(errors):
+            self._take_region()
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))
-        [most] = elementwise_max([max(needs, default=0)])
+        [most] = elementwise_max([needs])
         copies_here = sum(map(len, self._kept_by.values()))
         needed = SLOTS * copies_here * (most + most // 8 + (1 << 20))
         has = _room(self.folder)
@@ -203,49 +199,44 @@ class MemoryTier:
         """
         self.is_due = False
         try:
-            is_first = not Background.is_there()
             background = Background.of_job()
         except MicsCheckpointError as error:  # on all ranks
             self.is_on = False
             log_rank0(f"states are not copied to memory: {error}", level=30)
             return
-        if is_first or not self._is_served:
-            background.serve(self.folder)
-            self._is_served = True
-        own, newest = list[_Own](), list[int]()
-        self._or_warn(lambda: own.append(self._own(engine)))
-        self._or_warn(lambda: newest.append(self._newest(engine)))
-        digest = number_of(own[0].states.fingerprint) if own else 0
+        own, last, errors = None, NEVER, list[str]()
+        with noting(errors):
+            own, last = self._own(engine), self._newest(engine)
+        digest = 0 if own is None else number_of(own.states.fingerprint)
         hindered, negated, high, negated_low = elementwise_max(
-            [int(not own or not newest or bool(background.sealing)), -min(newest, default=NEVER), digest, -digest]
+            [int(own is None or bool(background.sealing)), -last, digest, -digest]
         )
+        path, description, copying, kept = Path(), None, Copying(), -negated
         if hindered:
             log_rank0(
                 f"no copy of step {steps_taken(engine)} in memory: the checksum of the last one is still being "
                 f"computed, or a rank could not copy"
             )
+        else:
+            with noting(errors):
+                if kept >= 0 and self.roles.rank == self.on_node[0]:
+                    self._remove_strays()
+                assert own is not None, "nothing hinders this rank"
+                if high != -negated_low:  # ranks differ in what is beside their shards
+                    own = own.with_states()
+                path, description, copying = self._take(engine, own, kept)
+        if errors and not self._complained:
+            logger.warning("states could not be copied to memory: %s", "; ".join(errors))
+            self._complained = True
+        if hindered:
             return
-        if -negated >= 0 and self.roles.rank == self.on_node[0]:
-            self._or_warn(self._remove_strays)
-        if high != -negated_low:  # ranks differ in what is beside their shards
-            self._or_warn(lambda: own.append(own[0].with_states()))
-        taken: list[tuple[Path, Description, Copying]] = []
-        self._or_warn(lambda: taken.append(self._take(engine, own[-1], -negated)))
-        path, description, copying = taken[0] if taken else (Path(), None, Copying())
         guests = [
-            (background.neighbour(rank), name, str(self._next_slot(name, -negated)))
+            (background.neighbour(rank), name, str(self._next_slot(name, kept)))
             for rank, name in self._names.items()
             if rank != self.roles.rank
         ]
-        background.seal(Seal(Run.next_number(), str(path), description, tuple(guests), steps_taken(engine)), copying)
-
-    def _or_warn(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except Exception as error:
-            if not self._complained:
-                logger.warning("states could not be copied to memory: %s", describe_error(error))
-            self._complained = True
+        job = Seal(Run.next_number(), str(self.folder), str(path), description, tuple(guests), steps_taken(engine))
+        background.seal(job, copying)
 
     def _newest(self, engine: Any) -> int:
         """The step of which everything that this rank keeps is complete, or -1."""
@@ -285,13 +276,6 @@ class MemoryTier:
         own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
         return _Own(alone, own, pickled(alone))
 
-    def _plan(self, engine: Any, client_state: Mapping[str, Any], own: bytes = b"") -> Plan:
-        """Return the plan of this rank's copy, with the state that is its own."""
-        roles, streams = self.roles, device_streams()
-        stager = Stager(roles.shard, len(roles.replicas), roles.replicas.index(roles.rank), roles.owns, streams)
-        collect(engine, stager, roles, str(self.folder), "memory", client_state, exclude_frozen=False)
-        return stager.plan(own)
-
     def _take(self, engine: Any, own: _Own, kept: int) -> tuple[Path, Description, Copying]:
         """Copy what this rank has to.
 
@@ -303,7 +287,7 @@ class MemoryTier:
         background.revive()
         self._take_region()
         self.settle()
-        plan = self._plan(engine, own.alone["client_state"], own.pickled)
+        plan = plan_of(engine, self.roles, own.alone["client_state"], own.pickled)
         path = self._next_slot(self._names[self.roles.rank], kept)
         forget(path)
         memory = self._memory(path)
@@ -323,11 +307,7 @@ class MemoryTier:
         return path, description, copying
 
     def _take_region(self) -> None:
-        """Make the region, and hold it on this node.
-
-        Raises:
-            MicsCheckpointError: a running job has it, or another user.
-        """
+        """Make the region and hold it on this node. Raises MicsCheckpointError if another job or user has it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_own(self.folder)
         if self.roles.rank == self.on_node[0]:
@@ -356,8 +336,11 @@ class MemoryTier:
 
     # ---------------------------------------------------------------------------- the disk beside it
 
-    def begins_in(self, load_dir: str | os.PathLike, marker: str) -> None:
+    def begins_in(self, load_dir: str | os.PathLike) -> None:
         """The script has resumed from this folder, or found nothing there yet."""
+        marker = ""
+        with suppress(OSError, MicsCheckpointError):  # as far as it can be read
+            marker, _ = newest(Path(load_dir))
         self.homes[os.path.realpath(load_dir)] = [number_of(marker)]
 
     def saved(self, path: str, marker: str | None, client_state: object, step: int, asynchronous: bool) -> None:

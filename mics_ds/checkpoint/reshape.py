@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,6 +320,11 @@ _WEIGHTS_ALONE = "load_checkpoint(..., load_module_only=True) loads the weights 
 _NOT_STRICT = (
     "load_checkpoint(..., load_module_only=True, load_module_strict=False) loads the weights of those that are in both"
 )
+_RESIZE = (
+    "If embeddings were resized, resize them alike before deepspeed.initialize; otherwise the model was built with "
+    "other sizes"
+)
+_SINCE = "since (an adapter, a head)"
 
 
 class Parameters(NamedTuple):
@@ -350,38 +355,29 @@ def why_not_these(here: Parameters, there: Parameters) -> list[str]:
             frozen={name: shape for name, shape in (here.frozen or {}).items() if name in there.trained}
         )
     mine, theirs = here.shapes, there.shapes
-    missing = [name for name in mine if name not in theirs]
-    unexpected = [name for name in theirs if name not in mine]
-    reshaped = [name for name in mine if name in theirs and mine[name] != theirs[name]]
-    refrozen = [f"{name} is trained here and was frozen there" for name in here.trained if name in (there.frozen or ())]
-    refrozen += [f"{name} is frozen here and was trained there" for name in here.frozen or () if name in there.trained]
-    if not (missing or unexpected or reshaped or refrozen):
-        return []
+    missing = [f"{name} is missing" for name in mine if name not in theirs]
+    unexpected = [f"{name} is unexpected" for name in theirs if name not in mine]
     if missing and len(missing) == len(mine):
-        return [_renamed(mine, theirs) or f"it is of another model: {_some(_words(missing, unexpected))}"]
-    found = []
-    if refrozen:
-        found.append(
-            f"other parameters were frozen: {_some(_one_of_each_kind(refrozen))}. Freeze the same ones to resume, or "
-            f"{_WEIGHTS_ALONE}"
-        )
-    if reshaped:
-        said = [f"{name} has shape {theirs[name]} there and {mine[name]} here" for name in reshaped]
-        found.append(
-            f"shapes differ: {_some(said, 1)}. If embeddings were resized, resize them alike before "
-            f"deepspeed.initialize; otherwise the model was built with other sizes"
-        )
-    if missing:
-        said = [f"{name} is missing" for name in missing]
-        found.append(
-            f"it lacks parameters: {_some(said, 1)}. If they were added since (an adapter, a head), {_NOT_STRICT}"
-        )
-    if unexpected:
-        said = [f"{name} is unexpected" for name in unexpected]
-        found.append(
-            f"it has more parameters: {_some(said, 1)}. If they were removed since (an adapter, a head), {_NOT_STRICT}"
-        )
-    return found
+        return [_renamed(mine, theirs) or f"it is of another model: {_some([*missing, *unexpected], 2)}"]
+    reshaped = [
+        f"{name} has shape {theirs[name]} there and {mine[name]} here"
+        for name in mine
+        if name in theirs and mine[name] != theirs[name]
+    ]
+    frozen_there = [
+        f"{name} is trained here and was frozen there" for name in here.trained if name in (there.frozen or ())
+    ]
+    frozen_here = [
+        f"{name} is frozen here and was trained there" for name in here.frozen or () if name in there.trained
+    ]
+    refrozen = [said for pair in zip_longest(frozen_there, frozen_here) for said in pair if said]
+    kinds = [
+        (refrozen, "other parameters were frozen", 2, f"Freeze the same ones to resume, or {_WEIGHTS_ALONE}"),
+        (reshaped, "shapes differ", 1, _RESIZE),
+        (missing, "it lacks parameters", 1, f"If they were added {_SINCE}, {_NOT_STRICT}"),
+        (unexpected, "it has more parameters", 1, f"If they were removed {_SINCE}, {_NOT_STRICT}"),
+    ]
+    return [f"{what}: {_some(said, count)}. {remedy}" for said, what, count, remedy in kinds if said]
 
 
 def _renamed(mine: Iterable[str], theirs: Iterable[str]) -> str:
@@ -402,18 +398,7 @@ def _renamed(mine: Iterable[str], theirs: Iterable[str]) -> str:
     return ""
 
 
-def _words(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
-    return [*(f"{name} is missing" for name in missing), *(f"{name} is unexpected" for name in unexpected)]
-
-
-def _one_of_each_kind(said: Sequence[str]) -> list[str]:
-    """The first phrase of each ending before all others."""
-    first = {phrase.partition(" ")[2]: phrase for phrase in reversed(said)}
-    leading = [phrase for phrase in said if phrase in first.values()]
-    return [*leading, *(phrase for phrase in said if phrase not in leading)]
-
-
-def _some(said: Sequence[str], count: int = 2) -> str:
+def _some(said: Sequence[str], count: int) -> str:
     return "; ".join(said[:count]) + (f" and {len(said) - count} more" if len(said) > count else "")
 
 

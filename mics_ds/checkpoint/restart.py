@@ -3,7 +3,7 @@
 All ranks agree on the step and on who has what. Each rank that needs a shard fetches its slices, from its own node or
 from a writer that has them, compares each with its checksum and puts it into place. There are two front ends: an engine
 that loads (:func:`restored`), where every rank gets its shard, and a framework that looks for a folder before there is
-an engine (:func:`find`, :func:`write`), where one rank of each shard writes it there.
+an engine (:func:`write`), where one rank of each shard writes it there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from ..log import log_rank0, logger
 from . import folder as folders
 from . import manifest
 from .background import Background
-from .coordination import Run, attempt, elementwise_max, exchange, number_of, raise_together, versions
+from .coordination import Run, elementwise_max, number_of, raised_on_all_ranks, versions
 from .copies import (
     Copy,
     Place,
@@ -43,6 +43,7 @@ from .copies import (
 from .links import fetch
 from .manifest import OWN_STATE, FileRecord, Manifest
 from .memory import NEVER, MemoryTier
+from .save import write_together
 from .staging import Image, replay
 
 Files = dict[str, bytes]
@@ -65,12 +66,14 @@ class Source(NamedTuple):
     """Rank that vouches for the copy of each place, by number of place."""
     here: dict[int, list[Copy]]
     """Copies on this node, by number of place."""
+    on_disk: int = -1
+    """The step of what is on disk, which is older."""
 
     def of_rank(self, rank: int) -> Iterator[int]:
         """Numbers of the places that a rank vouches for."""
         return (place for place, holder in enumerate(self.holders) if holder == rank)
 
-    def describe(self, tag: str, save: str, files: dict[str, FileRecord]) -> Manifest:
+    def describe(self, tag: str, save: str, files: Mapping[str, FileRecord]) -> Manifest:
         """A checkpoint that is made of the copies."""
         ranks = self.shards * self.slices
         return Manifest(
@@ -83,7 +86,7 @@ class Source(NamedTuple):
             global_steps=self.step,
             node_local=False,
             versions=versions(),
-            files=files,
+            files=dict(files),
             save=save,
         )
 
@@ -92,33 +95,71 @@ class Source(NamedTuple):
 # Which step, and who has it
 
 
-def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterator[Source]:
-    """Steps of which every slice is somewhere, undamaged, the newest first. Collective over the world, as far as it is
-    used.
+def find(
+    asked: CheckpointRequest,
+    home: str,
+    look: Callable[[], tuple[str, int]],
+    *,
+    engine: int = 0,
+    layout: str | None = None,
+    needed: str = "",
+) -> Source | None:
+    """The newest states in memory that are newer than what is on disk. Collective over the world.
 
     Args:
-        usable: copies on this node, of one engine.
         home: the folder that is resumed from.
-        marker: what its disk says now, as a number.
+        look: tells the marker and the step of the newest checkpoint on disk.
+        engine: which of the job's.
+        layout: of the model, if that is known.
+        needed: a file that some rank has to have kept with its copy.
+
+    Raises:
+        MicsCheckpointError: another rank has died.
     """
+    marker, on_disk = _on_disk(look)
+    path = region(asked.memory_folder, job_key(asked.job))
+    for source in _sources(_usable(path, engine, home, marker, asked.job is not None, layout), engine, home, marker):
+        if source.step <= on_disk:
+            log_rank0(f"memory has step {source.step}, {home} has step {on_disk}, which is used")
+            return None
+        own = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
+        if not needed or elementwise_max([int(any(needed in _own_files(copy) for copy in own))]) == [1]:
+            return source._replace(on_disk=on_disk)
+        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
+    return None
+
+
+def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
+    """The marker, as a number, and the step of what is on disk, as rank 0 sees it. Collective over the world."""
+    number, step = 0, -1
+    if dist.get_rank() == 0:
+        try:
+            marker, step = look()
+            number = number_of(marker)
+        except (OSError, MicsCheckpointError) as error:
+            logger.warning("the newest checkpoint cannot be read: %s", describe_error(error))
+    number, step = elementwise_max([number, step])
+    return number, step
+
+
+def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterator[Source]:
+    """Steps of which every slice is somewhere, undamaged, the newest first. Collective over the world, as far as it is
+    used."""
     below = NEVER
     while True:
-        usable = [copy for copy in usable if described_by(copy.path).exists()]
-        [newest] = elementwise_max(
-            [max((step for copy in usable if (step := copy.description.step) < below), default=-1)]
-        )
-        if newest < 0:
-            log_rank0("no complete set of copies in memory")
-            return
+        usable = [copy for copy in usable if copy.description.step < below and described_by(copy.path).exists()]
+        [newest] = elementwise_max([max((copy.description.step for copy in usable), default=-1)])
         here = [copy for copy in usable if copy.description.step == newest]
         # An older copy may be of a time when the disk said this; the newest one tells that it was set back since.
-        if elementwise_max([int(not all(_fits(copy, home, marker) for copy in here))]) == [1]:
-            log_rank0(
-                f"memory at step {newest} is not used: {home} has another newest checkpoint than it had then (saved "
-                f"since, set back, or removed)"
-                if below == NEVER
-                else "no complete set of copies in memory"
-            )
+        [set_back] = elementwise_max([int(not all(_fits(copy, home, marker) for copy in here))])
+        if newest < 0 or set_back:
+            said = "no complete set of copies in memory"
+            if newest >= 0 and below == NEVER:
+                said = (
+                    f"memory at step {newest} is not used: {home} has another newest checkpoint than it had then "
+                    f"(saved since, set back, or removed)"
+                )
+            log_rank0(said)
             return
         source = _vouched_for(newest, engine, here)
         if source is None:
@@ -170,15 +211,8 @@ def _fits(copy: Copy, home: str, marker: int) -> bool:
 
 
 def _usable(path: Path, engine: int, home: str, marker: int, named: bool, layout: str | None) -> list[Copy]:
-    """Copies on this node that this job may go on from, if the disk says what it said.
-
-    Args:
-        engine: which of the job's.
-        home: the folder that is resumed from.
-        marker: what its disk says now, as a number.
-        named: whether the job was given a name.
-        layout: of the model, if that is known.
-    """
+    """Copies on this node that this job may go on from, if the disk says what it said. Arguments as for
+    :func:`find`; ``named`` tells whether the job was given a name."""
     try:
         found = list(copies(path))
     except (OSError, MicsCheckpointError) as error:
@@ -255,9 +289,6 @@ def _start_writers(source: Source, wanted: Iterable[tuple[int, int]], path: Path
 
     Args:
         wanted: group and shard of all that this rank needs.
-
-    Raises:
-        MicsCheckpointError: on every rank: one of them could not.
     """
     places = (
         Place(group, shard, number, source.shards, source.slices).number
@@ -292,38 +323,29 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
     Raises:
         MicsCheckpointError: another rank has died.
     """
-    started, home = time.monotonic(), os.path.realpath(load_dir)
-    marker, on_disk = _on_disk(lambda: folders.newest(Path(load_dir)))
-    usable = _usable(tier.folder, tier.engine_index, home, marker, tier.request.job is not None, tier.layout)
-    source = next(_sources(usable, tier.engine_index, home, marker), None)
+    started, home, place = time.monotonic(), os.path.realpath(load_dir), tier.place
+    source = find(
+        tier.request, home, lambda: folders.newest(Path(load_dir)), engine=tier.engine_index, layout=tier.layout
+    )
     if source is None:
         return None
-    if on_disk >= source.step:
-        log_rank0(f"memory has step {source.step}, {load_dir} has step {on_disk}, which is loaded")
-        return None
-    agreed, place = time.monotonic(), tier.place
-    found: list[Restored] = []
-    errors: list[str] = []
-
-    def put_together() -> None:
-        shard, parts = _fetch_shard(source, place.group, place.shard, place.slice % source.slices)
-        load, own = seam.load_states, parts.get(tier.roles.rank)
-        states = {name: Image.of(each).load(functools.partial(load, name=name)) for name, each in shard.files}
-        said = (
-            f"memory at step {source.step} (on disk: {f'step {on_disk}' if on_disk >= 0 else 'nothing'}). Agreed on in "
-            f"{agreed - started:.2f} s, fetched in {time.monotonic() - agreed:.2f} s"
-        )
-        [model], [optimizer] = ([states[name] for name in states if name.endswith(kind)] for kind in _KINDS)
-        found.append(Restored(model, optimizer, None if own is None else _own_part(own), said))
-
+    agreed, states, own = time.monotonic(), dict[str, Any](), None
     try:
         _start_writers(source, [(place.group, place.shard)], tier.folder)
-        attempt(put_together, errors)
-        raise_together(exchange({"errors": errors}, "resuming from memory"), "States in memory could not be used.", "")
+        with raised_on_all_ranks("resuming from memory", "States in memory could not be used."):
+            shard, parts = _fetch_shard(source, place.group, place.shard, place.slice % source.slices)
+            for name, each in shard.files:
+                states[name] = Image.of(each).load(functools.partial(seam.load_states, name=name))
+            own = _own_part(parts[tier.roles.rank]) if tier.roles.rank in parts else None
+            [model], [optimizer] = ([states[name] for name in states if name.endswith(kind)] for kind in _KINDS)
     except MicsCheckpointError as error:
         log_rank0(f"the disk is used: {error}", level=30)
         return None
-    return found[0]
+    said = (
+        f"memory at step {source.step} (on disk: {f'step {source.on_disk}' if source.on_disk >= 0 else 'nothing'}). "
+        f"Agreed on in {agreed - started:.2f} s, fetched in {time.monotonic() - agreed:.2f} s"
+    )
+    return Restored(model, optimizer, own, said)
 
 
 _KINDS = ("_model_states.pt", "_optim_states.pt")
@@ -333,45 +355,8 @@ def _own_part(content: bytes) -> dict[str, Any]:
     return seam.load_states(io.BytesIO(content), name="what a rank kept in memory of its own")
 
 
-def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
-    """The marker, as a number, and the step of what is on disk, as rank 0 sees it. Collective over the world."""
-    number, step = 0, -1
-    if dist.get_rank() == 0:
-        try:
-            marker, step = look()
-            number = number_of(marker)
-        except (OSError, MicsCheckpointError) as error:
-            logger.warning("the newest checkpoint cannot be read: %s", describe_error(error))
-    number, step = elementwise_max([number, step])
-    return number, step
-
-
 # --------------------------------------------------------------------------------------------------
 # For a framework's folder
-
-
-def find(asked: CheckpointRequest, home: str, needed: str, look: Callable[[], tuple[str, int]]) -> Source | None:
-    """The newest states in memory that are newer than what is on disk. Collective over the world.
-
-    Args:
-        home: the folder that the framework resumes from.
-        needed: a file that the framework cannot do without.
-        look: tells the marker and the step of its newest checkpoint on disk.
-
-    Raises:
-        MicsCheckpointError: another rank has died.
-    """
-    marker, on_disk = _on_disk(look)
-    path = region(asked.memory_folder, job_key(asked.job))
-    for source in _sources(_usable(path, 0, home, marker, asked.job is not None, None), 0, home, marker):
-        if source.step <= on_disk:
-            log_rank0(f"memory has step {source.step}, {home} has step {on_disk}, which is resumed from")
-            return None
-        own = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
-        if elementwise_max([int(any(needed in _own_files(copy) for copy in own))]) == [1]:
-            return source
-        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
-    return None
 
 
 def _own_files(copy: Copy) -> Files:
@@ -394,47 +379,26 @@ def write(
         MicsCheckpointError: on every rank: it could not be written.
     """
     Run.begin()
-    own = [_own_files(copy) for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
+    rank = dist.get_rank()
+    own = [_own_files(copy) for place in source.of_rank(rank) for copy in source.here[place][:1]]
     [step] = elementwise_max([max(map(step_in, own), default=-1)])
     folder, tag, save = folder_of(step), f"global_step{source.step}", f"{Run.name}{Run.next_number():04x}"
-    staging, rank = folders.Staging(folder / tag, save), dist.get_rank()
+    staging = folders.Staging(folder / tag, save)
     shards = [(group, shard) for group in range(source.groups) for shard in range(source.shards)]
     mine = [each for number, each in enumerate(shards) if _writer_of(number, len(shards)) == rank]
     _start_writers(source, mine, region(asked.memory_folder, job_key(asked.job)))
-    files: dict[str, FileRecord] = {}
 
-    def write_shard(group: int, shard: int) -> None:
-        found, parts = _fetch_shard(source, group, shard, 0)
-        for name, each in found.files:
-            replay(each, staging.folder / name)
-            files[name] = manifest.seal(staging.folder / name, rank)
-        for owner, content in parts.items():
-            part = _own_part(content)
-            for name, inner in part["files"].items():
-                (folder / name).write_bytes(inner)
-            if "states" in part:
-                path = staging.folder / OWN_STATE.format(rank=owner)
-                torch.save(part["states"], path)
-                files[path.name] = manifest.seal(path, rank)
-
-    def publish(notes: Sequence[Mapping[str, Any]]) -> None:
-        described = source.describe(tag, save, manifest.from_json(note["files"] for note in notes))
-        folders.publish(staging.folder, folder / tag, described)
-        folders.write_latest(folder, tag)
-        folders.add_scripts(seam.recovery_scripts(), folder)
-
-    def together(works: Iterable[Callable[[], Any]], doing: str) -> list[dict[str, Any]]:
-        errors: list[str] = []
-        for work in works:
-            attempt(work, errors)
-        notes = exchange({"errors": errors, "files": manifest.as_json(files)}, f"{doing} {folder}")
-        raise_together(notes, "States in memory could not be written to disk.", _REMEDY)
-        return notes
+    def write_shards(_errors: list[str]) -> dict[str, FileRecord]:
+        written = [_write_shard(source, *each, folder, staging.folder) for each in mine]
+        return {name: record for files in written for name, record in files.items()}
 
     try:
-        together([staging.begin] if rank == 0 else [], "preparing to write")
-        notes = together([functools.partial(write_shard, *each) for each in mine], "writing")
-        together([lambda: publish(notes)] if rank == 0 else [], "publishing")
+        write_together(staging, 0, write_shards, functools.partial(source.describe, tag, save), _REMEDY)
+        failed = f"{staging.target} is complete, but could not be made the latest checkpoint."
+        with raised_on_all_ranks(f"publishing {folder}", failed, _REMEDY):
+            if rank == 0:
+                folders.write_latest(folder, tag)
+                folders.add_scripts(seam.recovery_scripts(), folder)
     except BaseException:
         staging.abandon()
         raise
@@ -447,3 +411,19 @@ def _writer_of(number: int, count: int) -> int:
     """The rank that writes a shard: they are spread over all."""
     ranks = dist.get_world_size()
     return number * ranks // count if count <= ranks else number % ranks
+
+
+def _write_shard(source: Source, group: int, shard: int, folder: Path, staging: Path) -> dict[str, FileRecord]:
+    """Write the files of one shard, and what its ranks had of their own."""
+    found, parts = _fetch_shard(source, group, shard, 0)
+    for name, each in found.files:
+        replay(each, staging / name)
+    names = [name for name, _ in found.files]
+    for owner, content in parts.items():
+        part = _own_part(content)
+        for name, inner in part["files"].items():
+            (folder / name).write_bytes(inner)
+        if "states" in part:
+            names.append(OWN_STATE.format(rank=owner))
+            torch.save(part["states"], staging / names[-1])
+    return {name: manifest.seal(staging / name, dist.get_rank()) for name in names}

@@ -1,8 +1,8 @@
 """Saving under MiCS: one replica's worth of files, written by all replicas, published when complete.
 
-DeepSpeed's own ``save_checkpoint`` does the work, in DeepSpeed's file layout for p shards. Around it, this module
-decides which rank writes what, sends the files to a folder that nobody reads yet, and lets no rank go on before all
-have succeeded. An asynchronous save collects the same states, and has them copied and written beside training.
+DeepSpeed says what it would write, in its file layout for p shards. This module decides which rank writes what, sends
+the files to a folder that nobody reads yet, and lets no rank go on before all have succeeded. An asynchronous save
+collects the same states, and has them copied and written beside training.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..comm import collectives
 from ..comm.packing import ChunkLayout
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device, device_streams, steps_taken
-from ..errors import MicsCheckpointError, describe_error
+from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import log_rank0
 from . import folder, manifest
 from .background import Background
@@ -32,11 +34,11 @@ from .coordination import (
     RankState,
     Roles,
     Run,
-    attempt,
     exchange,
     exchange_and_compare,
-    on_publishers,
     raise_together,
+    raised_on_all_ranks,
+    require_same,
     roles_of,
     shared_store,
     tell_speed,
@@ -51,7 +53,6 @@ _SLICE_ELEMENTS = 4 << 20
 
 
 def save(
-    original: Callable[..., bool],
     engine: Any,
     save_dir: str | os.PathLike,
     tag: Any = None,
@@ -91,10 +92,11 @@ def save(
             _save_beside_training(one, asked, save_latest)
         else:
             one.agree(asked)
-            _save_and_wait(original, one)
+            _save_and_wait(one)
             _update_latest(one, save_latest)
     except BaseException:
-        one.end(abandoned=True)
+        if not one.errors:
+            one.staging.abandon()
         raise
     if tier is not None:
         tier.saved(one.folder, one.marker if save_latest else None, client_state, steps_taken(engine), asynchronous)
@@ -134,13 +136,9 @@ class _Save:
         self.own = RankState({}, {})
         self.owners_fingerprint: Fingerprint = {}
         """Of the rank that writes the model states of this rank's shard."""
-        self.own_states_agree = True
-        """Whether all ranks have the same :attr:`own`, as far as :meth:`agree` has told."""
         self.errors: list[str] = []
-        self._staging: folder.Staging | None = None
-        self.started = time.monotonic()
 
-        def understand() -> None:
+        with noting(self.errors):
             if not save_dir:
                 raise MicsCheckpointError(f"save_dir must be the path of a folder, got {save_dir!r}")
             self.folder = os.fspath(save_dir)
@@ -151,28 +149,20 @@ class _Save:
                     'an asynchronous save writes archives; set "checkpoint": {"checkpoint_serialization": true}, its '
                     "default, or save without async"
                 )
-
-        def take_client_state() -> None:
+        with noting(self.errors, lambda error: f"client_state cannot be pickled, {describe_error(error)}"):
             self.client_state = dict(client_state or {})
-
-        def look_at_own_state() -> None:
+        with noting(self.errors):
             states = seam.model_states(engine, self.client_state)
             self.own = RankState.within(states, seam.parameter_names(engine), frozenset(self.client_state))
             self.owners_fingerprint = self.own.fingerprint
-
-        attempt(understand, self.errors)
-        attempt(
-            take_client_state, self.errors, lambda error: f"client_state cannot be pickled, {describe_error(error)}"
-        )
-        attempt(look_at_own_state, self.errors)
 
     @property
     def target(self) -> Path:
         return Path(self.folder) / self.tag
 
-    @property
-    def staging(self) -> Path:
-        return folder.staging_folder(self.target, self.name)
+    @cached_property
+    def staging(self) -> folder.Staging:
+        return folder.Staging(self.target, self.name)
 
     @property
     def failed(self) -> str:
@@ -181,17 +171,6 @@ class _Save:
     @property
     def marker(self) -> str:
         return folder.marker(self.tag, self.name)
-
-    def begin(self) -> None:
-        """Make the folder to write to. On a rank that publishes."""
-        if self._staging is None:
-            self._staging = folder.Staging(self.target, self.name)
-            self._staging.begin()
-
-    def end(self, *, abandoned: bool = False) -> None:
-        """Let others save that tag, and remove what this rank has made for nothing."""
-        if self._staging is not None:
-            (self._staging.abandon if abandoned else self._staging.end)()
 
     def agree(self, asked: CheckpointRequest, copying: Sequence[str] = ()) -> None:
         """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce, if
@@ -212,9 +191,7 @@ class _Save:
             "copying": list(copying),
             **{name: getattr(self, name) for name in _AGREED},
         }
-        notes, self.own_states_agree = exchange_and_compare(
-            note, self.own.fingerprint, "preparing to save a checkpoint"
-        )
+        notes, own_states_agree = exchange_and_compare(note, self.own.fingerprint, "preparing to save a checkpoint")
         raise_together(
             [{"errors": item["earlier"]} for item in notes],
             "An earlier asynchronous save failed.",
@@ -222,16 +199,10 @@ class _Save:
         )
         raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
         for field, what in _AGREED.items():
-            said = {item[field]: rank for rank, item in reversed(list(enumerate(notes)))}
-            if len(said) > 1 and not (field == "folder" and self.roles.node_local):
-                values = sorted(said.items(), key=lambda item: item[1])
-                raise MicsCheckpointError(
-                    f"All ranks must save to the same {what}, but "
-                    + "; ".join(f"rank {rank} said {value!r}" for value, rank in values)
-                    + ". Give every rank the same one (a folder local to each node needs use_node_local_storage)."
-                )
+            if field != "folder" or not self.roles.node_local:
+                require_same(notes, field, f"save to the same {what}")
         raise_together([{"errors": item["copying"]} for item in notes], self.failed, NOTHING_PUBLISHED)
-        if not self.own_states_agree:
+        if not own_states_agree:
             self._hear_of_owner()
 
     def _hear_of_owner(self) -> None:
@@ -259,84 +230,92 @@ class _Save:
 
 
 class _Files:
-    """Between DeepSpeed and the files while saving. An error, of whatever kind, is noted and raised on all ranks
-    later, because DeepSpeed has a barrier further on, where the other ranks wait."""
+    """Stands between DeepSpeed and the files, and describes each that was written. It raises at once."""
 
-    copies_scripts = True
-
-    def __init__(self, roles: Roles) -> None:
-        self._rank = roles.rank
+    def __init__(self, roles: Roles, staging: Path) -> None:
+        self._rank, self._staging = roles.rank, staging
         self.model_states_shard = roles.shard
         self.records: dict[str, FileRecord] = {}
-        self.errors: list[str] = []
-
-    def make(self, make: Callable[[], Any]) -> None:
-        attempt(make, self.errors)
 
     def write(self, states: Mapping[str, Any], path: str, write: Callable[[Any, str], Any]) -> None:
-        if self.errors:
-            return
         name = os.path.basename(path)
+        try:
+            write(marked(states) if name.endswith("_optim_states.pt") else states, str(self._staging / name))
+            self.records[name] = manifest.seal(self._staging / name, self._rank)
+        except (RuntimeError, OSError) as error:  # torch reports a full disk as RuntimeError
+            free = _free(self._staging)
+            raise MicsCheckpointError(f"{self._staging / name}: {describe_error(error)} ({free})") from error
 
-        def seal() -> None:
-            write(marked(states) if name.endswith("_optim_states.pt") else states, path)
-            self.records[name] = manifest.seal(Path(path), self._rank)
-
-        # torch reports a full disk as RuntimeError, pickle has several kinds
-        attempt(seal, self.errors, lambda error: f"{path}: {describe_error(error)} ({_free(os.path.dirname(path))})")
+    def stand_in(self, held: torch.Tensor) -> torch.Tensor:
+        return held.cpu()
 
 
-def _free(path: str) -> str:
+def _free(path: Path) -> str:
     try:
         return f"{shutil.disk_usage(path).free / 1e6:.1f} MB free there"
     except OSError as error:
         return f"the folder: {describe_error(error)}"
 
 
-def _save_and_wait(original: Callable[..., bool], one: _Save) -> None:
-    roles, target = one.roles, one.target
-    raise_together(on_publishers(roles, one.begin, f"preparing to save {target}"), one.failed, NOTHING_PUBLISHED)
-    session = _Files(roles)
-    seam.set_writer(one.engine, roles.owns, roles.owns)
-    try:
-        with (
-            _whole_shards(one.engine.optimizer, roles, session.errors),
-            seam.CheckpointFiles.of(one.engine).through(session),
-        ):
-            original(
-                one.engine,
-                one.folder,
-                tag=str(one.staging.relative_to(one.folder)),
-                client_state=one.client_state,
-                save_latest=False,
-                exclude_frozen_parameters=one.exclude_frozen,
-            )
-    except RuntimeError as error:  # of a collective, when another rank has died
-        raise MicsCheckpointError(f"{one.failed} {describe_error(error)}. {NOTHING_PUBLISHED}") from error
-    own = one.own_file()
-    if own is not None:
-        session.write(own[1], str(one.staging / own[0]), torch.save)
-    _post(one, session.records)
-    raise_together(exchange({"errors": session.errors}, f"saving {target}"), one.failed, NOTHING_PUBLISHED)
+def _save_and_wait(one: _Save) -> None:
+    roles, files = one.roles, _Files(one.roles, one.staging.folder)
 
-    def publish() -> None:
-        described = one.describe(_posted(one))
-        folder.publish(one.staging, target, described)
-        tell_speed(target, described.total_bytes, one.started)
+    def write(errors: list[str]) -> Mapping[str, FileRecord]:
+        with _whole_shards(one.engine.optimizer, roles, errors), noting(errors):
+            owns, excluded = roles.owns, one.exclude_frozen
+            which = {"model_states": owns, "optimizer_states": owns, "exclude_frozen": excluded}
+            if not errors:
+                seam.collect_states(one.engine, files, one.client_state, **which)
+            own = one.own_file()
+            if own is not None:
+                files.write(own[1], own[0], torch.save)
+        return files.records
 
-    raise_together(on_publishers(roles, publish, f"publishing {target}"), one.failed, NOTHING_PUBLISHED)
+    write_together(one.staging, roles.publisher, write, one.describe, NOTHING_PUBLISHED)
 
 
-def _post(one: _Save, records: Mapping[str, FileRecord]) -> None:
+def write_together(
+    staging: folder.Staging,
+    publisher: int,
+    write: Callable[[list[str]], Mapping[str, FileRecord]],
+    describe: Callable[[Mapping[str, FileRecord]], Manifest],
+    remedy: str,
+) -> None:
+    """Write a checkpoint, and publish it when all ranks have written their part. Collective over the world.
+
+    Args:
+        staging: to be ended, or abandoned, by the caller.
+        publisher: publishes where this rank's files are.
+        write: writes this rank's files and returns their records. It may be collective, and note errors.
+        describe: returns the manifest.
+
+    Raises:
+        MicsCheckpointError: on every rank: it could not be written. Nothing was published.
+    """
+    target, started, publishes = staging.target, time.monotonic(), dist.get_rank() == publisher
+    failed = f"Checkpoint {target} could not be saved."
+    with raised_on_all_ranks(f"preparing to save {target}", failed, remedy):
+        if publishes:
+            staging.begin()
+    with raised_on_all_ranks(f"saving {target}", failed, remedy) as errors:
+        _post_files(staging.save, publisher, write(errors))
+    with raised_on_all_ranks(f"publishing {target}", failed, remedy):
+        if publishes:
+            described = describe(_posted_files(staging.save, publisher))
+            folder.publish(staging.folder, target, described)
+            tell_speed(target, described.total_bytes, started)
+
+
+def _post_files(save: str, publisher: int, records: Mapping[str, FileRecord]) -> None:
     """Tell the rank that publishes what this rank has written, if it has."""
     if records:
-        store, key = shared_store(), f"files/{one.name}/{one.roles.publisher}"
+        store, key = shared_store(), f"files/{save}/{publisher}"
         store.set(f"{key}/{store.add(key, 1)}", json.dumps(manifest.as_json(records)))
 
 
-def _posted(one: _Save) -> dict[str, FileRecord]:
+def _posted_files(save: str, publisher: int) -> dict[str, FileRecord]:
     """Return the records of all files in this rank's folder. All ranks have posted theirs by now."""
-    store, key = shared_store(), f"files/{one.name}/{one.roles.publisher}"
+    store, key = shared_store(), f"files/{save}/{publisher}"
     notes = []
     for place in range(1, store.add(key, 0) + 1):
         notes.append(json.loads(store.get(f"{key}/{place}")))
@@ -347,15 +326,13 @@ def _posted(one: _Save) -> dict[str, FileRecord]:
 
 def _update_latest(one: _Save, wanted: bool) -> None:
     """Name the published checkpoint in ``latest``, if that is wanted, and let others save that tag."""
-    latest = Path(one.folder) / folder.LATEST
-
-    def update() -> None:
-        if wanted:
-            folder.write_latest(Path(one.folder), one.tag)
-        one.end()
-
-    notes = on_publishers(one.roles, update, f"publishing {one.target}")
-    raise_together(notes, f"Checkpoint {one.target} is complete, but {latest} could not be updated.", "Load it by tag.")
+    path = Path(one.folder)
+    failed = f"Checkpoint {one.target} is complete, but {path / folder.LATEST} could not be updated."
+    with raised_on_all_ranks(f"publishing {one.target}", failed, "Load it by tag."):
+        if one.roles.publishes and wanted:
+            folder.write_latest(path, one.tag)
+        folder.add_scripts(seam.recovery_scripts() if one.roles.rank == 0 else (), path)
+        one.staging.end()
 
 
 @contextmanager
@@ -374,19 +351,21 @@ def _whole_shards(optimizer: Any, roles: Roles, errors: list[str]) -> Iterator[N
         yield
         return
     world.finish_updates()
-    writes, wholes = roles.rank in roles.owners, list[torch.Tensor]()
+    writes, wholes = roles.owns, list[torch.Tensor]()
     for sub_group, held in world.checkpoints.elementwise_states():
-        rows: list[torch.Tensor] = []
-        if writes and not errors:
-            attempt(lambda: rows.append(held.new_empty(world.replication.size, held.numel(), device="cpu")), errors)  # noqa: B023
+        rows: torch.Tensor | None = None
+        with noting(errors):
+            if writes and not errors:
+                rows = held.new_empty(world.replication.size, held.numel(), device="cpu")
         # A ring brings a shard to all replicas in the time that one of them alone would need to receive it.
         for start in range(0, held.numel(), _SLICE_ELEMENTS):
             part = held.detach()[start : start + _SLICE_ELEMENTS].to(communication_device())
             found = collectives.all_gather_rows(part, world.replication, "slices of optimizer states")
-            for row in rows:
-                row[:, start : start + part.numel()].copy_(found)
-        if rows:
-            attempt(lambda: wholes.append(_joined(rows[0], world.cuts[sub_group])), errors)  # noqa: B023
+            if rows is not None:
+                rows[:, start : start + part.numel()].copy_(found)
+        with noting(errors):
+            if rows is not None:
+                wholes.append(_joined(rows, world.cuts[sub_group]))
     with world.checkpoints.whole_shards(wholes) if writes and not errors else nullcontext():
         yield
 
@@ -405,93 +384,72 @@ def _save_beside_training(one: _Save, asked: CheckpointRequest, save_latest: boo
     """Copy the states to host memory and have them written. Collective over the world: one all-reduce, once the copy
     was begun.
 
-    Ranks copy before they know that all mean the same save, because that has to be asked after it in any case. The
-    first save asks before it, because the processes that write are started together.
+    Ranks copy before they know that all mean the same save, because the host waits for what they say. The first save
+    asks before it, because the processes that write are started together.
 
     Raises:
         MicsCheckpointError: on every rank, if any rank could not copy, or as :meth:`_Save.agree` does.
     """
-    is_first = not Background.is_there()
+    is_first, roles, copying_errors = not Background.is_there(), one.roles, list[str]()
     if is_first:
         one.agree(asked)
     background = Background.of_job()
-    errors: list[str] = []
-    copies: list[_Copy] = []
-    if not (one.errors or (asked.on_error == "raise" and background.error)):
-        attempt(lambda: copies.append(_Copy(one, background)), errors)
+    with noting(copying_errors):
+        if not (one.errors or (asked.on_error == "raise" and background.error)):
+            if roles.publishes:
+                one.staging.begin()
+            plan = plan_of(one.engine, roles, one.client_state, exclude_frozen=one.exclude_frozen)
+            background.revive()
+            background.memory.reserve(plan.staged.nbytes)
+            copying = background.memory.copy_in(plan.parts, device_streams())
+            described = one.describe({})
     if is_first:
-        raise_together(exchange({"errors": errors}, f"copying {one.target}"), one.failed, NOTHING_PUBLISHED)
+        with raised_on_all_ranks(f"copying {one.target}", one.failed, NOTHING_PUBLISHED) as noted:
+            noted += copying_errors
     else:
-        one.agree(asked, errors)
-    copies[0].submit(asked, save_latest)
+        one.agree(asked, copying_errors)
+    # What goes wrong from now on is the writer's to tell.
+    own: tuple[str, bytes] | None = None
+    errors: list[str] = []
+    with noting(errors):
+        found = one.own_file()
+        own = None if found is None else (found[0], pickled(found[1]))
+    publication = None
+    if roles.publishes:
+        scripts = tuple(seam.recovery_scripts()) if roles.rank == 0 else ()
+        model = seam.model_config(one.engine) if asked.export else ""
+        publication = Publication(described, one.folder, one.tag, save_latest, scripts, asked.export, model)
+    job = Job(
+        number=Run.next_number(),
+        target=str(one.target),
+        staging=str(one.staging.folder),
+        staged=plan.staged,
+        own=own,
+        error="; ".join(errors),
+        sharers=tuple(roles.sharers) if roles.owns else (),
+        parent=None if roles.parent is None else background.neighbour(roles.parent),
+        children=tuple(roles.children),
+        publishers=tuple(roles.publishers),
+        publication=publication,
+        limit_s=asked.time_limit,
+    )
+    background.submit(job, copying, one.staging.end)
 
 
-class _Copy:
-    """The states of this rank on their way to host memory."""
+def plan_of(
+    engine: Any, roles: Roles, client_state: Mapping[str, Any], own: bytes = b"", *, exclude_frozen: bool = False
+) -> Plan:
+    """Plan the copy of this rank's part of its shard, and of what is its own. No collective.
 
-    def __init__(self, one: _Save, background: Background) -> None:
-        self._one, self._background = one, background
-        roles, streams = one.roles, device_streams()
-        if roles.publishes:
-            one.begin()
-        stager = Stager(roles.shard, len(roles.sharers), roles.sharers.index(roles.rank), roles.owns, streams)
-        collect(one.engine, stager, roles, one.folder, one.tag, one.client_state, one.exclude_frozen)
-        plan: Plan = stager.plan()
-        background.revive()
-        background.memory.reserve(plan.staged.nbytes)
-        self._staged = plan.staged
-        self._copying = background.memory.copy_in(plan.parts, streams)
-        self._manifest = one.describe({})
-
-    def submit(self, asked: CheckpointRequest, save_latest: bool) -> None:
-        """Have it written. What goes wrong from now on is the writer's to tell."""
-        one, roles, errors = self._one, self._one.roles, list[str]()
-        own: list[tuple[str, bytes]] = []
-        attempt(lambda: own.extend(self._own_file()), errors)
-        publication = None
-        if roles.publishes:
-            scripts = tuple(seam.recovery_scripts()) if roles.rank == 0 else ()
-            model = seam.model_config(one.engine) if asked.export else ""
-            publication = Publication(self._manifest, one.folder, one.tag, save_latest, scripts, asked.export, model)
-        self._background.submit(
-            Job(
-                number=Run.next_number(),
-                target=str(one.target),
-                staging=str(one.staging),
-                staged=self._staged,
-                own=tuple(own),
-                error="; ".join(errors),
-                sharers=tuple(map(self._background.neighbour, roles.sharers)) if roles.owns else (),
-                parent=None if roles.parent is None else self._background.neighbour(roles.parent),
-                children=tuple(roles.children),
-                publishers=tuple(roles.publishers),
-                publication=publication,
-                limit_s=asked.time_limit,
-            ),
-            self._copying,
-            one.end,
-        )
-
-    def _own_file(self) -> list[tuple[str, bytes]]:
-        found = self._one.own_file()
-        return [] if found is None else [(found[0], pickled(found[1]))]
-
-
-def collect(
-    engine: Any,
-    stager: Stager,
-    roles: Roles,
-    path: str,
-    tag: str,
-    client_state: Mapping[str, Any],
-    exclude_frozen: bool,
-) -> None:
-    """Have DeepSpeed say what it would write, as far as this rank has a part in it. No collective."""
+    Args:
+        own: what belongs to this rank alone.
+    """
+    stager = Stager(roles.shard, len(roles.sharers), roles.sharers.index(roles.rank), roles.owns, device_streams())
     shares = roles.owns or (len(roles.sharers) > 1 and engine.optimizer.world_states is None)
-    seam.set_writer(engine, roles.owns, shares)
     with stager.slices_of(engine.optimizer):
         if not roles.owns and not exclude_frozen:
             for held in seam.frozen_shards(engine):
                 stager.stand_in(held)
-        which = {"model_states": roles.owns, "optimizer_states": shares, "exclude_frozen_parameters": exclude_frozen}
-        seam.collect_states(engine, stager, path, tag, client_state, **which)
+        which = {"model_states": roles.owns, "optimizer_states": shares, "exclude_frozen": exclude_frozen}
+        seam.collect_states(engine, stager, client_state, **which)
+    return stager.plan(own)

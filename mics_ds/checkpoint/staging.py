@@ -48,6 +48,14 @@ class Recorded(NamedTuple):
     """Storages in the order of the file, on any device. They are live."""
 
 
+class _Pickler(pickle.Pickler):
+    """What ``torch.save`` derives its pickler from. It gives it a ``persistent_id`` that numbers the storages."""
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol=protocol)
+        self._file = file
+
+
 class _RecordedError(Exception):
     """Everything is pickled; nothing has been written."""
 
@@ -61,8 +69,8 @@ def record(states: Any) -> Recorded:
     seen: dict[str, torch.UntypedStorage] = {}
     pickled: list[bytes] = []
 
-    class Pickler(pickle.Pickler):
-        def __init_subclass__(cls) -> None:  # by torch, with a persistent_id that numbers the storages
+    class Pickler(_Pickler):
+        def __init_subclass__(cls) -> None:  # by torch
             number = cls.persistent_id
 
             def persistent_id(self: Any, found: Any) -> Any:
@@ -72,10 +80,6 @@ def record(states: Any) -> Recorded:
                 return said
 
             cls.persistent_id = persistent_id  # type: ignore[method-assign]
-
-        def __init__(self, file: io.BytesIO, protocol: int) -> None:
-            super().__init__(file, protocol=protocol)
-            self._file = file
 
         def dump(self, states: Any) -> None:
             super().dump(states)
@@ -96,11 +100,7 @@ def replay(recorded: Recorded, path: str | os.PathLike) -> None:
         RuntimeError, OSError: it could not be written.
     """
 
-    class Pickler(pickle.Pickler):
-        def __init__(self, file: io.BytesIO, protocol: int) -> None:
-            super().__init__(file, protocol=protocol)
-            self._file = file
-
+    class Pickler(_Pickler):
         def dump(self, storages: Sequence[torch.UntypedStorage]) -> None:
             for storage in storages:
                 self.persistent_id(storage)
@@ -240,10 +240,6 @@ class Share(NamedTuple):
         start, stop = self.range(replica)
         return stop - start
 
-    def place(self, replica: int, whole: torch.Tensor) -> torch.Tensor | None:
-        """Return where in the whole the piece of a replica belongs, if that is in one place."""
-        return None if self.shards else whole[slice(*self.range(replica))]
-
     def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
         """Put the piece of one replica where it belongs.
 
@@ -251,12 +247,11 @@ class Share(NamedTuple):
             piece: (piece_bytes,) uint8.
             whole: (nbytes,) uint8, written.
         """
-        target = self.place(replica, whole)
-        if target is not None:
-            target.copy_(piece)
-        else:
+        if self.shards:
             dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
             self._slices.give(piece.view(dtype), whole.view(dtype), replica)
+        else:
+            whole[slice(*self.range(replica))].copy_(piece)
 
     @property
     def _slices(self) -> ChunkLayout:
@@ -315,8 +310,6 @@ class Stager:
         streams: of the device, ``None`` for the CPU.
     """
 
-    copies_scripts = False  # who publishes does
-
     def __init__(self, shard: int, replicas: int, replica: int, owns: bool, streams: Any) -> None:
         self.model_states_shard = shard
         self._replicas, self._replica, self._owns, self._streams = replicas, replica, owns, streams
@@ -328,9 +321,6 @@ class Stager:
         self._stood_for: dict[int, torch.Tensor] = {}
         """By the address of a stand-in, the live tensor whose content it has in the file."""
         self._is_sliced = False
-
-    def make(self, make: Callable[[], Any]) -> None:
-        make()
 
     def write(self, states: Mapping[str, Any], path: str, _write: Callable[[Any, str], Any]) -> None:
         name = os.path.basename(path)

@@ -1,25 +1,22 @@
 """The process that writes a rank's part of checkpoints while that rank trains.
 
-It has the memory that the rank copies to, a pipe to the rank, and a socket that others connect to. The owner of a shard
-fetches what the other replicas have copied, and writes the files. One save is one tree of links: sharers report to the
-owner of their shard, owners to the publisher of their folder, publishers to the first one. That one alone decides, and
-the result goes back down. When the rank dies, so does this process, whatever it is doing: what was not published never
-will be.
+It has the memory that the rank copies to, a pipe to the rank, and a socket that others connect to. One save is one tree
+of links. Sharers report to the owner of their shard, which asks them for what they have copied and writes the files.
+Owners report to the publisher of their folder, and publishers to the first one. That one alone decides, and the result
+goes back down. When the rank dies, so does this process, whatever it is doing: what was not published never will be.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import MicsCheckpointError, describe_error
+from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import logger
 from . import folder, manifest
 from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read, understood
@@ -36,18 +33,10 @@ from .manifest import FileRecord, Manifest
 from .staging import Staged, replay
 
 NOTHING_PUBLISHED = "Nothing was published, and older checkpoints are as they were."
-_PARENT_S = 0.5
+_PARENT_S = 0.1
+_SHARE, _PUBLISH, _LATEST = "share", "publish", "latest"
+"""Instructions to a child."""
 _SHOWN = 6
-
-
-class Station(NamedTuple):
-    """Position of a writer among the writers of the job. Sent once."""
-
-    rank: int
-    token: str
-    """Secret by which the ranks of the job recognise each other."""
-    trainer: int
-    """The process of the rank."""
 
 
 class Publication(NamedTuple):
@@ -77,12 +66,12 @@ class Job(NamedTuple):
     """The folder that it is written to."""
     staged: Staged
     """Copies that the rank has made."""
-    own: tuple[tuple[str, bytes], ...]
-    """Small files of this rank's own, by name."""
+    own: tuple[str, bytes] | None
+    """The name and the content of a small file of this rank's own."""
     error: str
     """Errors of this rank after all ranks had agreed."""
-    sharers: tuple[Neighbour, ...]
-    """Ranks that share the copying of a shard."""
+    sharers: tuple[int, ...]
+    """Ranks that share the copying of a shard, in the order of replicas. On its owner only."""
     parent: Neighbour | None
     children: tuple[int, ...]
     publishers: tuple[int, ...]
@@ -92,26 +81,20 @@ class Job(NamedTuple):
 
 
 class Seal(NamedTuple):
-    """A copy in memory that is to be summed up and described, and those of others that are to be kept too."""
+    """A copy in memory that is to be summed up and described, and those of others that are to be kept too.
+
+    From then on, the process gives copies to others. Without a copy, it does no more than that.
+    """
 
     number: int
-    path: str
-    description: Description | None
-    """``None`` if this rank could not make one."""
-    guests: tuple[tuple[Neighbour, str, str], ...]
-    """Writer, name and destination of each copy."""
-    step: int
-
-
-class Serve(NamedTuple):
-    """Give the copies in this folder to other ranks."""
-
     folder: str
-
-
-class Sealed(NamedTuple):
-    number: int
-    error: str
+    """The folder of all copies on this node."""
+    path: str = ""
+    description: Description | None = None
+    """``None`` if this rank could not make one."""
+    guests: tuple[tuple[Neighbour, str, str], ...] = ()
+    """Writer, name and destination of each copy."""
+    step: int = -1
 
 
 class Done(NamedTuple):
@@ -119,7 +102,7 @@ class Done(NamedTuple):
 
     number: int
     error: str
-    """Empty if the checkpoint is there."""
+    """Empty if the checkpoint, or the copy, is there."""
     seconds: float
     nbytes: int
     """Written by this process."""
@@ -129,8 +112,9 @@ class _Save:
     """One save, in one process."""
 
     def __init__(self, job: Job, writer: _Writer) -> None:
-        self._job, self._writer, self._rank = job, writer, writer.station.rank
+        self._job, self._writer, self._rank = job, writer, writer.rank
         self._deadline = time.monotonic() + job.limit_s
+        self._parent: Link | None = None
         self._children: dict[int, Link] = {}
         self._errors: list[str] = [f"rank {self._rank}: {job.error}"] if job.error else []
         self._files: dict[str, FileRecord] = {}
@@ -139,83 +123,93 @@ class _Save:
 
     def run(self) -> str:
         """Take part to the end. Returns the result: empty, or why there is no checkpoint."""
-        job, parent = self._job, list[Link]()
+        job, listener = self._job, self._writer.listener
         if job.parent is not None:
-            self._attempt(functools.partial(self._connect, job.parent, parent))
+            with self._noting():
+                self._parent = connect_for_save(job.parent, self._writer.token, job.number, self._rank, self._deadline)
         for rank in job.children:
-            self._attempt(functools.partial(self._await_child, rank))
-        if not self._errors:
-            self._attempt(self._write)
-        for rank in list(self._children):
-            self._attempt(functools.partial(self._take_report, rank))
-        result = self._decide() if job.parent is None else self._follow(parent)
+            with self._noting():
+                self._children[rank] = listener.await_save(job.number, rank, self._deadline)
+        for rank in set(job.children).intersection(job.sharers):
+            with self._noting():
+                self._take_report(rank)
+        with self._noting():
+            self._write()
+        for rank in set(job.children).difference(job.sharers):
+            with self._noting():
+                self._take_report(rank)
+        result = self._decide() if job.parent is None else self._follow()
         for link in self._children.values():
             with suppress(LostError):
                 link.send({"result": result})
         for link in self._children.values():
             link.await_close()  # what is sent to a process that ends meanwhile may be lost
             link.close()
-        self._writer.listener.forget(job.number)
+        listener.forget(job.number)
         return result
 
-    def _attempt(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except Exception as error:  # whatever it is, the others wait for a report
-            self._errors.append(
-                describe_error(error) if isinstance(error, LostError) else f"rank {self._rank}: {describe_error(error)}"
-            )
+    def _noting(self) -> AbstractContextManager[None]:
+        """Note an error: the others wait for a report."""
+        return noting(self._errors, lambda error: self._who(error) + describe_error(error))
 
-    def _connect(self, to: Neighbour, connected: list[Link]) -> None:
-        token, number = self._writer.station.token, self._job.number
-        connected.append(connect_for_save(to, token, number, self._rank, self._deadline))
-
-    def _await_child(self, rank: int) -> None:
-        self._children[rank] = self._writer.listener.await_save(self._job.number, rank, self._deadline)
+    def _who(self, error: Exception) -> str:
+        return "" if isinstance(error, LostError) else f"rank {self._rank}: "
 
     def _take_report(self, rank: int) -> None:
-        try:
-            report = self._children[rank].receive()
-        except LostError:
-            self._children.pop(rank).close()
-            raise
+        """Take what a child has to tell."""
+        if rank not in self._children:
+            return
+        report = self._receive(rank)
         self._errors += report["errors"]
         self._files |= manifest.from_json([report["files"]])
 
+    def _receive(self, rank: int) -> dict[str, Any]:
+        try:
+            return self._children[rank].receive()
+        except LostError:
+            self._children.pop(rank).close()
+            raise
+
+    def _take_share(self, shard: Shard, replica: int, rank: int) -> None:
+        """Put what a replica has copied into the shard."""
+        staged = self._job.staged
+        if rank == self._rank:
+            shard.add(staged, replica, self._writer.memory)
+            return
+        expected = staged.pieces_bytes(replica)
+        with closing(SharedMemory()) as memory:
+            memory.reserve(expected)
+            self._children[rank].send({"do": _SHARE, "first": expected})
+            found = self._receive(rank)["nbytes"]
+            self._children[rank].receive_into(memory.buffer(0, found))
+            if found != expected:
+                raise MicsCheckpointError(f"rank {rank} did not copy {expected} bytes of the same shard")
+            shard.add(staged._replace(files=()), replica, memory)
+
     def _write(self) -> None:
+        if self._errors:
+            return
         staging = Path(self._job.staging)
-        for name, content in self._job.own:
+        if self._job.own is not None:
+            name, content = self._job.own
             (staging / name).write_bytes(content)
             self._note(staging / name)
-        if self._job.staged.files:
-            for name, recorded in self._shard().files:
-                replay(recorded, staging / name)
-                self._note(staging / name)
-
-    def _shard(self) -> Shard:
-        """This rank's shard, put together from what all who share it have copied."""
-        job, found = self._job, Shard()
-        for replica, sharer in enumerate(job.sharers):
-            if sharer.rank == self._rank:
-                found.add(job.staged, replica, self._writer.memory)
-            elif job.staged.shares:
-                with closing(SharedMemory()) as memory:
-                    fetch(sharer, self._writer.station.token, {"number": job.number}, memory)
-                    expected = job.staged.pieces_bytes(replica)
-                    if memory.nbytes < expected:
-                        raise MicsCheckpointError(f"rank {sharer.rank} did not copy {expected} bytes of the same shard")
-                    found.add(job.staged._replace(files=()), replica, memory)
-        return found
+        shard = Shard()
+        for replica, rank in enumerate(self._job.sharers):
+            self._take_share(shard, replica, rank)
+        for name, recorded in shard.files:
+            replay(recorded, staging / name)
+            self._note(staging / name)
 
     def _note(self, path: Path) -> None:
         self._files[path.name] = record = manifest.seal(path, self._rank)
         self.written += record.bytes
 
-    def _follow(self, parents: list[Link]) -> str:
+    def _follow(self) -> str:
         """Report, do as the first publisher says, and return the result."""
-        if not parents:
+        if self._parent is None:
             return self._not_saved()
-        with closing(parents[0]) as parent:
+        with closing(self._parent) as parent:
             try:
                 # What this process publishes itself is no concern of the first publisher.
                 elsewhere = {} if self._job.publication is not None else self._files
@@ -224,7 +218,10 @@ class _Save:
                     message = parent.receive()
                     if "result" in message:
                         return message["result"]
-                    parent.send({"error": self._publish(message["do"])})
+                    if message["do"] == _SHARE:
+                        parent.send({}, self._writer.memory.buffer(0, message["first"]))
+                    else:
+                        parent.send({"error": self._publish(message["do"])})
             except LostError as lost:
                 unknown = f"Whether checkpoint {self._job.target} was saved is not known"
                 return f"{unknown}: {describe_error(lost)}. If it was, it is complete."
@@ -235,10 +232,10 @@ class _Save:
         """Publish with the other publishers, if nothing is wrong anywhere. On the first publisher."""
         target, publication = self._job.target, self._job.publication
         assert publication is not None, "the first publisher publishes"
-        failed = "" if self._errors else self._all_publish("publish")
+        failed = "" if self._errors else self._all_publish(_PUBLISH)
         if self._errors or failed:
             return self._not_saved(*filter(None, [failed]))
-        failed = self._all_publish("latest") if publication.latest else ""
+        failed = self._all_publish(_LATEST) if publication.latest else ""
         if failed:
             latest = Path(publication.folder) / folder.LATEST
             return f"Checkpoint {target} is complete, but {latest} could not be updated. {failed}."
@@ -270,7 +267,7 @@ class _Save:
         job, publication = self._job, self._job.publication
         assert publication is not None, "only publishers are asked"
         try:
-            if what == "publish":
+            if what == _PUBLISH:
                 folder.add_scripts(publication.scripts, Path(publication.folder))
                 described = replace(publication.manifest, files=self._files)
                 folder.publish(Path(job.staging), Path(job.target), described)
@@ -295,123 +292,76 @@ def _export(target: Path, publication: Publication) -> None:
 
 
 class _Writer:
-    def __init__(self, memory: SharedMemory, listening: socket.socket, station: Station) -> None:
-        self.memory, self.station = memory, station
-        self._folder = ""
-        self._reached = 0
-        """The last number of which this process has what others may fetch."""
-        self._staged: tuple[int, Staged | None] = (0, None)
+    def __init__(self, memory: SharedMemory, listening: socket.socket, rank: int, token: str) -> None:
+        self.memory, self.rank, self.token = memory, rank, token
+        self._sealed, self._folder = 0, ""
+        """The number of the last copy that others may fetch, and the folder of all copies."""
         self._changed = threading.Condition()
-        self.listener = Listener(listening, station.token, self._give)
-
-    def serve(self, message: Serve) -> None:
-        with self._changed:
-            self._folder = message.folder
-            self._changed.notify_all()
-
-    def _reach(self, number: int) -> None:
-        with self._changed:
-            self._reached = number
-            self._changed.notify_all()
+        self.listener = Listener(listening, token, self._give)
 
     def save(self, job: Job) -> Done:
         """Do a job to its end, whatever that is."""
         started, one = time.monotonic(), _Save(job, self)
         self.memory.map(job.staged.nbytes)
-        self._staged = job.number, job.staged
-        self._reach(job.number)
         error = one.run()
         if error and job.publication is not None:
             folder.discard(Path(job.staging))
         return Done(job.number, error, time.monotonic() - started, one.written)
 
-    def seal(self, job: Seal) -> Sealed:
+    def seal(self, job: Seal) -> Done:
         """Sum up and describe this rank's copy, and keep those of others here too."""
         errors: list[str] = []
-        self._attempt(functools.partial(self._seal_own, Path(job.path), job.description), errors)
-        self._reach(job.number)
-        for guest in job.guests:
-            self._attempt(functools.partial(self._keep, *guest, job), errors)
-        return Sealed(job.number, "; ".join(errors))
+        if job.description is not None:
+            with noting(errors), closing(SharedMemory(path=Path(job.path))) as memory:
+                memory.map(job.description.staged.nbytes)
+                describe(Path(job.path), job.description, memory.checksum(job.description.staged.nbytes))
+        with self._changed:
+            self._sealed, self._folder = max(self._sealed, job.number), job.folder
+            self._changed.notify_all()
+        for writer, name, where in job.guests:
+            with noting(errors):
+                self._keep(writer, {"name": name, "step": job.step, "number": job.number}, Path(where))
+        return Done(job.number, "; ".join(errors), 0.0, 0)
 
-    @staticmethod
-    def _attempt(work: Callable[[], object], errors: list[str]) -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(describe_error(error))
-
-    def _seal_own(self, path: Path, description: Description | None) -> None:
-        if description is not None:
-            with closing(SharedMemory(path=path)) as memory:
-                memory.map(description.staged.nbytes)
-                describe(path, description, memory.checksum(description.staged.nbytes))
-
-    def _keep(self, guest: Neighbour, name: str, where: str, job: Seal) -> None:
-        path = Path(where)
+    def _keep(self, writer: Neighbour, which: Mapping[str, Any], path: Path) -> None:
         forget(path)
-        which = {"name": name, "step": job.step, "number": job.number}
         with closing(SharedMemory(path=path)) as memory:
-            text = fetch(guest, self.station.token, which, memory)
-        copy = understood(text, path)
+            copy = understood(fetch(writer, self.token, which, memory), path)
         if copy is not None:
             describe(path, copy.description, copy.checksum)
 
     def _give(self, link: Link, which: Mapping[str, Any]) -> None:
-        """Send what another process wants, once it is there, or nothing if it will not be."""
-        number, name = which.get("number", 0), which.get("name")
+        """Send the copy that another process wants, once it is there, or nothing if it will not be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._reached >= number and (self._folder or not name), STARTING_S)
-        if name:
-            self._give_copy(link, name, which["step"])
-        else:
-            staged_number, staged = self._staged
-            nbytes = staged.nbytes if staged is not None and staged_number == number else 0
-            link.send({}, [self.memory.buffer(0, nbytes)])
-
-    def _give_copy(self, link: Link, name: str, step: int) -> None:
-        slots = map(read, Path(self._folder).glob(f"{os.path.basename(name)}.[01]"))
-        found = next((copy for copy in slots if copy is not None and copy.description.step == step), None)
+            self._changed.wait_for(lambda: self._folder and self._sealed >= which.get("number", 0), STARTING_S)
+        slots = map(read, Path(self._folder).glob(f"{os.path.basename(which['name'])}.[01]"))
+        found = next((copy for copy in slots if copy is not None and copy.description.step == which["step"]), None)
         if found is None:
             link.send({})
             return
         with closing(SharedMemory(path=found.path)) as memory:
             memory.map(found.description.staged.nbytes)
             content = memory.buffer(0, found.description.staged.nbytes)
-            link.send({"description": described_by(found.path).read_text()}, [content])
+            link.send({"description": described_by(found.path).read_text()}, content)
             content.release()
 
 
-def serve(pipe_descriptor: int, memory_descriptor: int, socket_descriptor: int) -> None:
-    """Do jobs until the rank has ended."""
+def serve(pipe_descriptor: int, memory_descriptor: int, socket_descriptor: int, rank: int, trainer: int) -> None:
+    """Do jobs until the rank, whose process is the trainer, has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all processes; the rank says when to end
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(10)
     torch.set_num_threads(1)
+    # The end of the pipe would not tell during a save, nor where what the rank has forked holds it open.
+    threading.Thread(target=_end_with, args=(trainer,), name="mics parent", daemon=True).start()
     pipe, memory = Connection(pipe_descriptor), SharedMemory(memory_descriptor)
-    station: Station = pipe.recv()
-    # What the rank has forked may hold the pipe open, so that its end alone does not tell.
-    threading.Thread(target=_end_with, args=(station.trainer,), name="mics parent", daemon=True).start()
-    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def listen() -> None:
+    with suppress(EOFError, OSError):  # the rank has ended
+        writer = _Writer(memory, socket.socket(fileno=socket_descriptor), rank, pipe.recv())
         while True:
-            try:
-                jobs.put(pipe.recv())
-            except (EOFError, OSError):
-                os._exit(0)
-
-    threading.Thread(target=listen, name="mics pipe", daemon=True).start()
-    writer = _Writer(memory, socket.socket(fileno=socket_descriptor), station)
-    while True:
-        job = jobs.get()
-        if isinstance(job, Serve):
-            writer.serve(job)
-            continue
-        done = writer.seal(job) if isinstance(job, Seal) else writer.save(job)
-        with suppress(OSError):  # the other thread ends this process
-            pipe.send(done)
+            job = pipe.recv()
+            pipe.send(writer.seal(job) if isinstance(job, Seal) else writer.save(job))
+    os._exit(0)
 
 
 def _end_with(trainer: int) -> None:

@@ -37,10 +37,10 @@ class CheckpointFiles:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.session: Any = None
-        """With ``make(make)``, which does what may fail, and ``model_states_shard``. While saving, with
-        ``write(states, path, write)`` and ``copies_scripts``: whether what DeepSpeed leaves beside a checkpoint is to
-        be copied there. While loading, with ``read(path)``, ``model``, what the file of model states has, and
-        ``weights_are_set``: whether nothing but the rest of the module is left to be loaded."""
+        """With ``model_states_shard``. While states are collected, with ``write(states, path, write)`` and
+        ``stand_in(held)``: what to show DeepSpeed in place of a frozen parameter. While loading, with ``read(path)``,
+        ``model``, what the file of model states has, and ``weights_are_set``: whether nothing but the rest of the
+        module is left to be loaded."""
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
@@ -60,18 +60,6 @@ class CheckpointFiles:
         if self.session is None:
             return self.inner.save(state_dict, path)
         return self.session.write(state_dict, path, self.inner.save)
-
-    def create(self, info: Any) -> Any:
-        return self._made(lambda: self.inner.create(info))
-
-    def commit(self, info: Any) -> Any:
-        return self._made(lambda: self.inner.commit(info))
-
-    def _made(self, make: Callable[[], Any]) -> Any:
-        return make() if self.session is None else self.session.make(make)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> Any:
-        return self._made(lambda: self.inner.makedirs(path, exist_ok=exist_ok))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         if self.session is None:
@@ -149,52 +137,44 @@ def sub_group_owners(engine: DeepSpeedEngine) -> list[int]:
     return [owners[index] for index in range(len(engine.optimizer.fp16_groups))]
 
 
-def set_writer(engine: DeepSpeedEngine, model_states: bool, optimizer_states: bool) -> None:
-    """Set which files of its shard this rank writes at the next save."""
-    engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = model_states, optimizer_states
-
-
 def collect_states(
     engine: DeepSpeedEngine,
     session: Any,
-    folder: str,
-    tag: str,
     client_state: Mapping[str, Any],
     *,
-    model_states: bool = True,
-    optimizer_states: bool = True,
-    **how: Any,
+    model_states: bool,
+    optimizer_states: bool,
+    exclude_frozen: bool,
 ) -> None:
     """Hand what ``engine.save_checkpoint`` would write on this rank to a session. No collective.
 
     Args:
-        session: with ``stand_in(held)`` besides, what to show DeepSpeed in place of a frozen parameter.
+        session: as :attr:`CheckpointFiles.session`.
         model_states, optimizer_states: whether this rank has some to hand over.
-        how: further arguments of ``engine.save_checkpoint``.
+        exclude_frozen: leave frozen parameters out.
     """
     # It would announce each file. Another level would do too, but clears the caches of all loggers, which takes long.
     deepspeed_logger.addFilter(_is_warning)
+    before = engine.save_non_zero_checkpoint
+    engine.save_non_zero_checkpoint = True
     try:
         with CheckpointFiles.of(engine).through(session), _as_if_partitioned(engine), _fragments(engine, session):
             if model_states:
-                engine._save_checkpoint(folder, tag, client_state=client_state, **how)
+                engine._save_checkpoint("", "", client_state=client_state, exclude_frozen_parameters=exclude_frozen)
             if optimizer_states:
-                engine._save_zero_checkpoint(folder, tag)
+                engine._save_zero_checkpoint("", "")
     finally:
+        engine.save_non_zero_checkpoint = before
         deepspeed_logger.removeFilter(_is_warning)
 
 
 class _Caught:
     """A session that keeps what DeepSpeed would write."""
 
-    copies_scripts = False
     model_states_shard = 0
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
-
-    def make(self, make: Callable[[], Any]) -> None:
-        make()
 
     def write(self, states: dict[str, Any], _path: str, _write: Callable[[Any, str], Any]) -> None:
         self.states = states
@@ -208,12 +188,8 @@ def model_states(engine: DeepSpeedEngine, client_state: Mapping[str, Any]) -> di
     Raises:
         Exception: of whatever kind: DeepSpeed or a module could not say.
     """
-    caught, before = _Caught(), (engine.save_non_zero_checkpoint, engine.save_zero_checkpoint)
-    set_writer(engine, True, False)
-    try:
-        collect_states(engine, caught, "", "", client_state, optimizer_states=False, exclude_frozen_parameters=True)
-    finally:
-        set_writer(engine, *before)
+    caught = _Caught()
+    collect_states(engine, caught, client_state, model_states=True, optimizer_states=False, exclude_frozen=True)
     return {**caught.states, "module": _in_host_memory(caught.states["module"])}
 
 
@@ -377,14 +353,6 @@ def _get_shared_params(original: Any, engine: Any) -> dict[str, str]:
     return tied if session.model_states_shard == 0 else {}
 
 
-def _in_session(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """A part of saving that may fail on this rank only. DeepSpeed has an all-gather and a barrier after it."""
-    session = getattr(engine.checkpoint_engine, "session", None)
-    if session is None:
-        return original(engine, *args, **kwargs)
-    return session.make(lambda: original(engine, *args, **kwargs))
-
-
 def _save_checkpoint(
     original: Any, engine: Any, save_dir: Any, tag: Any, client_state: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -393,7 +361,7 @@ def _save_checkpoint(
         from .replica_wire import saved_residuals  # late, because this module is loaded with DeepSpeed
 
         client_state = {**(client_state or {}), **saved_residuals(engine.optimizer)}
-    return _in_session(original, engine, save_dir, tag, client_state, *args, **kwargs)
+    return original(engine, save_dir, tag, client_state, *args, **kwargs)
 
 
 def _load_checkpoint(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
@@ -422,10 +390,9 @@ def _residuals_in(folder: str) -> Iterator[Any]:
 
 
 def _copy_recovery_script(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """Copy the scripts where DeepSpeed writes files itself; else the rank that publishes does."""
     session = getattr(engine.checkpoint_engine, "session", None)
-    if session is None or session.copies_scripts:
-        return _in_session(original, engine, *args, **kwargs)
-    return None
+    return original(engine, *args, **kwargs) if session is None else None
 
 
 def install(
@@ -441,7 +408,7 @@ def install(
 
     Args:
         runs_mics: whether an engine is one with MiCS.
-        save, load: called for those, like the methods they replace, with the original first.
+        save, load: called for those, like the methods they replace; the second with the original first.
         before_stock_saves, before_stock_loads: told what any other stage 3 engine is about to do: engine, folder, tag.
     """
 
@@ -459,7 +426,7 @@ def install(
 
     def save_checkpoint(original: Any, self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if runs_mics(self):
-            return save(original, self, save_dir, tag, *args, **kwargs)
+            return save(self, save_dir, tag, *args, **kwargs)
         if save_dir and self.zero_optimization_partition_weights():
             before_stock_saves(self, save_dir, f"global_step{self.global_steps}" if tag is None else str(tag))
         return original(self, save_dir, tag, *args, **kwargs)
@@ -481,5 +448,4 @@ def install(
     patches.wrap_method(DeepSpeedEngine, "_get_shared_params", _get_shared_params)
     patches.wrap_method(DeepSpeedEngine, "_save_checkpoint", _save_checkpoint)
     patches.wrap_method(DeepSpeedEngine, "_load_checkpoint", _load_checkpoint)
-    patches.wrap_method(DeepSpeedEngine, "_save_zero_checkpoint", _in_session)
     patches.wrap_method(DeepSpeedEngine, "_copy_recovery_script", _copy_recovery_script)

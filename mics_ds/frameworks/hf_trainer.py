@@ -26,12 +26,12 @@ from typing import Any, Literal
 from ..checkpoint import folder as folders
 from ..checkpoint import restart
 from ..checkpoint.background import wait_for_saves
-from ..checkpoint.coordination import attempt, exchange, raise_together
+from ..checkpoint.coordination import exchange, raise_together, raised_on_all_ranks
 from ..checkpoint.memory import Caller, called_by
 from ..config import CheckpointRequest
 from ..deepspeed_compat.engine import ensure_distributed
 from ..deepspeed_compat.patching import temporarily
-from ..errors import MicsCheckpointError
+from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
 from ..plugin.context import read_request
 from .deletions import may_delete
@@ -124,7 +124,8 @@ def _newest(
         required: whether it is an error if none was ever complete.
     """
     note: dict[str, Any] = {"there": [], "usable": [], "interrupted": [], "errors": []}
-    attempt(lambda: note.update(_survey(folder)), note["errors"])
+    with noting(note["errors"]):
+        note.update(_survey(folder))
     notes = exchange(note, f"looking for a checkpoint in {folder}")
     raise_together(notes, f"No checkpoint can be looked for in {folder}.", "No state was changed.")
     there, interrupted = (set().union(*(said[key] for said in notes)) for key in ("there", "interrupted"))
@@ -134,9 +135,8 @@ def _newest(
     source = None
     may_be_newer = wanted is None or wanted == newest
     if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
-        source = restart.find(
-            memory, os.path.realpath(folder), STATE, lambda: _engine_newest(folder / _FOLDER.format(step=chosen))
-        )
+        checkpoint = folder / _FOLDER.format(step=chosen)
+        source = restart.find(memory, os.path.realpath(folder), lambda: _engine_newest(checkpoint), needed=STATE)
     if source is None and chosen < 0 and interrupted and required:
         raise MicsCheckpointError(
             f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
@@ -179,9 +179,7 @@ def _is_same(one: Path, other: str | os.PathLike) -> bool:
 def _set_aside(args: Any, folder: Path, steps: list[int]) -> None:
     """Rename what was never complete, which the Trainer would take for its newest checkpoint and keep in place of a
     good one. Collective over the world."""
-    note: dict[str, Any] = {"errors": []}
-
-    def rename() -> None:
+    with raised_on_all_ranks(f"looking for a checkpoint in {folder}", "", "No state was changed."):
         for step in steps:
             path = folder / _FOLDER.format(step=step)
             if args.should_save and path.is_dir():
@@ -189,9 +187,6 @@ def _set_aside(args: Any, folder: Path, steps: list[int]) -> None:
                 aside = next(free for free in tries if not free.exists())
                 os.rename(path, aside)
                 log_rank0(f"{path} was still being saved when its job ended; it is called {aside.name} now")
-
-    attempt(rename, note["errors"])
-    raise_together(exchange(note, f"looking for a checkpoint in {folder}"), "", "No state was changed.")
 
 
 def _or_older(step: int, usable: Collection[int], interrupted: Collection[int]) -> int:

@@ -306,30 +306,3 @@ def test_client_states_that_differ_at_some_saves_only(tmp_path):
         _, client_state = engine.load_checkpoint(str(tmp_path), tag=f"{number}")
         assert client_state["rank"] == (rank if differs else -1)
         assert len([*(tmp_path / f"{number}").glob("*client*")]) == (2 if differs else 0)
-
-
-@pytest.mark.slow
-@pytest.mark.ranks(4)
-def test_a_node_that_vanishes_is_noticed_by_its_neighbour(tmp_path):
-    """One writer stays silent for good while its rank lives on: as when a node hangs."""
-    os.environ["MICS_DS_WRITER_PATIENCE"] = "3"
-    Background.current.close() if Background.current else None
-    try:
-        engine = saved_once(tmp_path)
-        if dist.get_rank() == 1:
-            os.kill(writer(), signal.SIGSTOP)
-        dist.barrier()
-        engine.save_checkpoint(str(tmp_path))
-        if dist.get_rank() != 1:
-            with pytest.raises(MicsCheckpointError, match="writes for rank 1 has shown no sign of life for 3 s"):
-                wait_for_saves()
-        dist.barrier()
-        if dist.get_rank() == 1:
-            os.kill(writer(), signal.SIGCONT)
-        with pytest.raises(MicsCheckpointError, match="An earlier asynchronous save failed"):
-            engine.save_checkpoint(str(tmp_path))
-        dist.barrier()
-        assert folders.complete_tags(tmp_path) == ["global_step1"]
-    finally:
-        del os.environ["MICS_DS_WRITER_PATIENCE"]
-        Background.current.close()

@@ -272,8 +272,6 @@ def test_whatever_one_rank_raises_while_saving_is_the_error_of_all(tmp_path):
         "optimizer states": (3, engine.optimizer, "state_dict", unforeseen),
         "writing": (0, files, "save", unforeseen),
         "sealing": (3, manifest, "seal", unforeseen),
-        "committing": (1, files, "commit", unforeseen),
-        "beginning": (1, files, "create", unforeseen),
         "staging removed": (3, files, "save", staging_removed),
     }
     wrong = {}

@@ -465,10 +465,10 @@ def test_no_rank_hears_from_all_others_when_nothing_is_wrong(tmp_path, asynchron
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dist, "all_gather_object", None)
         patched.setattr(dist, "gather_object", None)
-        posted, all_reduce = save._posted, dist.all_reduce
+        posted, all_reduce = save._posted_files, dist.all_reduce
 
-        def counting(one):
-            found = posted(one)
+        def counting(*arguments):
+            found = posted(*arguments)
             read.extend(found)
             return found
 
@@ -476,7 +476,7 @@ def test_no_rank_hears_from_all_others_when_nothing_is_wrong(tmp_path, asynchron
             compared.append(tensor.nbytes)
             return all_reduce(tensor, *args, **kwargs)
 
-        patched.setattr(save, "_posted", counting)
+        patched.setattr(save, "_posted_files", counting)
         patched.setattr(dist, "all_reduce", all_reduced)
         engine.save_checkpoint(str(tmp_path), tag="second", async_save=asynchronous)
         wait_for_saves()

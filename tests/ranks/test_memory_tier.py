@@ -150,7 +150,7 @@ def test_a_run_that_begins_anew_leaves_no_copies_of_the_one_before(tmp_path):
         trained(tmp_path, 6)
         restarted()
         engine = engine_of(2, seed=3, zero=zero())
-        engine.mics_memory.begins_in(str(tmp_path / "disk"), "")
+        engine.mics_memory.begins_in(str(tmp_path / "disk"))
         steps(engine, 3)  # a copy after step 2; those after 4 and 6 are of the run before
         sealed()
         again, _, _ = resumed(tmp_path)

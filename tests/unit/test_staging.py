@@ -158,7 +158,7 @@ def test_a_little_more_takes_no_new_memory():
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
     memory = SharedMemory()
     monkeypatch.setattr(copies, "host_memory_left", lambda: (100 << 20, "2.00 GB, the limit of its cgroup"))
-    with pytest.raises(OSError, match=r"1\.06 GB of host memory are needed.*0\.10 GB are left of 2\.00 GB, the limit"):
+    with pytest.raises(MicsCheckpointError, match=r"1\.06 GB in all, and 0\.10 GB are left of 2\.00 GB, the limit"):
         memory.reserve(10**9)
     assert os.fstat(memory.descriptor).st_size == 0, "nothing was taken"
     memory.close()

@@ -10,17 +10,19 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from cases import every
+from faults import needs_root
 
 from mics_ds.checkpoint import copies, folder, links, manifest, writer
 from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory, read
 from mics_ds.checkpoint.links import Listener, LostError, Neighbour, connect_for_save, fetch, listen
 from mics_ds.checkpoint.manifest import Manifest
-from mics_ds.checkpoint.staging import Staged, StagedFile, Stored, record
-from mics_ds.checkpoint.writer import Job, Publication, Seal, Serve, Station, _Writer
+from mics_ds.checkpoint.staging import Share, Staged, StagedFile, Stored, record
+from mics_ds.checkpoint.writer import Job, Publication, Seal, _Writer
 
 
 def soon(seconds=20.0):
@@ -52,7 +54,7 @@ def test_both_ends_say_what_they_have():
     end = End()
     up = connect_for_save(end.neighbour(), "t", 5, 3, soon())
     down = end.listener.await_save(5, 3, soon())
-    up.send({"files": [1]}, [memoryview(b"abc"), memoryview(b"de")])
+    up.send({"files": [1]}, memoryview(b"abcde"))
     message, room = down.receive(), bytearray(5)
     down.receive_into(memoryview(room))
     assert (message, bytes(room)) == ({"files": [1], "nbytes": 5}, b"abcde")
@@ -63,22 +65,55 @@ def test_both_ends_say_what_they_have():
         down.receive()
 
 
-def test_signs_of_life_go_unnoticed(monkeypatch):
+def test_a_process_that_takes_its_time_is_not_lost():
     end = End()
     up = connect_for_save(end.neighbour(), "t", 1, 0, soon())
     down = end.listener.await_save(1, 0, soon())
     threading.Timer(4.0, lambda: down.send({"late": 1})).start()
-    assert up.receive()["late"] == 1, "after twice the time that silence may last"
+    assert up.receive()["late"] == 1, "after twice the time that a node may leave unanswered"
 
 
-def test_silence_is_an_end(monkeypatch):
-    end = End()
-    up = connect_for_save(end.neighbour(), "t", 1, 0, soon())
-    down = end.listener.await_save(1, 0, soon())
-    links._Beats.of_process().links.clear()
-    with pytest.raises(LostError, match=r"rank 1: .* has shown no sign of life for 2 s"):
-        up.receive()
-    down.close()
+ELSEWHERE = """
+import time
+from mics_ds.checkpoint.links import Listener, listen
+socket, _, port = listen()
+print(port, flush=True)
+Listener(socket, "t", None).await_save(1, 0, time.monotonic() + 60)
+print("connected", flush=True)
+time.sleep(60)
+"""
+
+
+@needs_root
+def test_a_node_that_is_gone_is_an_end():
+    """Its cable is pulled: neither an end of file nor a reset comes from it."""
+    name = f"mics{os.getpid() % 10000}"
+    peer, address = f"{name}p", "10.213.77"
+    run = partial(subprocess.run, check=True)
+    run(["ip", "netns", "add", name])
+    try:
+        run(["ip", "link", "add", name, "type", "veth", "peer", "name", peer, "netns", name])
+        run(["ip", "addr", "add", f"{address}.1/24", "dev", name])
+        run(["ip", "link", "set", name, "up"])
+        for command in (["addr", "add", f"{address}.2/24", "dev", peer], ["link", "set", peer, "up"]):
+            run(["ip", "netns", "exec", name, "ip", *command])
+        code = [sys.executable, "-c", ELSEWHERE]
+        environment = {**os.environ, "MICS_DS_AUTOLOAD": "0"}
+        with subprocess.Popen(
+            ["ip", "netns", "exec", name, *code], stdout=subprocess.PIPE, text=True, env=environment
+        ) as node:
+            try:
+                port = int(node.stdout.readline())
+                up = connect_for_save(Neighbour(1, f"{address}.2", port), "t", 1, 0, soon(60))
+                assert node.stdout.readline() == "connected\n"
+                run(["ip", "link", "set", name, "down"])
+                with pytest.raises(LostError, match=r"rank 1: .* is lost: its node has not answered for 2 s"):
+                    up.receive()
+                up.close()
+            finally:
+                node.kill()
+    finally:
+        run(["ip", "netns", "del", name])
 
 
 def test_a_deadline_is_an_end_whatever_the_other_shows():
@@ -142,7 +177,7 @@ class Ranks:
         self.writers, self.neighbours = [], []
         for rank in range(len(folders)):
             listening, _, port = listen()
-            self.writers.append(_Writer(SharedMemory(), listening, Station(rank, "t", os.getpid())))
+            self.writers.append(_Writer(SharedMemory(), listening, rank, "t"))
             self.neighbours.append(Neighbour(rank, "localhost", port))
         for path in {*folders}:
             folder.Staging(path / "tag", "f00d").begin()
@@ -168,9 +203,9 @@ class Ranks:
             str(path / "tag"),
             str(folder.staging_folder(path / "tag", "f00d")),
             Staged((file,), (), (0, 0), 1000),
-            ((f"own{rank}", b"mine"),),
+            (f"own{rank}", b"mine"),
             error,
-            (self.neighbours[rank],),
+            (rank,),
             None if rank == 0 else self.neighbours[parent],
             tuple(children),
             tuple(publishers),
@@ -249,6 +284,52 @@ def test_a_latest_that_cannot_be_updated_is_told_from_a_failed_save(tmp_path, mo
     assert (tmp_path / "a" / "tag" / manifest.NAME).exists()
 
 
+def shared_jobs(ranks, copied_by_rank_1=128):
+    """Both ranks have copied a half of one tensor, as the owner and its sharer."""
+    whole = torch.arange(64, dtype=torch.float32)
+    recorded, share = record({"x": whole}), Share(256, 2)
+    content = whole.view(torch.uint8)
+    jobs = []
+    for rank in range(2):
+        memory, job = ranks.writers[rank].memory, ranks.job(rank)
+        memory.unmap()
+        os.ftruncate(memory.descriptor, 0)
+        memory.reserve(1000)
+        memory.copy_in([(0, content[128 * rank : 128 * rank + 128])], None)
+        if rank == 0:
+            memory.copy_in([(128, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))], None)
+            files = (StagedFile("x.pt", (128, len(recorded.pickled)), (Stored(256, 0, 0),)),)
+            jobs.append(job._replace(staged=Staged(files, (share,), (0, 0), 1000), sharers=(0, 1)))
+        else:
+            if copied_by_rank_1 < 128:
+                memory.unmap()
+                os.ftruncate(memory.descriptor, copied_by_rank_1)
+            jobs.append(job._replace(staged=Staged((), (share,), (0, 0), copied_by_rank_1), sharers=()))
+    return jobs
+
+
+def test_an_owner_puts_its_shard_together(tmp_path):
+    ranks = Ranks([tmp_path] * 2, tmp_path)
+    assert ranks.save(shared_jobs(ranks)) == ["", ""]
+    assert set(manifest.read(tmp_path / "tag").files) == {"x.pt", "own0", "own1"}
+    assert torch.load(tmp_path / "tag" / "x.pt")["x"].tolist() == list(range(64))
+
+
+def test_a_sharer_that_has_copied_less_is_the_one_error_of_all(tmp_path):
+    ranks = Ranks([tmp_path] * 2, tmp_path)
+    [said] = set(ranks.save(shared_jobs(ranks, 100)))
+    assert "rank 0: rank 1 did not copy 128 bytes of the same shard. Nothing was published" in said
+
+
+def test_an_owner_without_memory_for_shares_is_the_one_error_of_all(tmp_path, monkeypatch):
+    ranks = Ranks([tmp_path] * 2, tmp_path)
+    jobs = shared_jobs(ranks)
+    monkeypatch.setattr(copies, "host_memory_left", lambda: (10, "10 bytes"))
+    [said] = set(ranks.save(jobs))
+    assert "rank 0: 0.00 GB of host memory are needed to put a shard together" in said
+    assert not list(tmp_path.glob("tag"))
+
+
 # ------------------------------------------------------------------------------------------- copies
 
 
@@ -256,18 +337,16 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
     ranks = Ranks([tmp_path / "unused"] * 2, tmp_path)
     own, guest, fetched = tmp_path / "own.0", tmp_path / "other" / "own.1", SharedMemory()
     guest.parent.mkdir()
-    for path, each in ((tmp_path, ranks.writers[0]), (guest.parent, ranks.writers[1])):
-        each.serve(Serve(str(path)))
     memory = SharedMemory(path=own)
     memory.reserve(100)
     memory.copy_in([(0, torch.arange(100, dtype=torch.uint8))], None)
     place = Place(0, 0, 0, 1, 1)
     description = Description(copies.FORMAT, 7, 0, place, 0, "l", {}, "", Staged((), (), (0, 0), 100))
-    keeps = Seal(3, "", None, ((ranks.neighbours[0], "own", str(guest)),), 7)
+    keeps = Seal(3, str(guest.parent), "", None, ((ranks.neighbours[0], "own", str(guest)),), 7)
     with ThreadPoolExecutor(2) as pool:  # the one that keeps it may come first
         keeping = pool.submit(ranks.writers[1].seal, keeps)
         time.sleep(0.3)
-        assert ranks.writers[0].seal(Seal(3, str(own), description, (), 7)).error == ""
+        assert ranks.writers[0].seal(Seal(3, str(tmp_path), str(own), description, (), 7)).error == ""
         assert keeping.result().error == ""
     kept = read(guest)
     assert kept is not None
@@ -280,13 +359,10 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
 
 def test_a_copy_that_was_not_made_is_kept_by_nobody(tmp_path):
     ranks = Ranks([tmp_path / "unused"] * 2, tmp_path)
-    for each in ranks.writers:
-        each.serve(Serve(str(tmp_path)))
     started = time.monotonic()
-    assert ranks.writers[0].seal(Seal(3, "", None, (), 7)).error == ""
-    assert (
-        ranks.writers[1].seal(Seal(3, "", None, ((ranks.neighbours[0], "own", str(tmp_path / "g.0")),), 7)).error == ""
-    )
+    assert ranks.writers[0].seal(Seal(3, str(tmp_path), step=7)).error == ""
+    keeps = Seal(3, str(tmp_path), guests=((ranks.neighbours[0], "own", str(tmp_path / "g.0")),), step=7)
+    assert ranks.writers[1].seal(keeps).error == ""
     assert read(tmp_path / "g.0") is None
     assert time.monotonic() - started < 30
 
