@@ -324,6 +324,8 @@ class ThreadExecutor:
         self._ahead = ahead
         self._turns = _Turns()
         self._unfinished: deque[_ThreadHandle] = deque()
+        self._left: list[_ThreadHandle] = []
+        """Tasks under way when the executor was closed. Their failures were for the engine that closed it."""
         self._threads: list[threading.Thread] = []
 
     def submit(
@@ -338,7 +340,7 @@ class ThreadExecutor:
             handle.wait()  # raise here and now
             return handle
         if not self._threads:
-            wait(self._unfinished)  # by threads that end then: two pairs would issue in any order
+            self._wait_for_left()  # two pairs of threads would issue in any order
             # Daemons: after a failure elsewhere the process must be able to end while a collective
             # still waits for a rank that is gone.
             self._threads = [
@@ -355,7 +357,12 @@ class ThreadExecutor:
         self._turns.queue.put((handle, task))
         return handle
 
+    def _wait_for_left(self) -> None:
+        wait(self._left)
+        self._left.clear()
+
     def drain(self) -> None:
+        self._wait_for_left()
         while self._unfinished:
             self._unfinished.popleft().wait()
 
@@ -366,8 +373,8 @@ class ThreadExecutor:
             for thread in self._threads:
                 thread.join()
         self._threads, self._turns = [], _Turns()
-        # Failures were for the engine that used the executor before. Others may still wait for what is under way.
-        self._unfinished = deque(handle for handle in self._unfinished if not handle.done())
+        self._left += [handle for handle in self._unfinished if not handle.done()]
+        self._unfinished.clear()
 
     def end(self, deadline: float) -> None:
         """Let the threads end when their tasks are done, and wait for that until ``deadline``, of a monotonic clock."""

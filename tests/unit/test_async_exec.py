@@ -262,6 +262,24 @@ def test_what_is_under_way_when_an_executor_is_closed_can_be_waited_for():
     executor.close()
 
 
+def test_a_failure_after_an_executor_was_closed_is_not_that_of_the_next_task():
+    executor, gate = ThreadExecutor("shared"), threading.Event()
+
+    def fail(_) -> None:
+        gate.wait()
+        raise ValueError("of the engine that is gone")
+
+    for later in (lambda: executor.submit(lambda _: 2).wait(), executor.drain):
+        executor.submit(fail)
+        executor.submit(fail)
+        executor.close()
+        threading.Timer(0.05, gate.set).start()
+        assert later() in (2, None)
+        executor.drain()
+        executor.close()
+        gate.clear()
+
+
 EXITS = """
 import torch
 from mics_ds.comm.async_exec import ThreadExecutor
