@@ -32,9 +32,13 @@ class Sizes:
         """Return the elements of the largest bucket that is of use, for ``numel`` elements of gradients in all."""
         return max(self.bucket // itemsize, -(-numel // LEAST_PARTS))
 
-    def unit_of(self, nbytes: int) -> int:
-        """Return the least bytes of a unit of hop 2, for gradient shards of ``nbytes`` in all."""
-        return min(self.unit, max(self.unit // LEAST_PARTS, nbytes // LEAST_PARTS))
+    def unit_of(self, nbytes: int, sent: float = 1.0) -> int:
+        """Return the least bytes of a unit of hop 2, for gradient shards of ``nbytes`` in all.
+
+        Args:
+            sent: bytes on the network for each of them, fewer with a wire. A unit has to be worth a collective there.
+        """
+        return min(self.unit, max(int(self.unit / sent), nbytes) // LEAST_PARTS)
 
 
 ON_ACCELERATORS = Sizes(unit=32 * MIB, bucket=32 * MIB, whole=8 * MIB)

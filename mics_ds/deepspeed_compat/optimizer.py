@@ -129,7 +129,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def _make_sync(self) -> GradSync:
         groups, device = self.mics_groups, communication_device()
         shards, part = self.gradient_ranges(), self.reduce_bucket_size // groups.partition.size
-        wire = chosen_wire(self, groups)
+        wire, held = chosen_wire(self, groups), self.gradient_shards
+        sent = 1.0 if wire is None or not held.nbytes else wire.nbytes(held.numel()) / held.nbytes
         reducer: ReplicaReducer | None = None
         if self.world_states is not None:
             reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
@@ -144,7 +145,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             groups.replica_executor,
             reducer,
             device,
-            unit_numel=groups.sizes.unit_of(self.gradient_shards.nbytes) // self.gradient_shards.element_size(),
+            unit_numel=groups.sizes.unit_of(held.nbytes, sent) // held.element_size(),
             # Offloaded gradients go on to host buffers at the boundary, all at once. And what DeepSpeed reduces by
             # itself (reduce_scatter: false) comes without a word about where a bucket ends.
             early=self._reduces_beside and self.reduce_scatter,
@@ -181,6 +182,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     @override
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        if self.world_states is not None:
+            self.world_states.finish_updates()
         with self._working_on_gradients():
             super().offload_states(*args, **kwargs)
 

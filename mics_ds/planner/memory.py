@@ -224,13 +224,13 @@ def _hop2_bytes(job: Workload, system: Scheme, n: int) -> int:
 
     The gradients are not among them.
     """
-    p = system.partition_size(n)
+    p, itemsize = system.partition_size(n), job.accumulation_itemsize or job.itemsize
     if p < n and job.zero.offload_optimizer:  # by way of the device, in parts
-        return system.bucket_size(job.zero.reduce_bucket_size) // p * (job.accumulation_itemsize or job.itemsize)
-    numel = job.unit_numel(sizes_of(True), p) // p
+        return system.bucket_size(job.zero.reduce_bucket_size) // p * itemsize
+    numel = job.unit_numel(sizes_of(True), p, itemsize, WIRE_BYTES.get(system.wire, itemsize) / itemsize) // p
     if system.wire != "full":  # encoded rows, sent, received and gathered; and fp32 copies while they are made
         return round(numel * (3 * WIRE_BYTES[system.wire] + 8))
-    return numel * (job.accumulation_itemsize or job.itemsize) if system.slices(n) > 1 else 0
+    return numel * itemsize if system.slices(n) > 1 else 0
 
 
 def _step_bytes(job: Workload, system: Scheme, n: int, trained: int) -> int:

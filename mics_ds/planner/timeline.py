@@ -246,8 +246,11 @@ class Player:
         self.overhead = machine.issue_overhead * machine.host_slowdown * (machine.host_slowdown - 1)
         self.ready: dict[int, float] = {}
         """Parameters that are gathered, or will be at that time."""
-        self.unit = job.unit_numel(machine.sizes, self.costs.p)
-        """Elements of a unit of hop 2, and of a gather of updated weights, in full."""
+        itemsize = job.accumulation_itemsize or job.itemsize
+        self.unit = job.unit_numel(
+            machine.sizes, self.costs.p, itemsize, WIRE_BYTES.get(system.wire, itemsize) / itemsize
+        )
+        """Elements of a unit of hop 2, in full."""
         self.not_updated, self.bucket_of = self._update_buckets()
         self.sent = 0
         self.updated: dict[int, float] = {}
@@ -284,12 +287,13 @@ class Player:
         if not self.system.world_states or self.costs.r == 1:
             return [], {}
         trained = self.job.model.trainable
+        limit = self.job.unit_numel(self.machine.sizes, self.costs.p, self.job.itemsize)
         buckets: list[list[int]] = []
         numel = 0
         for param, size in enumerate(self.numel):
             if (self.stays[param] and self.costs.p > 1) or size not in trained:
                 continue  # those that stay gathered come first, and are waited for at once: see finish
-            if not buckets or numel + size > self.unit:
+            if not buckets or numel + size > limit:
                 buckets.append([])
                 numel = 0
             buckets[-1].append(param)

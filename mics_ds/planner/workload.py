@@ -143,11 +143,18 @@ class Workload:
         """M."""
         return self.model.numel * self.itemsize
 
-    def unit_numel(self, sizes: Sizes, p: int) -> int:
-        """Return the elements, in full, of a unit of hop 2 with shards of 1/p. A unit has whole shards."""
-        trained, itemsize = self.model.trainable, self.accumulation_itemsize or self.itemsize
+    def unit_numel(self, sizes: Sizes, p: int, itemsize: int, sent: float = 1.0) -> int:
+        """Return the elements, in full, of a unit of hop 2 or of updated weights, of shards of 1/p.
+
+        A unit has whole shards.
+
+        Args:
+            itemsize: bytes of an element.
+            sent: see :meth:`Sizes.unit_of`.
+        """
+        trained = self.model.trainable
         numel = sum(size * count for size, count in trained.items())
-        return max(sizes.unit_of(numel * itemsize // p) * p // itemsize, numel // max(1, sum(trained.values())))
+        return max(sizes.unit_of(numel * itemsize // p, sent) * p // itemsize, numel // max(1, sum(trained.values())))
 
     @property
     def samples(self) -> int:

@@ -227,6 +227,12 @@ def test_hop_2_begins_with_an_eighth_of_the_gradients_unless_that_is_too_little(
     assert sizes_of(streams).unit_of(shards) == expected
 
 
+def test_a_unit_is_worth_a_collective_by_the_bytes_on_the_network():
+    assert ON_CPUS.unit_of(MIB) == MIB // 4
+    assert ON_CPUS.unit_of(MIB, sent=0.25) == MIB
+    assert ON_CPUS.unit_of(MIB, sent=0.01) == ON_CPUS.unit, "more would be held in memory, and begin late"
+
+
 def test_sizes_are_those_of_the_network_that_each_device_has():
     assert (ON_ACCELERATORS.unit, ON_CPUS.unit) == (32 * MIB, 2 * MIB)
     assert sizes_of(True) is ON_ACCELERATORS
