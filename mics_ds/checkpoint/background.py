@@ -67,7 +67,7 @@ class Background:
         self._ends = threading.Event()
         self._process, self._pipe = self._start()
         self._handed: queue.SimpleQueue[tuple[Job | Seal, Copying]] = queue.SimpleQueue()
-        """What the process is to do, each once a copy has arrived."""
+        """Jobs for the process, each to be sent once its copy has arrived."""
         threading.Thread(target=self._hand_over, name="mics hand-over", daemon=True).start()
 
     @classmethod

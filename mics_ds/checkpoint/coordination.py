@@ -191,9 +191,8 @@ class Roles:
         for offset in self.offsets:
             for shard, replicas in enumerate(self.groups.layout.replication_groups):
                 ranks, first = [rank + offset for rank in replicas], dict[int, int]()
-                for rank in filter(
-                    self._folder_of.__contains__, ranks
-                ):  # shard i by replica i mod r, so that replicas share the writing
+                # Shard i by replica i mod r, so that replicas share the writing.
+                for rank in (rank for rank in ranks if rank in self._folder_of):
                     here = first.setdefault(self._folder_of[rank], rank)
                     found[rank] = here if self.node_local else ranks[shard % len(ranks)]
         return found

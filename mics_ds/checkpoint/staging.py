@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
 
 class _Pickler(pickle.Pickler):
-    """What ``torch.save`` derives its pickler from. It gives it a ``persistent_id`` that numbers the storages."""
+    """Pickler that ``torch.save`` derives its own from, with a ``persistent_id`` that numbers the storages."""
 
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol=protocol)

@@ -12,7 +12,7 @@ from ..comm.groups import MicsGroups
 from ..comm.job import current_job
 from ..comm.rank_group import RankGroup
 from ..comm.wire import Wire, wire_of
-from ..errors import MicsCheckpointError, MicsConfigError, describe_error
+from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..log import logger
 from ..zero.replica_wire import EncodedMean, EncodedSlices
 from ..zero.residuals import Held, Place, cut_anew
@@ -152,19 +152,16 @@ def restore_residuals(optimizer: Any, own: Any, of_all_ranks: Callable[[], list[
     """
     if not optimizer.sync.residuals():
         return
-    failure: Exception | None = None
-    try:
+    errors: list[str] = []
+    with noting(errors):
         _restore(optimizer, own, of_all_ranks)
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
-        failure = error
-    told = None if failure is None else describe_error(failure)
-    notes = collectives.exchange(told, optimizer.mics_groups.full, "loading of hop 2's residuals")
-    failed = [f"rank {rank}: {note}" for rank, note in enumerate(notes) if note is not None]
+    notes = collectives.exchange(errors, optimizer.mics_groups.full, "loading of hop 2's residuals")
+    failed = [f"rank {rank}: {error}" for rank, noted in enumerate(notes) for error in noted]
     if failed:
         raise MicsCheckpointError(
             f"Expected hop 2's residuals beside the model states that were loaded, but {'; '.join(failed)}. Load "
             f"another checkpoint, or train without {_KEY} from this one."
-        ) from failure
+        )
 
 
 def _restore(optimizer: Any, own: Any, of_all_ranks: Callable[[], list[Any]]) -> None:

@@ -64,7 +64,6 @@ class WorldStates:
         "has_overflow",
         "_finish_offloaded",
         "finalize_gradient_accumulation_boundary",
-        "offload_states",
     )
 
     def __init__(self, optimizer: Any, groups: MicsGroups, shard_bytes: int) -> None:
@@ -268,10 +267,6 @@ class WorldStates:
         for sub_group, (cut, params) in enumerate(zip(self.cuts, optimizer.fp16_groups)):
             for param, start, width in zip(params, cut.starts, cut.widths):
                 optimizer.grad_position[optimizer.get_param_id(param)] = [sub_group, start, width]
-
-    def offload_states(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.finish_updates()
-        return stock(*args, **kwargs)
 
 
 def _as_shard(piece: Any) -> Any:

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bench.replica_jobs import LIMIT_S, Training, committed, compare_with_reference, running
 from replica_frameworks import RATE
+from replica_kill import Line, kill_one
 
 pytest.importorskip("torchft")
 
 
-def kill_one(folder: Path, program: str) -> list[list[dict[str, Any]]]:
-    """Kill one of two replicas and start it again. Returns the steps that were committed."""
+def steps_of(folder: Path, program: str) -> list[list[Line]]:
+    """Return the steps that a program commits of which one replica is killed and started again."""
     program = f"replica_frameworks:{program}"
-    training = Training(str(folder), replicas=2, ranks=1, steps=10**9, sleep_s=0.05, program=program)
-    with running(training, heartbeat_timeout_s=1.0) as jobs:
-        jobs.until_all_take_part()
-        jobs.aim(1, 0, "hop 2")
-        jobs.until(lambda _: jobs.generation[1] == 1)
-        jobs.until_all_take_part()
-        records = jobs.records()
-    found = committed(training, records)
-    assert {line["members"] for lines in found for line in lines} == {1, 2}
-    assert compare_with_reference(training, found) < 1e-6
-    return found
+    _, steps = kill_one(Training(str(folder), replicas=2, ranks=1, steps=10**9, sleep_s=0.05, program=program))
+    return steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["hf_trainer", "accelerate", "lightning"])
 def test_a_replica_of_a_framework_is_killed_and_comes_back(tmp_path, program):
-    rates = [lines[0]["lr"] for lines in kill_one(tmp_path, program)][1:]
+    rates = [lines[0]["lr"] for lines in steps_of(tmp_path, program)][1:]
     steps = [after - before for before, after in pairwise(rates)]
     assert steps == pytest.approx([RATE] * len(steps)), "schedules move with every step that is committed, and no other"
 
 
 @pytest.mark.slow
 def test_the_learning_rate_may_follow_the_number_of_replicas(tmp_path):
-    for lines in kill_one(tmp_path, "rate_by_replicas"):
+    for lines in steps_of(tmp_path, "rate_by_replicas"):
         assert {line["lr"] for line in lines} == {100 * RATE * lines[0]["members"]}
 
 

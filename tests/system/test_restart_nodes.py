@@ -71,7 +71,7 @@ def test_without_both_nodes_that_held_a_shard_the_disk_is_used(tmp_path):
 
 
 def said_with(cluster: emulation.Cluster, root: Path, shm_bytes: int | None) -> tuple[str, str]:
-    """What a job says at its start, and after the loss of a node, on nodes with so much ``/dev/shm``."""
+    """Return what a job says at its start, and after the loss of a node, on nodes with so much ``/dev/shm``."""
     root.mkdir()
     size = ["--hidden", "1024", "--layers", "8"]
     with Job(cluster, root, "--steps", "8", "--pause", "1", *size, shm_bytes=shm_bytes) as job:

@@ -112,7 +112,7 @@ def test_a_simulated_node_has_no_fabric(monkeypatch):
 
 
 class Nvml:
-    """What ``pynvml`` has of fabrics.
+    """Stand-in for ``pynvml``, as far as it knows of fabrics.
 
     Args:
         as_text: whether the structure gives the UUID as text, as that of nvidia-ml-py 12 does. That of 13 has numbers.
