@@ -18,11 +18,10 @@ import functools
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,12 +32,13 @@ from ..comm.async_exec import Handle, Stages
 from ..comm.groups import MicsGroups
 from ..comm.job import current_job
 from ..comm.packing import ChunkLayout
-from ..comm.rank_group import RankGroup, Ways
-from ..deepspeed_compat.engine import communication_device, wait_for_device
+from ..comm.rank_group import Ways
+from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsError, MicsPlanError
 from ..log import log_rank0, logger
 from .machine import GroupForm
 from .presets import load_machine
+from .race import SMALLEST, Clock, Race, Shape, hold
 from .workload import ZeroSettings
 
 SECONDS_ENV = "MICS_DS_MEASURE_SECONDS"
@@ -46,29 +46,12 @@ SECONDS_ENV = "MICS_DS_MEASURE_SECONDS"
 DEFAULT_S = 2.0
 MARGIN = 0.07
 """Another way than that of the rule has to be faster by this fraction."""
-FEWEST, MOST = 3, 15
-"""Times that a size is measured: larger ones only where there is time for the fewest."""
-HOPELESS = 1.3
-"""A way that takes longer than the fastest by this factor is not measured more than twice."""
 AT_ONCE = 2
 """Collectives of one kind under way at a time, as in training, which gathers ahead and reduces behind."""
 SPARE = 0.2
-"""Part of the time that is not planned for, because a size may take longer than a smaller one foretold."""
+"""Part of the time that is not planned for, because work may take longer than foretold."""
 SHAPES = 3
-SMALLEST, LARGEST = 1 << 16, 1 << 28
-"""Bytes of the full buffer that measurement starts with, and goes up to. Above, links are busy all the time."""
-GROWTH = 4
-"""Largest ratio of two sizes that are measured one after the other: each foretells the next."""
-_FORMAT = 1
-
-
-class Shape(NamedTuple):
-    """Collectives of about one size."""
-
-    nbytes: int
-    """Bytes of the full buffer."""
-    times: int
-    """How many of them one pass over the model takes."""
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -248,116 +231,20 @@ def measure(groups: MicsGroups, demand: Demand, budget_s: float) -> tuple[Clock,
     scatters = {f"scatter {ways.scatter}": functools.partial(scatter, groups, ways) for ways in groups.choices}
     kinds = [(gathers, demand.gathers), (scatters, demand.scatters)]
     kinds = [(contestants, shapes) for contestants, shapes in kinds if len(contestants) > 1 and shapes]
-    for contestants, shapes in kinds:
+    for contestants, _ in kinds:
         for prepare in contestants.values():
-            prepare(demand.dtype, ladder(shapes)[0])()
+            prepare(demand.dtype, SMALLEST)()
     clock, seconds = Clock(groups.full), dict[str, float]()
-    for index, (contestants, shapes) in enumerate(kinds):
-        until_s = clock.elapsed + ((1 - SPARE) * budget_s - clock.elapsed) / (len(kinds) - index)
-        prepared = [functools.partial(prepare, demand.dtype) for prepare in contestants.values()]
-        found = race(prepared, shapes, clock, until_s)
-        seconds.update(zip(contestants, (value / AT_ONCE for value in found)))
+    races = [
+        Race([functools.partial(prepare, demand.dtype) for prepare in contestants.values()], shapes, clock)
+        for contestants, shapes in kinds
+    ]
+    hold(races, (1 - SPARE) * budget_s)
+    for (contestants, _), race in zip(kinds, races):
+        seconds.update(zip(contestants, (value / AT_ONCE for value in race.seconds())))
     for executor in (groups.gather_executor, groups.scatter_executor):
         executor.close()  # frees buffers that the chosen way may not need
     return clock, seconds
-
-
-class Clock:
-    """Times work on all ranks of a group at once. Every rank gets the numbers of the slowest one."""
-
-    def __init__(self, group: RankGroup) -> None:
-        self._group = group
-        self._began = time.perf_counter()
-        self.elapsed = 0.0
-        """Seconds since the clock was made, by the end of the last work."""
-        self.time(lambda: None)
-
-    def time(self, work: Callable[[], object]) -> float:
-        """Return the seconds that ``work`` takes."""
-        start = time.perf_counter()
-        work()
-        wait_for_device()
-        end = time.perf_counter()
-        taken = torch.tensor([end - start, end - self._began], dtype=torch.float64, device=communication_device())
-        collectives.max_over_(taken, self._group, "time of collectives")
-        seconds, self.elapsed = taken.tolist()
-        return float(seconds)
-
-
-Prepare = Callable[[int], Callable[[], object]]
-"""Bytes of the full buffer -> work of that size."""
-
-
-def race(contestants: Sequence[Prepare], shapes: Sequence[Shape], clock: Any, until_s: float) -> list[float]:
-    """Time contestants in turns, from small sizes to large ones, until the next size would not fit the time.
-
-    Only sizes of the model count. Smaller ones foretell how long the next one takes, but not which way is faster there:
-    latency decides about them, and links that were idle let some bytes through faster than those that follow.
-
-    Args:
-        until_s: reading of the clock at which to end.
-
-    Returns:
-        Seconds of one pass over the model, for each contestant. Times of larger sizes that were not reached grow with
-        bytes. Nothing, if there was no time to measure any size :data:`FEWEST` times: then bytes decide, and the rule
-        has the way with the fewest.
-    """
-    found: dict[int, list[float]] = {}
-    sizes = ladder(shapes)
-    asked = {min(shape.nbytes, LARGEST) for shape in shapes}
-    for index, size in enumerate(sizes):
-        began_s = clock.elapsed
-        works = [prepare(size) for prepare in contestants]
-        taken = [[clock.time(work)] for work in works]
-        following_s = (clock.elapsed - began_s) * sizes[min(index + 1, len(sizes) - 1)] / size
-        is_last = index + 1 == len(sizes) or clock.elapsed + FEWEST * following_s > until_s
-        if size in asked:
-            to_come = 1 if is_last else sum(other in asked for other in sizes[index:])
-            _repeat(works, taken, clock, clock.elapsed + (until_s - clock.elapsed) / to_come)
-            if max(map(len, taken)) >= FEWEST:
-                found[size] = [_typical(times) for times in taken]
-        if is_last or clock.elapsed + FEWEST * following_s > until_s:
-            break
-    if not found:
-        return []
-    largest = max(found)
-
-    def seconds(nbytes: int, contestant: int) -> float:
-        return found[nbytes][contestant] if nbytes in found else found[largest][contestant] * nbytes / largest
-
-    return [sum(shape.times * seconds(shape.nbytes, number) for shape in shapes) for number in range(len(contestants))]
-
-
-def _typical(times: Sequence[float]) -> float:
-    """Return the lower quartile: whatever else a machine does makes times longer.
-
-    The first one does not count. Links let through the first bytes after a pause faster than those that follow.
-    """
-    rest = sorted(times[1:] or times)
-    return rest[len(rest) // 4]
-
-
-def _repeat(works: Sequence[Callable[[], object]], taken: list[list[float]], clock: Any, until_s: float) -> None:
-    """Time works again in turns, while there is time, and those that may still win."""
-    for _ in range(MOST - 1):
-        best = min(map(min, taken))
-        for work, times in zip(works, taken):
-            if min(times) > HOPELESS * best and len(times) > 1:
-                continue
-            if clock.elapsed + times[-1] > until_s:
-                return
-            times.append(clock.time(work))
-
-
-def ladder(shapes: Sequence[Shape]) -> list[int]:
-    """Return the sizes to measure: those of the shapes, and others before them, in steps of :data:`GROWTH` at most."""
-    sizes = sorted({min(shape.nbytes, LARGEST) for shape in shapes})
-    steps = [min(SMALLEST, sizes[0])]
-    for size in sizes:
-        while steps[-1] * GROWTH < size:
-            steps.append(steps[-1] * GROWTH)
-        steps += [size] * (size > steps[-1])
-    return steps
 
 
 def _order(groups: MicsGroups, staged: Any) -> tuple[int, ...]:

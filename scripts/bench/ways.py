@@ -37,7 +37,7 @@ from bench.runner import Session, run
 from mics_ds.comm.groups import build_groups
 from mics_ds.comm.job import current_job
 from mics_ds.config import MicsConfig
-from mics_ds.planner import measure
+from mics_ds.planner import measure, race
 
 SHAPES = (
     *("2x2:25mbit:4", "2x2:25mbit:2", "2x2:100mbit:4", "2x2:none:4"),
@@ -96,7 +96,7 @@ def in_a_rank(
 
 def reference(groups: Any, demand: measure.Demand, say: Callable[[str | None], None]) -> dict[str, dict[str, float]]:
     """Return median seconds of one pass over the model, for all ways of gathers and of hop 1, in turns."""
-    clock = measure.Clock(groups.full)
+    clock = race.Clock(groups.full)
     kinds: dict[str, dict[str, Callable[[], Any]]] = {"gathers": {}, "scatters": {}}
     for ways in groups.choices:
         for kind, name, prepare, shapes in (

@@ -17,7 +17,8 @@ from mics_ds.comm.sizes import MIB, ON_ACCELERATORS
 from mics_ds.config import MicsConfig, PlanRequest
 from mics_ds.planner import calibrate, measure
 from mics_ds.planner.machine import GroupForm, Link, Machine, Sweep
-from mics_ds.planner.measure import Cache, Demand, Shape, demand_of, fastest, ladder, race
+from mics_ds.planner.measure import Cache, Demand, demand_of, fastest
+from mics_ds.planner.race import Shape
 
 STAGED, FLAT = Ways(True, True, "all_to_all"), Ways(False, False, "all_to_all")
 CHOICES = tuple(
@@ -84,64 +85,6 @@ def test_shapes_keep_the_bytes_and_the_number_of_collectives(count):
     assert 1 <= len(shapes) <= 3
     assert sum(shape.times for shape in shapes) == count
     assert abs(sum(shape.nbytes * shape.times for shape in shapes) - sum(sizes)) < count
-
-
-def test_the_ladder_reaches_each_size_in_small_steps():
-    assert ladder([Shape(1000, 1)]) == [1000]
-    assert ladder([Shape(1 << 20, 2), Shape(5 << 20, 1)]) == [1 << 16, 1 << 18, 1 << 20, 1 << 22, 5 << 20]
-    assert ladder([Shape(1 << 35, 1)])[-1] == measure.LARGEST
-
-
-# --------------------------------------------------------------------------------------------------
-# Times
-
-
-class Clock:
-    """A clock on which work takes what it says."""
-
-    def __init__(self) -> None:
-        self.elapsed = 0.0
-        self.sizes: list[int] = []
-
-    def time(self, work) -> float:
-        size, seconds = work()
-        self.elapsed += seconds
-        self.sizes.append(size)
-        return seconds
-
-
-def link(latency: float, rate: float):
-    return lambda size: lambda: (size, latency + size / rate)
-
-
-def test_small_and_large_sizes_are_measured_and_added_up():
-    shapes = (Shape(1 << 18, 10), Shape(1 << 20, 2))
-    staged, flat = race([link(2e-3, 200e6), link(1e-3, 100e6)], shapes, Clock(), until_s=2.0)
-    assert staged == pytest.approx(12 * 2e-3 + (10 * 2**18 + 2 * 2**20) / 200e6)
-    assert flat == pytest.approx(12 * 1e-3 + (10 * 2**18 + 2 * 2**20) / 100e6)
-
-
-@pytest.mark.parametrize("rate", [1e5, 1e6, 1e7, 1e8, 1e9, 1e11])
-@pytest.mark.parametrize("until_s", [0.5, 1.0])
-def test_the_budget_holds_on_any_link(rate, until_s):
-    clock = Clock()
-    found = race([link(1e-4, rate), link(1e-4, 2 * rate)], (Shape(1 << 24, 3),), clock, until_s)
-    # The first, smallest size is measured once, whatever it takes.
-    assert clock.elapsed <= max(until_s, 1.001 * (1.5 * (1 << 16) / rate + 2e-4))
-    if rate <= 1e7:
-        assert found == [], "there is no time for the size of the model"
-    if rate >= 1e9:
-        assert found[0] > found[1]
-    if rate >= 1e9:
-        assert clock.sizes.count(1 << 24) == measure.MOST + 2, "the slower one twice"
-
-
-def test_small_sizes_do_not_decide_about_large_ones():
-    """One way has less latency, the other more bandwidth. There is no time for the size at which that counts."""
-    ways = [link(50e-3, 2e6), link(1e-3, 1e6)]
-    assert race(ways, (Shape(1 << 22, 1),), Clock(), until_s=2.0) == []
-    staged, flat = race(ways, (Shape(1 << 17, 2), Shape(1 << 22, 1)), Clock(), until_s=2.0)
-    assert (staged, flat) == pytest.approx((34 * (50e-3 + 2**17 / 2e6), 34 * (1e-3 + 2**17 / 1e6)))
 
 
 def test_another_way_than_that_of_the_rule_has_to_be_clearly_faster():
@@ -267,15 +210,3 @@ def test_a_user_without_a_home_is_no_error(cache, monkeypatch):
     kept.write(FLAT)
     assert kept.read() == FLAT, "in this process"
     assert cache().read() is None
-
-
-def test_a_stall_does_not_decide():
-    """One of many times is longer by whatever else the machine does; the first one is shorter, from a full bucket."""
-    assert measure._typical([0.001, 0.010, 0.011, 0.500, 0.010, 0.012, 0.010]) == 0.010
-    stalls = iter(range(1000))
-
-    def stalling(size):
-        return lambda: (size, 0.02 + 0.5 * (next(stalls) == 4))
-
-    slow, fast = race([stalling, link(0.01, 1e12)], (Shape(1 << 16, 1),), Clock(), until_s=2.0)
-    assert (slow, fast) == pytest.approx((0.02, 0.01), rel=1e-3)
