@@ -23,7 +23,7 @@ ENOUGH = 3
 HOPELESS = (2.0, 1.3)
 """A way that takes longer than the fastest by these factors is not measured again, after one round and after more."""
 SMALLEST, LARGEST = 1 << 12, 1 << 28
-"""Bytes of the full buffer that are timed at least and at most. Above, links are busy all the time."""
+"""Bytes of the full buffer that are timed first and at most. Above, links are busy all the time."""
 GROWTH = 8
 """Largest ratio of two sizes that are timed one after the other: each foretells the next."""
 STEEPER = 2.0
@@ -128,8 +128,8 @@ class Race:
         if size <= known[-1]:
             return self._rule[min(known, key=lambda other: abs(other - size))]
         largest_s = self._rule[known[-1]]
-        if len(known) == 1:
-            return largest_s * size / known[0]
+        if len(known) == 1:  # of a few bytes, which take as long as no bytes at all
+            return STEEPER * largest_s
         slope = max(0.0, largest_s - self._rule[known[-2]]) / (known[-1] - known[-2])
         return largest_s + STEEPER * slope * (size - known[-1])
 
@@ -191,9 +191,12 @@ class Race:
 
 
 def smaller(size: int) -> list[int]:
-    """Return smaller sizes than this one, in steps of :data:`GROWTH`, the smallest first."""
-    sizes = []
-    while size // GROWTH >= SMALLEST:
+    """Return smaller sizes than this one, in steps of :data:`GROWTH`, the smallest first: two, or more above the least.
+
+    Two are needed to tell latency from bytes.
+    """
+    sizes: list[int] = []
+    while size // GROWTH >= SMALLEST or (len(sizes) < 2 and size // GROWTH >= 64):
         size //= GROWTH
         sizes.append(size)
     return sizes[::-1]

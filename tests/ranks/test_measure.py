@@ -25,7 +25,7 @@ from mics_ds.comm.job import current_job
 from mics_ds.comm.rank_group import Ways
 from mics_ds.config import MicsConfig
 from mics_ds.errors import MicsAgreementError, MicsConfigError
-from mics_ds.planner import measure
+from mics_ds.planner import measure, race
 
 # --------------------------------------------------------------------------------------------------
 # Domains
@@ -135,7 +135,7 @@ def slow(on_rank: dict[str, int]) -> Iterator[None]:
         return issue
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(measure, "time", SimpleNamespace(perf_counter=lambda: now[0])))
+        stack.enter_context(mock.patch.object(race, "time", SimpleNamespace(perf_counter=lambda: now[0])))
         for name in on_rank:
             stack.enter_context(mock.patch.object(collectives, name, slowed(name)))
         yield

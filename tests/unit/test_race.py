@@ -39,7 +39,9 @@ def times(contestants, shapes, clock, until_s: float) -> list[float]:
 
 def test_smaller_sizes_lead_up_to_one():
     assert smaller(1 << 20) == [1 << 14, 1 << 17]
-    assert smaller(1000) == []
+    assert smaller(20_000) == [312, 2500]
+    assert smaller(512) == [64]
+    assert smaller(500) == []
     assert smaller(1 << 28)[0] >= race.SMALLEST
 
 
@@ -71,7 +73,7 @@ def test_the_time_holds_on_any_link(rate, until_s):
 def test_ways_that_are_about_as_fast_use_the_time():
     clock = Clock()
     times([link(1e-3, 1e9), link(1.1e-3, 1e9), link(1.5e-3, 1e9)], (Shape(1 << 12, 1),), clock, until_s=1.0)
-    assert len(clock.sizes) == 2 * race.MOST + 2, "the slowest one twice"
+    assert clock.sizes.count(1 << 12) == 2 * race.MOST + 2, "the slowest one twice"
 
 
 @pytest.mark.parametrize("rate", [2e6, 3e6, 12.5e6, 100e6])
@@ -106,10 +108,10 @@ def test_each_race_gets_a_turn_before_any_gets_more():
     clock = Clock()
     slow = Race([link(0.12, 1e12), link(0.1, 1e12)], (Shape(1 << 13, 1),), clock)
     quick = Race([link(0.010, 1e12), link(0.009, 1e12)], tuple(Shape(1 << bits, 1) for bits in (12, 13, 14)), clock)
-    hold([slow, quick], until_s=1.0)
+    hold([slow, quick], until_s=1.2)
     assert slow.seconds() == pytest.approx([0.12, 0.1])
     assert quick.seconds() == pytest.approx([0.03, 0.027], rel=1e-5)
-    assert clock.elapsed <= 1.0
+    assert clock.elapsed <= 1.2
 
 
 def test_nothing_to_race_takes_no_time():
