@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -29,20 +30,38 @@ from launching import (
 NOT_LOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
+# Forks of one interpreter, which has imported DeepSpeed without the package.
+FORKING = """
+import json, subprocess, sys
+import helpers, torch._inductor.compile_fx
+from forks import ForkingPopen
+jobs = [
+    ForkingPopen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for words, environment in json.load(sys.stdin)
+]
+said = [job.communicate()[0] for job in jobs]
+print(json.dumps([(job.returncode, text) for job, text in zip(jobs, said)]))
+"""
+
+
 @functools.cache
 def runs_alone() -> dict[str, tuple[int, str]]:
-    """Exit code and output of one process each; two at a time would leave a core idle now and then."""
-    asked: dict[str, tuple[Any, tuple[str, ...], dict[str, str]]] = {
-        "absent": (ds_config(), (), NOT_LOADED),
-        "loaded": (ds_config(), (), {}),
-        "key without the package": (ds_config(1), (), NOT_LOADED),
-        "imported, with the key": (ds_config(1), ("--import-mics", "before"), NOT_LOADED),
+    """Exit code and output of one process each."""
+    command, job = alone_command(ds_config())
+    loaded = start(command, job)
+    absent: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "absent": (ds_config(), ()),
+        "key without the package": (ds_config(1), ()),
+        "imported, with the key": (ds_config(1), ("--import-mics", "after")),
     }
-    running = {}
-    for name, (config, more, environment) in asked.items():
-        command, job = alone_command(config, more)
-        running[name] = start(command, {**job, **environment})
-    return {name: finish(process) for name, process in running.items()}
+    asked = []
+    for config, more in absent.values():
+        [_, *words], job = alone_command(config, more)
+        asked.append((words, {**os.environ, **job}))
+    without = {**os.environ, **NOT_LOADED}
+    command = [sys.executable, "-c", FORKING]
+    said = subprocess.run(command, env=without, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
+    return {"loaded": finish(loaded), **dict(zip(absent, json.loads(said.stdout.splitlines()[-1])))}
 
 
 def ran_well(name: str) -> list[dict[str, Any]]:
