@@ -1,4 +1,4 @@
-"""Start Python programs as forks of this process, which has imported what they need. A new interpreter takes seconds to."""
+"""Start Python programs as forks of this process, which has imported what a new interpreter takes seconds to import."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def _become(words: Sequence[str], environment: Mapping[str, str], kept: Collecti
         _close_all_but({0, 1, 2, *kept})
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        sys.stdin = open(0, closefd=False)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         _run(words)
         code = 0
