@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import runpy
 import signal
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+
+_SAID = "FORKS "
 
 
 class ForkingPopen(subprocess.Popen):
@@ -30,6 +33,51 @@ class ForkingPopen(subprocess.Popen):
             become = functools.partial(_become, args[1:], environment, how.get("pass_fds", ()))
             how.update(preexec_fn=become, restore_signals=False)
         super().__init__(args, **how)
+
+
+class Parent:
+    """An interpreter that runs some code, and is then forked for each program. It ends with this process.
+
+    For programs that must not find what this process has imported.
+
+    Args:
+        code: what to import.
+        options: of the interpreter.
+        environment: its variables beside those of this process.
+    """
+
+    def __init__(self, code: str, *options: str, **environment: str) -> None:
+        command = [sys.executable, *options, "-c", f"{code}\nimport forks\nforks.serve()"]
+        given = {**os.environ, **environment}
+        self._process = subprocess.Popen(command, env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, *programs: tuple[Sequence[str], Mapping[str, str]]) -> list[subprocess.CompletedProcess]:
+        """Run programs at the same time.
+
+        Args:
+            programs: words after the name of the interpreter, and variables beside its own.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(programs) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(_SAID):
+                answers = json.loads(line.removeprefix(_SAID))
+                return [subprocess.CompletedProcess(words, *answer) for (words, _), answer in zip(programs, answers)]
+        raise AssertionError(f"the interpreter ended with code {self._process.wait()}")
+
+
+def serve() -> None:
+    """Run what the parent's creator asks for, until there is no creator any more."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for line in sys.stdin:
+        running = [
+            ForkingPopen([sys.executable, *words], env={**os.environ, **more}, text=True, **pipes)
+            for words, more in json.loads(line)
+        ]
+        said = [program.communicate() for program in running]
+        print(_SAID + json.dumps([(program.returncode, *texts) for program, texts in zip(running, said)]), flush=True)
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str], kept: Collection[int]) -> None:

@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 from cases import slow
+from forks import Parent
 from helpers import ds_config
 from launching import (
     BIN,
@@ -30,38 +30,20 @@ from launching import (
 NOT_LOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
-# Forks of one interpreter, which has imported DeepSpeed without the package.
-FORKING = """
-import json, subprocess, sys
-import helpers, torch._inductor.compile_fx
-from forks import ForkingPopen
-jobs = [
-    ForkingPopen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for words, environment in json.load(sys.stdin)
-]
-said = [job.communicate()[0] for job in jobs]
-print(json.dumps([(job.returncode, text) for job, text in zip(jobs, said)]))
-"""
-
-
 @functools.cache
 def runs_alone() -> dict[str, tuple[int, str]]:
     """Exit code and output of one process each."""
-    command, job = alone_command(ds_config())
-    loaded = start(command, job)
+    loaded = start(*alone_command(ds_config()))
     absent: dict[str, tuple[Any, tuple[str, ...]]] = {
         "absent": (ds_config(), ()),
         "key without the package": (ds_config(1), ()),
         "imported, with the key": (ds_config(1), ("--import-mics", "after")),
     }
-    asked = []
-    for config, more in absent.values():
-        [_, *words], job = alone_command(config, more)
-        asked.append((words, {**os.environ, **job}))
-    without = {**os.environ, **NOT_LOADED}
-    command = [sys.executable, "-c", FORKING]
-    said = subprocess.run(command, env=without, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
-    return {"loaded": finish(loaded), **dict(zip(absent, json.loads(said.stdout.splitlines()[-1])))}
+    commands = [alone_command(*asked) for asked in absent.values()]
+    without = Parent("import helpers, torch._inductor.compile_fx", **NOT_LOADED)
+    done = without.run(*((words, job) for [_, *words], job in commands))
+    said = {name: (item.returncode, item.stdout + item.stderr) for name, item in zip(absent, done)}
+    return {"loaded": finish(loaded), **said}
 
 
 def ran_well(name: str) -> list[dict[str, Any]]:
