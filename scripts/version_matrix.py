@@ -28,6 +28,7 @@ FRAMEWORKS = ("transformers", "accelerate", "trl", "lightning")
 SHOWN = ("deepspeed", "torch", *FRAMEWORKS)
 
 COMBINATIONS: dict[str, dict[str, str]] = {
+    "deepspeed-0.19.6": {"deepspeed": "0.19.6", "torch": "2.13.0"},
     "deepspeed-0.19.7": {"deepspeed": "0.19.7", "torch": "2.13.0"},
     "torch-2.13": {"deepspeed": "0.19.8", "torch": "2.13.0", "transformers": "5.23.0"},
     "torch-2.14": {"deepspeed": "0.19.8", "torch": "2.14.1", "transformers": "5.24.0"},

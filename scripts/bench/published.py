@@ -11,6 +11,7 @@ on the points marked ``fitted``; everything else is prediction. Inputs that the 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -321,18 +322,29 @@ FIGURES: tuple[Figure, ...] = (
 )  # fmt: skip
 
 
+@functools.cache
+def predicted(figure: Figure) -> float:
+    """Return what the planner says on the preset of the figure's cluster."""
+    return figure.predict(find_preset(figure.cluster))
+
+
 def error(figure: Figure, machine: Machine | None = None) -> float:
     """Return the relative error, or points for an efficiency."""
-    value = figure.predict(machine or find_preset(figure.cluster))
+    value = predicted(figure) if machine is None else figure.predict(machine)
     return value - figure.value if figure.kind == "efficiency" else value / figure.value - 1
 
 
 ASKED = {"mics": 0.10, "efficiency": 5, "fsdp": 0.15}
 
 
+def is_asked(figure: Figure) -> bool:
+    """Return whether the figure demands anything of its prediction."""
+    return figure.kind == "fsdp" or (figure.kind != "other" and not figure.excused)
+
+
 def holds(figure: Figure) -> bool | None:
     """Return whether the prediction is as close as the figure demands; ``None`` if it demands nothing."""
-    if figure.kind == "other" or (figure.excused and figure.kind != "fsdp"):
+    if not is_asked(figure):
         return None
     return abs(error(figure)) <= ASKED[figure.kind]
 
@@ -341,7 +353,7 @@ def table(figures: Sequence[Figure] = FIGURES) -> str:
     """Return published and predicted figures in Markdown."""
     lines = ["| figure | source | published | ours | error | | assumed |", "|---|---|---|---|---|---|---|"]
     for figure in figures:
-        ours, off = figure.predict(find_preset(figure.cluster)), error(figure)
+        ours, off = predicted(figure), error(figure)
         unit = figure.unit if figure.unit.startswith("%") or figure.unit == "x" else f" {figure.unit}"
         shown = f"{off:+.1f} points" if figure.kind == "efficiency" else f"{off:+.1%}"
         verdict = {True: "holds", False: "**misses**", None: ""}[holds(figure)]

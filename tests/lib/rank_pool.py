@@ -13,6 +13,7 @@ import inspect
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,7 @@ from local_ranks import LocalRanks, RankError, serve_tasks
 __all__ = ["Pools", "RankError", "RankPool"]
 
 PRELOAD = [
+    "settling",
     "torch",
     "torch.distributed",
     "torch.distributed.tensor",
@@ -37,6 +39,7 @@ PRELOAD = [
     "deepspeed.module_inject.auto_ep_layer",
     "pytest",
     "helpers",
+    "forks",
     "transformers.trainer",
     "transformers.models.llama.modeling_llama",
     "peft",
@@ -87,6 +90,7 @@ def _serve(world_size: int, virtual: bool, fresh: bool, rank: int, folder: Path,
     from datetime import timedelta
 
     import deepspeed
+    import forks
     import helpers
     import torch
     import torch.distributed as dist
@@ -94,6 +98,8 @@ def _serve(world_size: int, virtual: bool, fresh: bool, rank: int, folder: Path,
     from mics_ds.check.oracle import make_stock_gathers_wait
 
     torch.set_num_threads(1)
+    # A rank that wakes another one goes on until it waits itself: the fewer switches between them, the less they cost.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if virtual:
         from virtual_device.accelerator import DEVICE
 
@@ -112,6 +118,7 @@ def _serve(world_size: int, virtual: bool, fresh: bool, rank: int, folder: Path,
     deepspeed.init_distributed("gloo", dist_init_required=False)
     make_stock_gathers_wait()
     _make_no_messages()
+    subprocess.Popen = forks.ForkingPopen  # of writers, above all
     initialize = deepspeed.initialize
 
     def recording(*args: Any, **kwargs: Any) -> Any:

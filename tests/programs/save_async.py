@@ -75,7 +75,7 @@ def main(folder: Path, how: str) -> None:
     if how == "pool":
         terminate_a_pool()
     if how != "killed":
-        subprocess.Popen(f"sleep 1; kill -CONT {writer}", shell=True)
+        subprocess.Popen(f"sleep 0.3; kill -CONT {writer}", shell=True)
     if how in ("killed", "forked"):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "terminated":

@@ -144,7 +144,7 @@ def test_who_deletes_what_has_a_complete_successor_does_not_wait(tmp_path):
     if dist.get_rank() == 0:
         delete(tmp_path / "checkpoint-1")
         assert Background.current.is_busy, "checkpoint-2 stays, and is complete"
-        subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
+        subprocess.Popen(f"sleep 0.3; kill -CONT {writer()}", shell=True)
     else:
         os.kill(writer(), signal.SIGCONT)
     if dist.get_rank() == 0:
@@ -165,7 +165,7 @@ def test_who_deletes_the_older_one_waits_for_the_newer(tmp_path, fails):
     if dist.get_rank() == 0:
         if fails:
             remove_staging(tmp_path / "checkpoint-2")
-        subprocess.Popen(f"sleep 1; kill -CONT {writer()}", shell=True)
+        subprocess.Popen(f"sleep 0.3; kill -CONT {writer()}", shell=True)
         delete(tmp_path / "checkpoint-1")
         assert not Background.current.is_busy
     else:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from cases import every, slow
 from helpers import OddNet, build, ds_config, train
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from mics_ds.checkpoint.background import wait_for_saves
 from mics_ds.cli import app
@@ -29,17 +28,30 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
-CONFIGS = {
-    "tied Llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "untied Llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
+KINDS = {
+    "tied Llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "untied Llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}),
 }
+
+
+def plain_config(kind):
+    import transformers  # here: pytest imports this file to collect tests, and transformers would take it seconds
+
+    name, changes = KINDS[kind]
+    return getattr(transformers, name)(**SIZES, **changes)
+
+
+def models():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
 
 
 def config_of(kind):
     """As ``save_pretrained`` leaves it beside a model."""
-    config = CONFIGS[kind]()
-    config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config = plain_config(kind)
+    config.architectures = [type(models().from_config(config)).__name__]
     return config
 
 
@@ -47,12 +59,12 @@ TOKENS = torch.arange(20).view(2, 10) % 61
 
 
 def loaded(folder: Path, dtype: torch.dtype):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return models().from_pretrained(folder, dtype=dtype).eval()
 
 
 def language_model(kind, p, seed=0, frozen=False, **config):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    model = models().from_config(plain_config(kind))
     if frozen:
         model.model.embed_tokens.weight.requires_grad_(False)
     return build(ds_config(p, **config), lambda: model)
@@ -87,7 +99,7 @@ def tensors_in(folder):
 @pytest.mark.parametrize(
     ("kind", "p", "states"),
     every(
-        [*CONFIGS],
+        [*KINDS],
         (1, 2, 4),
         ("partition", "world"),
         default=[("tied Llama", 2, "partition"), ("untied Llama", 2, "world"), ("Mixtral", 1, "partition")],
@@ -223,7 +235,7 @@ def test_what_cannot_be_exported_is_refused_and_what_was_there_stays(tmp_path):
         export(saved, out)
         before = files_of(out)
         config_of("Mixtral").save_pretrained(tmp_path / "other")
-        CONFIGS["untied Llama"]().save_pretrained(tmp_path / "unnamed")
+        plain_config("untied Llama").save_pretrained(tmp_path / "unnamed")
         (tmp_path / "none").mkdir()
         path = saved / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
         path = path if path.exists() else saved / "zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import slow
-from deepspeed.runtime.zero.muon import original_muon
-from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import safe_get_full_optimizer_state
 from helpers import (
     assert_close,
@@ -73,6 +71,8 @@ def by_hand(params: list) -> torch.optim.Optimizer:
     for param in wide[:2]:
         param.use_muon = True
     rest = [param for param in others if not param.use_muon]
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: it imports torch's compiler
+
     return MuonWithAuxAdam(
         [
             {"params": squares, "lr": 0.03, "momentum": 0.9, "use_muon": True},
@@ -147,6 +147,8 @@ def test_kernels_in_16_bits():
 @contextmanager
 def watched(change: Callable[[torch.Tensor], torch.Tensor] = lambda update: update) -> Iterator[list[int]]:
     """The sizes of all matrices that this rank makes updates for, each of which is changed."""
+    from deepspeed.runtime.zero.muon import original_muon
+
     stock, seen = original_muon.muon_update, []
 
     def muon_update(grad: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import ForkingPopen
 from helpers import ds_config
-from launching import BIN, PROGRAM, finish, free_port, start
+from launching import BIN, LIMIT_S, PROGRAM, finish, free_port, start
 
 from mics_ds.ab.compare import summarise
 from mics_ds.ab.recorder import nic_bytes
@@ -64,8 +66,8 @@ def test_a_script_of_ones_own_is_run_twice_and_compared():
 
 
 def test_a_failing_script_is_an_error():
-    code, output = finish(
-        start([sys.executable, "-m", "mics_ds", "ab", "--", sys.executable, "-c", "raise SystemExit(3)"])
-    )
-    assert code != 0
+    command = [sys.executable, "-m", "mics_ds", "ab", "--", sys.executable, "-c", "raise SystemExit(3)"]
+    with ForkingPopen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
     assert "the stock ZeRO-3 run ended with exit code 3" in output

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cases import slow
+from forks import Parent
 from helpers import ds_config
 from launching import (
     BIN,
@@ -31,18 +32,18 @@ NOT_LOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 @functools.cache
 def runs_alone() -> dict[str, tuple[int, str]]:
-    """Exit code and output of one process each; two at a time would leave a core idle now and then."""
-    asked: dict[str, tuple[Any, tuple[str, ...], dict[str, str]]] = {
-        "absent": (ds_config(), (), NOT_LOADED),
-        "loaded": (ds_config(), (), {}),
-        "key without the package": (ds_config(1), (), NOT_LOADED),
-        "imported, with the key": (ds_config(1), ("--import-mics", "before"), NOT_LOADED),
+    """Exit code and output of one process each."""
+    loaded = start(*alone_command(ds_config()))
+    absent: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "absent": (ds_config(), ()),
+        "key without the package": (ds_config(1), ()),
+        "imported, with the key": (ds_config(1), ("--import-mics", "after")),
     }
-    running = {}
-    for name, (config, more, environment) in asked.items():
-        command, job = alone_command(config, more)
-        running[name] = start(command, {**job, **environment})
-    return {name: finish(process) for name, process in running.items()}
+    commands = [alone_command(*asked) for asked in absent.values()]
+    without = Parent("import helpers, torch._inductor.compile_fx", **NOT_LOADED)
+    done = without.run(*((words, job) for [_, *words], job in commands))
+    said = {name: (item.returncode, item.stdout + item.stderr) for name, item in zip(absent, done)}
+    return {"loaded": finish(loaded), **said}
 
 
 def ran_well(name: str) -> list[dict[str, Any]]:

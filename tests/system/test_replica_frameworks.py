@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from bench.replica_jobs import LIMIT_S, Training, committed, compare_with_reference, running
-from replica_frameworks import RATE
+from launching import BIN
+from replica_frameworks import EXAMPLES, RATE
 from replica_kill import Line, kill_one
 
 pytest.importorskip("torchft")
@@ -26,6 +30,17 @@ def test_a_replica_of_a_framework_is_killed_and_comes_back(tmp_path, program):
     rates = [lines[0]["lr"] for lines in steps_of(tmp_path, program)][1:]
     steps = [after - before for before, after in pairwise(rates)]
     assert steps == pytest.approx([RATE] * len(steps)), "schedules move with every step that is committed, and no other"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "ranks"), [("train_replica.py", 2), ("replica_trainer.py", 1)])
+def test_an_example_trains_as_its_page_says(tmp_path, script, ranks):
+    command = [sys.executable, "-m", "mics_ds", "replicas", "-n", "2", "--min", "2", "--"]
+    command += [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), str(EXAMPLES / script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    losses = [float(value) for value in re.findall(r"(?:loss |'loss': '?)(\d+\.\d+)", done.stdout)]
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow

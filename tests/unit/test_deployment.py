@@ -23,7 +23,7 @@ SHELL = [
     *sorted(ROOT.glob("scripts/*.sh")),
     ROOT / ".ci" / "run",
     *sorted(CLUSTER.glob("*.sh")),
-    CLUSTER / "slurm.sbatch",
+    *sorted(CLUSTER.glob("*.sbatch")),
 ]
 HEALTHY = {"mics_ds": "1", "deepspeed": "0.19.8", "torch": "2.13.0"}
 
@@ -45,9 +45,12 @@ def test_the_dockerfile_passes_hadolint():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_job_of_kubernetes_follows_its_schema():
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_replicas.yaml"])
+def test_the_jobs_of_kubernetes_follow_their_schemas(name):
     validate = pytest.importorskip("kubernetes_validate", reason="pip install .[lint]")
-    jobset = yaml.safe_load((CLUSTER / "jobset.yaml").read_text())
+    *others, jobset = yaml.safe_load_all((CLUSTER / name).read_text())
+    for other in others:
+        validate.validate(other, "1.31", strict=True)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (group,) = jobset["spec"]["replicatedJobs"]
     # JobSet's own schema is not to be had; the Job inside it is what most of the file is.

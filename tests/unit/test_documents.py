@@ -99,9 +99,12 @@ def test_a_newcomer_s_question_is_answered_two_clicks_away(question):
         assert (ROOT / page) in far, page
 
 
-def test_the_readme_has_exactly_two_commands_to_set_up():
+def test_the_readme_has_exactly_two_commands_to_set_up_and_ci_runs_both():
     section = (ROOT / "README.md").read_text().partition("## Two commands")[2].partition("\n## ")[0]
-    assert re.findall(r"```bash\n(.*)\n```", section) == ["bash scripts/run_ab.sh", "bash scripts/run_tests.sh"]
+    commands = re.findall(r"```bash\n(.*)\n```", section)
+    assert commands == ["bash scripts/run_ab.sh", "bash scripts/run_tests.sh"]
+    run = "".join((ROOT / path).read_text() for path in (".github/workflows/tests.yml", ".ci/run"))
+    assert all(command in run for command in commands)
 
 
 def test_the_table_of_what_works_is_short():

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import ForkingPopen
 from staged_manifest import staged
 
 from mics_ds.checkpoint import folder as folders
@@ -60,7 +61,7 @@ print(published)
 
 
 def program(code: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    return ForkingPopen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import slow
+from forks import Parent
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mics_ds"
 MODULES = sorted(
@@ -42,15 +44,30 @@ def hooks():
 """
 
 
+OPTIONS = ("-W", "error::UserWarning:mics_ds")
+NOT_LOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+@functools.cache
+def has_torch() -> Parent:
+    """Without the entry point that would import mics_ds at once."""
+    return Parent("import torch", *OPTIONS, **NOT_LOADED)
+
+
 def python(code: str, **environment: str) -> str:
-    """Run ``code`` in a fresh interpreter, without the entry point that would import mics_ds at once."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:mics_ds", "-c", STATE + code],
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Run ``code`` where torch is imported, and neither DeepSpeed nor mics_ds."""
+    [result] = has_torch().run((["-c", STATE + code], environment))
+    return last_line(result)
+
+
+def python_anew(code: str, **environment: str) -> str:
+    """Run ``code`` in a fresh interpreter."""
+    command = [sys.executable, *OPTIONS, "-c", STATE + code]
+    given = {**os.environ, **NOT_LOADED, **environment}
+    return last_line(subprocess.run(command, env=given, capture_output=True, text=True, timeout=120))
+
+
+def last_line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 0, result.stderr
     assert "could not hook" not in result.stderr
     return result.stdout.strip().splitlines()[-1]
@@ -63,13 +80,13 @@ FIRST = "mics_ds.deepspeed_compat.optimizer"
 @pytest.mark.parametrize("first", [name if name == FIRST else slow(name) for name in MODULES])
 def test_any_module_may_be_imported_first(first):
     code = f"import {first}, deepspeed\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')"
-    assert python(code) == "hooked"
+    assert python_anew(code) == "hooked"
 
 
 @pytest.mark.slow  # test_nothing_of_ours_reads_sources_at_import begins in one of these ways
 @pytest.mark.parametrize("order", ["import deepspeed, mics_ds", "import mics_ds, deepspeed"])
 def test_before_or_after_deepspeed(order):
-    assert python(f"{order}\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')") == "hooked"
+    assert python_anew(f"{order}\nstate = hooks()\nassert all(state.values()), state\nprint('hooked')") == "hooked"
 
 
 def test_not_hooked_until_told_to():
@@ -169,7 +186,7 @@ import deepspeed
 assert not {"typer", "mics_ds.cli", "mics_ds.doctor"} & set(sys.modules)
 print(len(with_torch), len(ours()), all(hooks().values()), *ours())
 """
-    with_torch, with_deepspeed, hooked, *_ = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="1").split()
+    with_torch, with_deepspeed, hooked, *_ = python_anew(code, TORCH_DEVICE_BACKEND_AUTOLOAD="1").split()
     assert 1 <= int(with_torch) <= 6
     assert int(with_torch) < int(with_deepspeed) <= 12
     assert hooked == "True"

@@ -14,7 +14,7 @@ from mics_ds.planner.presets import PRESETS
 
 RECORDS = Path(__file__).resolve().parents[2] / "docs" / "planner"
 MEASURED, PROFILES = RECORDS / "measured.jsonl", RECORDS / "profiles"
-ASKED = [figure for figure in published.FIGURES if published.holds(figure) is not None]
+ASKED = [figure for figure in published.FIGURES if published.is_asked(figure)]
 
 
 # ------------------------------------------------------------------------------------------ published figures

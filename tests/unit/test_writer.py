@@ -31,9 +31,9 @@ def soon(seconds=20.0):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setenv(links.PATIENCE_ENV, "2")
-    monkeypatch.setattr(links, "STARTING_S", 2.0)
-    monkeypatch.setattr(writer, "STARTING_S", 2.0)
+    monkeypatch.setenv(links.PATIENCE_ENV, "1")
+    monkeypatch.setattr(links, "STARTING_S", 1.0)
+    monkeypatch.setattr(writer, "STARTING_S", 1.0)
 
 
 # --------------------------------------------------------------------------------------------- links
@@ -69,7 +69,7 @@ def test_a_process_that_takes_its_time_is_not_lost():
     end = End()
     up = connect_for_save(end.neighbour(), "t", 1, 0, soon())
     down = end.listener.await_save(1, 0, soon())
-    threading.Timer(4.0, lambda: down.send({"late": 1})).start()
+    threading.Timer(2.0, lambda: down.send({"late": 1})).start()
     assert up.receive()["late"] == 1, "after twice the time that a node may leave unanswered"
 
 
@@ -107,7 +107,7 @@ def test_a_node_that_is_gone_is_an_end():
                 up = connect_for_save(Neighbour(1, f"{address}.2", port), "t", 1, 0, soon(60))
                 assert node.stdout.readline() == "connected\n"
                 run(["ip", "link", "set", name, "down"])
-                with pytest.raises(LostError, match=r"rank 1: .* is lost: its node has not answered for 2 s"):
+                with pytest.raises(LostError, match=r"rank 1: .* is lost: its node has not answered for 1 s"):
                     up.receive()
                 up.close()
             finally:
@@ -118,7 +118,7 @@ def test_a_node_that_is_gone_is_an_end():
 
 def test_a_deadline_is_an_end_whatever_the_other_shows():
     end = End()
-    up = connect_for_save(end.neighbour(), "t", 1, 0, soon(2.5))
+    up = connect_for_save(end.neighbour(), "t", 1, 0, soon(1.5))
     down = end.listener.await_save(1, 0, soon())
     with pytest.raises(LostError, match=r"rank 1: .* did not come to an end within the time limit"):
         up.receive()

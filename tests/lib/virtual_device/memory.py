@@ -198,7 +198,8 @@ class Memory:
 
     def sweep(self) -> None:
         """Find what was freed since the last time."""
-        gone = [key for key, shadow in self.shadows.items() if shadow.alive.expired()]
+        expired = torch.UntypedStorage._expired  # what ``StorageWeakRef.expired`` calls, without the way there
+        gone = [key for key, shadow in self.shadows.items() if expired(shadow.alive.cdata)]
         for key in gone:
             shadow = self.shadows.pop(key)
             home = shadow.home
