@@ -105,8 +105,6 @@ class ReplicasRequest:
     """Least number of replicas to train with. With fewer, training waits."""
     timeout_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
     """Seconds after which a replica that does not answer in hop 2 is given up."""
-    hold_global_batch: Flag = False
-    """Keep the samples of a step where replicas come and go. Refused so far, see docs/replicas.md."""
 
 
 def _switch(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import MicsConfigError
-from .states import MASTER, NO_GROUP, WEIGHTS, State, regather_persistent, states_of
+from .states import MASTER, NO_GROUP, WEIGHTS, State, inner_states, regather_persistent, states_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
@@ -92,15 +92,15 @@ def samples_per_step(engine: Any) -> int:
 
 def _shards(optimizer: Any) -> Iterator[State]:
     """Yield weights, masters and the loss scale."""
-    return (s for s in states_of(optimizer, replicated=True) if s.group == NO_GROUP or s.name in (WEIGHTS, MASTER))
+    return (s for s in states_of(optimizer) if s.group == NO_GROUP or s.name in (WEIGHTS, MASTER))
 
 
 def _optimizer_states(optimizer: Any) -> Iterator[tuple[dict, torch.Tensor, bool]]:
     """Yield the states of each sub-group, live and empty before the first step, with its master, and whether counters
     of steps are on the device of that."""
-    for inner in filter(None, (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None))):
-        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-        for master in optimizer.fp32_partitioned_groups_flat:
+    for master in optimizer.fp32_partitioned_groups_flat:
+        for inner, _ in inner_states(optimizer, master):
+            on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
             yield inner.state[master], master, on_device
 
 

@@ -66,7 +66,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     """
 
     mics_build: Any
-    """The build that the optimizer belongs to: has ``groups(dp_process_group)`` and the context ``active()``."""
+    """The build that the optimizer belongs to: has ``groups(dp_process_group)`` and ``replication(groups)``."""
     mics_groups: MicsGroups
     mics_guard: Any = None
     """The replica guard, if there is one."""
@@ -99,6 +99,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     ) -> None:
         full = partitioned_group(dp_process_group, kwargs.get("mpu"))
         groups = self.mics_groups = self.mics_build.groups(full)
+        refuse_muon(init_optimizer, groups.config.replicas is not None)
         self.replication = self.mics_build.replication(groups)
         self._overlaps = kwargs.get("overlap_comm", False)
         self._pass_watch = PassWatch(self)
@@ -115,10 +116,9 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if groups.spreads_states:
                 refuse_others(init_optimizer)
                 self.world_states = WorldStates(self, groups, numel * itemsize // groups.partition.size)
-        with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
+        with self._working_on_gradients():
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         _refuse_other_groups(module, groups)
-        refuse_muon(self)
         Hop1Record(self)
         if groups.replication is not None and uses_muon(self):
             MuonSharing(self, groups.replication)
@@ -371,8 +371,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 super().step(closure)
                 self.sync.next_boundary(discarded=self.overflow)
         self._agreed_norms = None
-        if self.mics_guard is not None:
-            self.mics_guard.step_ended(self)
 
     def _may_commit(self) -> bool:
         """Return whether the step may use the means. Where members come and go, norms come before that question, as
@@ -471,23 +469,3 @@ def _refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
             f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
             f"group that deepspeed.initialize gets."
         )
-
-
-@contextmanager
-def _naming_mixed_dtypes(module: torch.nn.Module) -> Iterator[None]:
-    """Stage 3 has buffers of one dtype, and an assertion without words where parameters have several."""
-    try:
-        yield
-    except AssertionError as error:
-        names: dict[torch.dtype, list[str]] = {}
-        for name, param in module.named_parameters():
-            if param.requires_grad:
-                names.setdefault(param.dtype, []).append(name)
-        if len(names) < 2:
-            raise
-        found = "; ".join(f"{dtype}: {', '.join(of[:3])}{' ...' * (len(of) > 3)}" for dtype, of in names.items())
-        raise MicsConfigError(
-            f"ZeRO stage 3, stock DeepSpeed's too, needs one dtype for all trainable parameters, but found {found}. "
-            f"Cast the module with .to(dtype), build it inside deepspeed.zero.Init, which casts it, or freeze the "
-            f"others."
-        ) from error

@@ -28,7 +28,6 @@ from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup
 from ..errors import MicsConfigError
 from ..log import log_rank0
-from . import support
 from .engine import communication_device, ensure_distributed
 from .same_order import SameOrder
 
@@ -86,7 +85,6 @@ class MicsPartitioner(pp.Init):
 
     @override
     def _zero_init_param(self, param: ZeroParam) -> None:
-        support.refuse_unpartitionable([("", param)])
         # Ranks may have drawn different random numbers. DeepSpeed broadcasts from the first rank of
         # the group it shards over, which leaves replicas different; this makes them equal first.
         if self.mics_groups.replication is not None:

@@ -12,6 +12,7 @@ from ..comm import collectives
 from ..comm.packing import ChunkLayout
 from .engine import communication_device
 from .patching import replace_methods
+from .states import inner_states, is_elementwise
 
 if TYPE_CHECKING:
     from .world_states import WorldStates
@@ -143,16 +144,9 @@ class SliceCheckpoints:
         """
         for sub_group, master in enumerate(self._optimizer.fp32_partitioned_groups_flat):
             yield sub_group, master
-            for _, held in sorted(self._held(master).items(), key=lambda item: str(item[0])):
-                if _is_elementwise(held, master.numel()):
-                    yield sub_group, held
-
-    def _held(self, master: torch.Tensor) -> Mapping[Any, Any]:
-        for inner in (self._optimizer.optimizer, getattr(self._optimizer, "backup_optimizer", None)):
-            if inner is not None and inner.state.get(master):
-                held: Mapping[Any, Any] = inner.state[master]
-                return held
-        return {}
+            for _, held in inner_states(self._optimizer, master):
+                values = [held[key] for key in sorted(held, key=str)]
+                yield from ((sub_group, value) for value in values if is_elementwise(value, master.numel()))
 
     def state_dict_with(self, wholes: Iterable[torch.Tensor]) -> dict[str, Any]:
         """Return the state dictionary of an optimizer without slices.
@@ -194,7 +188,7 @@ class SliceCheckpoints:
         order = [sub_group for group in range(len(inner["param_groups"])) for sub_group in by_group.get(group, [])]
 
         def slice_of(value: Any, cut: ChunkLayout) -> Any:
-            return cut.take(value, self._world.replica) if _is_elementwise(value, cut.flat_starts[-1]) else value
+            return cut.take(value, self._world.replica) if is_elementwise(value, cut.flat_starts[-1]) else value
 
         held = {
             index: {key: slice_of(value, self._world.cuts[order[index]]) for key, value in state.items()}
@@ -214,10 +208,6 @@ class SliceCheckpoints:
     def load_hp_checkpoint_state(self, stock: Callable[..., Any], folder: str, key: str, param: Any = None) -> Any:
         shard = stock(folder, key, param)
         return shard if param is None else self._world.cut_of(param).take(shard, self._world.replica)
-
-
-def _is_elementwise(value: Any, numel: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() == numel
 
 
 def _expect(value: torch.Tensor, numel: int, param: Any) -> None:

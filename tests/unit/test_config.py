@@ -186,7 +186,7 @@ def test_managed_replicas_are_a_section():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (True, "mics_replicas must be a section with some of membership, min, timeout_s, hold_global_batch"),
+        (True, "mics_replicas must be a section with some of membership, min, timeout_s"),
         ({}, "mics_replicas"),
         ({"membership": "mpi"}, "mics_replicas.membership must be 'torchft'"),
         ({"membership": "torchft", "min": 0}, "mics_replicas.min must be greater than or equal to 1"),
