@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Union
 
 import hjson
@@ -166,11 +165,6 @@ class MicsConfig:
     def is_undecided(self) -> bool:
         """Return whether anything is for the planner to choose when an engine is built."""
         return AUTO in (self.shard_size, self.optimizer_states, self.replica_wire)
-
-    @property
-    def of_parameters(self) -> MicsConfig:
-        """Return the part that concerns parameters: neither where optimizer states are nor how gradients travel."""
-        return replace(self, optimizer_states="partition", replica_wire="full")
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as the JSON keys that produce it."""

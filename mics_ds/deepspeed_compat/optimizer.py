@@ -24,17 +24,19 @@ from ..comm.async_exec import Handle, Stages
 from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
 from ..errors import MicsConfigError, MicsUsageError
-from ..formatting import abbreviate
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
+from ..zero.replica_wire import EncodedMean
 from ..zero.replication import Replication, agree_on_norms
+from . import hop1_record
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
-from .hop1_record import Hop1Record
 from .muon import MuonSharing, refuse_muon, uses_muon
+from .partitioner import refuse_other_groups
 from .patching import temporarily
-from .replica_wire import chosen_wire, encoded_mean
+from .replica_wire import chosen_wire
+from .states import residual_extents
 from .world_states import WorldStates
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -118,8 +120,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 self.world_states = WorldStates(self, groups, numel * itemsize // groups.partition.size)
         with self._working_on_gradients():
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
-        _refuse_other_groups(module, groups)
-        Hop1Record(self)
+        refuse_other_groups(module, groups)
         if groups.replication is not None and uses_muon(self):
             MuonSharing(self, groups.replication)
         elif groups.replication is not None and groups.full.rank == 0:
@@ -135,7 +136,16 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if self.world_states is not None:
             reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
         elif groups.replication is not None and wire is not None:
-            reducer = encoded_mean(self, shards, groups.replication, part, wire)
+            reducer = EncodedMean(
+                lambda: self.gradient_shards,
+                list(shards.values()),
+                [numel for _, _, numel, _ in residual_extents(self, "unsent")],
+                groups.replication,
+                device,
+                part,
+                wire,
+                lambda: float(self.loss_scale),
+            )
         elif self.replication is not None:
             reducer = AllReduceMean(lambda: self.gradient_shards, list(shards.values()), self.replication, device, part)
         return GradSync(
@@ -327,12 +337,11 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._order_reduction_stream()
 
     def _means_have_come(self) -> None:
-        if self.offload_optimizer:
-            self._finish_offloaded(self._look())
-
-    def _look(self) -> set[int]:
-        flags = self.sync.flags
-        return set() if flags is None else self.sync.look(flags.tolist())
+        # Muon changes gradients in place before DeepSpeed's host looks anywhere.
+        if (self.offload_optimizer or uses_muon(self)) and self.sync.flags is not None:
+            ids = self.sync.look(self.sync.flags.tolist())
+            if self.offload_optimizer:
+                self._finish_offloaded(ids)
 
     def _finish_offloaded(self, ids: set[int]) -> None:
         """Compute norms and fp32 copies of the now final shards of these parameters, if this is the boundary."""
@@ -356,11 +365,12 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self.world_states.finish_updates()  # of modules that nobody has used since the last step
         if self.sync.average():
             self._means_have_come()
-        if uses_muon(self):
-            self._look()  # Muon changes gradients in place before DeepSpeed's host looks anywhere
         self._order_reduction_stream()
         with self._working_on_gradients():
-            self.was_discarded = not self._may_commit()
+            self.was_discarded = False
+            if self.replication is not None and self.replication.votes:
+                self._agreed_norms = self._get_norm_groups()  # the last collective between replicas before the vote
+                self.was_discarded = not self.replication.commit()
             if self.was_discarded:  # what DeepSpeed does with gradients that overflow, but for the loss scale
                 self._pre_step()
                 self._partition_all_parameters()
@@ -371,14 +381,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 super().step(closure)
                 self.sync.next_boundary(discarded=self.overflow)
         self._agreed_norms = None
-
-    def _may_commit(self) -> bool:
-        """Return whether the step may use the means. Where members come and go, norms come before that question, as
-        the last collective between replicas."""
-        if self.replication is None or not self.replication.votes:
-            return True
-        self._agreed_norms = self._get_norm_groups()
-        return self.replication.commit()
 
     @override
     def _get_norm_groups(self) -> list[torch.Tensor]:
@@ -400,6 +402,15 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if len(flags):
             self.sync.look([int(value) for value in on_host[len(norms) :].tolist()])
         return list(on_host[: len(norms)].unbind())
+
+    @override
+    def _rigid_state_dict(self) -> dict[str, Any]:
+        return {**super()._rigid_state_dict(), hop1_record.KEY: hop1_record.record(self.mics_groups)}
+
+    @override
+    def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+        self.mics_groups = hop1_record.as_recorded(self.mics_groups, state_dict)
 
     @contextmanager
     def _working_on_gradients(self) -> Iterator[None]:
@@ -452,20 +463,3 @@ def _gradient_size(module: torch.nn.Module) -> tuple[int, int]:
     trained: list[Any] = [param for param in module.parameters() if param.requires_grad]
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in trained)
     return numel, max((param.element_size() for param in trained), default=1)
-
-
-def _refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
-    named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 parameters have more attributes than torch's
-    strange = [
-        name
-        for name, param in named.items()
-        if param.mics_groups.layout.ranks != groups.layout.ranks
-        or param.mics_groups.partition.ranks != groups.partition.ranks
-    ]
-    if strange:
-        raise MicsConfigError(
-            f"Parameters must be partitioned over the group the optimizer uses, ranks {list(groups.partition.ranks)} "
-            f"of {abbreviate(groups.layout.ranks)}, but zero.Init used another for {strange[:3]}"
-            f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
-            f"group that deepspeed.initialize gets."
-        )

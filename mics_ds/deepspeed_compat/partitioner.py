@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup
 from ..errors import MicsConfigError
+from ..formatting import abbreviate
 from ..log import log_rank0
 from .engine import communication_device, ensure_distributed
 from .same_order import SameOrder
@@ -333,23 +333,19 @@ class MicsGatheredParameters(pp.GatheredParameters):
     @override
     def __exit__(self, *exc: Any) -> Any:
         if self.enabled and self._modifier_rank is not None:
-            if not all(map(_is_on_device, self.params)):
+            if any(param.data.device != communication_device() for param in self.params):
                 try:
                     return super().__exit__(*exc)  # says what is wrong with that
                 finally:
                     self.params[0].partition(param_list=self.params)
-            by_group: dict[int, tuple[RankGroup, list[torch.Tensor]]] = {}
+            by_group: dict[RankGroup, list[torch.Tensor]] = {}
             for param in self.params:
                 groups = _groups_of(param)
                 full = RankGroup.of(param.ds_process_group) if groups is None else groups.full
-                by_group.setdefault(id(full.group), (full, []))[1].append(_bytes(param))
-            for full, tensors in by_group.values():
+                by_group.setdefault(full, []).append(_bytes(param))
+            for full, tensors in by_group.items():
                 collectives.broadcast_(tensors, self._modifier_rank, full)
         return super().__exit__(*exc)
-
-
-def _is_on_device(param: ZeroParam) -> bool:
-    return bool(param.data.device == communication_device())
 
 
 class MicsParamManager(DeepSpeedZeRoOffload):
@@ -403,18 +399,10 @@ class MicsParamManager(DeepSpeedZeRoOffload):
                 f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
                 f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."
             )
-        of_all = [groups for groups in map(_groups_of, module.parameters()) if groups is not None]
-        found = {groups.config.of_parameters: groups for groups in of_all}
-        if len(found) > 1:
-            raise MicsConfigError(
-                f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "
-                f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
-            )
-        groups = next(iter(found.values()))
-        # Parameters of zero.Init were gathered by rule so far. The ways of the engine are measured.
-        self.mics_groups = replace(groups, ways=self.mics_build.groups(groups.full.group).ways)
-        params: Iterable[ZeroParam] = module.parameters()
-        for param in params:
+        params: list[ZeroParam] = list(module.parameters())
+        self.mics_groups = self.mics_build.groups(params[0].mics_groups.full.group)
+        refuse_other_groups(module, self.mics_groups)
+        for param in params:  # those of zero.Init were gathered by rule so far: the ways of the engine are measured
             param.mics_groups = self.mics_groups
 
     @override
@@ -430,3 +418,25 @@ def _repartition(make_partitioner: Callable[[], MicsPartitioner], params: list[Z
         for param in params:
             param.all_gather()
             partitioner._zero_init_param(param)
+
+
+def refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
+    """Refuse parameters that were partitioned over other ranks than an engine's.
+
+    Raises:
+        MicsConfigError: some were.
+    """
+    named: dict[str, ZeroParam] = dict(module.named_parameters())
+    own = groups.full.ranks, groups.partition.ranks
+    strange = [
+        name
+        for name, param in named.items()
+        if (param.mics_groups.full.ranks, param.mics_groups.partition.ranks) != own
+    ]
+    if strange:
+        raise MicsConfigError(
+            f"Parameters must be partitioned over the group the optimizer uses, ranks {list(groups.partition.ranks)} "
+            f"of {abbreviate(groups.full.ranks)}, but zero.Init used another for {strange[:3]}"
+            f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
+            f"group that deepspeed.initialize gets."
+        )

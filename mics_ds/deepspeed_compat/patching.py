@@ -38,20 +38,15 @@ class Patches(ExitStack):
         """Set an attribute of a class or module."""
         self.callback(_setting(owner, name, value))
 
-    def wrap_method(self, cls: type, name: str, wrapper: Callable[..., Any]) -> None:
-        """Have ``wrapper(original, self, *args, **kwargs)`` called in place of ``cls.name``."""
-        original = getattr(cls, name)
+    def wrap_method(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Have ``wrapper(original, *args, **kwargs)`` called in place of a method, or of a function of a module."""
+        original = getattr(owner, name)
 
         @functools.wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, self, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
 
-        self.set(cls, name, method)
-
-    def wrap_function(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Have ``wrapper(original, *args, **kwargs)`` called in place of ``module.name``."""
-        original = getattr(module, name)
-        self.set(module, name, functools.wraps(original)(functools.partial(wrapper, original)))
+        self.set(owner, name, call)
 
     def make_instances(self, cls: type, make: Callable[[Mapping[str, Any]], Any]) -> None:
         """Have ``cls(...)`` initialise the instance that ``make(arguments)`` returns, of ``cls`` or a subclass.

@@ -20,7 +20,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..errors import MicsCompatError
 from .gradient_access import READERS, PassWatch
-from .hop1_record import Hop1Record
 from .muon import MuonSharing
 from .optimizer import MicsOptimizer
 from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
@@ -43,7 +42,6 @@ STRATEGIES: dict[Any, type] = {
     WorldStates: DeepSpeedZeroOptimizer_Stage3,
     SliceAccess: DeepSpeedZeroOptimizer_Stage3,
     SliceCheckpoints: DeepSpeedZeroOptimizer_Stage3,
-    Hop1Record: DeepSpeedZeroOptimizer_Stage3,
     SameOrder: PartitionedParameterCoordinator,
 }
 

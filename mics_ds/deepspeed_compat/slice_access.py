@@ -11,7 +11,7 @@ import torch
 from ..comm import collectives
 from ..comm.packing import ChunkLayout
 from .engine import communication_device
-from .patching import replace_methods
+from .patching import replace_methods, temporarily
 from .states import inner_states, is_elementwise
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SliceAccess:
         replace_methods(optimizer, self, self.REPLACED)
 
     def _get_fp32_grad_state_partition(self, stock: Callable[..., Any], param: Any, release_swap_buffers: bool) -> Any:
-        with self._world.means_stand_in():
+        with temporarily(self._optimizer, GRADIENTS, {param.ds_id: self._world.mean(param)}):
             return stock(param, release_swap_buffers)
 
     def _fp32_state_allgather(self, stock: Callable[..., Any], param: Any, fp32_state_partition: torch.Tensor) -> Any:
@@ -121,7 +121,6 @@ class SliceCheckpoints:
     """State dictionaries of an optimizer without slices, made of one with slices and the other way round."""
 
     REPLACED = (
-        "state_dict",
         "_rigid_load_state_dict",
         "_restore_from_bit16_weights",
         "_load_universal_checkpoint",
@@ -130,12 +129,7 @@ class SliceCheckpoints:
 
     def __init__(self, optimizer: Any, world: WorldStates) -> None:
         self._optimizer, self._world = optimizer, world
-        self.gathered_states: dict[str, Any] | None = None
-        """What the optimizer's ``state_dict`` returns while set."""
         replace_methods(optimizer, self, self.REPLACED)
-
-    def state_dict(self, stock: Callable[..., Any]) -> Any:
-        return stock() if self.gathered_states is None else self.gathered_states
 
     def elementwise_states(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (sub-group, packed slices) of all masters and of all optimizer states of their shape.
@@ -148,8 +142,9 @@ class SliceCheckpoints:
                 values = [held[key] for key in sorted(held, key=str)]
                 yield from ((sub_group, value) for value in values if is_elementwise(value, master.numel()))
 
-    def state_dict_with(self, wholes: Iterable[torch.Tensor]) -> dict[str, Any]:
-        """Return the state dictionary of an optimizer without slices.
+    @contextmanager
+    def whole_shards(self, wholes: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` be that of an optimizer without slices.
 
         Args:
             wholes: shards in place of :meth:`elementwise_states`, in that order.
@@ -162,16 +157,9 @@ class SliceCheckpoints:
             for index, state in inner["state"].items()
         }
         masters = [whole_of[id(master)] for master in self._optimizer.fp32_partitioned_groups_flat]
-        return {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
-
-    @contextmanager
-    def whole_shards(self, wholes: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Let the optimizer's ``state_dict`` be that of an optimizer without slices, see :meth:`state_dict_with`."""
-        self.gathered_states = self.state_dict_with(wholes)
-        try:
+        whole = {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
+        with temporarily(self._optimizer, "state_dict", lambda: whole):
             yield
-        finally:
-            self.gathered_states = None
 
     def _rigid_load_state_dict(
         self, stock: Callable[..., None], state_dict: dict[str, Any], load_optimizer_states: bool = True

@@ -9,7 +9,7 @@ shards of final gradients, it finds this replica's slices of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -23,27 +23,14 @@ from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
 from ..comm.wire import Wire
 from ..zero.replica_reducers import ReplicaReducer, ScatterToSlices
+from ..zero.replica_wire import EncodedSlices
 from ..zero.weight_gather import WeightGather
 from .engine import communication_device
 from .patching import replace_methods, temporarily
-from .replica_wire import encoded_slices
 from .slice_access import GRADIENTS, SliceAccess, SliceCheckpoints
 
 MOST_PEERS = 32
 """Replicas among which hop 2 may be an all-to-all: with units of 32 MiB, a message of 1 MiB to each."""
-
-
-class _MeanSlices:
-    """Slices of final gradients by ``ds_id``, where DeepSpeed looks for shards of gradients."""
-
-    def __init__(self, shards: Mapping[int, torch.Tensor], mean: Callable[[int], torch.Tensor]) -> None:
-        self._shards, self._mean = shards, mean
-
-    def __contains__(self, ds_id: int) -> bool:
-        return ds_id in self._shards
-
-    def __getitem__(self, ds_id: int) -> torch.Tensor:
-        return self._mean(ds_id)
 
 
 class WorldStates:
@@ -100,7 +87,17 @@ class WorldStates:
         means = torch.zeros(cut.width, dtype=like.dtype, device=like.device)
         self._mean_slices = get_accelerator().pin_memory(means) if optimizer.offload_optimizer_pin_memory else means
         if wire is not None:
-            return encoded_slices(optimizer, lambda: self._mean_slices, shards, self.replication, part, wire)
+            return EncodedSlices(
+                lambda: self._mean_slices,
+                lambda: optimizer.gradient_shards,
+                shards,
+                [end - start for start, end in shards],  # slices of masters are cut with the padding
+                self.replication,
+                communication_device(),
+                part,
+                wire,
+                lambda: float(optimizer.loss_scale),
+            )
         return ScatterToSlices(
             lambda: optimizer.gradient_shards,
             lambda: self._mean_slices,
@@ -133,8 +130,8 @@ class WorldStates:
     def means_stand_in(self) -> Iterator[None]:
         """DeepSpeed finds slices of final gradients where it looks for shards of gradients."""
         optimizer = self._optimizer
-        shards = getattr(optimizer, GRADIENTS)
-        with temporarily(optimizer, GRADIENTS, _MeanSlices(shards, optimizer.sync.mean)):
+        means = {key: optimizer.sync.mean(key) for key in getattr(optimizer, GRADIENTS)}
+        with temporarily(optimizer, GRADIENTS, means):
             yield
 
     def independent_gradient_partition_epilogue(self, stock: Callable[..., None]) -> None:

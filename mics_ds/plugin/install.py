@@ -80,7 +80,7 @@ def install() -> None:
         # ``deepspeed`` has taken it from there if it is imported already, and takes ours if it is being imported.
         for module in (init_utils, sys.modules["deepspeed"]):
             if hasattr(module, "load_ds_config"):
-                patches.wrap_function(module, "load_ds_config", _late(construct, "read_config"))
+                patches.wrap_method(module, "load_ds_config", _late(construct, "read_config"))
         checkpoint.install(
             patches,
             runs_mics=lambda engine: hasattr(engine.optimizer, "mics_groups"),

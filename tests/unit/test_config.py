@@ -68,10 +68,9 @@ def test_wrong_modes_are_refused(key, value):
 
 
 @pytest.mark.parametrize("wire", ["full", "bf16", "int8", "int4", "auto"])
-def test_a_wire_between_replicas_is_no_concern_of_parameters(wire):
+def test_wires_between_replicas(wire):
     mics, _ = split_ds_config(zero(mics_shard_size=2, mics_replica_wire=wire))
     assert mics.replica_wire == wire
-    assert mics.of_parameters == split_ds_config(zero(mics_shard_size=2))[0]
     assert mics.is_undecided == (wire == "auto")
 
 
