@@ -66,8 +66,6 @@ class GuardRequest:
     """Reaction to a difference. By default repair where there are three copies or more, else stop."""
     repairs: Count = 3
     """A rank that is repaired more often than this is named as suspect hardware."""
-    forensics: Union[Text, None] = None
-    """A file that gets one line of JSON for each damaged block, with both values of the first elements."""
     block_bytes: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] = 4 << 20
     """Granularity of comparison and smallest repair, in bytes."""
 

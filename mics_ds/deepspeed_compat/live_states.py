@@ -25,7 +25,7 @@ def take(engine: Any) -> dict[str, Any]:
         "layouts": [state.layout for state in states],
         "tensors": [state.tensor for state in states],
         "optimizer": [dict(held) for held, *_ in _optimizer_states(optimizer)],
-        "param_groups": [_settings(group) for group in optimizer.param_groups],
+        "param_groups": [{**group, "params": None} for group in optimizer.param_groups],
         "units": optimizer.sync.used,
         "buffers": [buffer.detach().clone() for buffer in engine.module.buffers()],
         "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else None,
@@ -60,7 +60,7 @@ def put(engine: Any, taken: Mapping[str, Any]) -> None:
         for buffer, tensor in zip(engine.module.buffers(), taken["buffers"]):
             buffer.copy_(tensor)
     for group, settings in zip(optimizer.param_groups, taken["param_groups"]):
-        group.update(settings)
+        group.update({**settings, "params": group["params"]})
     if taken["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(taken["scheduler"])
     set_counters(engine, taken["counters"])
@@ -83,11 +83,6 @@ def set_counters(engine: Any, values: Mapping[str, int]) -> None:
     """Set what an engine counts."""
     for name, value in values.items():
         setattr(engine, name, value)
-
-
-def samples_per_step(engine: Any) -> int:
-    """Return the samples of one optimizer step of this job."""
-    return int(engine.train_batch_size())
 
 
 def _shards(optimizer: Any) -> Iterator[State]:
@@ -122,7 +117,3 @@ def nbytes(taken: Mapping[str, Any]) -> int:
     """Return the bytes of tensors in what :func:`take` has returned."""
     tensors = [*taken["tensors"], *taken["buffers"], *(value for held in taken["optimizer"] for value in held.values())]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}

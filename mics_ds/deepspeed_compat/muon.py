@@ -25,10 +25,6 @@ Item = tuple[Any, int, torch.Tensor]
 """Work that DeepSpeed hands to Muon: a parameter, where in the sub-group its momentum starts, its full gradient."""
 
 
-def uses_muon(optimizer: Any) -> bool:
-    return bool(getattr(optimizer, "use_muon", False))
-
-
 def refuse_muon(init_optimizer: torch.optim.Optimizer, replicas_come_and_go: bool) -> None:
     """Refuse a Muon that makes updates of gradients that are not final, or whose replicas come and go.
 

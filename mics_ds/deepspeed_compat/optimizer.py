@@ -32,7 +32,7 @@ from ..zero.replication import Replication, agree_on_norms
 from . import hop1_record
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
-from .muon import MuonSharing, refuse_muon, uses_muon
+from .muon import MuonSharing, refuse_muon
 from .partitioner import refuse_other_groups
 from .patching import temporarily
 from .replica_wire import chosen_wire
@@ -121,7 +121,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         with self._working_on_gradients():
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         refuse_other_groups(module, groups)
-        if groups.replication is not None and uses_muon(self):
+        if groups.replication is not None and self.use_muon:
             MuonSharing(self, groups.replication)
         elif groups.replication is not None and groups.full.rank == 0:
             warn_of_others(init_optimizer, groups.partition.size, groups.full.size)
@@ -230,12 +230,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self, communication_data_type: torch.dtype
     ) -> None:
         # With enable_sanity_checks DeepSpeed has all ranks of the world compare what each bucket holds.
-        stock_comparison = stage3_module.assert_ints_same_as_other_ranks
-
-        def compare(ids: list[int]) -> None:
-            if not self.parameter_offload.require_same_bucket(ids):
-                stock_comparison(ids)
-
+        same_order = self.parameter_offload.same_order
+        compare = stage3_module.assert_ints_same_as_other_ranks if same_order is None else same_order.require_bucket
         with temporarily(stage3_module, "assert_ints_same_as_other_ranks", compare):
             super()._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(communication_data_type)
 
@@ -338,7 +334,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def _means_have_come(self) -> None:
         # Muon changes gradients in place before DeepSpeed's host looks anywhere.
-        if (self.offload_optimizer or uses_muon(self)) and self.sync.flags is not None:
+        if (self.offload_optimizer or self.use_muon) and self.sync.flags is not None:
             ids = self.sync.look(self.sync.flags.tolist())
             if self.offload_optimizer:
                 self._finish_offloaded(ids)
@@ -350,7 +346,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel:
                 self._offload_boundary_param_ids.add(param.ds_id)
         if self.is_gradient_accumulation_boundary():
-            self._finalize_offload_gradient_accumulation()
+            with nullcontext() if self.world_states is None else self.world_states.means_stand_in():
+                self._finalize_offload_gradient_accumulation()
 
     def _order_reduction_stream(self) -> None:
         """Let DeepSpeed's reduction stream, which it looks at gradients from, wait for the current one."""

@@ -34,8 +34,6 @@ from .same_order import SameOrder
 ZeroParam = Any
 """A ``torch.nn.Parameter`` with the attributes that DeepSpeed adds to it."""
 
-is_zero_param = pp.is_zero_param
-
 
 def _bytes(param: ZeroParam) -> torch.Tensor:
     """Return a full parameter as bytes: gloo and NCCL do not broadcast every dtype."""
@@ -134,7 +132,7 @@ class MicsPartitioner(pp.Init):
             @functools.wraps(fn)
             def wrapped(module: torch.nn.Module) -> None:
                 params: list[ZeroParam] = sorted(
-                    (param for param in module.parameters(recurse=False) if is_zero_param(param)),
+                    (param for param in module.parameters(recurse=False) if pp.is_zero_param(param)),
                     key=operator.attrgetter("ds_id"),
                 )
                 for param in params:
@@ -358,20 +356,10 @@ class MicsParamManager(DeepSpeedZeRoOffload):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        groups = self.mics_groups
-        if groups.replication is not None:
-            self._same_order = SameOrder(self.module, groups.partition, self.get_param_coordinator())
-
-    def require_same_bucket(self, ids: list[int]) -> bool:
-        """Compare what a bucket holds within the partition group, where DeepSpeed would do so over the world.
-
-        Returns:
-            Whether it was compared.
-        """
-        if self.mics_groups.replication is None:
-            return False
-        self._same_order.require("bucket", ids, f"reduces the gradients of parameters {ids[:20]}")
-        return True
+        self.same_order: SameOrder | None = None
+        """Comparison of what the partition group does, where replicas may do something else."""
+        if self.mics_groups.replication is not None:
+            self.same_order = SameOrder(self.module, self.mics_groups.partition, self.get_param_coordinator())
 
     @override
     def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
@@ -389,7 +377,7 @@ class MicsParamManager(DeepSpeedZeRoOffload):
             # AutoTP has cut layers, and its shards of them are about to become ZeRO-3 parameters. What zero.Init has
             # partitioned over all ranks goes over this rank's data-parallel group first: its partitioner, which takes
             # up the shards otherwise, would make those of the first rank those of all.
-            _repartition(make_partitioner, [param for param in module.parameters() if is_zero_param(param)])
+            _repartition(make_partitioner, [param for param in module.parameters() if pp.is_zero_param(param)])
         super()._convert_to_zero_parameters(ds_config, module, mpu)
         # zero.Init may have been called without a configuration, and know nothing of MiCS.
         strangers = [param for param in module.parameters() if _groups_of(param) is None]

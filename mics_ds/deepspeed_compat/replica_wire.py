@@ -13,7 +13,6 @@ from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..log import logger
 from ..zero.residuals import Held, Place, cut_anew
 from .checkpoint import RESIDUALS
-from .muon import uses_muon
 
 FULL = "full"
 MODEL_RANK = "model_parallel_rank"
@@ -49,7 +48,7 @@ def chosen_wire(optimizer: Any, groups: MicsGroups) -> Wire | None:
 
 
 def _refuse_without_feedback(optimizer: Any, name: str) -> None:
-    if uses_muon(optimizer):
+    if optimizer.use_muon:
         raise MicsConfigError(
             f'{_KEY} "{name}" does not go with Muon. It makes all directions of a matrix equally long, the weakest '
             f"ones too, which are mostly errors of rounding by then; what is sent later cannot take that back. Use "

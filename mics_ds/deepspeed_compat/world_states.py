@@ -44,12 +44,10 @@ class WorldStates:
 
     REPLACED = (
         "_setup_for_real_optimizer",
-        "_link_all_hp_params",
         "set_grad_positions",
         "_reassign_or_swap_out_partitioned_parameters",
         "independent_gradient_partition_epilogue",
         "has_overflow",
-        "_finish_offloaded",
         "finalize_gradient_accumulation_boundary",
     )
 
@@ -145,10 +143,6 @@ class WorldStates:
                 for sub_group, params in enumerate(optimizer.fp16_groups)
             }
 
-    def _finish_offloaded(self, stock: Callable[..., None], ids: set[int]) -> None:
-        with self.means_stand_in():
-            stock(ids)
-
     def finalize_gradient_accumulation_boundary(self, stock: Callable[..., None]) -> None:
         self._optimizer.before_gradients_are_read(alone=False)
         with self.means_stand_in():
@@ -178,6 +172,9 @@ class WorldStates:
         """Let the current stream wait for updated weights, before they are read other than by a gather."""
         self._weights.finish()
 
+    def _reassign_or_swap_out_partitioned_parameters(self, stock: Callable[..., None], sub_group_id: int) -> None:
+        self._publish(sub_group_id)
+
     def _publish(self, sub_group: int) -> None:
         """Begin to fill the sub-group's shards, of all replicas, from the masters of all of them.
 
@@ -199,9 +196,6 @@ class WorldStates:
         indices = [index for index, param in enumerate(params) if bool(param.ds_persist) == persist]
         for index, handle in self._weights.start(row, self.cuts[sub_group], flat, indices).items():
             params[index].mics_update = handle
-
-    def _reassign_or_swap_out_partitioned_parameters(self, stock: Callable[..., None], sub_group_id: int) -> None:
-        self._publish(sub_group_id)
 
     @contextmanager
     def slices_stand_in(self, *, loads: bool) -> Iterator[None]:
@@ -243,17 +237,14 @@ class WorldStates:
         ]
         with self.slices_stand_in(loads=False):
             stock()
-            # In fp32 DeepSpeed has one tensor for masters and weights.
-            self._shared = [
-                master.data_ptr() == flat.data_ptr()
-                for master, flat in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
-            ]
-
-    def _link_all_hp_params(self, stock: Callable[..., None]) -> None:
-        stock()
-        for shared, params in zip(self._shared, self._optimizer.fp16_groups):
-            for param in params if shared else ():  # then a change of weights is one of masters
-                param.mics_master_follows = functools.partial(self._follow, param)
+            # In fp32 DeepSpeed has one tensor for masters and weights: a change of weights is one of masters.
+            for group, params in enumerate(optimizer.fp16_groups):
+                master, flat = (
+                    optimizer.fp32_partitioned_groups_flat[group],
+                    optimizer.fp16_partitioned_groups_flat[group],
+                )
+                for param in params if master.data_ptr() == flat.data_ptr() else ():
+                    param.mics_master_follows = functools.partial(self._follow, param)
 
     def _follow(self, param: Any) -> None:
         self.access.set_state(param, None, self.cut_of(param).take(param.ds_tensor.data, self.replica))

@@ -29,7 +29,6 @@ def settle(
     damages: Sequence[Damage],
     replication: RankGroup,
     device: torch.device,
-    step: int,
     node_of: Mapping[int, int],
     *,
     write: bool,
@@ -55,7 +54,7 @@ def settle(
             continue
         expected = sent.to(mine.device)
         marks = bits(mine) != bits(expected)
-        known = {"step": step, "rank": own, "node": node_of[own], "by": verdict.by}
+        known = {"rank": own, "node": node_of[own], "by": verdict.by}
         reference = replication.ranks[source]
         found.append(difference(state, damage.start, marks, mine, expected, reference=reference, **known))
         if write:

@@ -148,16 +148,15 @@ class Guard:
         self, engine: Any, states: Sequence[State], made: torch.Tensor, when: str, stepped: bool
     ) -> list[Finding]:
         everyone, replication = self._groups.everyone, self._groups.replication
-        step = steps_taken(engine)
         damages, error = self._damages(states, made)
         # Where copies of weights differ, one of them breaks the rule as well, until it is repaired.
-        found = [] if damages else self._broken_rules(states, step, stepped)
+        found = [] if damages else self._broken_rules(states, stepped)
         stuck = error is not None or bool(found) or any(damage.verdict.good is None for damage in damages)
         notes = collectives.exchange((stuck, error), everyone, LABEL)
         write = self.action == "repair" and not any(stuck for stuck, _ in notes)
         if damages:
             assert replication is not None, "only copies can differ"
-            found += settle(damages, replication, communication_device(), step, self._groups.node_of, write=write)
+            found += settle(damages, replication, communication_device(), self._groups.node_of, write=write)
         findings = [finding for found in collectives.exchange(found, everyone, LABEL) for finding in found]
         self._report(findings, when, repaired=write)
         if not write:
@@ -196,9 +195,9 @@ class Guard:
             damages.append(Damage(*block, verdict))
         return damages, None
 
-    def _broken_rules(self, states: Sequence[State], step: int, stepped: bool) -> list[Finding]:
+    def _broken_rules(self, states: Sequence[State], stepped: bool) -> list[Finding]:
         own = self._groups.everyone.ranks[self._groups.everyone.rank]
-        known = {"step": step, "rank": own, "node": self._groups.node_of[own], "reference": own, "by": ""}
+        known = {"rank": own, "node": self._groups.node_of[own], "reference": own, "by": ""}
         found = []
         for master, start, stop in self._masters_without_copies(states, stepped):
             marks = violations(master, start, stop)
@@ -247,11 +246,6 @@ class Guard:
             return
         level, what = (logging.WARNING, "; repaired") if repaired else (logging.ERROR, "")
         logger.log(level, "replica guard: copies differ %s%s\n%s", when, what, report.lines(findings))
-        if self._request.forensics is not None:
-            try:
-                report.append(self._request.forensics, findings)
-            except OSError as error:
-                logger.error("replica guard: %s cannot be written: %s", self._request.forensics, error)
 
 
 def _holds(state: State, start: int, stop: int) -> bool | None:

@@ -122,10 +122,10 @@ def flip(engine, rank: int, state: str, element: int = 0) -> None:
 
 
 @pytest.mark.ranks(4)
-def test_a_fault_is_named_counted_written_down_and_suspected(tmp_path):
+def test_a_fault_is_named_counted_and_suspected(tmp_path):
     """One step before a check; p = 1, so four copies."""
-    file, told = tmp_path / "forensics.jsonl", []
-    config = guarded(1, dtype="bf16", every=2, repairs=1, forensics=str(file), block_bytes=64)
+    told = []
+    config = guarded(1, dtype="bf16", every=2, repairs=1, block_bytes=64)
     config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     engine = build(config, optimizer=adam)
     logger.addFilter(told.append)
@@ -144,12 +144,7 @@ def test_a_fault_is_named_counted_written_down_and_suspected(tmp_path):
         assert "copies differ after step 4; repaired" in said
         assert "rank 2 (node 0): exp_avg of embed.weight[4:5]: 1 elements and" in said
         assert said.count("rank 2 on node 0 was repaired 2 times. Suspect its hardware") == 1
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert {(line["rank"], line["reference"], line["by"]) for line in lines} == {(2, 0, "majority")}
-        assert {line["step"] for line in lines} == {4, 6}
-        sample = next(line for line in lines if line["state"] == "exp_avg")["samples"][0]
-        assert (sample["parameter"], sample["element"]) == ("embed.weight", 4)
-        assert sample["found_bits"] != sample["expected_bits"]
+        assert "copies differ after step 6; repaired" in said
         written = (tmp_path / "job" / "Train_MiCS_guard_repairs.csv").read_text().splitlines()
         assert [line.split(",")[1].strip() for line in written[1:]] == ["0", "1", "2"]
 

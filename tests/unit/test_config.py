@@ -165,7 +165,6 @@ def test_wrong_values_for_checkpoints(value, message):
         ({"every": True}, "mics_guard.every must be a valid integer"),
         ({"action": "heal"}, "mics_guard.action must be 'repair', 'stop' or 'warn'"),
         ({"block_bytes": 12}, "mics_guard.block_bytes must be a multiple of 8"),
-        ({"forensics": 3}, "mics_guard.forensics must be a valid string"),
     ],
 )
 def test_wrong_guards_are_refused(value, message):
