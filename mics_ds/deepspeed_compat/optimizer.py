@@ -27,7 +27,6 @@ from ..errors import MicsConfigError, MicsUsageError
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
-from ..zero.replica_wire import EncodedMean
 from ..zero.replication import Replication, agree_on_norms
 from . import hop1_record
 from .engine import communication_device, partitioned_group
@@ -35,8 +34,7 @@ from .gradient_access import CheckedGradients, PassWatch, check_before_reading
 from .muon import MuonSharing, refuse_muon
 from .partitioner import refuse_other_groups
 from .patching import temporarily
-from .replica_wire import chosen_wire
-from .states import residual_extents
+from .replica_wire import chosen_wire, encoded_mean
 from .world_states import WorldStates
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -105,7 +103,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self.replication = self.mics_build.replication(groups)
         self._overlaps = kwargs.get("overlap_comm", False)
         self._pass_watch = PassWatch(self)
-        check_before_reading(self)
         numel, itemsize = _gradient_size(module)
         if self.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
@@ -118,6 +115,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if groups.spreads_states:
                 refuse_others(init_optimizer)
                 self.world_states = WorldStates(self, groups, numel * itemsize // groups.partition.size)
+        check_before_reading(self)
         with self._working_on_gradients():
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
         refuse_other_groups(module, groups)
@@ -136,16 +134,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if self.world_states is not None:
             reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
         elif groups.replication is not None and wire is not None:
-            reducer = EncodedMean(
-                lambda: self.gradient_shards,
-                list(shards.values()),
-                [numel for _, _, numel, _ in residual_extents(self, "unsent")],
-                groups.replication,
-                device,
-                part,
-                wire,
-                lambda: float(self.loss_scale),
-            )
+            reducer = encoded_mean(self, shards, groups.replication, part, wire)
         elif self.replication is not None:
             reducer = AllReduceMean(lambda: self.gradient_shards, list(shards.values()), self.replication, device, part)
         return GradSync(

@@ -86,7 +86,6 @@ class SliceAccess:
     def set_fp32_grad_for_param(self, stock: Callable[..., None], value: torch.Tensor, param: Any) -> None:
         if not param.requires_grad:
             return
-        self._optimizer.before_gradients_are_read(alone=False)
         _expect(value, param.ds_numel, param)
         shard, piece = self._own_part(value, param)
         # What is accumulated further has to find it too.
@@ -97,7 +96,6 @@ class SliceAccess:
     def set_local_grad_for_param(self, stock: Callable[..., None], value: torch.Tensor, param: Any) -> None:
         if not param.requires_grad:
             return
-        self._optimizer.before_gradients_are_read(alone=True)
         _expect(value, self._world.cut_of(param).width, param)
         self._set_mean(param, value.flatten())
 

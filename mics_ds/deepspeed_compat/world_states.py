@@ -23,10 +23,10 @@ from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
 from ..comm.wire import Wire
 from ..zero.replica_reducers import ReplicaReducer, ScatterToSlices
-from ..zero.replica_wire import EncodedSlices
 from ..zero.weight_gather import WeightGather
 from .engine import communication_device
 from .patching import replace_methods, temporarily
+from .replica_wire import encoded_slices
 from .slice_access import GRADIENTS, SliceAccess, SliceCheckpoints
 
 MOST_PEERS = 32
@@ -85,17 +85,7 @@ class WorldStates:
         means = torch.zeros(cut.width, dtype=like.dtype, device=like.device)
         self._mean_slices = get_accelerator().pin_memory(means) if optimizer.offload_optimizer_pin_memory else means
         if wire is not None:
-            return EncodedSlices(
-                lambda: self._mean_slices,
-                lambda: optimizer.gradient_shards,
-                shards,
-                [end - start for start, end in shards],  # slices of masters are cut with the padding
-                self.replication,
-                communication_device(),
-                part,
-                wire,
-                lambda: float(optimizer.loss_scale),
-            )
+            return encoded_slices(optimizer, lambda: self._mean_slices, shards, self.replication, part, wire)
         return ScatterToSlices(
             lambda: optimizer.gradient_shards,
             lambda: self._mean_slices,
@@ -144,7 +134,6 @@ class WorldStates:
             }
 
     def finalize_gradient_accumulation_boundary(self, stock: Callable[..., None]) -> None:
-        self._optimizer.before_gradients_are_read(alone=False)
         with self.means_stand_in():
             stock()
 
