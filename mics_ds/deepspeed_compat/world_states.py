@@ -227,11 +227,8 @@ class WorldStates:
         with self.slices_stand_in(loads=False):
             stock()
             # In fp32 DeepSpeed has one tensor for masters and weights: a change of weights is one of masters.
-            for group, params in enumerate(optimizer.fp16_groups):
-                master, flat = (
-                    optimizer.fp32_partitioned_groups_flat[group],
-                    optimizer.fp16_partitioned_groups_flat[group],
-                )
+            flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
+            for params, (master, flat) in zip(optimizer.fp16_groups, flats):
                 for param in params if master.data_ptr() == flat.data_ptr() else ():
                     param.mics_master_follows = functools.partial(self._follow, param)
 

@@ -22,6 +22,12 @@ class Verdict:
     """Rule that decided."""
 
 
+Block = tuple[State, int, int]
+"""Elements [start, stop) of a state."""
+Damage = tuple[Block, Verdict]
+"""A block that is not equal on all copies, and what is right."""
+
+
 def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict | None:
     """``None`` if all copies are equal.
 

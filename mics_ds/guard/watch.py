@@ -29,16 +29,13 @@ from ..deepspeed_compat.states import MASTER, WEIGHTS, State, regather_persisten
 from ..errors import MicsGuardError
 from ..log import logger
 from . import report
-from .compare import judge, violations
+from .compare import Block, Damage, judge, violations
 from .digest import block_count, combined, digests
-from .repair import Damage, settle
+from .repair import settle
 from .report import Finding
 
 LABEL = "replica guard"
 _MONITORED = "Train/MiCS/guard_"
-
-Block = tuple[State, int, int]
-"""Elements [start, stop) of a state."""
 
 
 class Guard:
@@ -151,7 +148,7 @@ class Guard:
         damages, error = self._damages(states, made)
         # Where copies of weights differ, one of them breaks the rule as well, until it is repaired.
         found = [] if damages else self._broken_rules(states, stepped)
-        stuck = error is not None or bool(found) or any(damage.verdict.good is None for damage in damages)
+        stuck = error is not None or bool(found) or any(verdict.good is None for _, verdict in damages)
         notes = collectives.exchange((stuck, error), everyone, LABEL)
         write = self.action == "repair" and not any(stuck for stuck, _ in notes)
         if damages:
@@ -192,7 +189,7 @@ class Guard:
         for (block, row), kept in zip(bad, zip(*holds)):
             verdict = judge(row, None if None in kept else kept)
             assert verdict is not None, "some copy differs"
-            damages.append(Damage(*block, verdict))
+            damages.append((block, verdict))
         return damages, None
 
     def _broken_rules(self, states: Sequence[State], stepped: bool) -> list[Finding]:
