@@ -248,6 +248,21 @@ def test_parameters_over_other_ranks_than_the_engine_are_refused():
         build(ds_config(2), mpu=Mpu([0, 1], [2, 3]), inside_init=True)
 
 
+@pytest.mark.ranks(4)
+def test_parameters_that_were_made_with_other_keys_than_the_engines():
+    """They follow the engine's, and must be partitioned as it partitions."""
+
+    def made_with(config: dict[str, Any]) -> torch.nn.Module:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            return OddNet()
+
+    with pytest.raises(MicsConfigError, match=r"ranks \[\d, \d\] of \[0, 1, 2, 3\], but zero.Init used another"):
+        build(ds_config(2), lambda: made_with(ds_config(4)))
+    engine = build(ds_config(2), lambda: made_with(ds_config(2, zero={"mics_guard": True})))
+    assert {param.mics_groups.config.guard for param in engine.module.parameters()} == {None}
+    train(engine, 1)
+
+
 # --------------------------------------------------------------------------------------------------
 # One rank fails
 
