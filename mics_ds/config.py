@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Union
 
 import hjson
@@ -67,8 +66,6 @@ class GuardRequest:
     """Reaction to a difference. By default repair where there are three copies or more, else stop."""
     repairs: Count = 3
     """A rank that is repaired more often than this is named as suspect hardware."""
-    forensics: Union[Text, None] = None
-    """A file that gets one line of JSON for each damaged block, with both values of the first elements."""
     block_bytes: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] = 4 << 20
     """Granularity of comparison and smallest repair, in bytes."""
 
@@ -105,8 +102,6 @@ class ReplicasRequest:
     """Least number of replicas to train with. With fewer, training waits."""
     timeout_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
     """Seconds after which a replica that does not answer in hop 2 is given up."""
-    hold_global_batch: Flag = False
-    """Keep the samples of a step where replicas come and go. Refused so far, see docs/replicas.md."""
 
 
 def _switch(value: Any) -> Any:
@@ -168,11 +163,6 @@ class MicsConfig:
     def is_undecided(self) -> bool:
         """Return whether anything is for the planner to choose when an engine is built."""
         return AUTO in (self.shard_size, self.optimizer_states, self.replica_wire)
-
-    @property
-    def of_parameters(self) -> MicsConfig:
-        """Return the part that concerns parameters: neither where optimizer states are nor how gradients travel."""
-        return replace(self, optimizer_states="partition", replica_wire="full")
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as the JSON keys that produce it."""

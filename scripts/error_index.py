@@ -50,7 +50,6 @@ CAUSES = (
         "Versions",
         "This version of DeepSpeed was not tested, or lacks a method that mics_ds builds on.",
     ),
-    ("deepspeed_compat.ds_config", "Keys of the JSON", "A rank cannot read the file of the configuration."),
     ("deepspeed_compat.checkpoint", "Checkpoints", "The file has pickled objects, and the environment forbids them."),
     (
         "deepspeed_compat",

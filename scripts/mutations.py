@@ -149,8 +149,8 @@ MUTATIONS = [
     Mutation(
         "engines are built without comparing what the ranks ask for",
         "plugin/construct.py",
-        "    compare(asked, among)\n    if asked.is_undecided:",
-        "    if asked.is_undecided:",
+        "    compare(asked, among)\n    if asked.mics is not None and",
+        "    if asked.mics is not None and",
         "ranks/test_bad_input.py",
     ),
     Mutation(

@@ -6,48 +6,31 @@ has an order of sums of its own, and losses would differ in their last bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..comm.groups import MicsGroups
 from ..log import log_rank0
-from .patching import replace_methods
 
 KEY = "mics_hop1"
 """Key of the record among the optimizer states of a checkpoint."""
 
 
-class Hop1Record:
-    """Writes and reads the record for one optimizer.
+def record(groups: MicsGroups) -> dict[str, Any]:
+    """Return the way of hop 1, and the ranks that it is of."""
+    way = asdict(groups.ways)
+    del way["staged_gather"]  # a gather adds nothing up
+    return {**way, "ranks": groups.layout.world_size, "shards": groups.layout.partition_size}
 
-    Args:
-        optimizer: whose methods are replaced, on the instance, by those here that have their names.
-    """
 
-    REPLACED = ("_rigid_state_dict", "_rigid_load_state_dict")
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        replace_methods(optimizer, self, self.REPLACED)
-
-    def _record(self) -> dict[str, Any]:
-        groups = self._optimizer.mics_groups
-        way = asdict(groups.ways)
-        del way["staged_gather"]  # a gather adds nothing up
-        return {**way, "ranks": groups.layout.world_size, "shards": groups.layout.partition_size}
-
-    def _rigid_state_dict(self, stock: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        return {**stock(), KEY: self._record()}
-
-    def _rigid_load_state_dict(
-        self, stock: Callable[..., None], state_dict: dict[str, Any], load_optimizer_states: bool = True
-    ) -> None:
-        stock(state_dict, load_optimizer_states)
-        saved, mine = state_dict.get(KEY), self._record()
-        if saved is None or saved == mine or any(saved.get(name) != mine[name] for name in ("ranks", "shards")):
-            return
-        groups = self._optimizer.mics_groups
-        for ways in groups.choices:
-            if ways.staged_gather == groups.ways.staged_gather and {**mine, **asdict(ways)}.items() >= saved.items():
-                self._optimizer.mics_groups = replace(groups, ways=ways)
-                log_rank0(f"MiCS reduces gradients {ways.scatter}, as before the checkpoint was saved")
+def as_recorded(groups: MicsGroups, states: Mapping[str, Any]) -> MicsGroups:
+    """Return groups whose hop 1 goes the way of a checkpoint, if it was saved on as many ranks and shards."""
+    saved, mine = states.get(KEY), record(groups)
+    if saved is None or saved == mine or any(saved.get(name) != mine[name] for name in ("ranks", "shards")):
+        return groups
+    for ways in groups.choices:
+        if ways.staged_gather == groups.ways.staged_gather and {**mine, **asdict(ways)}.items() >= saved.items():
+            log_rank0(f"MiCS reduces gradients {ways.scatter}, as before the checkpoint was saved")
+            return replace(groups, ways=ways)
+    return groups

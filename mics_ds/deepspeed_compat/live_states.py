@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import MicsConfigError
-from .states import MASTER, NO_GROUP, WEIGHTS, State, regather_persistent, states_of
+from .states import MASTER, NO_GROUP, WEIGHTS, State, inner_states, regather_persistent, states_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
@@ -25,7 +25,7 @@ def take(engine: Any) -> dict[str, Any]:
         "layouts": [state.layout for state in states],
         "tensors": [state.tensor for state in states],
         "optimizer": [dict(held) for held, *_ in _optimizer_states(optimizer)],
-        "param_groups": [_settings(group) for group in optimizer.param_groups],
+        "param_groups": [{**group, "params": None} for group in optimizer.param_groups],
         "units": optimizer.sync.used,
         "buffers": [buffer.detach().clone() for buffer in engine.module.buffers()],
         "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else None,
@@ -60,7 +60,7 @@ def put(engine: Any, taken: Mapping[str, Any]) -> None:
         for buffer, tensor in zip(engine.module.buffers(), taken["buffers"]):
             buffer.copy_(tensor)
     for group, settings in zip(optimizer.param_groups, taken["param_groups"]):
-        group.update(settings)
+        group.update({**settings, "params": group["params"]})
     if taken["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(taken["scheduler"])
     set_counters(engine, taken["counters"])
@@ -85,22 +85,17 @@ def set_counters(engine: Any, values: Mapping[str, int]) -> None:
         setattr(engine, name, value)
 
 
-def samples_per_step(engine: Any) -> int:
-    """Return the samples of one optimizer step of this job."""
-    return int(engine.train_batch_size())
-
-
 def _shards(optimizer: Any) -> Iterator[State]:
     """Yield weights, masters and the loss scale."""
-    return (s for s in states_of(optimizer, replicated=True) if s.group == NO_GROUP or s.name in (WEIGHTS, MASTER))
+    return (s for s in states_of(optimizer) if s.group == NO_GROUP or s.name in (WEIGHTS, MASTER))
 
 
 def _optimizer_states(optimizer: Any) -> Iterator[tuple[dict, torch.Tensor, bool]]:
     """Yield the states of each sub-group, live and empty before the first step, with its master, and whether counters
     of steps are on the device of that."""
-    for inner in filter(None, (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None))):
-        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-        for master in optimizer.fp32_partitioned_groups_flat:
+    for master in optimizer.fp32_partitioned_groups_flat:
+        for inner, _ in inner_states(optimizer, master):
+            on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
             yield inner.state[master], master, on_device
 
 
@@ -122,7 +117,3 @@ def nbytes(taken: Mapping[str, Any]) -> int:
     """Return the bytes of tensors in what :func:`take` has returned."""
     tensors = [*taken["tensors"], *taken["buffers"], *(value for held in taken["optimizer"] for value in held.values())]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}

@@ -25,22 +25,20 @@ Item = tuple[Any, int, torch.Tensor]
 """Work that DeepSpeed hands to Muon: a parameter, where in the sub-group its momentum starts, its full gradient."""
 
 
-def uses_muon(optimizer: Any) -> bool:
-    return bool(getattr(optimizer, "use_muon", False))
-
-
-def refuse_muon(optimizer: Any) -> None:
+def refuse_muon(init_optimizer: torch.optim.Optimizer, replicas_come_and_go: bool) -> None:
     """Refuse a Muon that makes updates of gradients that are not final, or whose replicas come and go.
 
     Raises:
         MicsConfigError: this one does.
     """
-    if uses_muon(optimizer) and optimizer.replication is not None and optimizer.replication.votes:
+    if not any(group.get("use_muon") for group in init_optimizer.param_groups):
+        return
+    if replicas_come_and_go:
         raise MicsConfigError(
             "mics_replicas does not go with Muon: replicas take turns at its matrices, and one that is gone would take "
             "its turn with it. Use Adam, AdamW or SGD, or remove mics_replicas."
         )
-    if uses_muon(optimizer) and not MUON_FOLLOWS_GRADIENTS:
+    if not MUON_FOLLOWS_GRADIENTS:
         raise MicsConfigError(
             "MiCS needs a DeepSpeed whose Muon waits for the gradients of a whole step, as since 0.19.8. Use that, "
             "or Adam, AdamW or SGD."

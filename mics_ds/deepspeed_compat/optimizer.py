@@ -24,15 +24,15 @@ from ..comm.async_exec import Handle, Stages
 from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
 from ..errors import MicsConfigError, MicsUsageError
-from ..formatting import abbreviate
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
 from ..zero.replication import Replication, agree_on_norms
+from . import hop1_record
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
-from .hop1_record import Hop1Record
-from .muon import MuonSharing, refuse_muon, uses_muon
+from .muon import MuonSharing, refuse_muon
+from .partitioner import refuse_other_groups
 from .patching import temporarily
 from .replica_wire import chosen_wire, encoded_mean
 from .world_states import WorldStates
@@ -66,7 +66,7 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     """
 
     mics_build: Any
-    """The build that the optimizer belongs to: has ``groups(dp_process_group)`` and the context ``active()``."""
+    """The build that the optimizer belongs to: has ``groups(dp_process_group)`` and ``replication(groups)``."""
     mics_groups: MicsGroups
     mics_guard: Any = None
     """The replica guard, if there is one."""
@@ -99,10 +99,10 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
     ) -> None:
         full = partitioned_group(dp_process_group, kwargs.get("mpu"))
         groups = self.mics_groups = self.mics_build.groups(full)
+        refuse_muon(init_optimizer, groups.config.replicas is not None)
         self.replication = self.mics_build.replication(groups)
         self._overlaps = kwargs.get("overlap_comm", False)
         self._pass_watch = PassWatch(self)
-        check_before_reading(self)
         numel, itemsize = _gradient_size(module)
         if self.replication is not None:
             # The constructor decides padding and buffer sizes from this group; setting it later is too late.
@@ -115,12 +115,11 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if groups.spreads_states:
                 refuse_others(init_optimizer)
                 self.world_states = WorldStates(self, groups, numel * itemsize // groups.partition.size)
-        with self.mics_build.active(), self._working_on_gradients(), _naming_mixed_dtypes(module):
+        check_before_reading(self)
+        with self._working_on_gradients():
             super().__init__(module, init_optimizer, *args, dp_process_group=full, **kwargs)
-        _refuse_other_groups(module, groups)
-        refuse_muon(self)
-        Hop1Record(self)
-        if groups.replication is not None and uses_muon(self):
+        refuse_other_groups(module, groups)
+        if groups.replication is not None and self.use_muon:
             MuonSharing(self, groups.replication)
         elif groups.replication is not None and groups.full.rank == 0:
             warn_of_others(init_optimizer, groups.partition.size, groups.full.size)
@@ -220,12 +219,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self, communication_data_type: torch.dtype
     ) -> None:
         # With enable_sanity_checks DeepSpeed has all ranks of the world compare what each bucket holds.
-        stock_comparison = stage3_module.assert_ints_same_as_other_ranks
-
-        def compare(ids: list[int]) -> None:
-            if not self.parameter_offload.require_same_bucket(ids):
-                stock_comparison(ids)
-
+        same_order = self.parameter_offload.same_order
+        compare = stage3_module.assert_ints_same_as_other_ranks if same_order is None else same_order.require_bucket
         with temporarily(stage3_module, "assert_ints_same_as_other_ranks", compare):
             super()._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(communication_data_type)
 
@@ -327,12 +322,11 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._order_reduction_stream()
 
     def _means_have_come(self) -> None:
-        if self.offload_optimizer:
-            self._finish_offloaded(self._look())
-
-    def _look(self) -> set[int]:
-        flags = self.sync.flags
-        return set() if flags is None else self.sync.look(flags.tolist())
+        # Muon changes gradients in place before DeepSpeed's host looks anywhere.
+        if (self.offload_optimizer or self.use_muon) and self.sync.flags is not None:
+            ids = self.sync.look(self.sync.flags.tolist())
+            if self.offload_optimizer:
+                self._finish_offloaded(ids)
 
     def _finish_offloaded(self, ids: set[int]) -> None:
         """Compute norms and fp32 copies of the now final shards of these parameters, if this is the boundary."""
@@ -341,7 +335,8 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel:
                 self._offload_boundary_param_ids.add(param.ds_id)
         if self.is_gradient_accumulation_boundary():
-            self._finalize_offload_gradient_accumulation()
+            with nullcontext() if self.world_states is None else self.world_states.means_stand_in():
+                self._finalize_offload_gradient_accumulation()
 
     def _order_reduction_stream(self) -> None:
         """Let DeepSpeed's reduction stream, which it looks at gradients from, wait for the current one."""
@@ -356,11 +351,12 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
             self.world_states.finish_updates()  # of modules that nobody has used since the last step
         if self.sync.average():
             self._means_have_come()
-        if uses_muon(self):
-            self._look()  # Muon changes gradients in place before DeepSpeed's host looks anywhere
         self._order_reduction_stream()
         with self._working_on_gradients():
-            self.was_discarded = not self._may_commit()
+            self.was_discarded = False
+            if self.replication is not None and self.replication.votes:
+                self._agreed_norms = self._get_norm_groups()  # the last collective between replicas before the vote
+                self.was_discarded = not self.replication.commit()
             if self.was_discarded:  # what DeepSpeed does with gradients that overflow, but for the loss scale
                 self._pre_step()
                 self._partition_all_parameters()
@@ -371,16 +367,6 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 super().step(closure)
                 self.sync.next_boundary(discarded=self.overflow)
         self._agreed_norms = None
-        if self.mics_guard is not None:
-            self.mics_guard.step_ended(self)
-
-    def _may_commit(self) -> bool:
-        """Return whether the step may use the means. Where members come and go, norms come before that question, as
-        the last collective between replicas."""
-        if self.replication is None or not self.replication.votes:
-            return True
-        self._agreed_norms = self._get_norm_groups()
-        return self.replication.commit()
 
     @override
     def _get_norm_groups(self) -> list[torch.Tensor]:
@@ -402,6 +388,15 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if len(flags):
             self.sync.look([int(value) for value in on_host[len(norms) :].tolist()])
         return list(on_host[: len(norms)].unbind())
+
+    @override
+    def _rigid_state_dict(self) -> dict[str, Any]:
+        return {**super()._rigid_state_dict(), hop1_record.KEY: hop1_record.record(self.mics_groups)}
+
+    @override
+    def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+        self.mics_groups = hop1_record.as_recorded(self.mics_groups, state_dict)
 
     @contextmanager
     def _working_on_gradients(self) -> Iterator[None]:
@@ -454,40 +449,3 @@ def _gradient_size(module: torch.nn.Module) -> tuple[int, int]:
     trained: list[Any] = [param for param in module.parameters() if param.requires_grad]
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in trained)
     return numel, max((param.element_size() for param in trained), default=1)
-
-
-def _refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
-    named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 parameters have more attributes than torch's
-    strange = [
-        name
-        for name, param in named.items()
-        if param.mics_groups.layout.ranks != groups.layout.ranks
-        or param.mics_groups.partition.ranks != groups.partition.ranks
-    ]
-    if strange:
-        raise MicsConfigError(
-            f"Parameters must be partitioned over the group the optimizer uses, ranks {list(groups.partition.ranks)} "
-            f"of {abbreviate(groups.layout.ranks)}, but zero.Init used another for {strange[:3]}"
-            f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
-            f"group that deepspeed.initialize gets."
-        )
-
-
-@contextmanager
-def _naming_mixed_dtypes(module: torch.nn.Module) -> Iterator[None]:
-    """Stage 3 has buffers of one dtype, and an assertion without words where parameters have several."""
-    try:
-        yield
-    except AssertionError as error:
-        names: dict[torch.dtype, list[str]] = {}
-        for name, param in module.named_parameters():
-            if param.requires_grad:
-                names.setdefault(param.dtype, []).append(name)
-        if len(names) < 2:
-            raise
-        found = "; ".join(f"{dtype}: {', '.join(of[:3])}{' ...' * (len(of) > 3)}" for dtype, of in names.items())
-        raise MicsConfigError(
-            f"ZeRO stage 3, stock DeepSpeed's too, needs one dtype for all trainable parameters, but found {found}. "
-            f"Cast the module with .to(dtype), build it inside deepspeed.zero.Init, which casts it, or freeze the "
-            f"others."
-        ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +26,13 @@ from ..comm.groups import MicsGroups
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup
 from ..errors import MicsConfigError
+from ..formatting import abbreviate
 from ..log import log_rank0
-from . import support
 from .engine import communication_device, ensure_distributed
 from .same_order import SameOrder
 
 ZeroParam = Any
 """A ``torch.nn.Parameter`` with the attributes that DeepSpeed adds to it."""
-
-is_zero_param = pp.is_zero_param
 
 
 def _bytes(param: ZeroParam) -> torch.Tensor:
@@ -86,7 +83,6 @@ class MicsPartitioner(pp.Init):
 
     @override
     def _zero_init_param(self, param: ZeroParam) -> None:
-        support.refuse_unpartitionable([("", param)])
         # Ranks may have drawn different random numbers. DeepSpeed broadcasts from the first rank of
         # the group it shards over, which leaves replicas different; this makes them equal first.
         if self.mics_groups.replication is not None:
@@ -136,7 +132,7 @@ class MicsPartitioner(pp.Init):
             @functools.wraps(fn)
             def wrapped(module: torch.nn.Module) -> None:
                 params: list[ZeroParam] = sorted(
-                    (param for param in module.parameters(recurse=False) if is_zero_param(param)),
+                    (param for param in module.parameters(recurse=False) if pp.is_zero_param(param)),
                     key=operator.attrgetter("ds_id"),
                 )
                 for param in params:
@@ -335,23 +331,19 @@ class MicsGatheredParameters(pp.GatheredParameters):
     @override
     def __exit__(self, *exc: Any) -> Any:
         if self.enabled and self._modifier_rank is not None:
-            if not all(map(_is_on_device, self.params)):
+            if any(param.data.device != communication_device() for param in self.params):
                 try:
                     return super().__exit__(*exc)  # says what is wrong with that
                 finally:
                     self.params[0].partition(param_list=self.params)
-            by_group: dict[int, tuple[RankGroup, list[torch.Tensor]]] = {}
+            by_group: dict[RankGroup, list[torch.Tensor]] = {}
             for param in self.params:
                 groups = _groups_of(param)
                 full = RankGroup.of(param.ds_process_group) if groups is None else groups.full
-                by_group.setdefault(id(full.group), (full, []))[1].append(_bytes(param))
-            for full, tensors in by_group.values():
+                by_group.setdefault(full, []).append(_bytes(param))
+            for full, tensors in by_group.items():
                 collectives.broadcast_(tensors, self._modifier_rank, full)
         return super().__exit__(*exc)
-
-
-def _is_on_device(param: ZeroParam) -> bool:
-    return bool(param.data.device == communication_device())
 
 
 class MicsParamManager(DeepSpeedZeRoOffload):
@@ -364,20 +356,10 @@ class MicsParamManager(DeepSpeedZeRoOffload):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        groups = self.mics_groups
-        if groups.replication is not None:
-            self._same_order = SameOrder(self.module, groups.partition, self.get_param_coordinator())
-
-    def require_same_bucket(self, ids: list[int]) -> bool:
-        """Compare what a bucket holds within the partition group, where DeepSpeed would do so over the world.
-
-        Returns:
-            Whether it was compared.
-        """
-        if self.mics_groups.replication is None:
-            return False
-        self._same_order.require("bucket", ids, f"reduces the gradients of parameters {ids[:20]}")
-        return True
+        self.same_order: SameOrder | None = None
+        """Comparison of what the partition group does, where replicas may do something else."""
+        if self.mics_groups.replication is not None:
+            self.same_order = SameOrder(self.module, self.mics_groups.partition, self.get_param_coordinator())
 
     @override
     def _convert_to_zero_parameters(self, ds_config: Any, module: torch.nn.Module, mpu: Any) -> None:
@@ -395,7 +377,7 @@ class MicsParamManager(DeepSpeedZeRoOffload):
             # AutoTP has cut layers, and its shards of them are about to become ZeRO-3 parameters. What zero.Init has
             # partitioned over all ranks goes over this rank's data-parallel group first: its partitioner, which takes
             # up the shards otherwise, would make those of the first rank those of all.
-            _repartition(make_partitioner, [param for param in module.parameters() if is_zero_param(param)])
+            _repartition(make_partitioner, [param for param in module.parameters() if pp.is_zero_param(param)])
         super()._convert_to_zero_parameters(ds_config, module, mpu)
         # zero.Init may have been called without a configuration, and know nothing of MiCS.
         strangers = [param for param in module.parameters() if _groups_of(param) is None]
@@ -405,18 +387,10 @@ class MicsParamManager(DeepSpeedZeRoOffload):
                 f"re-partitioned {len(strangers)} parameters that deepspeed.zero.Init had spread over all ranks. Give "
                 f"it the configuration (config_dict_or_path=...) with a number as size, and they start out right."
             )
-        of_all = [groups for groups in map(_groups_of, module.parameters()) if groups is not None]
-        found = {groups.config.of_parameters: groups for groups in of_all}
-        if len(found) > 1:
-            raise MicsConfigError(
-                f"All parameters of a model must be built with one MiCS configuration, but zero.Init was given "
-                f"{', '.join(str(config.to_json()) for config in found)}. Use one configuration throughout."
-            )
-        groups = next(iter(found.values()))
-        # Parameters of zero.Init were gathered by rule so far. The ways of the engine are measured.
-        self.mics_groups = replace(groups, ways=self.mics_build.groups(groups.full.group).ways)
-        params: Iterable[ZeroParam] = module.parameters()
-        for param in params:
+        params: list[ZeroParam] = list(module.parameters())
+        self.mics_groups = self.mics_build.groups(params[0].mics_groups.full.group)
+        refuse_other_groups(module, self.mics_groups)
+        for param in params:  # those of zero.Init were gathered by rule so far: the ways of the engine are measured
             param.mics_groups = self.mics_groups
 
     @override
@@ -432,3 +406,25 @@ def _repartition(make_partitioner: Callable[[], MicsPartitioner], params: list[Z
         for param in params:
             param.all_gather()
             partitioner._zero_init_param(param)
+
+
+def refuse_other_groups(module: torch.nn.Module, groups: MicsGroups) -> None:
+    """Refuse parameters that were partitioned over other ranks than an engine's.
+
+    Raises:
+        MicsConfigError: some were.
+    """
+    named: dict[str, ZeroParam] = dict(module.named_parameters())
+    own = groups.full.ranks, groups.partition.ranks
+    strange = [
+        name
+        for name, param in named.items()
+        if (param.mics_groups.full.ranks, param.mics_groups.partition.ranks) != own
+    ]
+    if strange:
+        raise MicsConfigError(
+            f"Parameters must be partitioned over the group the optimizer uses, ranks {list(groups.partition.ranks)} "
+            f"of {abbreviate(groups.full.ranks)}, but zero.Init used another for {strange[:3]}"
+            f"{' and others' if len(strange) > 3 else ''}. Give zero.Init the configuration and the data-parallel "
+            f"group that deepspeed.initialize gets."
+        )

@@ -6,7 +6,6 @@ A class is changed in place, which reaches every alias that somebody imported ea
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,19 +38,15 @@ class Patches(ExitStack):
         """Set an attribute of a class or module."""
         self.callback(_setting(owner, name, value))
 
-    def wrap_method(self, cls: type, name: str, wrapper: Callable[..., Any]) -> None:
-        """Have ``wrapper(original, self, *args, **kwargs)`` called in place of ``cls.name``."""
-        original = getattr(cls, name)
+    def wrap_method(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Have ``wrapper(original, *args, **kwargs)`` called in place of a method, or of a function of a module."""
+        original = getattr(owner, name)
 
         @functools.wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, self, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
 
-        self.set(cls, name, method)
-
-    def wrap_function(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Have ``wrapper(original, *args, **kwargs)`` called in place of ``module.name``."""
-        self.set(module, name, functools.partial(wrapper, getattr(module, name)))
+        self.set(owner, name, call)
 
     def make_instances(self, cls: type, make: Callable[[Mapping[str, Any]], Any]) -> None:
         """Have ``cls(...)`` initialise the instance that ``make(arguments)`` returns, of ``cls`` or a subclass.
@@ -76,10 +71,3 @@ def replace_methods(instance: Any, strategy: Any, names: Iterable[str]) -> None:
     """Have calls of methods of an object go to those of a strategy, with the original as first argument."""
     for name in names:
         setattr(instance, name, functools.partial(getattr(strategy, name), getattr(instance, name)))
-
-
-def modules_that_read_configurations() -> list[Any]:
-    """Return modules through whose ``load_ds_config`` DeepSpeed reads a file before it makes a ``DeepSpeedConfig``."""
-    names = ("deepspeed.runtime.tensor_parallel.init_utils", "deepspeed")
-    present = [importlib.import_module(name) for name in names if importlib.util.find_spec(name) is not None]
-    return [module for module in present if hasattr(module, "load_ds_config")]

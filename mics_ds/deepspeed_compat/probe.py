@@ -20,7 +20,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..errors import MicsCompatError
 from .gradient_access import READERS, PassWatch
-from .hop1_record import Hop1Record
 from .muon import MuonSharing
 from .optimizer import MicsOptimizer
 from .partitioner import MicsGatheredParameters, MicsParamManager, MicsPartitioner
@@ -39,11 +38,8 @@ SUBCLASSES: dict[type, type] = {
     MicsParamManager: DeepSpeedZeRoOffload,
 }
 STRATEGIES: dict[Any, type] = {
-    PassWatch: DeepSpeedZeroOptimizer_Stage3,
-    WorldStates: DeepSpeedZeroOptimizer_Stage3,
-    SliceAccess: DeepSpeedZeroOptimizer_Stage3,
-    SliceCheckpoints: DeepSpeedZeroOptimizer_Stage3,
-    Hop1Record: DeepSpeedZeroOptimizer_Stage3,
+    **dict.fromkeys((PassWatch, WorldStates, SliceAccess, SliceCheckpoints), DeepSpeedZeroOptimizer_Stage3),
+    **({MuonSharing: DeepSpeedZeroOptimizer_Stage3} if MUON_FOLLOWS_GRADIENTS else {}),
     SameOrder: PartitionedParameterCoordinator,
 }
 
@@ -56,11 +52,7 @@ def replaced_methods() -> Iterator[tuple[type, str, Any]]:
                 yield stock, name, method
     for strategy, stock in STRATEGIES.items():
         for name in strategy.REPLACED:
-            if not hasattr(MicsOptimizer, name) or hasattr(stock, name):  # the others replace one of ours
-                yield stock, name, getattr(strategy, name)
-    if MUON_FOLLOWS_GRADIENTS:
-        for name in MuonSharing.REPLACED:
-            yield DeepSpeedZeroOptimizer_Stage3, name, getattr(MuonSharing, name)
+            yield stock, name, getattr(strategy, name)
     for name in READERS:
         yield DeepSpeedZeroOptimizer_Stage3, name, None
 

@@ -18,7 +18,6 @@ from ..zero.replica_wire import EncodedMean, EncodedSlices
 from ..zero.residuals import Held, Place, cut_anew
 from .checkpoint import RESIDUALS
 from .engine import communication_device
-from .muon import uses_muon
 from .states import residual_extents
 
 FULL = "full"
@@ -55,7 +54,7 @@ def chosen_wire(optimizer: Any, groups: MicsGroups) -> Wire | None:
 
 
 def _refuse_without_feedback(optimizer: Any, name: str) -> None:
-    if uses_muon(optimizer):
+    if optimizer.use_muon:
         raise MicsConfigError(
             f'{_KEY} "{name}" does not go with Muon. It makes all directions of a matrix equally long, the weakest '
             f"ones too, which are mostly errors of rounding by then; what is sent later cannot take that back. Use "

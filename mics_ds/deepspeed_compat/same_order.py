@@ -60,6 +60,10 @@ class SameOrder:
             notes = collectives.exchange(doing, self._partition, what)
             raise self._difference(f"rank {rank} {note}" for rank, note in zip(self._partition.ranks, notes))
 
+    def require_bucket(self, ids: list[int]) -> None:
+        """Compare the parameters of a bucket of gradients."""
+        self.require("bucket", ids, f"reduces the gradients of parameters {ids[:20]}")
+
     def reset_step(self, stock: Callable[[], None]) -> None:
         # DeepSpeed has recorded which modules run in which order, and has all ranks of the world compare that.
         def compare(order: list[int]) -> None:

@@ -11,7 +11,8 @@ import torch
 from ..comm import collectives
 from ..comm.packing import ChunkLayout
 from .engine import communication_device
-from .patching import replace_methods
+from .patching import replace_methods, temporarily
+from .states import inner_states, is_elementwise
 
 if TYPE_CHECKING:
     from .world_states import WorldStates
@@ -38,7 +39,7 @@ class SliceAccess:
         replace_methods(optimizer, self, self.REPLACED)
 
     def _get_fp32_grad_state_partition(self, stock: Callable[..., Any], param: Any, release_swap_buffers: bool) -> Any:
-        with self._world.means_stand_in():
+        with temporarily(self._optimizer, GRADIENTS, {param.ds_id: self._world.mean(param)}):
             return stock(param, release_swap_buffers)
 
     def _fp32_state_allgather(self, stock: Callable[..., Any], param: Any, fp32_state_partition: torch.Tensor) -> Any:
@@ -85,7 +86,6 @@ class SliceAccess:
     def set_fp32_grad_for_param(self, stock: Callable[..., None], value: torch.Tensor, param: Any) -> None:
         if not param.requires_grad:
             return
-        self._optimizer.before_gradients_are_read(alone=False)
         _expect(value, param.ds_numel, param)
         shard, piece = self._own_part(value, param)
         # What is accumulated further has to find it too.
@@ -96,7 +96,6 @@ class SliceAccess:
     def set_local_grad_for_param(self, stock: Callable[..., None], value: torch.Tensor, param: Any) -> None:
         if not param.requires_grad:
             return
-        self._optimizer.before_gradients_are_read(alone=True)
         _expect(value, self._world.cut_of(param).width, param)
         self._set_mean(param, value.flatten())
 
@@ -120,7 +119,6 @@ class SliceCheckpoints:
     """State dictionaries of an optimizer without slices, made of one with slices and the other way round."""
 
     REPLACED = (
-        "state_dict",
         "_rigid_load_state_dict",
         "_restore_from_bit16_weights",
         "_load_universal_checkpoint",
@@ -129,12 +127,7 @@ class SliceCheckpoints:
 
     def __init__(self, optimizer: Any, world: WorldStates) -> None:
         self._optimizer, self._world = optimizer, world
-        self.gathered_states: dict[str, Any] | None = None
-        """What the optimizer's ``state_dict`` returns while set."""
         replace_methods(optimizer, self, self.REPLACED)
-
-    def state_dict(self, stock: Callable[..., Any]) -> Any:
-        return stock() if self.gathered_states is None else self.gathered_states
 
     def elementwise_states(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (sub-group, packed slices) of all masters and of all optimizer states of their shape.
@@ -143,19 +136,13 @@ class SliceCheckpoints:
         """
         for sub_group, master in enumerate(self._optimizer.fp32_partitioned_groups_flat):
             yield sub_group, master
-            for _, held in sorted(self._held(master).items(), key=lambda item: str(item[0])):
-                if _is_elementwise(held, master.numel()):
-                    yield sub_group, held
+            for _, held in inner_states(self._optimizer, master):
+                values = [held[key] for key in sorted(held, key=str)]
+                yield from ((sub_group, value) for value in values if is_elementwise(value, master.numel()))
 
-    def _held(self, master: torch.Tensor) -> Mapping[Any, Any]:
-        for inner in (self._optimizer.optimizer, getattr(self._optimizer, "backup_optimizer", None)):
-            if inner is not None and inner.state.get(master):
-                held: Mapping[Any, Any] = inner.state[master]
-                return held
-        return {}
-
-    def state_dict_with(self, wholes: Iterable[torch.Tensor]) -> dict[str, Any]:
-        """Return the state dictionary of an optimizer without slices.
+    @contextmanager
+    def whole_shards(self, wholes: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` be that of an optimizer without slices.
 
         Args:
             wholes: shards in place of :meth:`elementwise_states`, in that order.
@@ -168,16 +155,9 @@ class SliceCheckpoints:
             for index, state in inner["state"].items()
         }
         masters = [whole_of[id(master)] for master in self._optimizer.fp32_partitioned_groups_flat]
-        return {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
-
-    @contextmanager
-    def whole_shards(self, wholes: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Let the optimizer's ``state_dict`` be that of an optimizer without slices, see :meth:`state_dict_with`."""
-        self.gathered_states = self.state_dict_with(wholes)
-        try:
+        whole = {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
+        with temporarily(self._optimizer, "state_dict", lambda: whole):
             yield
-        finally:
-            self.gathered_states = None
 
     def _rigid_load_state_dict(
         self, stock: Callable[..., None], state_dict: dict[str, Any], load_optimizer_states: bool = True
@@ -194,7 +174,7 @@ class SliceCheckpoints:
         order = [sub_group for group in range(len(inner["param_groups"])) for sub_group in by_group.get(group, [])]
 
         def slice_of(value: Any, cut: ChunkLayout) -> Any:
-            return cut.take(value, self._world.replica) if _is_elementwise(value, cut.flat_starts[-1]) else value
+            return cut.take(value, self._world.replica) if is_elementwise(value, cut.flat_starts[-1]) else value
 
         held = {
             index: {key: slice_of(value, self._world.cuts[order[index]]) for key, value in state.items()}
@@ -214,10 +194,6 @@ class SliceCheckpoints:
     def load_hp_checkpoint_state(self, stock: Callable[..., Any], folder: str, key: str, param: Any = None) -> Any:
         shard = stock(folder, key, param)
         return shard if param is None else self._world.cut_of(param).take(shard, self._world.replica)
-
-
-def _is_elementwise(value: Any, numel: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() == numel
 
 
 def _expect(value: torch.Tensor, numel: int, param: Any) -> None:

@@ -40,8 +40,9 @@ class State:
     """Pieces in ascending order."""
     replicated: bool
     """Whether the other ranks of the replication group must have the same bits."""
-    made_from_it: State | None = field(default=None, compare=False)
-    """Weights of the slice, as a copy, where the state is a slice of a master."""
+    twin: torch.Tensor | None = field(default=None, compare=False)
+    """Weights of masters, or masters of weights: element by element, in memory of their own. ``None`` if there are
+    none here. Weights of a slice of masters are a copy."""
     put_back: Callable[[], None] = field(default=lambda: None, compare=False)
     """Function to call after writing to :attr:`tensor`, which is a copy for :data:`NUMBERS`."""
 
@@ -51,55 +52,44 @@ class State:
         return self.name, self.group, str(self.tensor.dtype), self.tensor.numel()
 
 
-def states_of(optimizer: Any, replicated: bool) -> list[State]:
+def states_of(optimizer: Any) -> list[State]:
     """Everything that the next step of a stage 3 optimizer starts from, in the same order on all ranks.
 
     Not among it: gradients, what is gathered, buffers of modules (replicas may have their own), random numbers.
     """
     names = {param.ds_id: name for name, param in optimizer.module.named_parameters()}
-    world = getattr(optimizer, "world_states", None)
+    replicated, world = optimizer.mics_groups.replication is not None, optimizer.world_states
     if world is not None:
         world.finish_updates()
     found: list[State] = []
     for group, params in enumerate(optimizer.fp16_groups):
-        pieces = tuple(_pieces(params, names))
-        weights, master = optimizer.fp16_partitioned_groups_flat[group], optimizer.fp32_partitioned_groups_flat[group]
-        if weights.data_ptr() != master.data_ptr():
-            found.append(State(WEIGHTS, group, weights.detach(), pieces, replicated))
+        whole = ChunkLayout.in_rank_order([param.partition_numel() for param in params], 1)
+        pieces = tuple(_pieces(params, names, whole, 0))
+        weights = optimizer.fp16_partitioned_groups_flat[group].detach()
+        master = optimizer.fp32_partitioned_groups_flat[group]
+        is_apart = weights.data_ptr() != master.data_ptr()
+        if is_apart:
+            twin = master.detach() if world is None else None
+            found.append(State(WEIGHTS, group, weights, pieces, replicated, twin))
         if world is not None:
-            cut = world.cuts[group]
-            pieces = tuple(_slices(params, names, cut, world.replica))
-            own = State(WEIGHTS, group, cut.take(weights.detach(), world.replica), pieces, replicated=False)
-            found.append(State(MASTER, group, master.detach(), pieces, replicated=False, made_from_it=own))
-        else:
-            found.append(State(MASTER, group, master.detach(), pieces, replicated))
-        found += _optimizer_states(
-            optimizer, group, master, pieces, replicated, elementwise=replicated and world is None
-        )
+            pieces = tuple(_pieces(params, names, world.cuts[group], world.replica))
+            weights = world.cuts[group].take(weights, world.replica)
+        has_twin, has_copies = is_apart or world is not None, replicated and world is None
+        found.append(State(MASTER, group, master.detach(), pieces, has_copies, weights if has_twin else None))
+        found += _optimizer_states(optimizer, group, master, pieces, replicated, has_copies)
     trained = {param.ds_id for params in optimizer.fp16_groups for param in params}
     for param in optimizer.module.parameters():
         if param.ds_id not in trained:
-            found.append(
-                State(WEIGHTS, NO_GROUP, param.ds_tensor.detach().view(-1), tuple(_pieces([param], names)), replicated)
-            )
+            whole = ChunkLayout.in_rank_order([param.partition_numel()], 1)
+            shard, pieces = param.ds_tensor.detach().view(-1), tuple(_pieces([param], names, whole, 0))
+            found.append(State(WEIGHTS, NO_GROUP, shard, pieces, replicated))
     found += _loss_scale(optimizer, replicated)
     found += _residuals(optimizer, names)
     return found
 
 
-def _pieces(params: Sequence[Any], names: dict[int, str]) -> Iterator[Piece]:
-    start = 0
-    for param in params:
-        width = param.partition_numel()
-        offset = torch.distributed.get_rank(param.ds_process_group) * width
-        length = max(0, min(width, param.ds_numel - offset))
-        if length:
-            yield Piece(names[param.ds_id], start, start + length, offset)
-        start += width
-
-
-def _slices(params: Sequence[Any], names: dict[int, str], cut: ChunkLayout, replica: int) -> Iterator[Piece]:
-    """Yield the pieces of masters and states of a replica's slices."""
+def _pieces(params: Sequence[Any], names: dict[int, str], cut: ChunkLayout, replica: int) -> Iterator[Piece]:
+    """Yield the pieces of a replica's slices of the shards of these parameters."""
     for index, param in enumerate(params):
         first, last = cut.real(index, replica)
         start = torch.distributed.get_rank(param.ds_process_group) * param.partition_numel()
@@ -108,41 +98,44 @@ def _slices(params: Sequence[Any], names: dict[int, str], cut: ChunkLayout, repl
             yield Piece(names[param.ds_id], cut.starts[index], cut.starts[index] + length, start + first)
 
 
+def inner_states(optimizer: Any, master: torch.Tensor) -> Iterator[tuple[torch.optim.Optimizer, dict[Any, Any]]]:
+    """Yield each inner optimizer with its live state of a master. With a partial offload there are two, of which each
+    updates some of the masters."""
+    for inner in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):
+        if inner is not None:
+            yield inner, inner.state.get(master, {})
+
+
+def is_elementwise(value: Any, numel: int) -> bool:
+    """Return whether a state of an optimizer has an element for each of so many of its master."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() == numel
+
+
 def _optimizer_states(
-    optimizer: Any,
-    group: int,
-    master: torch.Tensor,
-    pieces: tuple[Piece, ...],
-    replicated: bool,
-    elementwise: bool,
+    optimizer: Any, group: int, master: torch.Tensor, pieces: tuple[Piece, ...], replicated: bool, elementwise: bool
 ) -> Iterator[State]:
     """``elementwise``: whether those of the shape of masters are replicated."""
-    for inner in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):
-        held = {} if inner is None else inner.state.get(master, {})
+    owner = f"sub-group {group}"
+    for inner, held in inner_states(optimizer, master):
         numbers = []
         for key, value in sorted(held.items(), key=lambda item: str(item[0])):
-            if isinstance(value, torch.Tensor):
-                tensor = value.detach().view(-1)
-                if value.numel() == master.numel() and value.dim() > 0:
-                    yield State(str(key), group, tensor, pieces, elementwise)
-                else:
-                    yield State(
-                        str(key), group, tensor, (Piece(f"sub-group {group}", 0, value.numel(), 0),), replicated
-                    )
+            if is_elementwise(value, master.numel()):
+                yield State(str(key), group, value.detach().view(-1), pieces, elementwise)
+            elif isinstance(value, torch.Tensor):
+                yield State(str(key), group, value.detach().view(-1), (Piece(owner, 0, value.numel(), 0),), replicated)
             elif isinstance(value, (int, float)):
                 numbers.append((held, key))
         # torch's Adam counts steps in the state, others in the parameter group
-        owner = None if inner is None else inner.param_groups[optimizer.sub_group_to_group_id[group]]
-        if owner is not None and isinstance(owner.get("step"), int):
-            numbers.append((owner, "step"))
+        settings = inner.param_groups[optimizer.sub_group_to_group_id[group]]
+        if isinstance(settings.get("step"), int):
+            numbers.append((settings, "step"))
         if numbers:
-            yield _numbers(f"sub-group {group}", group, numbers, replicated)
+            yield _numbers(owner, group, numbers, replicated)
 
 
 def _residuals(optimizer: Any, names: dict[int, str]) -> Iterator[State]:
     """Yield what hop 2 has rounded off. Each rank has its own."""
-    sync = getattr(optimizer, "sync", None)
-    for name, tensor in ({} if sync is None else sync.residuals()).items():
+    for name, tensor in optimizer.sync.residuals().items():
         pieces, start = [], 0
         for key, first, numel, width in residual_extents(optimizer, name):
             if numel:

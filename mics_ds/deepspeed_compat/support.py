@@ -1,17 +1,14 @@
-"""Features of a configuration or a model that MiCS refuses, or does in another way."""
+"""Features of a configuration that MiCS refuses, or does in another way."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partition_parameters as pp
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..comm.job import current_job
@@ -22,31 +19,6 @@ from .ds_config import offload_device
 
 MUON_FOLLOWS_GRADIENTS = hasattr(DeepSpeedZeroOptimizer_Stage3, "_apply_muon_to_accumulated_grads")
 """Since 0.19.8 Muon waits for the gradients of a whole step."""
-NEWEST = "0.19.8"
-
-
-class Feature(NamedTuple):
-    """A feature of DeepSpeed that is refused under MiCS, or switched off because MiCS serves its purpose."""
-
-    name: str
-    instead: str
-    """Remedy for a refusal, or the feature that serves the purpose."""
-    is_asked_for: Callable[[DeepSpeedConfig], bool]
-    switch_off: Callable[[DeepSpeedConfig], None] | None = None
-    """Changes a parsed configuration. ``None`` for a refusal."""
-
-
-def _on(path: str) -> Callable[[DeepSpeedConfig], bool]:
-    """Return whether an attribute of a configuration is set, which some versions do not have."""
-
-    def is_on(config: DeepSpeedConfig) -> bool:
-        return bool(functools.reduce(lambda section, name: getattr(section, name, None), path.split("."), config))
-
-    return is_on
-
-
-def _switch_off(name: str) -> Callable[[DeepSpeedConfig], None]:
-    return lambda config: setattr(config.zero_config, name, False)
 
 
 def autotp_size(config: DeepSpeedConfig) -> int:
@@ -64,87 +36,98 @@ def can_swap() -> bool:
 SHARDS_AUTOTP = hasattr(DeepSpeedEngine, "_resolve_zero3_param_placement")
 """Whether stage 3 knows which ranks share a parameter that AutoTP has cut."""
 
-FEATURES = (
-    Feature("zero_quantized_gradients (ZeRO++ qgZ)", "set it to false", _on("zero_config.zero_quantized_gradients")),
-    Feature("zero_quantized_weights (ZeRO++ qwZ)", "set it to false", _on("zero_config.zero_quantized_weights")),
+
+class Feature(NamedTuple):
+    """A feature of DeepSpeed that is refused under MiCS, or switched off because MiCS serves its purpose."""
+
+    name: str
+    path: str
+    """Attribute of a parsed configuration, which some versions do not have."""
+    instead: str
+    """Remedy for a refusal, or the feature that serves the purpose."""
+    asks: Callable[[Any], bool] = bool
+    """Whether a value of the attribute asks for the feature."""
+    off: Any = False
+    """Value that switches the feature off."""
+
+
+REFUSED = (
+    Feature("zero_quantized_gradients (ZeRO++ qgZ)", "zero_config.zero_quantized_gradients", "set it to false"),
+    Feature("zero_quantized_weights (ZeRO++ qwZ)", "zero_config.zero_quantized_weights", "set it to false"),
     Feature(
-        "zero_quantized_nontrainable_weights", "set it to false", _on("zero_config.zero_quantized_nontrainable_weights")
+        "zero_quantized_nontrainable_weights", "zero_config.zero_quantized_nontrainable_weights", "set it to false"
     ),
-    Feature(
-        "zenflow",
-        "remove the zenflow section",
-        _on("zero_config.zenflow"),
-    ),
+    Feature("zenflow", "zero_config.zenflow", "remove the zenflow section"),
     Feature(
         "offload_optimizer to NVMe",
+        "zero_config.offload_optimizer",
         "offload to cpu: of gradients that it has written there, DeepSpeed 0.19.8 reads others back, on a CPU at least",
-        lambda config: offload_device(config.zero_config.offload_optimizer) == "nvme",
+        lambda section: offload_device(section) == "nvme",
     ),
     Feature(
         "offload_param to NVMe",
+        "zero_config.offload_param",
         "DeepSpeed's async_io cannot be built here, which `ds_report` explains; install libaio-dev on all nodes, or "
         "offload to cpu",
-        lambda config: offload_device(config.zero_config.offload_param) == "nvme" and not can_swap(),
+        lambda section: offload_device(section) == "nvme" and not can_swap(),
     ),
     Feature(
         "compile.deepcompile (DeepCompile)",
+        "compile_config.deepcompile",
         "set it to false: its extension reduces gradients by itself, over one group and on CUDA only; engine.compile() "
         "is not affected",
-        _on("compile_config.deepcompile"),
-    ),
-    Feature(
-        "the Muon optimizer",
-        f"use Adam, AdamW or SGD, or DeepSpeed {NEWEST}: this one updates momentums while it reduces "
-        f"gradients, before they are final",
-        lambda config: not MUON_FOLLOWS_GRADIENTS and str(config.optimizer_name).lower() == "muon",
     ),
     Feature(
         "tensor_parallel.autotp_size (AutoTP)",
-        f"this DeepSpeed's own AutoTP does not go with stage 3; install deepspeed=={NEWEST}",
-        lambda config: autotp_size(config) > 1 and not SHARDS_AUTOTP,
+        "tensor_parallel_config.autotp_size",
+        "this DeepSpeed's own AutoTP does not go with stage 3; install deepspeed==0.19.8",
+        lambda size: (size or 1) > 1 and not SHARDS_AUTOTP,
     ),
     Feature(
         "expert_parallel (AutoEP)",
+        "expert_parallel_config.enabled",
         "it sets partition groups of its own; remove the section",
-        _on("expert_parallel_config.enabled"),
     ),
-    Feature("hybrid_engine", "set enabled to false", _on("hybrid_engine.enabled")),
-    Feature(
-        "datastates or nebula checkpoints",
-        "set enabled to false",
-        lambda config: _on("datastates_config.enabled")(config) or _on("nebula_config.enabled")(config),
-    ),
+    Feature("hybrid_engine", "hybrid_engine.enabled", "set enabled to false"),
+    Feature("datastates checkpoints", "datastates_config.enabled", "set enabled to false"),
+    Feature("nebula checkpoints", "nebula_config.enabled", "set enabled to false"),
+)
+SUPERSEDED = (
     Feature(
         "zero_hpz_partition_size (ZeRO++ hpZ)",
+        "zero_config.zero_hpz_partition_size",
         "all parameter gathers, forward too, stay inside the partition group, whose size is mics_shard_size",
-        lambda config: config.zero_config.zero_hpz_partition_size > 1,
-        lambda config: setattr(config.zero_config, "zero_hpz_partition_size", 1),
+        lambda size: size > 1,
+        off=1,
     ),
     Feature(
         "offload_optimizer.super_offload (SuperOffload)",
+        "zero_config.offload_optimizer.super_offload",
         "the optimizer is offloaded to the CPU without it, because hop 2 comes between gradients and their update",
-        _on("zero_config.offload_optimizer.super_offload"),
-        lambda config: setattr(config.zero_config.offload_optimizer, "super_offload", False),
     ),
     Feature(
         "elastic_checkpoint",
+        "zero_config.elastic_checkpoint",
         "it stands for mics_reshape_checkpoint, which resumes in any number of shards",
-        _on("zero_config.elastic_checkpoint"),
-        _switch_off("elastic_checkpoint"),
     ),
     Feature(
         "pipeline_loading_checkpoint",
+        "zero_config.pipeline_loading_checkpoint",
         "ranks do not take turns, each reads the file of its own shard",
-        _on("zero_config.pipeline_loading_checkpoint"),
-        _switch_off("pipeline_loading_checkpoint"),
     ),
     Feature(
         "checkpoint.writer",
+        "checkpoint_config.writer",
         "files are written by torch.save, with checksums, and published when all are complete",
-        lambda config: bool(config.checkpoint_config.get("writer")),
-        lambda config: config.checkpoint_config.update(writer=None),
+        off=None,
     ),
 )
+
+
+def _value(section: Any, path: str) -> Any:
+    for name in path.split("."):
+        section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
+    return section
 
 
 def swaps(ds_config: DeepSpeedConfig) -> bool:
@@ -158,8 +141,7 @@ def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
     Raises:
         MicsConfigError: with every such feature and what to do about it.
     """
-    refused = (item for item in FEATURES if item.switch_off is None and item.is_asked_for(ds_config))
-    found = [f"{item.name}: {item.instead}" for item in refused]
+    found = [f"{item.name}: {item.instead}" for item in REFUSED if item.asks(_value(ds_config, item.path))]
     if swaps(ds_config):
         if mics.optimizer_states == "world":
             found.append('mics_optimizer_states "world" with offload to NVMe: use "partition", or offload to cpu')
@@ -177,13 +159,6 @@ def refuse_unsupported(ds_config: DeepSpeedConfig, mics: MicsConfig) -> None:
 
 def _against_managed_replicas(ds_config: DeepSpeedConfig, mics: MicsConfig) -> Iterator[str]:
     """Yield what does not go with replicas that come and go, and why."""
-    assert mics.replicas is not None, "asked for"
-    if mics.replicas.hold_global_batch:
-        yield (
-            "hold_global_batch: loops count the micro-steps of a step themselves, and with a number of replicas that "
-            "does not divide them ranks would take different numbers; remove it, and let the learning rate follow "
-            "engine.mics_replicas.size"
-        )
     if mics.optimizer_states != "partition":
         yield 'mics_optimizer_states "world": a replica that is gone would take its slices with it; use "partition"'
     if mics.replica_wire != "full":
@@ -196,54 +171,16 @@ def _against_managed_replicas(ds_config: DeepSpeedConfig, mics: MicsConfig) -> I
         yield "mics_checkpoint.memory_every: siblings have the states in memory; set it to 0"
     if swaps(ds_config):
         yield "offload to NVMe: a sibling can be sent only what is in memory; offload to cpu"
-    if str(ds_config.optimizer_name).lower() == "muon":
-        yield "Muon: replicas take turns at its matrices, and one that is gone would take its turn with it"
     if autotp_size(ds_config) > 1:
         yield "tensor parallelism: the ranks of a replica must be one partition group; set autotp_size to 1"
 
 
 def supersede(ds_config: DeepSpeedConfig) -> None:
     """Switch off, in a parsed configuration, what MiCS does in its own way, and say so once."""
-    for item in FEATURES:
-        if item.switch_off is not None and item.is_asked_for(ds_config):
-            item.switch_off(ds_config)
+    for item in SUPERSEDED:
+        if item.asks(_value(ds_config, item.path)):
+            section, _, name = item.path.rpartition(".")
+            owner = _value(ds_config, section)
+            owner.update({name: item.off}) if isinstance(owner, dict) else setattr(owner, name, item.off)
             if current_job().is_news(item.name):
                 log_rank0(f"{item.name} has no effect under MiCS: {item.instead}")
-
-
-def refuse_native_moe(module: torch.nn.Module) -> None:
-    """Stage 3 does not go with DeepSpeed's own expert layers, and says so late.
-
-    Raises:
-        MicsConfigError: ``module`` has some.
-    """
-    names = [name for name, part in module.named_modules() if isinstance(part, MoE)]
-    if names:
-        raise MicsConfigError(
-            f"MiCS needs ZeRO stage 3, which deepspeed.moe is not for, but {names[0] or 'the model'} is a "
-            f"deepspeed.moe.layer.MoE. Remove the mics_ keys and use stage 1 or 2, or write experts as ordinary "
-            f"modules and declare the module that chooses among them a leaf module "
-            f"(deepspeed.utils.set_z3_leaf_modules)."
-        )
-
-
-def refuse_unpartitionable(params: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse what stage 3 cannot partition, where DeepSpeed would fail later and without a name.
-
-    Args:
-        params: names, empty where nobody knows them, and parameters.
-
-    Raises:
-        MicsConfigError: some have no element or no dimension.
-    """
-    strange = [
-        f"{name or 'a parameter'} of shape {tuple(param.shape)}"
-        for name, param in params
-        if not pp.is_zero_param(param) and (param.dim() == 0 or param.numel() == 0)
-    ]
-    if strange:
-        raise MicsConfigError(
-            f"ZeRO stage 3, stock DeepSpeed's too, needs parameters with at least one dimension and one element, but "
-            f"found {', '.join(strange)}. Give a scalar the shape (1,); leave empty parameters out, or register them "
-            f"as buffers."
-        )

@@ -9,7 +9,7 @@ shards of final gradients, it finds this replica's slices of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -33,19 +33,6 @@ MOST_PEERS = 32
 """Replicas among which hop 2 may be an all-to-all: with units of 32 MiB, a message of 1 MiB to each."""
 
 
-class _MeanSlices:
-    """Slices of final gradients by ``ds_id``, where DeepSpeed looks for shards of gradients."""
-
-    def __init__(self, shards: Mapping[int, torch.Tensor], mean: Callable[[int], torch.Tensor]) -> None:
-        self._shards, self._mean = shards, mean
-
-    def __contains__(self, ds_id: int) -> bool:
-        return ds_id in self._shards
-
-    def __getitem__(self, ds_id: int) -> torch.Tensor:
-        return self._mean(ds_id)
-
-
 class WorldStates:
     """World-sharded optimizer states of one stage 3 optimizer.
 
@@ -57,12 +44,10 @@ class WorldStates:
 
     REPLACED = (
         "_setup_for_real_optimizer",
-        "_link_all_hp_params",
         "set_grad_positions",
         "_reassign_or_swap_out_partitioned_parameters",
         "independent_gradient_partition_epilogue",
         "has_overflow",
-        "_finish_offloaded",
         "finalize_gradient_accumulation_boundary",
     )
 
@@ -133,8 +118,8 @@ class WorldStates:
     def means_stand_in(self) -> Iterator[None]:
         """DeepSpeed finds slices of final gradients where it looks for shards of gradients."""
         optimizer = self._optimizer
-        shards = getattr(optimizer, GRADIENTS)
-        with temporarily(optimizer, GRADIENTS, _MeanSlices(shards, optimizer.sync.mean)):
+        means = {key: optimizer.sync.mean(key) for key in getattr(optimizer, GRADIENTS)}
+        with temporarily(optimizer, GRADIENTS, means):
             yield
 
     def independent_gradient_partition_epilogue(self, stock: Callable[..., None]) -> None:
@@ -148,12 +133,7 @@ class WorldStates:
                 for sub_group, params in enumerate(optimizer.fp16_groups)
             }
 
-    def _finish_offloaded(self, stock: Callable[..., None], ids: set[int]) -> None:
-        with self.means_stand_in():
-            stock(ids)
-
     def finalize_gradient_accumulation_boundary(self, stock: Callable[..., None]) -> None:
-        self._optimizer.before_gradients_are_read(alone=False)
         with self.means_stand_in():
             stock()
 
@@ -181,6 +161,9 @@ class WorldStates:
         """Let the current stream wait for updated weights, before they are read other than by a gather."""
         self._weights.finish()
 
+    def _reassign_or_swap_out_partitioned_parameters(self, stock: Callable[..., None], sub_group_id: int) -> None:
+        self._publish(sub_group_id)
+
     def _publish(self, sub_group: int) -> None:
         """Begin to fill the sub-group's shards, of all replicas, from the masters of all of them.
 
@@ -202,9 +185,6 @@ class WorldStates:
         indices = [index for index, param in enumerate(params) if bool(param.ds_persist) == persist]
         for index, handle in self._weights.start(row, self.cuts[sub_group], flat, indices).items():
             params[index].mics_update = handle
-
-    def _reassign_or_swap_out_partitioned_parameters(self, stock: Callable[..., None], sub_group_id: int) -> None:
-        self._publish(sub_group_id)
 
     @contextmanager
     def slices_stand_in(self, *, loads: bool) -> Iterator[None]:
@@ -246,17 +226,11 @@ class WorldStates:
         ]
         with self.slices_stand_in(loads=False):
             stock()
-            # In fp32 DeepSpeed has one tensor for masters and weights.
-            self._shared = [
-                master.data_ptr() == flat.data_ptr()
-                for master, flat in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
-            ]
-
-    def _link_all_hp_params(self, stock: Callable[..., None]) -> None:
-        stock()
-        for shared, params in zip(self._shared, self._optimizer.fp16_groups):
-            for param in params if shared else ():  # then a change of weights is one of masters
-                param.mics_master_follows = functools.partial(self._follow, param)
+            # In fp32 DeepSpeed has one tensor for masters and weights: a change of weights is one of masters.
+            flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
+            for params, (master, flat) in zip(optimizer.fp16_groups, flats):
+                for param in params if master.data_ptr() == flat.data_ptr() else ():
+                    param.mics_master_follows = functools.partial(self._follow, param)
 
     def _follow(self, param: Any) -> None:
         self.access.set_state(param, None, self.cut_of(param).take(param.ds_tensor.data, self.replica))

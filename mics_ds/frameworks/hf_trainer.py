@@ -82,8 +82,8 @@ def last_checkpoint(args: Any) -> str | None:
 
 
 def _request(ds_config: Any) -> CheckpointRequest | None:
-    found = read_request(ds_config)
-    return found.mics.checkpoint if found.is_on and found.mics is not None else None
+    mics = read_request(ds_config).mics
+    return None if mics is None else mics.checkpoint
 
 
 def _on_each_node(ds_config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..deepspeed_compat.states import MASTER, WEIGHTS, State
+from ..deepspeed_compat.states import WEIGHTS, State
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class Verdict:
     """Replicas that differ from it; without a good one, from replica 0."""
     by: str = ""
     """Rule that decided."""
+
+
+Block = tuple[State, int, int]
+"""Elements [start, stop) of a state."""
+Damage = tuple[Block, Verdict]
+"""A block that is not equal on all copies, and what is right."""
 
 
 def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict | None:
@@ -48,16 +54,6 @@ def judge(copies: Sequence[Hashable], holds: Sequence[bool] | None) -> Verdict |
     return Verdict(good, tuple(replica for replica in range(len(copies)) if replica not in like), by)
 
 
-def partner(state: State, states: Sequence[State]) -> State | None:
-    """Return the masters of weights, or the weights of masters: element by element, in memory of their own."""
-    if state.made_from_it is not None:
-        return state.made_from_it
-    other = {WEIGHTS: MASTER, MASTER: WEIGHTS}.get(state.name)
-    found = [item for item in states if item.name == other and item.group == state.group and item.group >= 0]
-    found = [item for item in found if item.tensor.numel() == state.tensor.numel()]
-    return found[0] if found else None
-
-
 def cast_violations(weights: torch.Tensor, masters: torch.Tensor) -> torch.Tensor:
     """Return where weights are not what DeepSpeed's step makes of their masters.
 
@@ -67,10 +63,11 @@ def cast_violations(weights: torch.Tensor, masters: torch.Tensor) -> torch.Tenso
     return (bits(cast) != bits(weights)) & ~(cast.isnan() & weights.isnan())
 
 
-def violations(state: State, other: State, start: int, stop: int) -> torch.Tensor:
-    """Apply :func:`cast_violations` to elements [start, stop) of a pair of states."""
-    weights, masters = (state, other) if state.name == WEIGHTS else (other, state)
-    return cast_violations(weights.tensor[start:stop], masters.tensor[start:stop])
+def violations(state: State, start: int, stop: int) -> torch.Tensor:
+    """Apply :func:`cast_violations` to elements [start, stop) of a state with a twin."""
+    assert state.twin is not None, "only asked where there is one"
+    held, twin = state.tensor[start:stop], state.twin[start:stop]
+    return cast_violations(held, twin) if state.name == WEIGHTS else cast_violations(twin, held)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,18 +6,17 @@ framework's final save. Each weight has to be its master, rounded. Masters and o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import manifest
-from ..checkpoint.reshape import BASE_STATE, FP32_GROUPS, FROZEN_SHAPES, FROZEN_SHARDS, PARAM_SHAPES, ShardLayout
+from ..checkpoint import manifest, reshape
 from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
-from .compare import bits, cast_violations
+from .compare import cast_violations
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -44,25 +43,34 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
         OSError: a file cannot be read.
     """
     shards = _shards(folder)
+
+    @functools.cache
+    def load(kind: str, shard: int) -> dict[str, Any]:
+        (path, *_) = sorted(folder.glob(f"*zero_pp_rank_{shard}_mp_rank_*_{kind}_states.pt"))
+        return load_states(path, mmap=True)
+
+    model, optim = functools.partial(load, "model"), functools.partial(load, "optim")
     found = weights or [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]
-    saved = {name: tensor for path in found for name, tensor in _load_weights(path)}
+    saved = {name: tensor for path in found for name, tensor in _load_weights(path).items()}
+    layout = reshape.ShardLayout(shards, model(0)[reshape.PARAM_SHAPES])
+    frozen = model(0).get(reshape.FROZEN_SHAPES) or {}
     findings: list[str] = []
-    layout = ShardLayout(shards, _shard_file(folder, 0, "model")[PARAM_SHAPES])
-    checked = 0
-    for shard in range(shards):
-        checked += _look_at_states(_shard_file(folder, shard, "optim")[BASE_STATE], shard, layout, findings)
+    checked = sum(_look_at_states(optim(shard), shard, layout, findings) for shard in range(shards))
     compared = 0
-    for name, masters, frozen in _parameters(folder, shards):
+    for name, shape in {**layout.shapes, **frozen}.items():
         if name not in saved:
             continue
-        held = saved[name].reshape(-1)
+        if name in frozen:
+            held_as = reshape.reshape_frozen(model, {name: shape}, shards, 1, 0)
+        else:
+            held_as = reshape.weights_of(optim, layout, {name: shape}, 1, 0)
+        masters, held = held_as[name].detach(), saved[name].reshape(-1)
         if held.numel() != masters.numel():
             findings.append(f"{name} has {held.numel()} elements, and its masters have {masters.numel()}")
             continue
         compared += held.numel()
-        marks = bits(held) != bits(masters.to(held.dtype)) if frozen else cast_violations(held, masters)
-        if marks.any():
-            place = marks.nonzero().view(-1)
+        place = cast_violations(held, masters).nonzero().view(-1)
+        if len(place):
             first = int(place[0])
             findings.append(
                 f"{name}: {len(place)} of {held.numel()} weights are not their masters rounded to {held.dtype}; "
@@ -89,18 +97,13 @@ def _shards(folder: Path) -> int:
     return shards
 
 
-def _shard_file(folder: Path, shard: int, kind: str) -> dict[str, Any]:
-    (path, *_) = sorted(folder.glob(f"*zero_pp_rank_{shard}_mp_rank_*_{kind}_states.pt"))
-    return load_states(path, mmap=True)
-
-
-def _look_at_states(states: dict[str, Any], shard: int, layout: ShardLayout, findings: list[str]) -> int:
+def _look_at_states(states: dict[str, Any], shard: int, layout: reshape.ShardLayout, findings: list[str]) -> int:
     """Note masters and optimizer states that are no numbers. Returns how many elements were looked at."""
-    checked = 0
-    tensors = [("masters", group, tensor) for group, tensor in enumerate(states[FP32_GROUPS])]
+    inner = states[reshape.BASE_STATE]
+    tensors = [("masters", group, tensor) for group, tensor in enumerate(inner[reshape.FP32_GROUPS])]
     tensors += [
         (str(key), group, value)
-        for group, values in states[BASE_STATE]["state"].items()
+        for group, values in inner[reshape.BASE_STATE]["state"].items()
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
@@ -108,14 +111,12 @@ def _look_at_states(states: dict[str, Any], shard: int, layout: ShardLayout, fin
         strange = ~tensor.isfinite()
         if tensor.dim() and tensor.numel() == layout.length(group):
             strange &= _real(layout, group, shard)
-        checked += tensor.numel()
-        count = int(strange.sum())
-        if count:
+        if count := int(strange.sum()):
             findings.append(f"shard {shard}: {count} of {tensor.numel()} {name} of sub-group {group} are no numbers")
-    return checked
+    return sum(tensor.numel() for _, _, tensor in tensors)
 
 
-def _real(layout: ShardLayout, group: int, shard: int) -> torch.Tensor:
+def _real(layout: reshape.ShardLayout, group: int, shard: int) -> torch.Tensor:
     """Return which elements of a sub-group's shard are not padding, which may hold anything."""
     marks = torch.zeros(layout.length(group), dtype=torch.bool)
     for its_group, start, numel in layout.places.values():
@@ -125,30 +126,13 @@ def _real(layout: ShardLayout, group: int, shard: int) -> torch.Tensor:
     return marks
 
 
-def _parameters(folder: Path, shards: int) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name, whole flat value, and whether it is frozen and has no master. One parameter in memory at a time."""
-    models = [_shard_file(folder, shard, "model") for shard in range(shards)]
-    optimizers = [_shard_file(folder, shard, "optim")[BASE_STATE][FP32_GROUPS] for shard in range(shards)]
-    for group, shapes in enumerate(models[0][PARAM_SHAPES]):
-        start = 0
-        for name, shape in shapes.items():
-            numel = math.prod(shape)
-            width = -(-numel // shards)
-            parts = [states[group][start : start + width] for states in optimizers]
-            yield name, torch.cat(parts)[:numel].detach(), False
-            start += width
-    for name, shape in (models[0].get(FROZEN_SHAPES) or {}).items():
-        parts = [states[FROZEN_SHARDS][name].view(-1) for states in models]
-        yield name, torch.cat(parts)[: math.prod(shape)].detach(), True
-
-
-def _load_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise MicsCheckpointError(f"{path} needs the safetensors package to be read. Install it.") from error
-        yield from load_file(path).items()
-        return
-    held = load_states(path, mmap=True)
-    yield from ((name, value) for name, value in held.items() if isinstance(value, torch.Tensor))
+def _load_weights(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix != ".safetensors":
+        held = load_states(path, mmap=True)
+        return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MicsCheckpointError(f"{path} needs the safetensors package to be read. Install it.") from error
+    found: dict[str, torch.Tensor] = load_file(path)
+    return found

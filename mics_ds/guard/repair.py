@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..comm import collectives
 from ..comm.rank_group import RankGroup
-from ..deepspeed_compat.states import State
-from .compare import Verdict, bits
+from .compare import Damage, bits
 from .report import Finding, difference
 
 LABEL = "replica guard repair"
 
 
-class Damage(NamedTuple):
-    """A block that is not equal on all copies."""
-
-    state: int
-    """Index in the list of states."""
-    start: int
-    stop: int
-    verdict: Verdict
-
-
 def settle(
-    states: Sequence[State],
     damages: Sequence[Damage],
     replication: RankGroup,
     device: torch.device,
-    step: int,
     node_of: Mapping[int, int],
     *,
     write: bool,
@@ -47,9 +33,8 @@ def settle(
     """
     found = []
     own = replication.ranks[replication.rank]
-    for damage in damages:
-        state, verdict = states[damage.state], damage.verdict
-        mine = state.tensor[damage.start : damage.stop]
+    for (state, start, stop), verdict in damages:
+        mine = state.tensor[start:stop]
         source = verdict.good or 0
         sent = mine.to(device, copy=True)
         collectives.broadcast_([sent.view(torch.uint8)], source, replication, LABEL)
@@ -57,15 +42,10 @@ def settle(
             continue
         expected = sent.to(mine.device)
         marks = bits(mine) != bits(expected)
-        known = {"step": step, "rank": own, "node": node_of[own]}
-        found.append(
-            difference(
-                state, damage.start, marks, mine, expected, reference=replication.ranks[source], by=verdict.by, **known
-            )
-        )
+        known = {"rank": own, "node": node_of[own], "by": verdict.by}
+        reference = replication.ranks[source]
+        found.append(difference(state, start, marks, mine, expected, reference=reference, **known))
         if write:
             mine.copy_(expected)
-    if write and found:
-        for state in states:
             state.put_back()
     return found

@@ -1,10 +1,9 @@
-"""Findings of the guard, in words and as JSON."""
+"""Findings of the guard, in words."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +11,13 @@ import torch
 from ..deepspeed_compat.states import State
 from .compare import bits
 
-SAMPLES = 4
 _LINES = 8
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One element in both versions."""
-
-    parameter: str
-    element: int
-    """Index in the flat parameter."""
-    found: float
-    found_bits: str
-    expected: float
-    expected_bits: str
 
 
 @dataclass(frozen=True)
 class Finding:
     """One block of one rank that is not what it should be."""
 
-    step: int
     rank: int
     node: int
     state: str
@@ -51,7 +35,6 @@ class Finding:
     """Global rank of the copy this was compared with; its own, where weights were compared with masters."""
     by: str
     """Rule by which a copy is known to be right: ``majority`` or ``cast``. Empty if none is."""
-    samples: tuple[Sample, ...]
 
     def words(self) -> str:
         where = ", ".join(f"{name}[{first}:{last + 1}]" for name, first, last in self.parameters[:3])
@@ -73,17 +56,11 @@ def difference(
         marks: which elements differ; at least one.
     """
     place = marks.nonzero().view(-1).cpu() + start
-    parameters: list[tuple[str, int, int]] = []
-    samples: list[Sample] = []
+    parameters = []
     for piece in state.pieces:
-        inside = place[(place >= piece.start) & (place < piece.stop)]
-        if not len(inside):
-            continue
-        shift = piece.offset - piece.start
-        parameters.append((piece.parameter, int(inside[0]) + shift, int(inside[-1]) + shift))
-        for index in inside[: SAMPLES - len(samples)].tolist():
-            one, other = found[index - start], expected[index - start]
-            samples.append(Sample(piece.parameter, index + shift, one.item(), _hex(one), other.item(), _hex(other)))
+        inside = place[(place >= piece.start) & (place < piece.stop)] + piece.offset - piece.start
+        if len(inside):
+            parameters.append((piece.parameter, int(inside[0]), int(inside[-1])))
     return Finding(
         state=state.name,
         group=state.group,
@@ -92,14 +69,8 @@ def difference(
         parameters=tuple(parameters),
         elements=len(place),
         bits=_bits_set((bits(found) ^ bits(expected))[marks]),
-        samples=tuple(samples),
         **known,
     )
-
-
-def _hex(value: torch.Tensor) -> str:
-    width = 8 * value.element_size()
-    return f"{int(bits(value.reshape(1)).item()) & ((1 << width) - 1):0{width // 4}x}"
 
 
 def _bits_set(words: torch.Tensor) -> int:
@@ -113,9 +84,3 @@ def lines(findings: Sequence[Finding]) -> str:
     if len(findings) > _LINES:
         shown.append(f"  and {len(findings) - _LINES} more blocks")
     return "\n".join(shown)
-
-
-def append(path: str, findings: Sequence[Finding]) -> None:
-    """One line of JSON for each."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(asdict(finding)) + "\n" for finding in findings)

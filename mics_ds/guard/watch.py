@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..config import GuardRequest
 from ..deepspeed_compat.engine import communication_device, steps_taken, write_monitor
-from ..deepspeed_compat.states import MASTER, State, regather_persistent, states_of
+from ..deepspeed_compat.states import MASTER, WEIGHTS, State, regather_persistent, states_of
 from ..errors import MicsGuardError
 from ..log import logger
 from . import report
-from .compare import judge, partner, violations
+from .compare import Block, Damage, judge, violations
 from .digest import block_count, combined, digests
-from .repair import Damage, settle
+from .repair import settle
 from .report import Finding
 
 LABEL = "replica guard"
@@ -39,17 +39,14 @@ _MONITORED = "Train/MiCS/guard_"
 
 
 class Guard:
-    """The replica guard of one optimizer, on one rank.
+    """The replica guard of one engine, on one rank.
 
     Args:
         request: with ``every`` > 0.
-        engine: whose steps and monitor are used, if there is one.
     """
 
-    def __init__(self, request: GuardRequest, groups: MicsGroups, engine: Any = None) -> None:
+    def __init__(self, request: GuardRequest, groups: MicsGroups) -> None:
         self._request, self._groups = request, groups
-        self._engine = None if engine is None else weakref.ref(engine)
-        self._steps = 0
         copies = 1 if groups.replication is None else groups.replication.size
         self.action = request.action or ("repair" if copies > 2 else "stop")
         self.repairs: Counter[int] = Counter()
@@ -69,23 +66,22 @@ class Guard:
             )
         return f"{every}, {copies} copies of all states, action {self.action!r}"
 
-    def step_ended(self, optimizer: Any) -> None:
+    def step_ended(self, engine: Any) -> None:
         """A step was taken, or skipped because of an overflow. Collective over the data-parallel group.
 
         Raises:
             MicsGuardError: copies differ, and are not repaired.
             MicsCommError: a rank has died.
         """
-        engine = None if self._engine is None else self._engine()
-        self._steps = self._steps + 1 if engine is None else steps_taken(engine) + 1
-        if self._steps % self._request.every == 0:
-            self.check(optimizer, self._steps, f"after step {self._steps}", stepped=not optimizer.overflow)
+        step = steps_taken(engine)
+        if step % self._request.every == 0:
+            self.check(engine, f"after step {step}", stepped=not engine.optimizer.overflow)
 
     def loaded(self, engine: Any, what: object) -> None:
         """States were loaded from a checkpoint. Otherwise as :meth:`step_ended`."""
-        self.check(engine.optimizer, steps_taken(engine), f"after {what} was loaded", stepped=False)
+        self.check(engine, f"after {what} was loaded", stepped=False)
 
-    def check(self, optimizer: Any, step: int, when: str, *, stepped: bool) -> list[Finding]:
+    def check(self, engine: Any, when: str, *, stepped: bool) -> list[Finding]:
         """Compare all copies now. Collective over the data-parallel group.
 
         Args:
@@ -99,80 +95,74 @@ class Guard:
             MicsGuardError, MicsCommError: as :meth:`step_ended`.
         """
         self.checks += 1
-        states = states_of(optimizer, replicated=self._groups.replication is not None)
+        states = states_of(engine.optimizer)
         made = self._digests(states)
         findings: list[Finding] = []
-        if self._anybody_sees(states, made, stepped):
-            findings = self._resolve(optimizer, states, made, step, when, stepped)
-        self._tell_monitor(findings)
+        if self.anybody_sees(states, made, stepped):
+            findings = self._resolve(engine, states, made, when, stepped)
+        values = {"damaged_blocks": len(findings), "repairs": sum(self.repairs.values())}
+        write_monitor(engine, {_MONITORED + name: value for name, value in values.items()})
         return findings
 
     # ------------------------------------------------------------------------------------- looking
 
-    def _digests(self, states: Sequence[State]) -> list[torch.Tensor]:
-        """(blocks, 2) of each state, where it is. Of states without copies none."""
-        size = self._request.block_bytes
-        return [
-            digests(state.tensor, size) if state.replicated else torch.zeros(0, 2, dtype=torch.int64)
-            for state in states
-        ]
+    def _blocks(self, state: State) -> list[Block]:
+        width = self._request.block_bytes // state.tensor.element_size()
+        starts = [index * width for index in range(block_count(state.tensor, self._request.block_bytes))]
+        return [(state, start, min(start + width, state.tensor.numel())) for start in starts]
 
-    def _anybody_sees(self, states: Sequence[State], made: Sequence[torch.Tensor], stepped: bool) -> bool:
-        """The one moment at which the host waits."""
+    def _digests(self, states: Sequence[State]) -> torch.Tensor:
+        """(blocks, 2) of all states with copies, on the device of the collectives."""
+        device = communication_device()
+        made = [torch.zeros(0, 2, dtype=torch.int64, device=device)]
+        for state in states:
+            if state.replicated:
+                made.append(digests(state.tensor, self._request.block_bytes).to(device, non_blocking=True))
+        return torch.cat(made)
+
+    def anybody_sees(self, states: Sequence[State], made: torch.Tensor, stepped: bool) -> bool:
+        """Return whether any rank of the job sees a fault. The one moment at which the host waits."""
         device = communication_device()
         fault = torch.zeros(1, dtype=torch.int64, device=device)
         replication = self._groups.replication
         if replication is not None:
-            own = combined(torch.cat([item.to(device, non_blocking=True) for item in made])) ^ _layout_word(states)
+            own = combined(made) ^ _layout_word(states)
             rows = collectives.all_gather_rows(own, replication, LABEL)
             fault = (rows != rows[0]).any().to(torch.int64).view(1)
-        for state, other in self._without_copies(states, stepped):
-            for start, stop in self._ranges(state):
-                fault += violations(state, other, start, stop).any().to(device)
+        for block in self._masters_without_copies(states, stepped):
+            fault += violations(*block).any().to(device)
         collectives.max_over_(fault, self._groups.everyone, LABEL)
         return bool(fault.item())
 
-    def _ranges(self, state: State) -> list[tuple[int, int]]:
-        """First element of each block, and of the next."""
-        width = self._request.block_bytes // state.tensor.element_size()
-        blocks = block_count(state.tensor, self._request.block_bytes)
-        return [(index * width, min((index + 1) * width, state.tensor.numel())) for index in range(blocks)]
-
-    @staticmethod
-    def _without_copies(states: Sequence[State], stepped: bool) -> list[tuple[State, State]]:
-        """Masters that no other rank has, with their weights."""
-        alone = [state for state in states if stepped and state.name == MASTER and not state.replicated]
-        return [(state, other) for state in alone if (other := partner(state, states)) is not None]
+    def _masters_without_copies(self, states: Sequence[State], stepped: bool) -> list[Block]:
+        """Return blocks of masters that no other rank has, to be compared with their weights."""
+        alone = (state for state in states if state.name == MASTER and not state.replicated and state.twin is not None)
+        return [block for state in alone for block in self._blocks(state)] if stepped else []
 
     # ----------------------------------------------------------------------------- once somebody sees
 
     def _resolve(
-        self, optimizer: Any, states: Sequence[State], made: Sequence[torch.Tensor], step: int, when: str, stepped: bool
+        self, engine: Any, states: Sequence[State], made: torch.Tensor, when: str, stepped: bool
     ) -> list[Finding]:
-        everyone, device = self._groups.everyone, communication_device()
+        everyone, replication = self._groups.everyone, self._groups.replication
         damages, error = self._damages(states, made)
         # Where copies of weights differ, one of them breaks the rule as well, until it is repaired.
-        found = [] if damages else self._broken_rules(states, step, stepped)
-        stuck = error is not None or bool(found) or any(damage.verdict.good is None for damage in damages)
-        hopeless = torch.tensor([int(stuck)], device=device)
-        collectives.max_over_(hopeless, everyone, LABEL)
-        write = self.action == "repair" and not hopeless.item()
+        found = [] if damages else self._broken_rules(states, stepped)
+        stuck = error is not None or bool(found) or any(verdict.good is None for _, verdict in damages)
+        notes = collectives.exchange((stuck, error), everyone, LABEL)
+        write = self.action == "repair" and not any(stuck for stuck, _ in notes)
         if damages:
-            replication = self._groups.replication
             assert replication is not None, "only copies can differ"
-            found += settle(states, damages, replication, device, step, self._groups.node_of, write=write)
-        notes = collectives.exchange((found, error), everyone, LABEL)
-        findings = [finding for found, _ in notes for finding in found]
-        errors = sorted({error for _, error in notes if error is not None})
+            found += settle(damages, replication, communication_device(), self._groups.node_of, write=write)
+        findings = [finding for found in collectives.exchange(found, everyone, LABEL) for finding in found]
+        self._report(findings, when, repaired=write)
         if not write:
-            self._report(findings, f"copies differ {when}", logging.ERROR)
-            self._stop_unless_warning(findings, errors, when)
+            self._stop_unless_warning(findings, sorted({error for _, error in notes if error is not None}), when)
             return findings
         self._count(findings)
-        self._report(findings, f"copies differ {when}; repaired", logging.WARNING)
-        regather_persistent(optimizer)
-        again = states_of(optimizer, replicated=True)
-        if self._anybody_sees(again, self._digests(again), stepped and self._groups.spreads_states):
+        regather_persistent(engine.optimizer)
+        again = states_of(engine.optimizer)
+        if self.anybody_sees(again, self._digests(again), stepped and self._groups.spreads_states):
             raise MicsGuardError(
                 f"Expected equal copies {when} once damaged blocks had been repaired on ranks "
                 f"{sorted({finding.rank for finding in findings})}, but they differ again. That memory does not "
@@ -180,52 +170,39 @@ class Guard:
             )
         return findings
 
-    def _damages(self, states: Sequence[State], made: Sequence[torch.Tensor]) -> tuple[list[Damage], str | None]:
+    def _damages(self, states: Sequence[State], made: torch.Tensor) -> tuple[list[Damage], str | None]:
         """Blocks that differ, the same on all ranks of the replication group; or why they cannot be compared."""
         replication = self._groups.replication
         if replication is None:
             return [], None
-        layouts = [state.layout for state in states]
-        values = [item.tolist() for item in made]
-        notes = collectives.exchange((layouts, values), replication, LABEL)
-        for rank, (theirs, _) in zip(replication.ranks, notes):
-            if theirs != notes[0][0]:
-                strange = [item for item in [*theirs, *notes[0][0]] if (item in theirs) != (item in notes[0][0])]
+        layouts = collectives.exchange([state.layout for state in states], replication, LABEL)
+        for rank, theirs in zip(replication.ranks, layouts):
+            if theirs != layouts[0]:
+                strange = [item for item in [*theirs, *layouts[0]] if (item in theirs) != (item in layouts[0])]
                 return [], f"rank {rank} has other states than rank {replication.ranks[0]}: {strange[:3]}"
-        bad = [
-            (index, block)
-            for index, item in enumerate(values)
-            for block in range(len(item))
-            if any(theirs[index][block] != item[block] for _, theirs in notes)
-        ]
-        holds = collectives.exchange([self._holds(states, *place) for place in bad], replication, LABEL)
+        rows = collectives.all_gather_rows(made, replication, LABEL).transpose(0, 1).tolist()
+        blocks = [block for state in states if state.replicated for block in self._blocks(state)]
+        copies = [(block, [tuple(words) for words in row]) for block, row in zip(blocks, rows)]
+        bad = [(block, row) for block, row in copies if len(set(row)) > 1]
+        holds = collectives.exchange([_holds(*block) for block, _ in bad], replication, LABEL)
         damages = []
-        for number, (index, block) in enumerate(bad):
-            verdict = judge(
-                [tuple(theirs[index][block]) for _, theirs in notes],
-                None if holds[0][number] is None else [theirs[number] for theirs in holds],
-            )
+        for (block, row), kept in zip(bad, zip(*holds)):
+            verdict = judge(row, None if None in kept else kept)
             assert verdict is not None, "some copy differs"
-            damages.append(Damage(index, *self._ranges(states[index])[block], verdict))
+            damages.append((block, verdict))
         return damages, None
 
-    def _holds(self, states: Sequence[State], index: int, block: int) -> bool | None:
-        """Return whether this rank's copy of a block keeps the cast rule, if there is one."""
-        other = partner(states[index], states)
-        if other is None:
-            return None
-        return not violations(states[index], other, *self._ranges(states[index])[block]).any().item()
-
-    def _broken_rules(self, states: Sequence[State], step: int, stepped: bool) -> list[Finding]:
+    def _broken_rules(self, states: Sequence[State], stepped: bool) -> list[Finding]:
         own = self._groups.everyone.ranks[self._groups.everyone.rank]
+        known = {"rank": own, "node": self._groups.node_of[own], "reference": own, "by": ""}
         found = []
-        for master, weights in self._without_copies(states, stepped):
-            for start, stop in self._ranges(master):
-                marks = violations(master, weights, start, stop)
-                if marks.any():
-                    cast = master.tensor[start:stop].to(weights.tensor.device, weights.tensor.dtype)
-                    known = {"step": step, "rank": own, "node": self._groups.node_of[own], "reference": own, "by": ""}
-                    found.append(report.difference(weights, start, marks, weights.tensor[start:stop], cast, **known))
+        for master, start, stop in self._masters_without_copies(states, stepped):
+            marks = violations(master, start, stop)
+            if marks.any():
+                assert master.twin is not None, "it has broken a rule"
+                weights = replace(master, name=WEIGHTS, tensor=master.twin)
+                held, cast = master.twin[start:stop], master.tensor[start:stop].to(master.twin)
+                found.append(report.difference(weights, start, marks, held, cast, **known))
         return found
 
     # ------------------------------------------------------------------------------------ telling
@@ -249,44 +226,31 @@ class Guard:
         raise error
 
     def _count(self, findings: Sequence[Finding]) -> None:
-        self.repairs.update({finding.rank for finding in findings})
         nodes = {finding.rank: finding.node for finding in findings}
-        if self._groups.everyone.rank == 0:
-            for rank, node in sorted(nodes.items()):
-                if self.repairs[rank] > self._request.repairs:
-                    logger.error(
-                        "replica guard: rank %d on node %d was repaired %d times. Suspect its hardware, and take the "
-                        "node out of the job.",
-                        rank,
-                        node,
-                        self.repairs[rank],
-                    )
+        self.repairs.update(nodes.keys())
+        for rank, node in sorted(nodes.items()):
+            if self.repairs[rank] > self._request.repairs and self._groups.everyone.rank == 0:
+                logger.error(
+                    "replica guard: rank %d on node %d was repaired %d times. Suspect its hardware, and take the node "
+                    "out of the job.",
+                    rank,
+                    node,
+                    self.repairs[rank],
+                )
 
-    def _report(self, findings: Sequence[Finding], what: str, level: int) -> None:
+    def _report(self, findings: Sequence[Finding], when: str, *, repaired: bool) -> None:
         if self._groups.everyone.rank != 0:
             return
-        logger.log(level, "replica guard: %s\n%s", what, report.lines(findings))
-        if self._request.forensics is not None:
-            try:
-                report.append(self._request.forensics, findings)
-            except OSError as error:
-                logger.error("replica guard: %s cannot be written: %s", self._request.forensics, error)
+        level, what = (logging.WARNING, "; repaired") if repaired else (logging.ERROR, "")
+        logger.log(level, "replica guard: copies differ %s%s\n%s", when, what, report.lines(findings))
 
-    def _tell_monitor(self, findings: Sequence[Finding]) -> None:
-        engine = None if self._engine is None else self._engine()
-        if engine is not None:
-            values = {"damaged_blocks": len(findings), "repairs": sum(self.repairs.values())}
-            write_monitor(engine, {_MONITORED + name: value for name, value in values.items()})
+
+def _holds(state: State, start: int, stop: int) -> bool | None:
+    """Return whether this rank's copy of a block keeps the cast rule, ``None`` where that does not apply."""
+    return None if state.twin is None else not violations(state, start, stop).any().item()
 
 
 def _layout_word(states: Sequence[State]) -> int:
     """Mixed into the digests, so that states of other kinds or sizes never pass for equal."""
     layouts = repr([state.layout for state in states if state.replicated])
     return int.from_bytes(hashlib.sha256(layouts.encode()).digest()[:8], "little", signed=True)
-
-
-def copies_differ(optimizer: Any, groups: MicsGroups, block_bytes: int = GuardRequest().block_bytes) -> bool:
-    """Return whether any state of any rank has another copy with other bits. Collective; changes nothing. For tests."""
-    guard = Guard(GuardRequest(block_bytes=block_bytes), groups)
-    states = states_of(optimizer, replicated=groups.replication is not None)
-    return guard._anybody_sees(states, guard._digests(states), stepped=False)

@@ -26,27 +26,21 @@ from ..errors import MicsConfigError
 from ..log import log_rank0
 from ..zero.replication import FixedReplication, Replication
 
-ON, DISABLED, OFF = "on", "disabled", "off"
-
 
 class Request(NamedTuple):
     """The MiCS part of a configuration."""
 
-    state: str
-    """:data:`ON`, :data:`DISABLED` (keys, but stock ZeRO-3 is asked for by the environment) or :data:`OFF`."""
-    mics: MicsConfig | None = None
-    """Set when on or disabled."""
+    keys: MicsConfig | None = None
+    """What the ``mics_`` keys ask for, if there are any."""
     rest: dict[str, Any] | None = None
     """The configuration without our keys, if it had any."""
+    disabled: bool = False
+    """Whether the environment asks for stock ZeRO-3 in spite of the keys."""
 
     @property
-    def is_on(self) -> bool:
-        return self.state == ON
-
-    @property
-    def is_undecided(self) -> bool:
-        """Return whether MiCS is on and something of it is still to be chosen, at the latest for the engine."""
-        return self.is_on and self.mics is not None and self.mics.is_undecided
+    def mics(self) -> MicsConfig | None:
+        """What is to run, ``None`` for stock ZeRO-3."""
+        return None if self.disabled else self.keys
 
 
 def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
@@ -61,17 +55,11 @@ def read_request(ds_config: Any, participants: Ranks | None = None) -> Request:
         The other ranks are told before anything is raised.
     """
     with agreement.failing_together(participants):
-        param_dict = load_ds_config(ds_config)
-        if param_dict is None:
-            return Request(OFF)
-        mics, rest = split_ds_config(param_dict)
-        if mics is None:
-            return Request(OFF, None, rest)
-        if not disabled_by_environment():
-            return Request(ON, mics, rest)
-        if current_job().is_news(DISABLE_ENV):
+        keys, rest = split_ds_config(load_ds_config(ds_config) or {})
+        disabled = keys is not None and disabled_by_environment()
+        if disabled and current_job().is_news(DISABLE_ENV):
             log_rank0(f"{DISABLE_ENV} is set: mics_ keys are ignored and this is stock ZeRO-3 over all ranks.")
-        return Request(DISABLED, mics, rest)
+        return Request(keys, rest, disabled)
 
 
 def compare(request: Request, participants: Ranks | None = None) -> None:
@@ -80,11 +68,11 @@ def compare(request: Request, participants: Ranks | None = None) -> None:
     Raises:
         MicsAgreementError: they have not.
     """
-    if request.mics is None:
+    if request.keys is None:
         # Ranks whose file has the key must not wait for one whose file lacks it.
         agreement.report_off(participants)
     else:
-        statement = {"state": request.state, **request.mics.to_json()}
+        statement = {"state": "disabled" if request.disabled else "on", **request.keys.to_json()}
         agreement.require_same(statement, "whether MiCS is on, and its configuration", participants)
 
 

@@ -56,12 +56,13 @@ def install() -> None:
     import deepspeed.runtime.zero as zero
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.tensor_parallel import init_utils
     from deepspeed.runtime.zero import partition_parameters as pp
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     from ..deepspeed_compat import checkpoint
-    from ..deepspeed_compat.patching import Patches, modules_that_read_configurations
+    from ..deepspeed_compat.patching import Patches
 
     construct = "mics_ds.plugin.construct"
     with Patches() as patches:
@@ -76,8 +77,10 @@ def install() -> None:
         # All ways to set a parameter's optimizer states find them by this method.
         patches.wrap_method(DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _changing_states)
         patches.set(zero, "MiCS_Init", MiCS_Init)
-        for module in modules_that_read_configurations():
-            patches.wrap_function(module, "load_ds_config", _late(construct, "read_config"))
+        # ``deepspeed`` has taken it from there if it is imported already, and takes ours if it is being imported.
+        for module in (init_utils, sys.modules["deepspeed"]):
+            if hasattr(module, "load_ds_config"):
+                patches.wrap_method(module, "load_ds_config", _late(construct, "read_config"))
         checkpoint.install(
             patches,
             runs_mics=lambda engine: hasattr(engine.optimizer, "mics_groups"),
@@ -102,16 +105,17 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 
 
 def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """``engine.step()``: copies in memory follow an optimizer step."""
+    """``engine.step()``: a check by the replica guard and copies in memory follow an optimizer step."""
     before = engine.global_steps
     replicas = getattr(engine, "mics_replicas", None)
     if replicas is not None:
         result = replicas.step(_changing_states, original, *args, **kwargs)
     else:
         result = _changing_states(original, engine, *args, **kwargs)
-    tier = getattr(engine, "mics_memory", None)
-    if tier is not None and engine.global_steps > before:
-        tier.step_ended(engine)
+    if engine.global_steps > before:
+        for follower in (getattr(engine.optimizer, "mics_guard", None), getattr(engine, "mics_memory", None)):
+            if follower is not None:
+                follower.step_ended(engine)
     return result
 
 

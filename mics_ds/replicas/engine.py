@@ -153,7 +153,7 @@ class Replicas:
             _number(said),
             _number(repr(weights)),
             self.steps(),
-            live_states.samples_per_step(self._engine),
+            int(self._engine.train_batch_size()),
             self._engine.global_samples,
         ]
 

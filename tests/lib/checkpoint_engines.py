@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from helpers import OddNet, build, ds_config, full_params, patched, train
@@ -44,12 +45,26 @@ def engine_of(p, *, seed=1234, optimizer=adamw, zero=None, **extra):
     return build(config, WithBuffer, seed=seed, optimizer=optimizer)
 
 
+class AsMics:
+    """Stock ZeRO-3's optimizer, with what an optimizer of MiCS has besides."""
+
+    mics_groups = SimpleNamespace(replication=None)
+    world_states = None
+    sync = SimpleNamespace(residuals=dict)
+
+    def __init__(self, optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
 def digest(engine) -> dict[str, str]:
     """Return everything a checkpoint has to bring back, as hashes and numbers."""
     optimizer = engine.optimizer
     items = {f"param {name}": value for name, value in full_params(engine).items()}
     items |= {f"buffer {name}": value for name, value in engine.module.named_buffers()}
-    for state in states_of(optimizer, replicated=False):
+    for state in states_of(optimizer if hasattr(optimizer, "mics_groups") else AsMics(optimizer)):
         if state.name != WEIGHTS:
             # DeepSpeed leaves whatever the memory held in the padding of a shard, and never uses it.
             parts = [state.tensor[piece.start : piece.stop] for piece in state.pieces]

@@ -14,7 +14,6 @@ from torch import nn
 
 from mics_ds.deepspeed_compat.states import State, states_of
 from mics_ds.errors import MicsGuardError
-from mics_ds.guard.compare import partner
 
 KINDS = ("bit", "burst", "block", "nan", "swap", "stale")
 
@@ -39,7 +38,7 @@ def adam(items: list) -> torch.optim.Optimizer:
 
 
 def states(engine: Any) -> list[State]:
-    return states_of(engine.optimizer, replicated=True)
+    return states_of(engine.optimizer)
 
 
 def copies(engine: Any) -> list[torch.Tensor]:
@@ -117,12 +116,11 @@ def decidable(engine: Any, fault: Fault, blocks: list[int], block_bytes: int, r:
         return True
     found = states(engine)
     state = found[fault.index]
-    other = partner(state, found)
-    if other is None:
+    if state.twin is None:
         return False
-    weights, master = (state, other) if state.name == "weights" else (other, state)
-    cast = master.tensor.to(weights.tensor.dtype)
-    same = (raw(cast) == raw(weights.tensor)).all(dim=1) | (cast.isnan() & weights.tensor.isnan()) | ~real(state)
+    weights, master = (state.tensor, state.twin) if state.name == "weights" else (state.twin, state.tensor)
+    cast = master.to(weights.dtype)
+    same = (raw(cast) == raw(weights)).all(dim=1) | (cast.isnan() & weights.isnan()) | ~real(state)
     width = block_bytes // state.tensor.element_size()
     return all(not same[block * width : (block + 1) * width].all() for block in blocks)
 
@@ -186,7 +184,7 @@ def outcome(
         with pytest.raises(
             MicsGuardError, match=f"nothing tells which copy is right.*\n.*rank .*{state.name} of "
         ) as stop:
-            guard.check(engine.optimizer, 3, "in the campaign", stepped=True)
+            guard.check(engine, "in the campaign", stepped=True)
         found = sorted(finding.start // width for finding in stop.value.findings)
         counts["located"] += found == blocks
         counts["detected"] += 1
@@ -194,7 +192,7 @@ def outcome(
         for item, tensor in zip(states(engine), before):
             assert torch.equal(raw(item.tensor), raw(tensor)), "nothing may change where nobody knows"
         return
-    findings = guard.check(engine.optimizer, 3, "in the campaign", stepped=True)
+    findings = guard.check(engine, "in the campaign", stepped=True)
     counts["detected"] += bool(findings)
     found = sorted(finding.start // width for finding in findings)
     places = {(finding.rank, finding.state, finding.group) for finding in findings}

@@ -149,7 +149,7 @@ def test_sanity_checks_compare_inside_a_partition_group():
     same_on_all_ranks(full_params(engine))
     mine = [0, 1] if dist.get_rank() % 2 else [1, 0]
     with pytest.raises(MicsUsageError, match=r"\[[02], [13]\].*rank [02] reduces the gradients.*leaf module"):
-        engine.optimizer.parameter_offload.require_same_bucket(mine)
+        engine.optimizer.parameter_offload.same_order.require_bucket(mine)
 
 
 # ------------------------------------------------------------ inside a partition group

@@ -20,6 +20,7 @@ from helpers import (
     OddNet,
     batch,
     build,
+    copies_differ,
     ds_config,
     replicas_agree,
     same_on_all_ranks,
@@ -30,7 +31,6 @@ from rank_pool import Pools, RankError
 
 from mics_ds.check.meter import CommMeter
 from mics_ds.errors import MicsAgreementError, MicsConfigError, MicsGuardError
-from mics_ds.guard.watch import copies_differ
 from mics_ds.log import logger
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
@@ -122,10 +122,10 @@ def flip(engine, rank: int, state: str, element: int = 0) -> None:
 
 
 @pytest.mark.ranks(4)
-def test_a_fault_is_named_counted_written_down_and_suspected(tmp_path):
+def test_a_fault_is_named_counted_and_suspected(tmp_path):
     """One step before a check; p = 1, so four copies."""
-    file, told = tmp_path / "forensics.jsonl", []
-    config = guarded(1, dtype="bf16", every=2, repairs=1, forensics=str(file), block_bytes=64)
+    told = []
+    config = guarded(1, dtype="bf16", every=2, repairs=1, block_bytes=64)
     config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     engine = build(config, optimizer=adam)
     logger.addFilter(told.append)
@@ -144,12 +144,7 @@ def test_a_fault_is_named_counted_written_down_and_suspected(tmp_path):
         assert "copies differ after step 4; repaired" in said
         assert "rank 2 (node 0): exp_avg of embed.weight[4:5]: 1 elements and" in said
         assert said.count("rank 2 on node 0 was repaired 2 times. Suspect its hardware") == 1
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert {(line["rank"], line["reference"], line["by"]) for line in lines} == {(2, 0, "majority")}
-        assert {line["step"] for line in lines} == {4, 6}
-        sample = next(line for line in lines if line["state"] == "exp_avg")["samples"][0]
-        assert (sample["parameter"], sample["element"]) == ("embed.weight", 4)
-        assert sample["found_bits"] != sample["expected_bits"]
+        assert "copies differ after step 6; repaired" in said
         written = (tmp_path / "job" / "Train_MiCS_guard_repairs.csv").read_text().splitlines()
         assert [line.split(",")[1].strip() for line in written[1:]] == ["0", "1", "2"]
 
@@ -183,7 +178,7 @@ def test_two_copies_without_a_rule_stop_all_ranks_and_change_nothing(state):
     flip(engine, 3, state)
     before = copies(engine)
     with pytest.raises(MicsGuardError, match=rf"after step 9.*(?s:.*)rank 3 \(node 0\): {state} of .*from rank 1"):
-        engine.optimizer.mics_guard.check(engine.optimizer, 9, "after step 9", stepped=True)
+        engine.optimizer.mics_guard.check(engine, "after step 9", stepped=True)
     assert all(torch.equal(raw(item.tensor), raw(tensor)) for item, tensor in zip(states(engine), before))
 
 
@@ -196,7 +191,7 @@ def test_a_rank_that_is_a_step_behind_in_everything():
     saved = copies(engine)
     expected = train(engine, 2)
     restore(engine, behind if dist.get_rank() == 2 else saved)
-    findings = engine.optimizer.mics_guard.check(engine.optimizer, 3, "now", stepped=True)
+    findings = engine.optimizer.mics_guard.check(engine, "now", stepped=True)
     assert {finding.rank for finding in findings} == {2}
     assert {finding.state for finding in findings} == {"weights", "master", "exp_avg", "exp_avg_sq", "step"}
     assert train(engine, 2) == expected
@@ -209,7 +204,7 @@ def test_warn_goes_on(p):
     train(engine, 1)
     flip(engine, 3, "exp_avg")
     train(engine, 1)
-    assert copies_differ(engine.optimizer, engine.optimizer.mics_groups)
+    assert copies_differ(engine)
 
 
 @pytest.mark.ranks(4)
@@ -218,7 +213,7 @@ def test_with_one_replica_weights_are_held_to_their_masters():
     train(engine, 2)
     flip(engine, 1, "weights")
     with pytest.raises(MicsGuardError, match=r"rank 1 \(node 0\): weights of .*1 bits differ from its own masters"):
-        engine.optimizer.mics_guard.check(engine.optimizer, 2, "now", stepped=True)
+        engine.optimizer.mics_guard.check(engine, "now", stepped=True)
 
 
 WORLD = {"mics_optimizer_states": "world"}
@@ -232,11 +227,11 @@ def test_world_sharded_masters_have_no_copies_and_are_held_to_weights(p):
     guard = engine.optimizer.mics_guard
     assert guard.checks == 3
     flip(engine, 1, "exp_avg")
-    assert not guard.check(engine.optimizer, 3, "now", stepped=True), "nothing is known of these"
+    assert not guard.check(engine, "now", stepped=True), "nothing is known of these"
     flip(engine, 1, "exp_avg")
     flip(engine, 1, "master")
     with pytest.raises(MicsGuardError, match=r"rank 1 \(node 0\): weights of .* differ from its own masters"):
-        guard.check(engine.optimizer, 3, "now", stepped=True)
+        guard.check(engine, "now", stepped=True)
 
 
 @pytest.mark.ranks(4, fresh=True)  # DeepSpeed keeps the mpu in a module global
@@ -248,7 +243,7 @@ def test_the_other_ranks_of_a_tensor_parallel_job_stop_as_well():
     assert guard.action == "stop"
     flip(engine, 2, "exp_avg")
     with pytest.raises(MicsGuardError, match=r"rank 2 \(node 0\): exp_avg of embed.weight") as stopped:
-        guard.check(engine.optimizer, 1, "now", stepped=True)
+        guard.check(engine, "now", stepped=True)
     assert {finding.rank for finding in stopped.value.findings} == {2}
 
 
@@ -260,7 +255,7 @@ def test_world_sharded_copies_of_weights_are_repaired_by_majority():
     guard = engine.optimizer.mics_guard
     for element in range(4):  # in and beyond the slice whose master this rank has
         flip(engine, 2, "weights", 12 * element)
-        found = guard.check(engine.optimizer, 2, "now", stepped=True)
+        found = guard.check(engine, "now", stepped=True)
         assert {(item.rank, item.by) for item in found} == {(2, "majority")}
     assert train(engine, 2) == train(twin, 2)
     replicas_agree(engine)
@@ -277,7 +272,7 @@ def test_parameters_that_stay_gathered_follow_a_repair():
         param = engine.module.embed.weight
         param.ds_tensor.view(-1)[0] = torch.nan
         param.data.view(-1)[0] = torch.nan
-    assert engine.optimizer.mics_guard.check(engine.optimizer, 2, "now", stepped=True)
+    assert engine.optimizer.mics_guard.check(engine, "now", stepped=True)
     assert train(engine, 2) == train(twin, 2)
 
 
@@ -287,12 +282,12 @@ def test_what_a_check_sends():
     train(engine, 1)
     guard, everybody = engine.optimizer.mics_guard, tuple(range(4))
     with CommMeter() as clean:
-        guard.check(engine.optimizer, 1, "now", stepped=True)
+        guard.check(engine, "now", stepped=True)
     sent = [(item.kind, item.ranks, item.bytes_sent) for item in clean.collectives]
     assert sent == [("all_gather", everybody, 3 * 16.0), ("all_reduce", everybody, 2 * 3 / 4 * 8)]
     flip(engine, 2, "master")
     with CommMeter() as repairing:
-        guard.check(engine.optimizer, 1, "now", stepped=True)
+        guard.check(engine, "now", stepped=True)
     blocks = repairing.select("broadcast", label="replica guard repair")
     assert [item.payload for item in blocks] == [64]
 
@@ -368,5 +363,5 @@ def test_other_states_on_one_rank_are_named():
         inner = engine.optimizer.optimizer
         inner.state[engine.optimizer.fp32_partitioned_groups_flat[0]]["extra"] = torch.ones(1)
     with pytest.raises(MicsGuardError, match=r"rank 2 has other states than rank 0.*'extra'"):
-        engine.optimizer.mics_guard.check(engine.optimizer, 1, "now", stepped=True)
+        engine.optimizer.mics_guard.check(engine, "now", stepped=True)
     same_on_all_ranks({"alive": torch.ones(1)})

@@ -21,7 +21,7 @@ from local_ranks import LocalRanks
 from rank_pool import Pools, RankError
 
 from mics_ds.config import MicsConfig
-from mics_ds.plugin.context import ON, Build, Request, compare
+from mics_ds.plugin.context import Build, Request, compare
 
 
 def die_in_the_middle_of_a_step(victim: int) -> None:
@@ -93,7 +93,7 @@ def test_a_red_test_shows_every_rank_and_does_not_poison_the_next(pools: Pools) 
 def die_between_two_rounds(rank: int, folder: Path, pipe: Connection) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=3))
-    asked = Request(ON, MicsConfig(2))
+    asked = Request(MicsConfig(2))
     compare(asked)
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -270,7 +270,7 @@ def test_the_guard_at_every_step_finds_equal_replicas(states):
     engine = build(config("int8", states, 2, {"mics_guard": {"every": 1}}), optimizer=adamw)
     train(engine, 4)
     assert engine.optimizer.mics_guard.checks == 4
-    names = {state.name for state in states_of(engine.optimizer, replicated=True) if not state.replicated}
+    names = {state.name for state in states_of(engine.optimizer) if not state.replicated}
     assert {"unsent residual"} <= names
 
 

@@ -278,7 +278,7 @@ def test_the_doctor_knows_the_variables_and_versions_of_the_package():
 
 
 def test_what_the_doctor_refuses_is_refused_at_start():
-    refused = " ".join(item.name for item in support.FEATURES if item.switch_off is None)
+    refused = " ".join(item.name for item in support.REFUSED)
     for path in REFUSED:
         section, name = path.split(".")
         assert (section if name == "enabled" else name) in refused, path

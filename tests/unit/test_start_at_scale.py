@@ -21,7 +21,7 @@ from mics_ds.comm import agreement, groups, placement
 from mics_ds.comm.groups import MicsGroups
 from mics_ds.comm.rank_group import RankGroup
 from mics_ds.config import MicsConfig
-from mics_ds.plugin.context import OFF, ON, Build, Request, compare
+from mics_ds.plugin.context import Build, Request, compare
 
 RANKS_PER_NODE = 8
 TRAY, RACK = 4, 72
@@ -160,7 +160,7 @@ class Job:
             return groups.build_groups(config, dist.group.WORLD, streams=streams)
 
         in_init = build()
-        compare(Request(ON, config))
+        compare(Request(config))
         in_engine = build()
         assert in_init.partition.group is in_engine.partition.group
         return in_engine
@@ -284,12 +284,12 @@ def test_requests_of_a_rank_do_not_grow_with_the_job(place, comes, monkeypatch):
 
 def test_a_rank_without_mics_asks_little_and_waits_for_nobody(monkeypatch):
     job = Job(10240, 5, monkeypatch)
-    compare(Request(OFF))
+    compare(Request())
     assert job.store.requests == {"set": 1, "check": 1}
 
 
 def test_a_build_makes_its_groups_once(monkeypatch):
     job = Job(64, 5, monkeypatch)
-    build = Build(Request(ON, MicsConfig(8)))
+    build = Build(Request(MicsConfig(8)))
     assert build.groups(dist.group.WORLD) is build.groups(dist.group.WORLD)
     assert len(job.made) == 3
