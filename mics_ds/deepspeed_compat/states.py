@@ -162,7 +162,7 @@ def residual_extents(optimizer: Any, name: str) -> Iterator[tuple[int, int, int,
         if name == "unsent":
             yield key, first, numel, end - start
         else:
-            cut = ChunkLayout.in_rank_order([numel], groups.replication.size)
+            cut = ChunkLayout([numel], groups.replication.size)
             real = cut.real(0, groups.replication.rank)
             yield key, first + real[0], real[1] - real[0], cut.width
 
