@@ -50,10 +50,10 @@ MUTATIONS = [
     ),
     Mutation(
         "chunks of a hierarchical gather in disorder",
-        "comm/layout.py",
-        "tuple(place[rank] for members in inter for rank in members)",
-        "tuple(place[rank] for members in intra for rank in members)",
-        "unit/test_layout.py ranks/test_collectives.py",
+        "comm/packing.py",
+        "(place * self.domains + domain) * row + column",
+        "rank * row + column",
+        "unit/test_packing.py ranks/test_collectives.py",
     ),
     Mutation(
         "padding is not cleared when a bucket is packed",
@@ -72,8 +72,8 @@ MUTATIONS = [
     Mutation(
         "hop 2 starts on a unit whose bucket came twice",
         "zero/grad_sync.py",
-        "if not keys <= self._boundary.arrived or keys & self._repeated:",
-        "if not keys <= self._boundary.arrived:",
+        "if not self._boundary.arrived.issuperset(unit) or not self._repeated.isdisjoint(unit):",
+        "if not self._boundary.arrived.issuperset(unit):",
         "unit/test_grad_sync.py",
     ),
     Mutation(
@@ -93,8 +93,8 @@ MUTATIONS = [
     Mutation(
         "what rounding has left is forgotten",
         "zero/replica_wire.py",
-        "        self.unsent.commit()\n\n\ndef _unscaled",
-        "        pass\n\n\ndef _unscaled",
+        "                residual.commit()\n",
+        "                pass\n",
         "unit/test_residuals.py",
     ),
     Mutation(

@@ -6,6 +6,7 @@ and can therefore compare stock ZeRO-3 with MiCS by one yardstick.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -129,17 +130,20 @@ def _labelling(naming: Callable[..., Any]) -> Callable[..., Any]:
 def _carrying(submit: Callable[..., Any]) -> Callable[..., Any]:
     """Return a ``submit`` whose tasks run under the meters that are active on the thread that submits them."""
 
-    def carrying(executor: Any, task: Callable[..., Any], **kwargs: Any) -> Any:
+    def carrying(executor: Any, task: Callable[[Any], Any]) -> Any:
         active: list[list[Collective]] = list(getattr(_active, "recordings", []))
         thread = threading.current_thread()
 
-        def metered(stages: Any) -> Any:
+        def metered(stage: Callable[..., Any], *args: Any) -> Any:
             if threading.current_thread() is thread:
-                return task(stages)
+                return stage(*args)
             with _recording_into(*active):
-                return task(stages)
+                return stage(*args)
 
-        return submit(executor, metered, **kwargs)
+        def start(memory: Any) -> Any:
+            return async_exec.Deferred(functools.partial(metered, metered(task, memory).wait))
+
+        return submit(executor, start)
 
     return carrying
 

@@ -255,7 +255,7 @@ class Share(NamedTuple):
 
     @property
     def _slices(self) -> ChunkLayout:
-        return ChunkLayout.in_rank_order(self.shards, self.replicas)
+        return ChunkLayout(self.shards, self.replicas)
 
 
 class Stored(NamedTuple):

@@ -10,12 +10,11 @@ In each *round* every rank makes a statement, a small JSON object:
     | here/i  | the i-th rank             | it has come; the digest of its statement            |
     | stated  | the first rank to come    | its statement, which all others compare with theirs |
     | same    | each rank that agrees     | a counter; the rank that completes it writes "ok"   |
-    | off     | a rank that runs no MiCS  | its number; it does not wait                        |
     | verdict | one rank, the first wins  | "ok", or the error that all ranks raise             |
 
-A rank reads its peers' statement and the verdict, a few hundred bytes in any job. Rounds are numbered for each set of
-ranks, so ranks of a set must take them at the same places: wherever DeepSpeed builds a partitioner or an engine, and
-where MiCS builds its groups.
+A rank that runs no MiCS, or has failed, writes the verdict and does not wait. The others read their peers' statement
+and the verdict, a few hundred bytes in any job. Rounds are numbered for each set of ranks, so ranks of a set must take
+them at the same places: wherever DeepSpeed builds a partitioner or an engine, and where MiCS builds its groups.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ _GRACE_S = 30.0
 _LATECOMERS_S = 5.0
 """Seconds that a rank with a difference waits for further ranks, so that the error names more of them."""
 _AGREED = "ok"
-_CHUNK = 64
-"""Keys that are looked for in one request."""
+_MOST_ASKED = 64
+"""Ranks that a rank with a difference waits for."""
 
 Statement = Mapping[str, Any]
 
@@ -78,80 +77,63 @@ def patience_s() -> float:
     return job_timeout_s() if said is None else float(said)
 
 
-def world_ranks() -> Ranks:
-    return tuple(range(dist.get_world_size())) if dist.is_initialized() else (0,)
-
-
 def digest(value: Any) -> str:
     """Return sixteen hexadecimal digits for anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _TimeIsUpError(Exception):
-    """No verdict came in time."""
-
-
 class _Round:
-    """One round among ``ranks``, from the calling rank's point of view."""
+    """One round among ``ranks``, by default the world, from the calling rank's point of view."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        job = current_job()
-        job.rounds[ranks] += 1
-        self._ranks = ranks
-        self._place = ranks.index(dist.get_rank())
+    def __init__(self, ranks: Ranks | None) -> None:
+        self._ranks = ranks or tuple(range(dist.get_world_size()))
+        self._place = self._ranks.index(dist.get_rank())
         self._store = c10d._get_default_store()
-        self._number = job.rounds[ranks]
-        self._among = "world" if len(ranks) == dist.get_world_size() else digest(ranks)
+        rounds = current_job().rounds
+        rounds[self._ranks] += 1
+        self._number = rounds[self._ranks]
+        self._among = "world" if len(self._ranks) == dist.get_world_size() else digest(self._ranks)
 
-    def _key(self, name: str, number: int | None = None) -> str:
-        return f"mics_ds/{self._among}/{self._number if number is None else number}/{name}"
+    def _key(self, name: str) -> str:
+        return f"mics_ds/{self._among}/{self._number}/{name}"
 
     def end(self, verdict: str) -> None:
         """End the round for all ranks, those that have not come yet among them. The first verdict holds."""
         self._store.compare_set(self._key("verdict"), "", verdict)
 
-    def leave(self) -> None:
-        """Report that this rank runs no MiCS, without waiting for anybody."""
-        self._store.set(self._key("off"), str(dist.get_rank()))
-        if self._store.check([self._key("stated")]):
-            self.end(_without_mics(dist.get_rank()))
-        self._clean_up(self._number - 16)  # who does not wait is at most a few rounds ahead of the others
+    def forget(self, earlier: int) -> None:
+        """Delete what is left of so many rounds before."""
+        if self._place == 0 and self._number > earlier:
+            for name in ("stated", "same", "verdict"):
+                self._store.delete_key(f"mics_ds/{self._among}/{self._number - earlier}/{name}")
 
-    def state(self, statement: Statement, what: str, patience: float) -> None:
+    def state(self, statement: Statement, what: str, patience: float) -> str | None:
         """Compare a statement with those of all others.
 
-        Raises:
-            MicsAgreementError: another rank states something else, runs no MiCS, or has failed.
-            _TimeIsUpError: there is no verdict after ``patience`` seconds.
+        Returns:
+            The verdict, ``None`` if there is none after ``patience`` seconds.
         """
         mine = json.dumps(statement, sort_keys=True)
         self._store.set(self._key(f"here/{self._place}"), digest(statement))
         first = self._store.compare_set(self._key("stated"), "", mine).decode()
-        if self._store.check([self._key("off")]):
-            self.end(_without_mics(int(self._store.get(self._key("off")))))
-        elif first != mine:
+        if first != mine:
             self.end(self._difference(json.loads(first), statement, what))
         elif self._store.add(self._key("same"), 1) == len(self._ranks):
             self.end(_AGREED)
         verdict = self._await_verdict(patience)
-        if verdict != _AGREED:  # ranks that find out who differs still look for this one
-            raise MicsAgreementError(verdict)
-        self._store.delete_key(self._key(f"here/{self._place}"))
-        self._clean_up(self._number - 1)  # all ranks are in this round, so they have read the last one's verdict
+        if verdict == _AGREED:  # otherwise ranks that find out who differs still look for this one
+            self._store.delete_key(self._key(f"here/{self._place}"))
+            self.forget(1)  # all ranks are in this round, so they have read the last one's verdict
+        return verdict
 
-    def _clean_up(self, number: int) -> None:
-        if self._place == 0 and number > 0:
-            for name in ("stated", "same", "off", "verdict"):
-                self._store.delete_key(self._key(name, number))
-
-    def _await_verdict(self, patience: float) -> str:
+    def _await_verdict(self, patience: float) -> str | None:
         """Poll for the verdict: a blocking ``store.wait`` would not let Ctrl-C through."""
         started, pause, reminded = time.monotonic(), 0.001, False
         longest_pause = 0.2 + 5e-5 * len(self._ranks)  # one process answers all of them
         while not self._store.check([self._key("verdict")]):
             waited = time.monotonic() - started
             if waited > patience:
-                raise _TimeIsUpError
+                return None
             if waited > _REMIND_AFTER_S and not reminded:
                 reminded = True
                 logger.warning(
@@ -168,25 +150,22 @@ class _Round:
             The verdict.
         """
         if self._store.add(self._key("late"), 1) == 1:  # one rank asks for all, or the store drowns in questions
-            missing = []
-            for start in range(0, len(self._ranks), _CHUNK):
-                places = range(start, min(start + _CHUNK, len(self._ranks)))
-                if not self._store.check([self._key(f"here/{place}") for place in places]):
-                    missing += [place for place in places if not self._store.check([self._key(f"here/{place}")])]
+            missing = [
+                rank for place, rank in enumerate(self._ranks) if not self._store.check([self._key(f"here/{place}")])
+            ]
             self.end(
                 f"Expected every rank to report its MiCS configuration, but nothing came from ranks "
-                f"{abbreviate([self._ranks[place] for place in missing])} in {patience:.0f} s. Either they died (look "
+                f"{abbreviate(missing)} in {patience:.0f} s. Either they died (look "
                 f"at their output), or they do not build the same model with mics_ds installed and imported; "
                 f"{TIMEOUT_ENV} (seconds) sets how long to wait, by default the timeout of the job's process group."
             )
-        try:
-            return self._await_verdict(_GRACE_S)
-        except _TimeIsUpError:
-            return "Expected a verdict on the MiCS configuration, but the rank that looks who is missing has stopped."
+        return self._await_verdict(_GRACE_S) or (
+            "Expected a verdict on the MiCS configuration, but the rank that looks who is missing has stopped."
+        )
 
     def _difference(self, theirs: Statement, mine: Statement, what: str) -> str:
         fields = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-        keys = {rank: self._key(f"here/{place}") for place, rank in enumerate(self._ranks[:_CHUNK])}
+        keys = {rank: self._key(f"here/{place}") for place, rank in enumerate(self._ranks[:_MOST_ASKED])}
         with suppress(RuntimeError):  # some may never come
             self._store.wait(list(keys.values()), timedelta(seconds=_LATECOMERS_S))
         came = {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
@@ -203,16 +182,9 @@ class _Round:
         )
 
 
-def _without_mics(rank: int) -> str:
-    return (
-        f"All ranks must run MiCS or none, but rank {rank} runs without it: its configuration has no mics_ key, or "
-        f"mics_ds is not imported there. Give every node the same ds_config JSON and environment."
-    )
-
-
 def is_alone(ranks: Ranks | None = None) -> bool:
     """Return whether there is no other rank to agree with."""
-    return not dist.is_initialized() or len(ranks or world_ranks()) == 1
+    return not dist.is_initialized() or (len(ranks) if ranks else dist.get_world_size()) == 1
 
 
 def report_off(ranks: Ranks | None = None) -> None:
@@ -224,7 +196,12 @@ def report_off(ranks: Ranks | None = None) -> None:
     if is_alone(ranks):
         return
     try:
-        _Round(ranks or world_ranks()).leave()
+        round_ = _Round(ranks)
+        round_.end(
+            f"All ranks must run MiCS or none, but rank {dist.get_rank()} runs without it: its configuration has no "
+            f"mics_ key, or mics_ds is not imported there. Give every node the same ds_config JSON and environment."
+        )
+        round_.forget(16)  # who does not wait is at most a few rounds ahead of the others
     except RuntimeError as error:
         # MPI and the "fake" backend have no store. Ranks that run MiCS say so; stock ZeRO-3 has no use for one.
         logger.debug("rank %d could not report that it does not run MiCS: %s", dist.get_rank(), error)
@@ -246,19 +223,16 @@ def require_same(statement: Statement, what: str, ranks: Ranks | None = None) ->
         return
     patience = patience_s()
     try:
-        round_ = _Round(ranks or world_ranks())
-        try:
-            round_.state(statement, what, patience)
-        except _TimeIsUpError:
-            raise MicsAgreementError(round_.name_missing(patience)) from None
-    except MicsAgreementError:
-        raise
+        round_ = _Round(ranks)
+        verdict = round_.state(statement, what, patience) or round_.name_missing(patience)
     except RuntimeError as error:
         raise MicsAgreementError(
             f"Expected to compare MiCS configurations through the rendezvous store of the process group, but it does "
             f"not answer: {error}. If it did before, the process that serves it (rank 0, as a rule) has died, and its "
             f"output says why. Backends without a store (MPI) cannot run MiCS."
         ) from error
+    if verdict != _AGREED:
+        raise MicsAgreementError(verdict)
 
 
 def peers_agree(statement: Statement, what: str, ranks: Ranks, patience: float) -> bool | None:
@@ -270,13 +244,8 @@ def peers_agree(statement: Statement, what: str, ranks: Ranks, patience: float) 
     Returns:
         Whether all ranks state the same, or ``None`` if some rank did not come within ``patience`` seconds.
     """
-    try:
-        _Round(ranks).state(statement, what, patience)
-    except MicsAgreementError:
-        return False
-    except _TimeIsUpError:
-        return None
-    return True
+    verdict = _Round(ranks).state(statement, what, patience)
+    return None if verdict is None else verdict == _AGREED
 
 
 @contextmanager
@@ -293,5 +262,5 @@ def failing_together(ranks: Ranks | None = None) -> Iterator[None]:
             words = str(error) if isinstance(error, MicsError) else f"{type(error).__name__}: {error}"
             verdict = f"The MiCS configuration was refused on rank {dist.get_rank()}: {words}"
             with suppress(RuntimeError):  # without a store nobody can be told
-                _Round(ranks or world_ranks()).end(verdict)
+                _Round(ranks).end(verdict)
         raise

@@ -12,7 +12,8 @@
 | all-gather of updates     | replication          | after the step, with those        | (r-1)/r · M/p              |
 
 k is the number of ranks of the partition group in each fast domain, and "outside" is the network between domains.
-Functions with a :class:`mics_ds.comm.async_exec.Stages` argument run in an executor, which says where stages wait.
+What starts a collective returns a handle. Functions with a :class:`mics_ds.comm.async_exec.Memory` argument are the
+issue stages of tasks, see :mod:`mics_ds.comm.async_exec`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from ..errors import MicsCommError
-from .async_exec import INLINE, Handle, Stages
+from .async_exec import INLINE, Deferred, Handle, Memory
+from .packing import ChunkLayout
 from .rank_group import RankGroup, ReduceScatterMethod, StageGroups
-
-_OPERATOR = {"native": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
 # Names of collectives in traces, meters and errors.
 HOP1 = "gradient reduce-scatter (hop 1)"
@@ -99,6 +99,15 @@ class Collective:
         return self._full
 
 
+def _start(what: str, operator: str, full: torch.Tensor, group: RankGroup, *args: Any, **options: Any) -> Collective:
+    """Start a collective by the function of ``torch.distributed`` with that name."""
+
+    def issue() -> Any:
+        return getattr(dist, operator)(*args, group=group.group, async_op=True, **options)
+
+    return Collective(what, operator, full, group, issue)
+
+
 # --------------------------------------------------------------------------------------------------
 # Small agreements
 
@@ -110,19 +119,12 @@ def max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
 
 def start_max_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
     """Start :func:`max_over_`. The tensor must be left alone until the handle was waited for."""
-    return Collective(
-        f"agreement on the {what}",
-        "all_reduce",
-        tensor,
-        group,
-        lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.group, async_op=True),
-    )
+    return _start(f"agreement on the {what}", "all_reduce", tensor, group, tensor, op=dist.ReduceOp.MAX)
 
 
 def sum_over_(tensor: torch.Tensor, group: RankGroup, what: str) -> None:
     """Take the elementwise sum over a group, in place. ``what`` names the quantity in an error."""
-    with naming(f"agreement on the {what}", group):
-        dist.all_reduce(tensor, group=group.group)
+    _start(f"agreement on the {what}", "all_reduce", tensor, group, tensor).wait()
 
 
 def all_equal(value: object, group: RankGroup, device: torch.device, what: str) -> bool:
@@ -150,20 +152,15 @@ def broadcast_(
     tensors: Sequence[torch.Tensor], source: int, group: RankGroup, what: str = "parameter broadcast"
 ) -> None:
     """Overwrite each tensor with that of ``source``, a rank *in* ``group``. Issued together, then awaited."""
-    with naming(what, group):
-        works = [
-            dist.broadcast(tensor, src=group.ranks[source], group=group.group, async_op=True) for tensor in tensors
-        ]
-        for work in works:
-            work.wait()
+    root = group.ranks[source]
+    for started in [_start(what, "broadcast", tensor, group, tensor, src=root) for tensor in tensors]:
+        started.wait()
 
 
 def all_gather_rows(row: torch.Tensor, group: RankGroup, what: str) -> torch.Tensor:
     """Return (g, ...): the small tensors of all ranks of the group, in its order."""
     rows = row.new_empty(group.size, *row.shape)
-    with naming(what, group):
-        dist.all_gather_into_tensor(rows.view(-1), row.reshape(-1), group=group.group)
-    return rows
+    return start_all_gather(rows, row.reshape(-1), group, what).wait()
 
 
 def share_out_(shares: Sequence[Sequence[torch.Tensor]], group: RankGroup, device: torch.device, what: str) -> None:
@@ -198,17 +195,13 @@ def share_out_(shares: Sequence[Sequence[torch.Tensor]], group: RankGroup, devic
 
 def start_all_gather(rows: torch.Tensor, row: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
     """Start to gather each rank's ``row``, (width,), into ``rows``, contiguous, of g · width elements."""
-    return Collective(
-        what,
-        "all_gather_into_tensor",
-        rows,
-        group,
-        lambda: dist.all_gather_into_tensor(rows.view(-1), row, group=group.group, async_op=True),
-    )
+    return _start(what, "all_gather_into_tensor", rows, group, rows.view(-1), row)
 
 
-def all_gather_hierarchical(shard: torch.Tensor, groups: StageGroups, stages: Stages = INLINE) -> torch.Tensor:
-    """All-gather in two stages, between domains and then inside each domain.
+def start_all_gather_hierarchical(
+    shard: torch.Tensor, groups: StageGroups, memory: Memory = INLINE
+) -> Handle[torch.Tensor]:
+    """Start to all-gather in two stages, between domains and then inside each domain.
 
     The first stage runs k times side by side, each among the N ranks with the same local place, and
     moves (p-k)/p · M over a domain's links instead of (p-1)/p · M; the second stays inside the domain.
@@ -218,30 +211,30 @@ def all_gather_hierarchical(shard: torch.Tensor, groups: StageGroups, stages: St
     Args:
         shard: (width,), this rank's chunk, the same length and dtype on all ranks of the partition group.
         groups: this rank's inter and intra groups.
-        stages: where they run. A reader on another stream has to wait for both.
 
     Returns:
-        (p, width), rows in *slot* order, see :class:`mics_ds.comm.layout.DomainGrid`.
+        (p, width), rows in *slot* order, see :mod:`mics_ds.comm.packing`.
     """
     inter, intra = groups.inter, groups.intra
-    buffer = shard.new_empty(len(groups.chunk_of_slot), shard.numel())
+    buffer = shard.new_empty(inter.size * intra.size, shard.numel())
     own = buffer[intra.rank * inter.size : (intra.rank + 1) * inter.size].view(-1)
     between = start_all_gather(own, shard, inter, GATHER_INTER)
-    with stages.wait_stage():
+    memory.record_stream(shard, buffer)
+
+    def spread() -> torch.Tensor:
         between.wait()
-        start_all_gather(buffer, own, intra, GATHER_INTRA).wait()
-        stages.record_stream(shard, buffer)
-    return buffer
+        return start_all_gather(buffer, own, intra, GATHER_INTRA).wait()
+
+    return Deferred(spread)
 
 
-def all_gather_whole_hierarchical(shard: torch.Tensor, groups: StageGroups, stages: Stages = INLINE) -> torch.Tensor:
-    """All-gather one tensor in two stages, straight to where it belongs.
+def start_all_gather_whole_hierarchical(
+    shard: torch.Tensor, groups: StageGroups, memory: Memory = INLINE
+) -> Handle[torch.Tensor]:
+    """Start to all-gather one tensor in two stages, straight to where it belongs.
 
-    As :func:`all_gather_hierarchical`, but with one collective inside the domain for each of the N domains. Their
+    As :func:`start_all_gather_hierarchical`, but with one collective inside the domain for each of the N domains. Their
     chunks follow each other in rank order. That saves a copy out of slots, and its memory.
-
-    Args:
-        groups: with domains that follow each other.
 
     Returns:
         (p, width), rows in *rank* order.
@@ -250,8 +243,10 @@ def all_gather_whole_hierarchical(shard: torch.Tensor, groups: StageGroups, stag
     full = shard.new_empty(inter.size * intra.size, width)
     column = shard.new_empty(inter.size, width)
     between = start_all_gather(column, shard, inter, GATHER_INTER)
+    memory.record_stream(shard, column, full)
     by_domain = full.view(inter.size, intra.size * width)
-    with stages.wait_stage():
+
+    def spread_whole() -> torch.Tensor:
         # The own domain's chunks need nothing from other domains.
         inside = [start_all_gather(by_domain[inter.rank], shard, intra, GATHER_INTRA)]
         between.wait()
@@ -262,19 +257,14 @@ def all_gather_whole_hierarchical(shard: torch.Tensor, groups: StageGroups, stag
         ]
         for handle in inside:
             handle.wait()
-        stages.record_stream(shard, column, full)
-    return full
+        return full
+
+    return Deferred(spread_whole)
 
 
 def start_exchange(received: torch.Tensor, rows: torch.Tensor, group: RankGroup, what: str) -> Handle[torch.Tensor]:
     """Start to send row i of ``rows``, (g, width), to rank i, whose row for this rank becomes row i of ``received``."""
-    return Collective(
-        what,
-        _OPERATOR["all_to_all"],
-        rows,
-        group,
-        lambda: dist.all_to_all_single(received, rows, group=group.group, async_op=True),
-    )
+    return _start(what, "all_to_all_single", received, group, received, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,20 +286,18 @@ def start_average_(tensor: torch.Tensor, group: RankGroup, what: str = HOP2) -> 
             until the handle was waited for.
     """
     tensor.div_(group.size)
-    return Collective(
-        what, "all_reduce", tensor, group, lambda: dist.all_reduce(tensor, group=group.group, async_op=True)
-    )
+    return _start(what, "all_reduce", tensor, group, tensor)
 
 
-def reduce_scatter_mean(
+def start_reduce_scatter_mean(
     rows: torch.Tensor,
     output: torch.Tensor,
     group: RankGroup,
     method: ReduceScatterMethod,
-    stages: Stages = INLINE,
+    memory: Memory = INLINE,
     what: str = HOP1,
-) -> None:
-    """Take the mean over the group of the row that is for this rank.
+) -> Handle[None]:
+    """Start to take the mean over the group of the row that is for this rank.
 
     ``"native"`` is the backend's reduce-scatter, preceded by a division as in DeepSpeed, and gives its bits.
     ``"all_to_all"`` moves (g-1)/g of the buffer, where gloo's reduce-scatter moves twice that (measured in NIC bytes),
@@ -317,22 +305,30 @@ def reduce_scatter_mean(
 
     Args:
         rows: (g, width), row i for rank i of the group. Overwritten.
-        output: (width,), of the same dtype. There at the end of the wait stage.
-        stages: the collective is issued in the issue stage, and waited for in the other.
+        output: (width,), of the same dtype. There when the handle was waited for.
     """
-    complete = _start_reducing(what, rows, group, method, output, stages)
-    with stages.wait_stage():
-        complete()
+    if method == "native":
+        rows.div_(group.size)
+        reducing: Handle[torch.Tensor] = _start(what, "reduce_scatter_tensor", rows, group, output, rows.view(-1))
+    else:
+        reducing = start_exchange(memory.scratch(rows.numel(), rows).view_as(rows), rows, group, what)
+
+    def complete() -> None:
+        received = reducing.wait()
+        if method == "all_to_all":
+            _mean_of_rows(received, output)
+
+    return Deferred(complete)
 
 
-def reduce_scatter_mean_hierarchical(
+def start_reduce_scatter_mean_hierarchical(
     rows: torch.Tensor,
     output: torch.Tensor,
     groups: StageGroups,
     method: ReduceScatterMethod,
-    stages: Stages = INLINE,
-) -> None:
-    """Run hop 1 in two stages, inside each domain and then between domains: the gather in a mirror.
+    memory: Memory = INLINE,
+) -> Handle[None]:
+    """Start hop 1 in two stages, inside each domain and then between domains: the gather in a mirror.
 
     Inside a domain the k ranks reduce all they have for local place l into the rank with that place, so
     that only 1/k of the buffer goes on to the network, (p-k)/p · M per domain and not (p-1)/p · M. While
@@ -340,50 +336,50 @@ def reduce_scatter_mean_hierarchical(
     that 16-bit sums do not overflow in between.
 
     Args:
-        rows: (p, width), in *slot* order, see :class:`mics_ds.comm.layout.DomainGrid`. Overwritten.
-        output: as for :func:`reduce_scatter_mean`.
-        stages: the collective inside the domain is issued in the issue stage, the one between domains in the wait
-            stage.
+        rows: (p, width), in *slot* order, see :mod:`mics_ds.comm.packing`. Overwritten.
+        output: as for :func:`start_reduce_scatter_mean`.
     """
     inter, intra = groups.inter, groups.intra
     by_place = rows.view(intra.size, -1)  # row l is for local place l, and holds the rows for its N ranks
-    inner = stages.scratch(by_place.shape[1], by_place)
-    complete = _start_reducing(HOP1, by_place, intra, method, inner, stages)
-    with stages.wait_stage():
-        complete()
-        _start_reducing(HOP1_INTER, inner.view(inter.size, -1), inter, method, output, stages)()
+    inner = memory.scratch(by_place.shape[1], by_place)
+    inside = start_reduce_scatter_mean(by_place, inner, intra, method, memory)
+
+    def go_on_between() -> None:
+        inside.wait()
+        start_reduce_scatter_mean(inner.view(inter.size, -1), output, inter, method, memory, HOP1_INTER).wait()
+
+    return Deferred(go_on_between)
 
 
-def _start_reducing(
-    what: str,
-    rows: torch.Tensor,
+def start_hop1(
+    gradients: Sequence[torch.Tensor],
     group: RankGroup,
+    stages: StageGroups | None,
     method: ReduceScatterMethod,
-    output: torch.Tensor,
-    stages: Stages,
-) -> Callable[[], None]:
-    """Start reducing (g, width) rows on the current stream.
+    memory: Memory = INLINE,
+) -> Handle[list[torch.Tensor]]:
+    """Start hop 1 on a bucket. It is packed at once, and may be used for other gradients then.
+
+    Args:
+        group: the partition group.
+        stages: its groups for two stages, ``None`` for one.
 
     Returns:
-        Waits and fills ``output``, (width,).
+        This rank's chunk of each mean, without padding.
     """
-    received = rows if method == "native" else stages.scratch(rows.numel(), rows).view_as(rows)
-    if method == "native":
-        rows.div_(group.size)
+    layout = ChunkLayout([item.numel() for item in gradients], group.size, 1 if stages is None else stages.inter.size)
+    rows = layout.pack(gradients, memory.scratch(layout.size * layout.width, gradients[0]))
+    shard = memory.scratch(layout.width, rows)
+    if stages is None:
+        reducing = start_reduce_scatter_mean(rows, shard, group, method, memory)
+    else:
+        reducing = start_reduce_scatter_mean_hierarchical(rows, shard, stages, method, memory)
 
-    def issue() -> dist.Work | None:
-        if method == "native":
-            return dist.reduce_scatter_tensor(output, rows.view(-1), group=group.group, async_op=True)
-        return dist.all_to_all_single(received, rows, group=group.group, async_op=True)
+    def unpack() -> list[torch.Tensor]:
+        reducing.wait()
+        return layout.unpack(shard, group.rank)
 
-    collective = Collective(what, _OPERATOR[method], rows, group, issue)
-
-    def complete() -> None:
-        collective.wait()
-        if method == "all_to_all":
-            _mean_of_rows(received, output)
-
-    return complete
+    return Deferred(unpack)
 
 
 def _mean_of_rows(rows: torch.Tensor, output: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from ..config import MicsConfig
 from ..errors import MicsConfigError
 from ..log import log_rank0
 from . import agreement, placement
-from .async_exec import Executor, Streams, make_executor
+from .async_exec import Executor, StreamExecutor, Streams, ThreadExecutor
 from .collectives import exchange
 from .job import current_job
 from .layout import MicsLayout, Ranks
@@ -48,8 +48,8 @@ class MicsGroups:
     gather_stages: StageGroups | None
     """Groups for gathers in two stages. Set where placement and configuration allow those."""
     scatter: RankGroup
-    """The ranks of :attr:`partition` once more, for hop 1. On a device without streams it is another process group,
-    because hop 1 runs on a thread of its own, and two threads cannot agree on an order within one group."""
+    """The ranks of :attr:`partition` once more, for hop 1. On a device without streams it is another process group:
+    hop 1 issues its second stage on a thread of its own, and two threads cannot agree on an order within one group."""
     scatter_stages: StageGroups | None
     """Groups for hop 1 in two stages, as :attr:`gather_stages`. See :attr:`scatter`."""
     ways: Ways
@@ -74,11 +74,6 @@ class MicsGroups:
     def scatter_hierarchy(self) -> StageGroups | None:
         """Groups for hop 1 in two stages; ``None`` where it is flat."""
         return self.scatter_stages if self.ways.staged_scatter else None
-
-    @property
-    def reduce_scatter(self) -> ReduceScatterMethod:
-        """Method by which hop 1 moves gradients."""
-        return self.ways.reduce_scatter
 
     @property
     def choices(self) -> tuple[Ways, ...]:
@@ -134,7 +129,7 @@ def build_groups(
         reduce_scatter=reduce_scatter_method(config, full, device),
     )
     make = _GroupMaker(full, own, device)
-    # See MicsGroups.scatter: on a device without streams, each executor has process groups of its own.
+    # On a device without streams, each executor has process groups of its own, see MicsGroups.scatter.
     scatter_purpose = "scatter" if streams is None else "gather"
     if current_job().is_news(own):
         log_rank0(own.describe(placed.domains_from, *astuple(ways)))
@@ -153,7 +148,7 @@ def build_groups(
         sizes=sizes_of(streams is not None),
         gather_executor=_executor("all-gather", own, streams),
         scatter_executor=_executor("reduction", own, streams, ahead=AHEAD),
-        replica_executor=_executor("replicas", own, streams, ahead=AHEAD, own_issue_stream=True),
+        replica_executor=_executor("replicas", own, streams, ahead=AHEAD, own_issue=True),
     )
 
 
@@ -161,7 +156,7 @@ def _executor(name: str, layout: MicsLayout, streams: Streams | None, **options:
     """Return the executor of that name that engines with these partition groups share."""
     key, executors = (name, layout.partition_groups, streams), current_job().executors
     if key not in executors:
-        executors[key] = make_executor(name, streams, **options)
+        executors[key] = ThreadExecutor(name, **options) if streams is None else StreamExecutor(streams, **options)
     executor: Executor = executors[key]
     return executor
 
@@ -223,7 +218,7 @@ class _GroupMaker:
             job.attempts[purpose, own] += 1
             description = f"mics {purpose} of {len(own)}"
             name = f"{description} {agreement.digest(own)} {job.attempts[purpose, own]}"
-            with _named(name), _unbound():
+            with _met_by_members(name):
                 group = dist.new_group(
                     list(own), timeout=self._timeout, use_local_synchronization=True, group_desc=description
                 )
@@ -233,41 +228,30 @@ class _GroupMaker:
     def of_stages(self, purpose: str) -> StageGroups:
         """Return this rank's groups between and inside fast domains."""
         grids = [self._layout.domain_grid(group) for group in self._layout.partition_groups]
-        (own,) = [grid for grid in grids if any(dist.get_rank() in ranks for ranks in grid.intra)]
-        inter = self(purpose, tuple(ranks for grid in grids for ranks in grid.inter))
-        intra = self(purpose, tuple(ranks for grid in grids for ranks in grid.intra))
-        return StageGroups(inter, intra, own.chunk_of_slot)
+        inter, intra = (self(purpose, tuple(ranks for kind in kinds for ranks in kind)) for kinds in zip(*grids))
+        return StageGroups(inter, intra)
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Give the group that is created in this context this name.
+def _met_by_members(name: str) -> Iterator[None]:
+    """Have members of the group that is created in this context meet under this name, and no other rank join them.
 
-    It is where the members look for each other in the store. torch hashes their ranks together with the number of
-    groups that the process has: ranks with different numbers (of a pipeline's first stage, say) never meet, and after
-    a group was destroyed the next one of its ranks finds the addresses of the old one.
+    The name is where they look for each other in the store. torch hashes their ranks together with the number of groups
+    that the process has: ranks with different numbers (of a pipeline's first stage, say) never meet, and after a group
+    was destroyed the next one of its ranks finds the addresses of the old one. And where ranks are bound to devices,
+    torch would split the world's communicator, which takes all ranks of the world.
     """
-    theirs = c10d._process_group_name
-    c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        c10d._process_group_name = theirs
-
-
-@contextmanager
-def _unbound() -> Iterator[None]:
-    """Keep torch from a split of the world's communicator, which all ranks of the world would have to join."""
     world: Any = dist.group.WORLD
-    device = getattr(world, "bound_device_id", None)
-    if device is None:
-        yield
-        return
-    world.bound_device_id = None
+    naming, device = c10d._process_group_name, getattr(world, "bound_device_id", None)
+    c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    if device is not None:
+        world.bound_device_id = None
     try:
         yield
     finally:
-        world.bound_device_id = device
+        c10d._process_group_name = naming
+        if device is not None:
+            world.bound_device_id = device
 
 
 def reduce_scatter_method(config: MicsConfig, group: dist.ProcessGroup, device: torch.device) -> ReduceScatterMethod:

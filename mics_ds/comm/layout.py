@@ -23,29 +23,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from ..errors import MicsConfigError
 from ..formatting import abbreviate
 
 Ranks = tuple[int, ...]
 """Global ranks, in an order that all ranks share."""
-
-
-@dataclass(frozen=True)
-class DomainGrid:
-    """A partition group seen as N fast domains × k ranks, for collectives in two stages.
-
-    The all-gather between domains, of place l in each, fills slots l·N … l·N+N-1 of one flat buffer. The
-    all-gather inside a domain joins those blocks: no chunk is ever moved to make room for another. What
-    is permuted is therefore the *buffer*, and :attr:`chunk_of_slot` says how.
-    """
-
-    intra: tuple[Ranks, ...]
-    """One group of k global ranks for each domain."""
-    inter: tuple[Ranks, ...]
-    """One group of N global ranks for each place in a domain."""
-    chunk_of_slot: tuple[int, ...]
-    """Partition rank whose chunk lies in each of the p slots of the gathered buffer."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +96,12 @@ class MicsLayout:
         their peers never join.
         """
         for index, group in enumerate(self.partition_groups):
+            runs = [domain for domain, _ in groupby(group, self.domain_of.__getitem__)]
             counts = self.domain_counts(group)
             if len(counts) == 1:
                 return f"partition group {index} lies inside one fast domain"
+            if len(runs) > len(counts):
+                return f"ranks of partition group {index} are on its fast domains by turns, and not one after another"
             if len(set(counts.values())) > 1:
                 spread = ", ".join(f"{count} in domain {domain}" for domain, count in counts.items())
                 return f"partition group {index} spans fast domains unevenly ({spread})"
@@ -122,18 +109,16 @@ class MicsLayout:
                 return f"partition group {index} has one rank in each of its fast domains, so there is no inner stage"
         return None
 
-    def domain_grid(self, group: Ranks) -> DomainGrid:
-        """Arrange one partition group as domains × places. Requires :attr:`why_not_hierarchical` to be ``None``."""
+    def domain_grid(self, group: Ranks) -> tuple[tuple[Ranks, ...], tuple[Ranks, ...]]:
+        """Arrange one partition group as N domains × k places. Requires :attr:`why_not_hierarchical` to be ``None``.
+
+        Returns:
+            One group of N ranks for each place in a domain, and one of k ranks for each domain.
+        """
         assert self.why_not_hierarchical is None, "caller must check that the group is a grid"
-        by_domain: dict[int, list[int]] = {}
-        for rank in group:
-            by_domain.setdefault(self.domain_of[rank], []).append(rank)
-        # Process groups number their members by ascending global rank, whatever order is asked for,
-        # so that is the order in which chunks arrive.
-        intra = tuple(tuple(sorted(members)) for members in by_domain.values())
-        inter = tuple(tuple(sorted(members)) for members in zip(*intra))
-        place = {rank: index for index, rank in enumerate(group)}
-        return DomainGrid(intra, inter, tuple(place[rank] for members in inter for rank in members))
+        k = len(group) // len(self.domain_counts(group))
+        inter = tuple(group[place::k] for place in range(k))
+        return inter, tuple(group[start : start + k] for start in range(0, len(group), k))
 
     def describe(self, domains_from: str, gather_in_stages: bool, scatter_in_stages: bool, reduce_scatter: str) -> str:
         """Return one readable block for the log.

@@ -9,18 +9,19 @@ parameter. A buffer is (g, width): one row for each rank, with its chunk of one 
 The same cut serves three groups: gradients and parameters in the partition group, and once more the shards of one rank
 in its replication group, whose chunks are called *slices* (1/r of 1/p is 1/n).
 
-In one stage, row d is for rank d. In two stages rows are *slots*, see :class:`mics_ds.comm.layout.DomainGrid`: rank
-a·k + b, on domain a of N, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order
-again. So all whole chunks of a tensor are one strided copy (two, where they end inside a domain), and one more takes
-the rest. How many copies there are does not depend on g.
+In one stage, row d is for rank d. In two stages, over N domains of k ranks, rows are *slots*: rank a·k + b, on domain
+a, has slot b·N + a, so that the buffer seen as (k, N, width) and transposed is in rank order again. The all-gather
+between domains, of place b in each, fills slots b·N … b·N+N-1, and the all-gather inside a domain joins those blocks:
+no chunk is ever moved to make room for another. All whole chunks of a tensor are one strided copy (two, where they end
+inside a domain), and one more takes the rest. How many copies there are does not depend on g.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -32,20 +33,13 @@ class ChunkLayout:
 
     Args:
         numels: elements of each tensor.
-        order: rank that each row of a buffer is for: 0 … g-1, or slot by slot for two stages.
+        size: chunks that each tensor is cut into: g.
+        domains: N. Rows of a buffer are slots where there are several, and in rank order otherwise.
     """
 
-    numels: tuple[int, ...]
-    order: tuple[int, ...]
-
-    @classmethod
-    def in_rank_order(cls, numels: Sequence[int], size: int) -> ChunkLayout:
-        return cls(tuple(numels), tuple(range(size)))
-
-    @property
-    def size(self) -> int:
-        """Chunks that each tensor is cut into: g."""
-        return len(self.order)
+    numels: Sequence[int]
+    size: int
+    domains: int = 1
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -83,9 +77,6 @@ class ChunkLayout:
         flats = [tensor.contiguous() for tensor in tensors]
         buffer = flats[0].new_empty(self.size * self.width) if memory is None else memory
         buffer = buffer.view(self.size, self.width)
-        if self._per_domain is None:
-            by_rank = replace(self, order=tuple(range(self.size))).pack(flats)
-            return torch.index_select(by_rank, 0, torch.tensor(self.order, device=by_rank.device), out=buffer)
         outside, inside, padding = [], [], []
         for index, flat in enumerate(flats):
             pairs = self._pairs_of_all(index, flat, buffer)
@@ -107,10 +98,6 @@ class ChunkLayout:
             outputs: contiguous, with ``numels`` elements each, of any dtype.
             indices: of the tensors, ascending; by default all.
         """
-        if self._per_domain is None:
-            by_rank = replace(self, order=tuple(range(self.size)))
-            by_rank.copy_out(buffer[[self.order.index(rank) for rank in range(self.size)]], outputs, indices)
-            return
         asked = range(len(self.numels)) if indices is None else indices
         pairs, column = [], 0
         for index, output in zip(asked, outputs):
@@ -164,10 +151,6 @@ class ChunkLayout:
     # ---------------------------------------------------------------------------------------- views
     # Made by their strides, in one operation each: on a host that feeds an accelerator, operations count.
 
-    @property
-    def _per_domain(self) -> int | None:
-        return _ranks_per_domain(self.order)
-
     def _pairs_of_all(
         self, index: int, flat: torch.Tensor, buffer: torch.Tensor, column: int | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -199,7 +182,7 @@ class ChunkLayout:
 
     def _spans(self, rank: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Divide ranks into whole domains and parts of them: first rank of each, and (domains, places) or (places,)."""
-        k = self._per_domain or 1
+        k = self.size // self.domains
         while rank < end:
             domains = 0 if rank % k else (end - rank) // k
             shape = (domains, k) if domains else (min(end, rank - rank % k + k) - rank,)
@@ -208,23 +191,10 @@ class ChunkLayout:
 
     def _rows(self, buffer: torch.Tensor, column: int, rank: int, shape: tuple[int, ...], count: int) -> torch.Tensor:
         """Return (columns), (places, columns) or (domains, places, columns) of a buffer, from ``rank`` on."""
-        k, row = self._per_domain or 1, buffer.shape[1]
-        domain, place = divmod(rank, k)
-        domains = self.size // k
-        strides = (row, domains * row, 1)[2 - len(shape) :]
-        return _at(buffer, (place * domains + domain) * row + column, (*shape, count), strides)
-
-
-@cache
-def _ranks_per_domain(order: tuple[int, ...]) -> int | None:
-    """Return k, if rows are the slots of N domains of k ranks that follow each other (N = 1 for rows in rank order).
-
-    ``None`` if ranks are spread over domains in some other way.
-    """
-    size = len(order)
-    k = order[1] if size > 1 and order[1] > 1 else size
-    in_slots = tuple(rank for place in range(k) for rank in range(place, size, k))
-    return k if size % k == 0 and order == in_slots else None
+        row = buffer.shape[1]
+        domain, place = divmod(rank, self.size // self.domains)
+        strides = (row, self.domains * row, 1)[2 - len(shape) :]
+        return _at(buffer, (place * self.domains + domain) * row + column, (*shape, count), strides)
 
 
 def _at(tensor: torch.Tensor, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch.distributed as dist
@@ -57,15 +56,10 @@ class Ways:
 
 @dataclass(frozen=True)
 class StageGroups:
-    """This rank's groups between and inside fast domains, for collectives in two stages. See
-    :class:`mics_ds.comm.layout.DomainGrid`."""
+    """This rank's groups between and inside fast domains, for collectives in two stages.
+
+    The partition group is N domains of k ranks, one domain's ranks after another's.
+    """
 
     inter: RankGroup
     intra: RankGroup
-    chunk_of_slot: tuple[int, ...]
-
-    @cached_property
-    def domains_follow_each_other(self) -> bool:
-        """Return whether the partition group is one domain's ranks after another's, and not domains by turns."""
-        k, p = self.intra.size, len(self.chunk_of_slot)
-        return self.chunk_of_slot == tuple(rank for place in range(k) for rank in range(place, p, k))

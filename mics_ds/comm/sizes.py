@@ -8,6 +8,7 @@ that gives 32 MiB, at 100 Mbit/s and a fraction of a millisecond 2 MiB.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -48,3 +49,17 @@ ON_CPUS = Sizes(unit=2 * MIB, bucket=2 * MIB, whole=MIB // 4)
 def sizes_of(streams: bool) -> Sizes:
     """Return the sizes for a device with streams, or for one without."""
     return ON_ACCELERATORS if streams else ON_CPUS
+
+
+def runs(indices: Iterable[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Divide indices into runs of at most ``limit`` in all, and of one index at least."""
+    run: list[int] = []
+    held = 0
+    for index in indices:
+        if run and held + sizes[index] > limit:
+            yield run
+            run, held = [], 0
+        run.append(index)
+        held += sizes[index]
+    if run:
+        yield run

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 
@@ -23,17 +23,17 @@ LEAST_MAGNITUDE = 1e-30
 """Blocks of smaller values are sent as zeros, because the inverse of their scale would not be a number."""
 
 
-class Wire(Protocol):
-    """A format of rows of values."""
+@dataclass(frozen=True)
+class Cast:
+    """Values in 16 bits."""
 
-    @property
-    def feedback(self) -> bool:
-        """Return whether the error of rounding is kept, and added to the next values."""
-        ...
+    dtype: torch.dtype = torch.bfloat16
+    feedback: bool = False
+    """Whether the error of rounding is kept, and added to the next values."""
 
     def nbytes(self, width: int) -> int:
         """Return the bytes of an encoded row of ``width`` elements."""
-        ...
+        return width * self.dtype.itemsize
 
     def encode(self, rows: torch.Tensor, encoded: torch.Tensor) -> None:
         """Encode (g, width) values.
@@ -41,33 +41,19 @@ class Wire(Protocol):
         Args:
             encoded: (g, nbytes) of uint8, contiguous. Filled.
         """
-        ...
-
-    def decode(self, encoded: torch.Tensor, width: int) -> torch.Tensor:
-        """Return (g, width) in fp32, new, of (g, nbytes): equal bytes give equal bits on every rank."""
-        ...
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Values in 16 bits."""
-
-    dtype: torch.dtype = torch.bfloat16
-    feedback: bool = False
-
-    def nbytes(self, width: int) -> int:
-        return width * self.dtype.itemsize
-
-    def encode(self, rows: torch.Tensor, encoded: torch.Tensor) -> None:
         encoded.view(self.dtype).copy_(rows)
 
     def decode(self, encoded: torch.Tensor, width: int) -> torch.Tensor:
+        """Return (g, width) in fp32, new, of (g, nbytes): equal bytes give equal bits on every rank."""
         return encoded.view(self.dtype).float()
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Signed integers, and one scale for each block of a row. A row has its scales first, then its integers."""
+    """Signed integers, and one scale for each block of a row. A row has its scales first, then its integers.
+
+    Has the methods of :class:`Cast`.
+    """
 
     bits: int
     block: int
@@ -131,6 +117,10 @@ class Blockwise:
             yield rows[:, :end].unflatten(1, shape), scales[:, :whole], others[:, :end].unflatten(1, shape)
         if end < rows.shape[1]:
             yield rows[:, end:].unsqueeze(1), scales[:, whole:], others[:, end:].unsqueeze(1)
+
+
+Wire: TypeAlias = Cast | Blockwise
+"""A format of rows of values."""
 
 
 def wire_of(name: str, values: torch.dtype) -> Wire:

@@ -20,21 +20,23 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from typing_extensions import override
 
 from ..comm import collectives
-from ..comm.async_exec import Handle, Stages
+from ..comm.async_exec import INLINE, Deferred, Handle, Memory
 from ..comm.groups import MicsGroups
-from ..comm.packing import ChunkLayout
 from ..errors import MicsConfigError, MicsUsageError
 from ..zero.elementwise import refuse_others, warn_of_others
 from ..zero.grad_sync import GradSync
 from ..zero.replica_reducers import AllReduceMean, ReplicaReducer
+from ..zero.replica_wire import EncodedMean
 from ..zero.replication import Replication, agree_on_norms
+from ..zero.units import GradientShards
 from . import hop1_record
 from .engine import communication_device, partitioned_group
 from .gradient_access import CheckedGradients, PassWatch, check_before_reading
 from .muon import MuonSharing, refuse_muon
 from .partitioner import refuse_other_groups
 from .patching import temporarily
-from .replica_wire import chosen_wire, encoded_mean
+from .replica_wire import chosen_wire
+from .states import residual_extents
 from .world_states import WorldStates
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -126,24 +128,25 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self.sync = self._make_sync()
 
     def _make_sync(self) -> GradSync:
-        groups, device = self.mics_groups, communication_device()
-        shards, part = self.gradient_ranges(), self.reduce_bucket_size // groups.partition.size
+        groups, ranges = self.mics_groups, self.gradient_ranges()
+        part = self.reduce_bucket_size // groups.partition.size
+        shards = GradientShards(lambda: self.gradient_shards, list(ranges.values()), communication_device(), part)
         wire, held = chosen_wire(self, groups), self.gradient_shards
         sent = 1.0 if wire is None or not held.nbytes else wire.nbytes(held.numel()) / held.nbytes
-        reducer: ReplicaReducer | None = None
+        reducer = ReplicaReducer(shards)  # of one replica: for nothing but shards
         if self.world_states is not None:
-            reducer = self.world_states.make_reducer(list(shards.values()), part, wire)
+            reducer = self.world_states.make_reducer(shards, wire)
         elif groups.replication is not None and wire is not None:
-            reducer = encoded_mean(self, shards, groups.replication, part, wire)
+            numels = [numel for _, _, numel, _ in residual_extents(self, "unsent")]
+            reducer = EncodedMean(shards, numels, groups.replication, wire, lambda: float(self.loss_scale))
         elif self.replication is not None:
-            reducer = AllReduceMean(lambda: self.gradient_shards, list(shards.values()), self.replication, device, part)
+            reducer = AllReduceMean(shards, self.replication)
         return GradSync(
-            shards,
+            ranges,
             self.replication,
             groups.scatter_executor,
             groups.replica_executor,
             reducer,
-            device,
             unit_numel=groups.sizes.unit_of(held.nbytes, sent) // held.element_size(),
             # Offloaded gradients go on to host buffers at the boundary, all at once. And what DeepSpeed reduces by
             # itself (reduce_scatter: false) comes without a word about where a bucket ends.
@@ -250,30 +253,27 @@ class MicsOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def _start_hop1(
         self, params: list, gradients: list[torch.Tensor], before_storing: Callable[[], None]
-    ) -> Handle[None]:
+    ) -> Handle[None] | None:
         groups = self.mics_groups
-        hierarchy, method = groups.scatter_hierarchy, groups.reduce_scatter
-        order = tuple(range(groups.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-        layout = ChunkLayout(tuple(gradient.numel() for gradient in gradients), order)
         stand_ins = [_WithoutGrad(param) for param in params]
-        packed: list[torch.Tensor] = []
 
-        def pack(stages: Stages) -> None:  # DeepSpeed uses the bucket for other gradients as soon as we return
-            packed.append(layout.pack(gradients, stages.scratch(layout.size * layout.width, gradients[0])))
+        def start(memory: Memory) -> Handle[None]:
+            reducing = collectives.start_hop1(
+                gradients, groups.scatter, groups.scatter_hierarchy, groups.ways.reduce_scatter, memory
+            )
 
-        def hop1(stages: Stages) -> None:
-            rows = packed.pop()
-            shard = stages.scratch(layout.width, rows)
-            if hierarchy is None:
-                collectives.reduce_scatter_mean(rows, shard, groups.scatter, method, stages)
-            else:
-                collectives.reduce_scatter_mean_hierarchical(rows, shard, hierarchy, method, stages)
-            with stages.wait_stage():
+            def finish_hop1() -> None:
+                shards = reducing.wait()
                 before_storing()
-                shards = layout.unpack(shard, groups.partition.rank)
                 self._store(stand_ins, [item.to(self.gradient_accumulation_dtype) for item in shards])
 
-        done = groups.scatter_executor.submit(hop1, pack=pack, beside=self._reduces_beside)
+            return Deferred(finish_hop1)
+
+        done: Handle[None] | None = None
+        if self._reduces_beside:
+            done = groups.scatter_executor.submit(start)
+        else:
+            start(INLINE).wait()
         for param in params:
             if not get_accelerator().is_synchronized_device():
                 param.grad.record_stream(get_accelerator().current_stream())

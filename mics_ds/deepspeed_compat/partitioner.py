@@ -260,8 +260,8 @@ class _Gather:
 
 def _start_gather(groups: MicsGroups, dtype: torch.dtype, params: list[ZeroParam]) -> _Gather:
     partition, hierarchy = groups.partition, groups.hierarchy
-    order = tuple(range(partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = ChunkLayout(tuple(param.ds_numel for param in params), order)
+    domains = 1 if hierarchy is None else hierarchy.inter.size
+    layout = ChunkLayout([param.ds_numel for param in params], partition.size, domains)
     memory = torch.empty(0, dtype=dtype, device=communication_device())
     is_single, numel = len(params) == 1, layout.size * layout.width
 
@@ -280,9 +280,11 @@ def _start_gather(groups: MicsGroups, dtype: torch.dtype, params: list[ZeroParam
         # A copy also of a single shard: the optimizer may write the next weights while this one is being sent.
         shard = fill(memory.new_empty(layout.width))
         is_large = numel * dtype.itemsize >= groups.sizes.whole
-        in_order = is_single and is_large and hierarchy.domains_follow_each_other
-        gather = collectives.all_gather_whole_hierarchical if in_order else collectives.all_gather_hierarchical
-        gathered = groups.gather_executor.submit(functools.partial(gather, shard, hierarchy))
+        in_order = is_single and is_large
+        start = (
+            collectives.start_all_gather_whole_hierarchical if in_order else collectives.start_all_gather_hierarchical
+        )
+        gathered = groups.gather_executor.submit(functools.partial(start, shard, hierarchy))
 
     def fulls() -> list[torch.Tensor]:
         rows = gathered.wait()

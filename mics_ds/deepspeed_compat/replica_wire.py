@@ -1,24 +1,18 @@
-"""Choice of the wire for hop 2 of an optimizer, and its reducers for DeepSpeed's buffers."""
+"""Choice of the wire for hop 2 of an optimizer, and its residuals as states of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from ..comm import collectives
 from ..comm.groups import MicsGroups
 from ..comm.job import current_job
-from ..comm.rank_group import RankGroup
 from ..comm.wire import Wire, wire_of
 from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..log import logger
-from ..zero.replica_wire import EncodedMean, EncodedSlices
 from ..zero.residuals import Held, Place, cut_anew
 from .checkpoint import RESIDUALS
-from .engine import communication_device
-from .states import residual_extents
 
 FULL = "full"
 MODEL_RANK = "model_parallel_rank"
@@ -65,49 +59,6 @@ def _refuse_without_feedback(optimizer: Any, name: str) -> None:
             f'{_KEY} "{name}" does not go with torch_autocast in float16, whose loss scale is on the device. Use '
             f'autocast in bfloat16, the section "fp16", or the wire "bf16" or "full".'
         )
-
-
-def encoded_mean(
-    optimizer: Any, ranges: Mapping[int, tuple[int, int]], replication: RankGroup, part: int, wire: Wire
-) -> EncodedMean:
-    """Return the reducer in place of an all-reduce.
-
-    Args:
-        ranges: where the shard of each parameter lies in ``optimizer.gradient_shards``, by ``ds_id``.
-        part: see :class:`EncodedMean`.
-    """
-    return EncodedMean(
-        lambda: optimizer.gradient_shards,
-        list(ranges.values()),
-        [numel for _, _, numel, _ in residual_extents(optimizer, "unsent")],
-        replication,
-        communication_device(),
-        part,
-        wire,
-        lambda: float(optimizer.loss_scale),
-    )
-
-
-def encoded_slices(
-    optimizer: Any,
-    means: Callable[[], torch.Tensor],
-    shards: list[tuple[int, int]],
-    replication: RankGroup,
-    part: int,
-    wire: Wire,
-) -> EncodedSlices:
-    """Return the reducer in place of a reduce-scatter, see :class:`EncodedSlices`."""
-    return EncodedSlices(
-        means,
-        lambda: optimizer.gradient_shards,
-        shards,
-        [end - start for start, end in shards],  # slices of masters are cut with the padding
-        replication,
-        communication_device(),
-        part,
-        wire,
-        lambda: float(optimizer.loss_scale),
-    )
 
 
 # --------------------------------------------------------------------------------------------------

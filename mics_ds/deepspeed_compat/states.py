@@ -63,7 +63,7 @@ def states_of(optimizer: Any) -> list[State]:
         world.finish_updates()
     found: list[State] = []
     for group, params in enumerate(optimizer.fp16_groups):
-        whole = ChunkLayout.in_rank_order([param.partition_numel() for param in params], 1)
+        whole = ChunkLayout([param.partition_numel() for param in params], 1)
         pieces = tuple(_pieces(params, names, whole, 0))
         weights = optimizer.fp16_partitioned_groups_flat[group].detach()
         master = optimizer.fp32_partitioned_groups_flat[group]
@@ -80,7 +80,7 @@ def states_of(optimizer: Any) -> list[State]:
     trained = {param.ds_id for params in optimizer.fp16_groups for param in params}
     for param in optimizer.module.parameters():
         if param.ds_id not in trained:
-            whole = ChunkLayout.in_rank_order([param.partition_numel()], 1)
+            whole = ChunkLayout([param.partition_numel()], 1)
             shard, pieces = param.ds_tensor.detach().view(-1), tuple(_pieces([param], names, whole, 0))
             found.append(State(WEIGHTS, NO_GROUP, shard, pieces, replicated))
     found += _loss_scale(optimizer, replicated)
@@ -155,7 +155,7 @@ def residual_extents(optimizer: Any, name: str) -> Iterator[tuple[int, int, int,
         if name == "unsent":
             yield key, first, numel, end - start
         else:
-            cut = ChunkLayout.in_rank_order([numel], groups.replication.size)
+            cut = ChunkLayout([numel], groups.replication.size)
             real = cut.real(0, groups.replication.rank)
             yield key, first + real[0], real[1] - real[0], cut.width
 

@@ -23,10 +23,11 @@ from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
 from ..comm.wire import Wire
 from ..zero.replica_reducers import ReplicaReducer, ScatterToSlices
+from ..zero.replica_wire import EncodedSlices
+from ..zero.units import GradientShards
 from ..zero.weight_gather import WeightGather
 from .engine import communication_device
 from .patching import replace_methods, temporarily
-from .replica_wire import encoded_slices
 from .slice_access import GRADIENTS, SliceAccess, SliceCheckpoints
 
 MOST_PEERS = 32
@@ -73,28 +74,28 @@ class WorldStates:
 
     def cut_of(self, param: Any) -> ChunkLayout:
         """Return how the shard of one parameter is cut."""
-        return ChunkLayout.in_rank_order([param.partition_numel()], self.replication.size)
+        return ChunkLayout([param.partition_numel()], self.replication.size)
 
     # --------------------------------------------------------------------- gradients
 
-    def make_reducer(self, shards: list[tuple[int, int]], part: int, wire: Wire | None) -> ReplicaReducer:
-        """Return how hop 2 is done, for shards at these places of the buffer of gradients."""
+    def make_reducer(self, shards: GradientShards, wire: Wire | None) -> ReplicaReducer:
+        """Return how hop 2 is done on these shards."""
         optimizer = self._optimizer
         like = optimizer.gradient_shards
-        cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.replication.size)
+        cut = ChunkLayout([end - start for start, end in shards.bounds], self.replication.size)
         means = torch.zeros(cut.width, dtype=like.dtype, device=like.device)
         self._mean_slices = get_accelerator().pin_memory(means) if optimizer.offload_optimizer_pin_memory else means
-        if wire is not None:
-            return encoded_slices(optimizer, lambda: self._mean_slices, shards, self.replication, part, wire)
-        return ScatterToSlices(
-            lambda: optimizer.gradient_shards,
-            lambda: self._mean_slices,
-            shards,
-            self.replication,
-            communication_device(),
-            part,
-            method=self._scatter_method(like.element_size()),
-        )
+        if wire is not None:  # slices of masters are cut with the padding
+            return EncodedSlices(
+                shards,
+                lambda: self._mean_slices,
+                cut.numels,
+                self.replication,
+                wire,
+                lambda: float(optimizer.loss_scale),
+            )
+        method = self._scatter_method(like.element_size())
+        return ScatterToSlices(shards, lambda: self._mean_slices, self.replication, method)
 
     def _scatter_method(self, itemsize: int) -> ReduceScatterMethod:
         """Return how hop 2 is reduce-scattered.
@@ -159,7 +160,7 @@ class WorldStates:
 
     def finish_updates(self) -> None:
         """Let the current stream wait for updated weights, before they are read other than by a gather."""
-        self._weights.finish()
+        self._groups.replica_executor.drain()
 
     def _reassign_or_swap_out_partitioned_parameters(self, stock: Callable[..., None], sub_group_id: int) -> None:
         self._publish(sub_group_id)
@@ -221,7 +222,7 @@ class WorldStates:
     def _setup_for_real_optimizer(self, stock: Callable[..., None]) -> None:
         optimizer = self._optimizer
         self.cuts = [
-            ChunkLayout.in_rank_order([param.partition_numel() for param in params], self.replication.size)
+            ChunkLayout(tuple(param.partition_numel() for param in params), self.replication.size)
             for params in optimizer.fp16_groups
         ]
         with self.slices_stand_in(loads=False):

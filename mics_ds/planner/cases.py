@@ -85,26 +85,15 @@ def _gather_in_stages(mine: MicsGroups, hierarchy: StageGroups, size: int) -> Ca
 
     def run() -> None:
         whole = shard.new_empty(shard.numel() * mine.partition.size)
-        rows = collectives.all_gather_hierarchical(shard, hierarchy)
-        ChunkLayout((whole.numel(),), hierarchy.chunk_of_slot).copy_out(rows, [whole])
+        rows = collectives.start_all_gather_hierarchical(shard, hierarchy).wait()
+        ChunkLayout((whole.numel(),), mine.partition.size, hierarchy.inter.size).copy_out(rows, [whole])
 
     return run
 
 
 def _scatter(mine: MicsGroups, hierarchy: StageGroups | None, size: int) -> Callable[[], object]:
-    method = mine.reduce_scatter
     gradient = buffer(size // FLOAT)
-    order = tuple(range(mine.partition.size)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = ChunkLayout((gradient.numel(),), order)
-
-    def run() -> None:
-        rows, shard = layout.pack([gradient]), gradient.new_empty(layout.width)
-        if hierarchy is None:
-            collectives.reduce_scatter_mean(rows, shard, mine.scatter, method)
-        else:
-            collectives.reduce_scatter_mean_hierarchical(rows, shard, hierarchy, method)
-
-    return run
+    return lambda: collectives.start_hop1([gradient], mine.scatter, hierarchy, mine.ways.reduce_scatter).wait()
 
 
 def _stock_scatter(full: RankGroup, size: int) -> Callable[[], object]:

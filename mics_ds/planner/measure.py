@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm import agreement, collectives
-from ..comm.async_exec import Handle, Stages
+from ..comm.async_exec import Handle
 from ..comm.groups import MicsGroups
 from ..comm.job import current_job
 from ..comm.packing import ChunkLayout
@@ -247,23 +247,19 @@ def measure(groups: MicsGroups, demand: Demand, budget_s: float) -> tuple[Clock,
     return clock, seconds
 
 
-def _order(groups: MicsGroups, staged: Any) -> tuple[int, ...]:
-    return tuple(range(groups.partition.size)) if staged is None else staged.chunk_of_slot
-
-
 def gather(groups: MicsGroups, ways: Ways, dtype: torch.dtype, nbytes: int) -> Callable[[], object]:
     """Return a function that gathers parameters as training does, :data:`AT_ONCE` at a time."""
     stages = groups.gather_stages if ways.staged_gather else None
     numel = nbytes // dtype.itemsize
-    layout = ChunkLayout((numel,), _order(groups, stages))
+    layout = ChunkLayout((numel,), groups.partition.size, 1 if stages is None else stages.inter.size)
     shard = torch.zeros(layout.width, dtype=dtype, device=communication_device())
-    in_order = stages is None or (nbytes >= groups.sizes.whole and stages.domains_follow_each_other)
+    in_order = stages is None or nbytes >= groups.sizes.whole
 
     def start() -> Handle[torch.Tensor]:
         if stages is None:
             rows = shard.new_empty(layout.size, layout.width)
             return collectives.start_all_gather(rows, shard, groups.partition, collectives.GATHER)
-        way = collectives.all_gather_whole_hierarchical if in_order else collectives.all_gather_hierarchical
+        way = collectives.start_all_gather_whole_hierarchical if in_order else collectives.start_all_gather_hierarchical
         return groups.gather_executor.submit(functools.partial(way, shard, stages))
 
     def run() -> None:
@@ -279,22 +275,10 @@ def scatter(groups: MicsGroups, ways: Ways, dtype: torch.dtype, nbytes: int) -> 
     """Return a function that runs hop 1 as training does, :data:`AT_ONCE` at a time."""
     stages = groups.scatter_stages if ways.staged_scatter else None
     gradient = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=communication_device())
-    layout = ChunkLayout((gradient.numel(),), _order(groups, stages))
-    packed: list[torch.Tensor] = []
-
-    def pack(where: Stages) -> None:
-        packed.append(layout.pack([gradient], where.scratch(layout.size * layout.width, gradient)))
-
-    def hop1(where: Stages) -> None:
-        rows = packed.pop(0)
-        shard = where.scratch(layout.width, rows)
-        if stages is None:
-            collectives.reduce_scatter_mean(rows, shard, groups.scatter, ways.reduce_scatter, where)
-        else:
-            collectives.reduce_scatter_mean_hierarchical(rows, shard, stages, ways.reduce_scatter, where)
+    hop1 = functools.partial(collectives.start_hop1, [gradient], groups.scatter, stages, ways.reduce_scatter)
 
     def run() -> None:
-        for handle in [groups.scatter_executor.submit(hop1, pack=pack) for _ in range(AT_ONCE)]:
+        for handle in [groups.scatter_executor.submit(hop1) for _ in range(AT_ONCE)]:
             handle.wait()
 
     return run

@@ -24,7 +24,7 @@ from ..deepspeed_compat.ds_config import load_ds_config
 from ..deepspeed_compat.engine import communication_device, device_streams
 from ..errors import MicsConfigError
 from ..log import log_rank0
-from ..zero.replication import FixedReplication, Replication
+from ..zero.replication import Replication
 
 
 class Request(NamedTuple):
@@ -116,7 +116,7 @@ class Build:
             MicsConfigError: replicas are to come and go, and this job is not exactly one of them, or lacks something.
         """
         if self.config.replicas is None:
-            return None if groups.replication is None else FixedReplication(groups.replication)
+            return None if groups.replication is None else Replication(groups.replication)
         if groups.partition.size != dist.get_world_size():
             raise MicsConfigError(
                 f"With mics_replicas each replica is a job of its own, so mics_shard_size must be the number of its "

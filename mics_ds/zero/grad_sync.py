@@ -39,18 +39,18 @@ added again, on the device: the host does not wait for the flags before it waits
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 
-from ..comm.async_exec import Executor, Handle, Stages, Task
+from ..comm.async_exec import Executor, Handle, Memory, Task
 from ..errors import MicsUsageError
 from ..log import logger
 from .replica_reducers import ReplicaReducer
 from .replication import Replication
-from .units import Unit, UnitPlan
+from .units import UnitPlan
 
 USE_NON_REENTRANT = (
     "Use torch.utils.checkpoint with use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in "
@@ -72,8 +72,10 @@ class Given(enum.IntEnum):
 
 @dataclass
 class _Boundary:
-    """State of the gradients since the last optimizer step."""
+    """State of the gradients since the last optimizer step, by places of parameters in the buffer."""
 
+    used_before: frozenset[int]
+    """Parameters that replicas had used before."""
     given: dict[int, Given] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)
     """Parameters whose shard holds nothing of the boundary before."""
@@ -89,8 +91,6 @@ class _Boundary:
     """(parameters,), on the device: what all replicas were given, after hop 2 and until the host has looked."""
     is_mean: bool = True
     """Whether every shard is the mean over all ranks. The same on all replicas."""
-    used_before: list[int] = field(default_factory=list)
-    """Parameters that replicas had used before, by place."""
 
 
 class GradSync:
@@ -100,39 +100,36 @@ class GradSync:
     order, with the same arguments.
 
     Args:
-        shards: for each parameter, by an id that all ranks share, its elements [start, end) of the buffer, in
-            ascending order.
+        keys: for each shard, in the order of the buffer, an id that all ranks share.
         replication: the group of hop 2, ``None`` for one replica, where hop 2 does nothing.
         hop1, hop2: executors.
-        reducer: how hop 2 is done, ``None`` for one replica.
-        device: where collectives of ``replication`` work.
+        reducer: how hop 2 is done on the shards.
         unit_numel: least elements of a unit.
         early: whether hop 2 may start before a pass ends.
     """
 
     def __init__(
         self,
-        shards: Mapping[int, tuple[int, int]],
+        keys: Iterable[int],
         replication: Replication | None,
         hop1: Executor,
         hop2: Executor,
-        reducer: ReplicaReducer | None,
-        device: torch.device,
+        reducer: ReplicaReducer,
         *,
         unit_numel: int,
         early: bool = True,
     ) -> None:
+        self._place = {key: place for place, key in enumerate(keys)}
         self._replication = replication
         self._hop1, self._hop2 = hop1, hop2
         self._reducer = reducer
-        self._device = device
-        self._units = UnitPlan(shards, unit_numel)
+        self._units = UnitPlan(reducer.shards.bounds, unit_numel)
         self._early = early and replication is not None
         self._repeated: set[int] = set()
-        """Parameters that ever got two gradients in one pass: hop 2 on them waits for the end of the pass."""
+        """Places of parameters that ever got two gradients in one pass: hop 2 on them waits for the end of the pass."""
         self._passes_per_step = 1
         """Backward passes before the last step: several may precede one (policy and value losses, say)."""
-        self._boundary = _Boundary()
+        self._boundary = _Boundary(self._units.used)
 
     # ---------------------------------------------------------------------------------------- hop 1
 
@@ -154,46 +151,44 @@ class GradSync:
             overwriting: whether their gradients are written over the shards, and not added to them.
             last: whether this micro-step ends the accumulation, so that hop 2 may follow at once.
         """
-        done = hop1(self._note(ids, overwriting))
+        done = hop1(self._note([self._place[key] for key in ids], overwriting))
         if self._early and last and self._is_last_pass:
             for unit in self._units.early[self._boundary.started :]:
-                keys = self._units.keys(unit)
-                if not keys <= self._boundary.arrived or keys & self._repeated:
+                if not self._boundary.arrived.issuperset(unit) or not self._repeated.isdisjoint(unit):
                     break
                 self._boundary.started += 1
                 self._start(unit, after=done)
 
-    def _note(self, ids: Iterable[int], overwriting: bool) -> Callable[[], None]:
+    def _note(self, places: Sequence[int], overwriting: bool) -> Callable[[], None]:
         """Note which gradients come, and return what is to be called before they are stored."""
         if self._replication is None:
             return lambda: None
         boundary, aside = self._boundary, []
         boundary.is_mean = False
-        for key in ids:
+        for place in places:
             given = Given.WRITTEN if overwriting else Given.ADDED
-            if key in boundary.arrived:
-                self._comes_again(key, overwriting)
-                if self._units.index_of(key) < boundary.started:
+            if place in boundary.arrived:
+                self._comes_again(place, overwriting)
+                if any(place in unit for unit in self._units.early[: boundary.started]):
                     given = Given.UNUSABLE
-            boundary.arrived.add(key)
-            boundary.given[key] = max(given, boundary.given.get(key, Given.NOTHING))
+            boundary.arrived.add(place)
+            boundary.given[place] = max(given, boundary.given.get(place, Given.NOTHING))
             if overwriting:
-                boundary.old.pop(key, None)
-                if self._reducer is not None:
-                    self._reducer.overwritten(self._units.place[key])
-            elif key not in boundary.fresh:
-                aside.append(key)
-            boundary.fresh.add(key)
+                boundary.old.pop(place, None)
+                self._reducer.overwritten(place)
+            elif place not in boundary.fresh:
+                aside.append(place)
+            boundary.fresh.add(place)
         return lambda: self._set_aside(aside)
 
-    def _comes_again(self, key: int, overwriting: bool) -> None:
+    def _comes_again(self, place: int, overwriting: bool) -> None:
         if overwriting and not self._repeated:
             logger.warning(
                 "a parameter got two gradients in one backward pass, and ZeRO-3 keeps the last one only, in stock "
                 "DeepSpeed too: its weights are shared with or between reentrant activation checkpoints. %s",
                 USE_NON_REENTRANT,
             )
-        self._repeated.add(key)
+        self._repeated.add(place)
 
     def refuse(self, key: int) -> None:
         """Note a gradient that cannot be used, so that all replicas raise an error when they look.
@@ -201,7 +196,7 @@ class GradSync:
         Raises:
             MicsUsageError: at once, where there is one replica only.
         """
-        self._boundary.given[key] = Given.UNUSABLE
+        self._boundary.given[self._place[key]] = Given.UNUSABLE
         if self._replication is None:
             self.refuse_unusable([Given.UNUSABLE])
 
@@ -224,12 +219,14 @@ class GradSync:
 
     def mean(self, key: int) -> torch.Tensor:
         """Return the mean of a shard, or this replica's slice of that, as hop 2 leaves it: 1-D and live."""
-        assert self._reducer is not None, "there are replicas"
-        return self._reducer.mean(self._units.place[key])
+        return self._mean(self._place[key])
+
+    def _mean(self, place: int) -> torch.Tensor:
+        return self._reducer.mean(range(place, place + 1))
 
     def residuals(self) -> dict[str, torch.Tensor]:
         """Return what hop 2 has rounded off so far, by name: 1-D and live. See :mod:`mics_ds.zero.replica_wire`."""
-        return {} if self._reducer is None else self._reducer.residuals()
+        return self._reducer.residuals()
 
     def end_pass(self, last: bool) -> bool:
         """End a backward pass, and do hop 2 if it was the last one before the step, as far as can be known.
@@ -256,13 +253,13 @@ class GradSync:
             Whether there was anything to do.
         """
         self._hop1.drain()
-        boundary = self._boundary
-        if boundary.is_mean or self._replication is None or self._reducer is None:
+        boundary, places = self._boundary, range(len(self._place))
+        if boundary.is_mean or self._replication is None:
             return False
-        stale = [key for key in self._units.place if key not in boundary.fresh]
+        stale = [place for place in places if place not in boundary.fresh]
         self._set_aside(stale)
         boundary.fresh.update(stale)
-        leave_alone = self._reducer.protect([at for key, at in self._units.place.items() if key not in boundary.given])
+        leave_alone = self._reducer.protect([place for place in places if place not in boundary.given])
         for unit in self._units.early[boundary.started :]:
             self._start(unit)
         flags = self._start_flags(self._replication)
@@ -270,7 +267,7 @@ class GradSync:
             # The first step of a process averages the units of all later ones: how they are cut decides about the
             # last bit of a sum, and a resumed job has to go on as if it had not been interrupted.
             self._hop2.drain()
-            self._units.learn(self._used(flags.tolist()))
+            self._units.learn(_used(flags.tolist()))
             for unit in self._units.early:
                 self._start(unit)
         for unit in self._units.late:
@@ -292,12 +289,8 @@ class GradSync:
         """
         self._boundary.flags = None
         self.refuse_unusable(given)
-        used = self._used(given)
-        self._units.learn(used)
-        return used
-
-    def _used(self, given: Sequence[int]) -> set[int]:
-        return {key for key, value in zip(self._units.place, given) if value}
+        self._units.learn(_used(given))
+        return {key for key, value in zip(self._place, given) if value}
 
     @staticmethod
     def refuse_unusable(given: Sequence[int]) -> None:
@@ -319,11 +312,11 @@ class GradSync:
 
     def replaced(self, key: int) -> None:
         """Note that all replicas have set a shard and its mean to one value."""
-        self._boundary.given[key] = Given.WRITTEN
-        self._boundary.fresh.add(key)
-        self._boundary.old.pop(key, None)
-        if self._reducer is not None:
-            self._reducer.replaced(self._units.place[key])
+        place = self._place[key]
+        self._boundary.given[place] = Given.WRITTEN
+        self._boundary.fresh.add(place)
+        self._boundary.old.pop(place, None)
+        self._reducer.replaced(place)
 
     def next_boundary(self, *, discarded: bool = False) -> None:
         """Begin a new accumulation: the gradients of this one were used, or discarded.
@@ -334,14 +327,13 @@ class GradSync:
         if self._boundary.flags is not None:  # the step was skipped, so nobody has looked
             self.look(self._boundary.flags.tolist())
         self._passes_per_step = max(1, self._boundary.passes)
-        self._boundary = _Boundary(used_before=self._units.used)
-        if self._reducer is not None:
-            self._reducer.end_step(discarded=discarded)
+        self._boundary = _Boundary(self._units.used)
+        self._reducer.end_step(discarded=discarded)
 
     @property
     def used(self) -> list[int]:
         """Parameters that replicas have used since the start, by place, on which the cut of units depends."""
-        return self._units.used
+        return sorted(self._units.used)
 
     def restart(self, used: Iterable[int] | None = None) -> None:
         """Begin a new accumulation without gradients and old means, as all replicas do where their number changes.
@@ -350,25 +342,21 @@ class GradSync:
             used: parameters that replicas have used, by place. By default those before this accumulation.
         """
         self._units.reset(self._boundary.used_before if used is None else used)
-        self._boundary = _Boundary(used_before=self._units.used)
-        assert self._reducer is not None, "there are replicas"
-        for place in self._units.place.values():
-            self._reducer.partial(place).zero_()
+        self._boundary = _Boundary(self._units.used)
+        self._reducer.shards.buffer().zero_()
         self._reducer.end_step(discarded=True)
 
-    def _start(self, unit: Unit, after: Handle[None] | None = None) -> None:
+    def _start(self, unit: range, after: Handle[None] | None = None) -> None:
         """Start hop 2 on a unit, once what it is ``after`` is done."""
-        assert self._reducer is not None, "there are replicas"
         for task in self._reducer.tasks(unit):
             self._hop2.submit(task if after is None else _following(after, task))
 
     # ------------------------------------------------------------------- replicas that do different things
 
-    def _set_aside(self, keys: Iterable[int]) -> None:
-        for key in keys:
-            assert self._reducer is not None, "there are replicas"
-            self._boundary.old[key] = self.mean(key).clone()
-            self._reducer.partial(self._units.place[key]).zero_()
+    def _set_aside(self, places: Iterable[int]) -> None:
+        for place in places:
+            self._boundary.old[place] = self._mean(place).clone()
+            self._reducer.shards.at(range(place, place + 1)).zero_()
 
     def _add_old_means(self, flags: torch.Tensor) -> None:
         """Add old means again where no replica has written over them, see [Note: old means]."""
@@ -376,36 +364,38 @@ class GradSync:
         if old_means:
             device = next(iter(old_means.values())).device
             written = (flags if flags.device == device else flags.to(device)) >= Given.WRITTEN
-            for key, old in old_means.items():
+            for place, old in old_means.items():
                 # Computed where it is, so that the host need not wait.
-                self.mean(key).add_(torch.where(written[self._units.place[key]], torch.zeros_like(old), old))
-        assert self._reducer is not None, "there are replicas"
+                self._mean(place).add_(torch.where(written[place], torch.zeros_like(old), old))
         if not self._reducer.keeps_partials:
             old_means.clear()
 
     def _start_flags(self, replication: Replication) -> torch.Tensor:
         """Ask what the other replicas did with each shard."""
-        given = [int(self._boundary.given.get(key, Given.NOTHING)) for key in self._units.place]
-        flags = torch.empty(len(given), dtype=torch.uint8, device=self._device)
+        given = [int(self._boundary.given.get(place, Given.NOTHING)) for place in range(len(self._place))]
+        flags = torch.empty(len(given), dtype=torch.uint8, device=self._reducer.shards.device)
         start = 0
         for value, run in groupby(given):  # filled there: a copy from the host would have to wait for it
             end = start + sum(1 for _ in run)
             flags[start:end].fill_(value)
             start = end
 
-        def agree(stages: Stages) -> None:
-            handle = replication.start_max_(flags, "gradients at hand")
-            with stages.wait_stage():
-                handle.wait()
-                stages.record_stream(flags)
+        def agree(memory: Memory) -> Handle[torch.Tensor]:
+            memory.record_stream(flags)
+            return replication.start_max_(flags, "gradients at hand")
 
         self._hop2.submit(agree)
         return flags
 
 
+def _used(given: Sequence[int]) -> list[int]:
+    """Return the places of parameters that got a gradient on some replica."""
+    return [place for place, value in enumerate(given) if value]
+
+
 def _following(first: Handle[None], task: Task[None]) -> Task[None]:
-    def run(stages: Stages) -> None:
+    def run(memory: Memory) -> Handle[None]:
         first.wait()
-        task(stages)
+        return task(memory)
 
     return run

@@ -9,53 +9,43 @@ is equal on all replicas changes nothing, and partial gradients that were kept g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
 
 import torch
 
 from ..comm import collectives
-from ..comm.async_exec import Stages, Task
+from ..comm.async_exec import Deferred, Handle, Memory, Task
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup, ReduceScatterMethod
 from .replication import Replication
-from .units import Unit
+from .units import GradientShards
 
 
-def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Return whether collectives on ``device`` can work on a tensor as it is."""
-    return tensor.device == device
-
-
-def stretches(unit: Unit, shards: Sequence[tuple[int, int]], part: int) -> Iterator[range]:
-    """Divide the shards of a unit into stretches of at most ``part`` elements, and of one shard at least."""
-    places, held = range(unit.places.start, unit.places.start), 0
-    for place in unit.places:
-        start, end = shards[place]
-        if places and held + end - start > part:
-            yield places
-            places, held = range(place, place), 0
-        places, held = range(places.start, place + 1), held + end - start
-    if places:
-        yield places
-
-
-class ReplicaReducer(Protocol):
+class ReplicaReducer:
     """A way to do hop 2."""
 
-    keeps_partials: bool
+    keeps_partials = False
     """Whether partial gradients outlast hop 2, so that doing it again computes the mean from nothing."""
 
-    def partial(self, place: int) -> torch.Tensor:
-        """Return a shard in the buffer of partial gradients: 1-D and live."""
-        ...
+    def __init__(self, shards: GradientShards) -> None:
+        self.shards = shards
+        """Partial gradients."""
 
-    def mean(self, place: int) -> torch.Tensor:
-        """Return the mean of a shard, or this replica's slice of it: 1-D and live."""
-        ...
+    def mean(self, places: range) -> torch.Tensor:
+        """Return the means of shards that follow each other, or this replica's slices of them: 1-D and live."""
+        return self.shards.at(places)
 
-    def tasks(self, unit: Unit) -> Iterator[Task[None]]:
+    def tasks(self, unit: range) -> Iterator[Task[None]]:
         """Yield what to run in an executor, one after another, in the same order on all replicas."""
-        ...
+        return (partial(self._start, places) for places in self.shards.parts(unit))
+
+    def _start(self, places: range, memory: Memory) -> Handle[None]:
+        """Start hop 2 on shards that follow each other."""
+        raise NotImplementedError
+
+    def _scratch(self, numel: int, dtype: torch.dtype, memory: Memory) -> torch.Tensor:
+        """Return memory where collectives work."""
+        return memory.scratch(numel, torch.empty(0, dtype=dtype, device=self.shards.device))
 
     # Rounding leaves residuals, which have to follow what becomes of gradients. Exact reducers ignore the rest.
 
@@ -74,68 +64,34 @@ class ReplicaReducer(Protocol):
 
     def overwritten(self, place: int) -> None:
         """Note that a gradient is about to be written over a shard, whatever hop 2 has made of it."""
-        return
 
     def replaced(self, place: int) -> None:
         """Note that a shard and its mean were set to one value, after hop 2."""
-        return
 
     def end_step(self, *, discarded: bool) -> None:
         """Note that an optimizer step has used the means, or has discarded them."""
-        return
 
 
 class AllReduceMean(ReplicaReducer):
-    """Hop 2 as an all-reduce: partial gradients become means.
+    """Hop 2 as an all-reduce: partial gradients become means."""
 
-    Args:
-        buffer: returns the buffer of gradients, 1-D.
-        shards: elements [start, end) of each shard in it.
-        replication: the group of hop 2.
-        device: where collectives of ``replication`` work. A buffer elsewhere is copied there and back, ``part``
-            elements at a time.
-    """
-
-    keeps_partials = False
-
-    def __init__(
-        self,
-        buffer: Callable[[], torch.Tensor],
-        shards: list[tuple[int, int]],
-        replication: Replication,
-        device: torch.device,
-        part: int,
-    ) -> None:
-        self._buffer = buffer
-        self._shards = shards
+    def __init__(self, shards: GradientShards, replication: Replication) -> None:
+        super().__init__(shards)
         self._replication = replication
-        self._like = torch.empty(0, device=device)
-        self._part = max(1, part)
 
-    def partial(self, place: int) -> torch.Tensor:
-        return self._buffer()[slice(*self._shards[place])]
+    def _start(self, places: range, memory: Memory) -> Handle[None]:
+        shards, here = self.shards.at(places), self.shards.is_here
+        on_device = shards
+        if not here:
+            on_device = self._scratch(shards.numel(), shards.dtype, memory).copy_(shards, non_blocking=True)
+        averaging = self._replication.start_average_(on_device)
 
-    mean = partial
-
-    def tasks(self, unit: Unit) -> Iterator[Task[None]]:
-        shard = self._buffer()[unit.start : unit.end]
-        here = is_on(shard, self._like.device)
-        for part in [shard] if here else shard.split(self._part):
-            yield self._task(part, here)
-
-    def _task(self, part: torch.Tensor, here: bool) -> Task[None]:
-        def average(stages: Stages) -> None:
-            on_device = part
+        def put_back() -> None:
+            averaging.wait()
             if not here:
-                on_device = stages.scratch(part.numel(), self._like.to(part.dtype))
-                on_device.copy_(part, non_blocking=True)
-            handle = self._replication.start_average_(on_device)
-            with stages.wait_stage():
-                handle.wait()
-                if not here:
-                    part.copy_(on_device)
+                shards.copy_(on_device)
 
-        return average
+        return Deferred(put_back)
 
 
 class ScatterToSlices(ReplicaReducer):
@@ -144,58 +100,40 @@ class ScatterToSlices(ReplicaReducer):
     Args:
         means: returns the buffer for the slices, 1-D, in the order of the shards.
         method: how a reduce-scatter is done. An all-to-all adds 16-bit values up in fp32.
-        buffer, shards, replication, device, part: as for :class:`AllReduceMean`.
     """
 
     keeps_partials = True
 
     def __init__(
         self,
-        buffer: Callable[[], torch.Tensor],
+        shards: GradientShards,
         means: Callable[[], torch.Tensor],
-        shards: list[tuple[int, int]],
         replication: RankGroup,
-        device: torch.device,
-        part: int,
-        *,
         method: ReduceScatterMethod,
     ) -> None:
-        self._buffer, self._means = buffer, means
-        self._shards = shards
+        super().__init__(shards)
         self._replication = replication
-        self._like = torch.empty(0, device=device)
-        self._part = max(1, part)
+        self._means = means
         self._method: ReduceScatterMethod = method
-        self._cut = ChunkLayout.in_rank_order([end - start for start, end in shards], replication.size)
+        self._cut = ChunkLayout([end - start for start, end in shards.bounds], replication.size)
 
-    def partial(self, place: int) -> torch.Tensor:
-        return self._buffer()[slice(*self._shards[place])]
+    def mean(self, places: range) -> torch.Tensor:
+        return self._means()[self._cut.starts[places.start] : self._cut.starts[places.stop]]
 
-    def mean(self, place: int) -> torch.Tensor:
-        return self._means()[self._cut.starts[place] : self._cut.starts[place + 1]]
+    def _start(self, places: range, memory: Memory) -> Handle[None]:
+        shards = [self.shards.at(range(place, place + 1)) for place in places]
+        target, here = self.mean(places), self.shards.is_here
+        layout = ChunkLayout([shard.numel() for shard in shards], self._replication.size)
+        packed = memory.scratch(layout.size * layout.width, target) if here else None
+        rows = layout.pack(shards, packed).to(self.shards.device, non_blocking=True)
+        output = target if here else self._scratch(target.numel(), target.dtype, memory)
+        reducing = collectives.start_reduce_scatter_mean(
+            rows, output, self._replication, self._method, memory, collectives.HOP2_SCATTER
+        )
 
-    def tasks(self, unit: Unit) -> Iterator[Task[None]]:
-        if is_on(self._buffer(), self._like.device):
-            yield self._task(unit.places)
-        else:
-            yield from map(self._task, stretches(unit, self._shards, self._part))
-
-    def _task(self, places: range) -> Task[None]:
-        def scatter(stages: Stages) -> None:
-            shards = [self.partial(place) for place in places]
-            target = self._means()[self._cut.starts[places.start] : self._cut.starts[places.stop]]
-            if not target.numel():
-                return
-            layout = ChunkLayout.in_rank_order([shard.numel() for shard in shards], self._replication.size)
-            here = is_on(target, self._like.device)
-            memory = stages.scratch(layout.size * layout.width, target) if here else None
-            rows = layout.pack(shards, memory).to(self._like.device, non_blocking=True)
-            output = target if here else stages.scratch(target.numel(), self._like.to(target.dtype))
-            collectives.reduce_scatter_mean(
-                rows, output, self._replication, self._method, stages, collectives.HOP2_SCATTER
-            )
+        def put_back() -> None:
+            reducing.wait()
             if not here:
-                with stages.wait_stage():
-                    target.copy_(output)
+                target.copy_(output)
 
-        return scatter
+        return Deferred(put_back)

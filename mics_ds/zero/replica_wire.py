@@ -27,17 +27,18 @@ encoding. A residual counts once:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..comm import collectives
-from ..comm.async_exec import Stages, Task
+from ..comm.async_exec import Deferred, Handle, Memory
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup
 from ..comm.wire import Wire
-from .replica_reducers import ReplicaReducer, is_on, stretches
-from .units import Unit
+from .replica_reducers import ReplicaReducer
+from .units import GradientShards
 
 UNSENT_DTYPE = torch.bfloat16
 """A residual is at most half a level, so rounding it in turn loses a 512th of that at most."""
@@ -47,24 +48,31 @@ class Residual:
     """Residual that rounding has left of values, in two copies, see [Note: residuals].
 
     Args:
-        numel: elements.
-        like: of its device.
+        starts: where the values of each shard begin, and the end of the last.
+        device: where it is kept.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, like: torch.Tensor) -> None:
-        self.committed = torch.zeros(numel, dtype=dtype, device=like.device)
+    def __init__(self, starts: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._starts = starts
+        self.committed = torch.zeros(starts[-1], dtype=dtype, device=device)
         self.pending = torch.zeros_like(self.committed)
+
+    def span(self, places: range) -> slice:
+        """Return where the values of shards that follow each other lie."""
+        return slice(self._starts[places.start], self._starts[places.stop])
 
     def commit(self) -> None:
         """Let the pending values hold."""
         self.committed, self.pending = self.pending, self.committed
 
-    def restart(self, span: slice) -> None:
-        """Begin again from the committed values."""
+    def restart(self, place: int) -> None:
+        """Begin again from the committed values of a shard."""
+        span = self.span(range(place, place + 1))
         self.pending[span].copy_(self.committed[span])
 
-    def keep_where(self, advanced: torch.Tensor, span: slice) -> None:
-        """Begin again from the committed values unless ``advanced``, which is on the device of the values."""
+    def keep_where(self, advanced: torch.Tensor, place: int) -> None:
+        """Begin again from the committed values of a shard unless ``advanced``, which is on their device."""
+        span = self.span(range(place, place + 1))
         self.pending[span].copy_(torch.where(advanced, self.pending[span], self.committed[span]))
 
 
@@ -72,141 +80,110 @@ class _Encoded(ReplicaReducer):
     """The exchange of encoded rows, which both reducers share.
 
     Args:
-        buffer: returns the buffer of partial gradients, 1-D.
-        shards: elements [start, end) of each shard in it.
         numels: how many elements of each shard travel, from its first one on.
         replication: the group of hop 2.
-        device: where collectives of ``replication`` work. A buffer elsewhere is copied there, ``part`` elements at a
-            time or one shard.
         wire: how values travel.
         loss_scale: returns what gradients are multiplied by.
     """
 
     def __init__(
         self,
-        buffer: Callable[[], torch.Tensor],
-        shards: list[tuple[int, int]],
+        shards: GradientShards,
         numels: Sequence[int],
         replication: RankGroup,
-        device: torch.device,
-        part: int,
         wire: Wire,
         loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self._buffer = buffer
-        self._shards = shards
+        super().__init__(shards)
         self._numels = numels
         self._replication = replication
-        self._device = device
-        self._part = max(1, part)
         self._wire = wire
         self._loss_scale = loss_scale
-        self._cut = ChunkLayout.in_rank_order(numels, replication.size)
+        self._cut = ChunkLayout(numels, replication.size)
         self._rounds = 0
         """How often hop 2 has run in this step."""
-        self.unsent = Residual(shards[-1][1] if wire.feedback and shards else 0, UNSENT_DTYPE, buffer())
+        self._residuals: dict[str, Residual] = {}
+        if wire.feedback:
+            starts = [0, *(end for _, end in shards.bounds)]
+            self._residuals["unsent"] = Residual(starts, UNSENT_DTYPE, shards.buffer().device)
 
-    def partial(self, place: int) -> torch.Tensor:
-        return self._buffer()[slice(*self._shards[place])]
+    def _start(self, places: range, memory: Memory) -> Handle[None]:
+        layout = ChunkLayout(self._numels[places.start : places.stop], self._replication.size)
+        if not layout.width:
+            return Deferred(lambda: None)
+        count, nbytes = layout.size, self._wire.nbytes(layout.width)
+        sent, received = (self._bytes(count, nbytes, memory) for _ in range(2))
+        self._encode(places, layout, sent)
+        exchange = collectives.start_exchange(received, sent, self._replication, collectives.HOP2_EXCHANGE)
 
-    def _slice(self, places: range) -> slice:
-        """Return where the slices of these shards lie, among those of all."""
-        return slice(self._cut.starts[places.start], self._cut.starts[places.stop])
+        def mean() -> torch.Tensor:
+            return self._wire.decode(exchange.wait(), layout.width).mean(dim=0)
 
-    def tasks(self, unit: Unit) -> Iterator[Task[None]]:
-        here = is_on(self._buffer(), self._device)
-        yield from map(self._task, [unit.places] if here else stretches(unit, self._shards, self._part))
+        return self._deliver(places, layout, mean, memory)
 
-    def _task(self, places: range) -> Task[None]:
-        scale, repeated = self._loss_scale(), self._rounds > 0
-        layout = ChunkLayout.in_rank_order(self._numels[places.start : places.stop], self._replication.size)
+    def _bytes(self, rows: int, nbytes: int, memory: Memory) -> torch.Tensor:
+        return self._scratch(rows * nbytes, torch.uint8, memory).view(rows, nbytes)
 
-        def reduce(stages: Stages) -> None:
-            if not layout.width:
-                return
-            count, nbytes = layout.size, self._wire.nbytes(layout.width)
-            like = torch.empty(0, dtype=torch.uint8, device=self._device)
-            sent, received = (stages.scratch(count * nbytes, like).view(count, nbytes) for _ in range(2))
-            self._encode(places, layout, sent, scale, repeated)
-            exchange = collectives.start_exchange(received, sent, self._replication, collectives.HOP2_EXCHANGE)
-            with stages.wait_stage(issues_again=not self.keeps_partials):
-                exchange.wait()
-                mean = self._wire.decode(received, layout.width).mean(dim=0)
-                self._finish(places, layout, mean, scale, repeated, stages)
-
-        return reduce
-
-    def _encode(self, places: range, layout: ChunkLayout, sent: torch.Tensor, scale: float, repeated: bool) -> None:
+    def _encode(self, places: range, layout: ChunkLayout, sent: torch.Tensor) -> None:
         """Encode a row for each replica, and note what that leaves."""
-        first, end = self._shards[places.start][0], self._shards[places.stop - 1][1]
-        partial = self._buffer()[first:end]
-        if not self._wire.feedback:
-            self._wire.encode(layout.pack(self._shares(partial.to(self._device, non_blocking=True), places)), sent)
+        shards, device = self.shards.at(places), self.shards.device
+        if not self._residuals:
+            self._wire.encode(layout.pack(self._shares(shards.to(device, non_blocking=True), places)), sent)
             return
-        values = torch.empty(end - first, dtype=torch.float32, device=self._device)
-        values.copy_(partial, non_blocking=True)
-        self._add_residual(values, first, places, scale, repeated)
+        unsent, scale = self._residuals["unsent"], self._loss_scale()
+        span = unsent.span(places)
+        values = torch.empty(shards.shape, dtype=torch.float32, device=device)
+        values.copy_(shards, non_blocking=True)
+        # Means that replace partial gradients hold the committed residual after a first round.
+        before = unsent.pending if self._rounds and not self.keeps_partials else unsent.committed
+        values.add_(before[span].to(device), alpha=scale)
         shares = self._shares(values, places)
         rows = layout.pack(shares)
         self._wire.encode(rows, sent)
         layout.copy_out(_unscaled(rows.sub_(self._wire.decode(sent, layout.width)), scale), shares)
-        self.unsent.pending[first:end].copy_(values)
+        unsent.pending[span].copy_(values)
 
     def _shares(self, stretch: torch.Tensor, places: range) -> list[torch.Tensor]:
         """Return what travels of each shard, of a part of the buffer with these shards."""
-        first = self._shards[places.start][0]
-        starts = [self._shards[place][0] - first for place in places]
-        return [stretch[start : start + self._numels[place]] for start, place in zip(starts, places)]
+        bounds = self.shards.bounds
+        first = bounds[places.start][0]
+        return [stretch[bounds[place][0] - first :][: self._numels[place]] for place in places]
 
-    def _add_residual(self, values: torch.Tensor, first: int, places: range, scale: float, repeated: bool) -> None:
-        """Add what was not sent before to values, which begin at element ``first`` of the buffer."""
-        from_pending = repeated and not self.keeps_partials
-        unsent = self.unsent.pending if from_pending else self.unsent.committed
-        values.add_(unsent[first : first + values.numel()].to(values.device), alpha=scale)
-
-    def _finish(
-        self, places: range, layout: ChunkLayout, mean: torch.Tensor, scale: float, repeated: bool, stages: Stages
-    ) -> None:
-        """Do what follows the exchange, in the wait stage.
+    def _deliver(
+        self, places: range, layout: ChunkLayout, mean: Callable[[], torch.Tensor], memory: Memory
+    ) -> Handle[None]:
+        """Do what follows the exchange.
 
         Args:
-            mean: (width,) in fp32, of this replica's slices.
+            mean: waits for the exchange and returns (width,) in fp32, of this replica's slices.
         """
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------- what becomes of residuals
 
     def residuals(self) -> dict[str, torch.Tensor]:
-        return {"unsent": self.unsent.committed} if self._wire.feedback else {}
+        return {name: residual.committed for name, residual in self._residuals.items()}
 
     def protect(self, places: Sequence[int]) -> Callable[[torch.Tensor], None]:
-        kept = {place: self._before(place) for place in places}
+        # Without the old mean: partial gradients that are kept are zero, and means are if it was set aside.
+        means = {place: self.mean(range(place, place + 1)) for place in places}
+        kept = {place: torch.zeros_like(mean) if self.keeps_partials else mean.clone() for place, mean in means.items()}
 
         def leave_alone(flags: torch.Tensor) -> None:
             self._rounds += 1
-            used = flags.to(self._buffer().device, torch.bool) if kept else flags
+            used = flags.to(self.shards.buffer().device, torch.bool) if kept else flags
             for place, before in kept.items():
-                mean = self.mean(place)
-                mean.copy_(torch.where(used[place], mean, before))
-                self._keep_where(used[place], place)
+                means[place].copy_(torch.where(used[place], means[place], before))
+                for residual in self._residuals.values():
+                    residual.keep_where(used[place], place)
 
         return leave_alone
 
-    def _before(self, place: int) -> torch.Tensor:
-        """Return a copy of what the mean of a shard without gradients has to be after hop 2, without its old mean."""
-        raise NotImplementedError
-
-    def _keep_where(self, advanced: torch.Tensor, place: int) -> None:
-        if self._wire.feedback:
-            self.unsent.keep_where(advanced, slice(*self._shards[place]))
-
     def end_step(self, *, discarded: bool) -> None:
         if self._rounds and not discarded:
-            self._commit()
+            for residual in self._residuals.values():
+                residual.commit()
         self._rounds = 0
-
-    def _commit(self) -> None:
-        self.unsent.commit()
 
 
 def _unscaled(values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -221,53 +198,39 @@ class EncodedMean(_Encoded):
     is not a number would stay one there for good.
     """
 
-    keeps_partials = False
+    def __init__(self, shards: GradientShards, *args: Any) -> None:
+        super().__init__(shards, *args)
+        if self._residuals:
+            self._residuals["unpublished"] = Residual(self._cut.starts, torch.float32, shards.buffer().device)
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # checked there
-        self.unpublished = Residual(self._cut.width if self._wire.feedback else 0, torch.float32, self._buffer())
+    def _deliver(
+        self, places: range, layout: ChunkLayout, mean: Callable[[], torch.Tensor], memory: Memory
+    ) -> Handle[None]:
+        wire, residual = self._wire, self._residuals.get("unpublished")
+        row = self._bytes(1, wire.nbytes(layout.width), memory)
+        rows = self._bytes(layout.size, row.numel(), memory)
+        # Waits for the exchange in the issue stage: the gather, in the same group, is issued before the next exchange.
+        values = mean()
+        if residual is not None:
+            scale, span = self._loss_scale(), residual.span(places)
+            before = residual.pending if self._rounds else residual.committed
+            values.add_(before[span].to(values.device), alpha=scale)
+        wire.encode(values.unsqueeze(0), row)
+        gathering = collectives.start_all_gather(rows, row.view(-1), self._replication, collectives.HOP2_GATHER)
+        if residual is not None:
+            left = values.sub_(wire.decode(row, layout.width)[0])
+            residual.pending[span].copy_(_unscaled(left, scale))
 
-    mean = _Encoded.partial
+        def spread() -> None:
+            means = wire.decode(gathering.wait(), layout.width).to(self.shards.buffer().device)
+            layout.copy_out(means, self._shares(self.shards.at(places), places))
 
-    def residuals(self) -> dict[str, torch.Tensor]:
-        published = {"unpublished": self.unpublished.committed} if self._wire.feedback else {}
-        return {**super().residuals(), **published}
-
-    def _finish(
-        self, places: range, layout: ChunkLayout, mean: torch.Tensor, scale: float, repeated: bool, stages: Stages
-    ) -> None:
-        span, wire = self._slice(places), self._wire
-        row = stages.scratch(wire.nbytes(layout.width), torch.empty(0, dtype=torch.uint8, device=self._device))
-        rows = stages.scratch(layout.size * row.numel(), row).view(layout.size, -1)
-        if wire.feedback:
-            before = self.unpublished.pending if repeated else self.unpublished.committed
-            mean.add_(before[span].to(mean.device), alpha=scale)
-        wire.encode(mean.unsqueeze(0), row.unsqueeze(0))
-        gathering = collectives.start_all_gather(rows, row, self._replication, collectives.HOP2_GATHER)
-        if wire.feedback:
-            left = mean.sub_(wire.decode(row.unsqueeze(0), layout.width)[0])
-            self.unpublished.pending[span].copy_(_unscaled(left, scale))
-        gathering.wait()
-        means = wire.decode(rows, layout.width).to(self._buffer().device)
-        first, end = self._shards[places.start][0], self._shards[places.stop - 1][1]
-        layout.copy_out(means, self._shares(self._buffer()[first:end], places))
-
-    def _before(self, place: int) -> torch.Tensor:
-        return self.mean(place).clone()  # zero if the old mean was set aside
-
-    def _keep_where(self, advanced: torch.Tensor, place: int) -> None:
-        super()._keep_where(advanced, place)
-        if self._wire.feedback:
-            self.unpublished.keep_where(advanced, self._slice(range(place, place + 1)))
+        return Deferred(spread)
 
     def overwritten(self, place: int) -> None:
-        if self._rounds and self._wire.feedback:
-            self.unsent.restart(slice(*self._shards[place]))
-            self.unpublished.restart(self._slice(range(place, place + 1)))
-
-    def _commit(self) -> None:
-        super()._commit()
-        self.unpublished.commit()
+        if self._rounds:
+            for residual in self._residuals.values():
+                residual.restart(place)
 
 
 class EncodedSlices(_Encoded):
@@ -275,42 +238,29 @@ class EncodedSlices(_Encoded):
 
     Args:
         means: returns the buffer for the slices, 1-D, in the order of the shards.
-        args, kwargs: as for :class:`_Encoded`.
+        args: as for :class:`_Encoded`.
     """
 
     keeps_partials = True
 
-    def __init__(self, means: Callable[[], torch.Tensor], *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # checked there
+    def __init__(self, shards: GradientShards, means: Callable[[], torch.Tensor], *args: Any) -> None:
+        super().__init__(shards, *args)
         self._means = means
-        self._replaced: dict[int, torch.Tensor] = {}
-        """Residuals of shards that were set to a value, which holds the committed ones by then."""
 
-    def mean(self, place: int) -> torch.Tensor:
-        return self._means()[self._slice(range(place, place + 1))]
+    def mean(self, places: range) -> torch.Tensor:
+        return self._means()[self._cut.starts[places.start] : self._cut.starts[places.stop]]
 
-    def _finish(
-        self, places: range, layout: ChunkLayout, mean: torch.Tensor, scale: float, repeated: bool, stages: Stages
-    ) -> None:
-        self._means()[self._slice(places)].copy_(mean)
+    def _deliver(
+        self, places: range, layout: ChunkLayout, mean: Callable[[], torch.Tensor], memory: Memory
+    ) -> Handle[None]:
+        def keep() -> None:
+            self.mean(places).copy_(mean())
 
-    def _before(self, place: int) -> torch.Tensor:
-        return torch.zeros_like(self.mean(place))
-
-    def _add_residual(self, values: torch.Tensor, first: int, places: range, scale: float, repeated: bool) -> None:
-        super()._add_residual(values, first, places, scale, repeated)
-        for place, unsent in self._replaced.items():
-            if place in places:
-                start, end = (element - first for element in self._shards[place])
-                values[start:end].copy_(self.partial(place)).add_(unsent.to(values.device), alpha=scale)
-
-    def overwritten(self, place: int) -> None:
-        self._replaced.pop(place, None)
+        return Deferred(keep)
 
     def replaced(self, place: int) -> None:
-        if self._rounds and self._wire.feedback:
-            self._replaced[place] = self.unsent.pending[slice(*self._shards[place])].clone()
-
-    def end_step(self, *, discarded: bool) -> None:
-        super().end_step(discarded=discarded)
-        self._replaced.clear()
+        # The value holds the committed residual, which is added when hop 2 runs again.
+        if self._rounds and self._residuals:
+            unsent, places = self._residuals["unsent"], range(place, place + 1)
+            owed = unsent.pending[unsent.span(places)].float() - unsent.committed[unsent.span(places)].float()
+            self.shards.at(places).add_(owed, alpha=self._loss_scale())

@@ -49,11 +49,11 @@ class Held:
     @cached_property
     def _cut(self) -> ChunkLayout:
         real = [end - start for start, end in map(self.real, self.widths)]
-        return ChunkLayout.in_rank_order(real, self.place.replicas)
+        return ChunkLayout(real, self.place.replicas)
 
     @cached_property
     def _starts(self) -> dict[str, int]:
-        starts = ChunkLayout.in_rank_order(list(self.widths.values()), 1).flat_starts
+        starts = ChunkLayout(list(self.widths.values()), 1).flat_starts
         return dict(zip(self.widths, starts))
 
     def parts(self, name: str) -> Iterator[tuple[str, int, torch.Tensor]]:

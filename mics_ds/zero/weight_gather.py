@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from ..comm import collectives
-from ..comm.async_exec import Executor, Handle, Stages, Task
+from ..comm.async_exec import Deferred, Executor, Handle, Memory
 from ..comm.packing import ChunkLayout
 from ..comm.rank_group import RankGroup
+from ..comm.sizes import runs
 
 
 class WeightGather:
@@ -38,42 +40,26 @@ class WeightGather:
             indices: of the shards to fill, ascending.
 
         Returns:
-            For each shard what to wait for, on every stream that reads it; any number of times.
+            For each shard what to wait for, on every stream that reads it; any number of times. None for a shard
+            without elements.
         """
         handles: dict[int, Handle[None]] = {}
-        for bucket in self._buckets(cut, row, indices):
-            handles.update(dict.fromkeys(bucket, self._executor.submit(self._gather(row, cut, flat, bucket))))
+        filled = [index for index in indices if cut.widths[index]]
+        for bucket in runs(filled, cut.widths, self._bucket_bytes // (row.element_size() * cut.size)):
+            handle = self._executor.submit(partial(self._start_bucket, row, cut, flat, bucket))
+            handles.update(dict.fromkeys(bucket, handle))
         return handles
 
-    def finish(self) -> None:
-        """Let the caller's stream or thread wait for everything. Raises what failed."""
-        self._executor.drain()
+    def _start_bucket(
+        self, row: torch.Tensor, cut: ChunkLayout, flat: torch.Tensor, indices: list[int], memory: Memory
+    ) -> Handle[None]:
+        own = cut.columns(row, indices)
+        rows = memory.scratch(cut.size * own.numel(), row).view(cut.size, -1)
+        gathering = collectives.start_all_gather(rows, own, self._replication, collectives.UPDATES)
+        memory.record_stream(own, row)
 
-    def _buckets(self, cut: ChunkLayout, row: torch.Tensor, indices: Sequence[int]) -> Iterator[list[int]]:
-        limit = self._bucket_bytes // (row.element_size() * cut.size)
-        bucket: list[int] = []
-        width = 0
-        for index in indices:
-            if bucket and width + cut.widths[index] > limit:
-                yield bucket
-                bucket, width = [], 0
-            bucket.append(index)
-            width += cut.widths[index]
-        if bucket:
-            yield bucket
+        def fill() -> None:
+            shards = [flat[cut.flat_starts[index] : cut.flat_starts[index + 1]] for index in indices]
+            cut.copy_out(gathering.wait().to(flat.device), shards, indices)
 
-    def _gather(self, row: torch.Tensor, cut: ChunkLayout, flat: torch.Tensor, indices: list[int]) -> Task[None]:
-        def gather(stages: Stages) -> None:
-            own = cut.columns(row, indices)
-            if not own.numel():
-                return
-            rows = stages.scratch(cut.size * own.numel(), row).view(cut.size, -1)
-            handle = collectives.start_all_gather(rows, own, self._replication, collectives.UPDATES)
-            with stages.wait_stage():
-                handle.wait()
-                gathered = rows.to(flat.device)
-                shards = [flat[cut.flat_starts[index] : cut.flat_starts[index + 1]] for index in indices]
-                cut.copy_out(gathered, shards, indices)
-                stages.record_stream(own, row)
-
-        return gather
+        return Deferred(fill)

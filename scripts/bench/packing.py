@@ -58,11 +58,6 @@ def cost(work: Work) -> str:
     return f"{counted.count / TENSORS:.1f} / {best / TENSORS * 1e6:.1f}"
 
 
-def staged_order(p: int) -> tuple[int, ...]:
-    """Return the order of slots for nodes of two ranks each."""
-    return tuple(rank for place in range(2) for rank in range(place, p, 2))
-
-
 def stock_scatter(gradients: list[torch.Tensor], p: int) -> Work:
     def run() -> None:
         coalesced_collectives._torch_reduce_scatter_fn = lambda *args, **kwargs: None
@@ -88,13 +83,13 @@ def stock_gather(p: int, numel: int) -> Work:
     return run
 
 
-def our_scatter(gradients: list[torch.Tensor], order: tuple[int, ...]) -> Work:
-    layout = ChunkLayout(tuple(gradient.numel() for gradient in gradients), order)
+def our_scatter(gradients: list[torch.Tensor], p: int, nodes: int = 1) -> Work:
+    layout = ChunkLayout([gradient.numel() for gradient in gradients], p, nodes)
     return lambda: layout.pack(gradients)
 
 
-def our_gather(numel: int, order: tuple[int, ...]) -> Work:
-    layout = ChunkLayout((numel,) * TENSORS, order)
+def our_gather(numel: int, p: int, nodes: int) -> Work:
+    layout = ChunkLayout((numel,) * TENSORS, p, nodes)
     gathered = torch.zeros(layout.size, layout.width)
 
     def run() -> None:
@@ -114,10 +109,10 @@ def main() -> None:
         gradients = [torch.zeros(numel) for _ in range(TENSORS)]
         works: dict[str, list[Work]] = {
             "gradient, stock": [stock_scatter(gradients, p) for p in SIZES],
-            "gradient, MiCS": [our_scatter(gradients, tuple(range(p))) for p in SIZES],
-            "gradient, MiCS in two stages": [our_scatter(gradients, staged_order(p)) for p in SIZES],
+            "gradient, MiCS": [our_scatter(gradients, p) for p in SIZES],
+            "gradient, MiCS in two stages": [our_scatter(gradients, p, p // 2) for p in SIZES],
             "parameter, stock": [stock_gather(p, numel) for p in SIZES],
-            "parameter, MiCS in two stages": [our_gather(numel, staged_order(p)) for p in SIZES],
+            "parameter, MiCS in two stages": [our_gather(numel, p, p // 2) for p in SIZES],
         }
         rows += [(f"{name}, {kind}", *map(cost, each)) for name, each in works.items()]
     print(table(rows))

@@ -319,7 +319,7 @@ def instrument(engine: Any, order: Any) -> None:
 
         setattr(owner, name, call)
 
-    noting(collectives, "reduce_scatter_mean", "hop 1")
+    noting(collectives, "start_hop1", "hop 1")
     noting(engine.optimizer.replication, "start_average_", "hop 2")
     noting(engine.optimizer, "_optimizer_step", "step")
     noting(engine.mics_replicas, "take", "heal")

@@ -15,14 +15,15 @@ from fake_streams import FakeStreams
 from thread_ranks import on_threads
 
 from mics_ds.comm import collectives
-from mics_ds.comm.async_exec import INLINE, Executor, StreamExecutor
+from mics_ds.comm.async_exec import INLINE, Deferred, Executor, StreamExecutor
 from mics_ds.comm.packing import ChunkLayout
 from mics_ds.comm.rank_group import RankGroup
 from mics_ds.comm.wire import Cast, Wire
 from mics_ds.zero.grad_sync import GradSync
 from mics_ds.zero.replica_reducers import AllReduceMean, ReplicaReducer, ScatterToSlices
 from mics_ds.zero.replica_wire import EncodedMean, EncodedSlices
-from mics_ds.zero.replication import FixedReplication
+from mics_ds.zero.replication import Replication
+from mics_ds.zero.units import GradientShards
 
 CPU = torch.device("cpu")
 LOSSLESS = Cast(torch.float32)
@@ -46,13 +47,12 @@ class Deferring:
     def __init__(self, most_late: int, seed: int = 0) -> None:
         self._most_late = most_late
         self._random = random.Random(seed)
-        self._later: list[_Deferred] = []
+        self._later: list[_Later] = []
 
-    def submit(self, task, *, pack=None, beside=True) -> _Deferred:
-        assert pack is None
-        handle = _Deferred(self, task)
+    def submit(self, task) -> _Later:
+        handle = _Later(self, task)
         self._later.append(handle)
-        self.run(len(self._later) - (self._random.randint(0, self._most_late) if beside else 0))
+        self.run(len(self._later) - self._random.randint(0, self._most_late))
         return handle
 
     def drain(self) -> None:
@@ -62,7 +62,7 @@ class Deferring:
         for _ in range(count):
             self._later.pop(0).run()
 
-    def run_until(self, handle: _Deferred) -> None:
+    def run_until(self, handle: _Later) -> None:
         if handle in self._later:
             self.run(self._later.index(handle) + 1)
 
@@ -70,13 +70,13 @@ class Deferring:
         pass
 
 
-class _Deferred:
+class _Later:
     def __init__(self, executor: Deferring, task: Callable[[Any], None]) -> None:
         self._executor = executor
         self._task = task
 
     def run(self) -> None:
-        self._task(INLINE)
+        self._task(INLINE).wait()
 
     def wait(self) -> None:
         self._executor.run_until(self)
@@ -84,7 +84,7 @@ class _Deferred:
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "inline": lambda: Deferring(0),
-    "streams": lambda: StreamExecutor("streams", FakeStreams(), ahead=2, own_issue_stream=True),
+    "streams": lambda: StreamExecutor(FakeStreams(), ahead=2, own_issue=True),
     # each rank defers in its own way
     **{f"deferring {seed}": lambda seed=seed: Deferring(3, 100 * seed + dist.get_rank()) for seed in range(2)},
 }
@@ -129,25 +129,24 @@ class Replica:
         self.loss_scale = 1.0
         self.group = RankGroup.of(dist.group.WORLD)
         self.hop1, hop2 = EXECUTORS[self.executor](), EXECUTORS[self.executor]()
-        shards = list(SHARDS.values())
-        self.cut = ChunkLayout.in_rank_order([end - start for start, end in shards], self.n)
+        shards = GradientShards(lambda: self.buffer, list(SHARDS.values()), CPU, part=4)
+        self.cut = ChunkLayout([end - start for start, end in shards.bounds], self.n)
         self.slices = torch.zeros(self.cut.width)
         self.reducer = self.make_reducer(shards)
-        replication = FixedReplication(self.group)
-        self.sync = GradSync(SHARDS, replication, self.hop1, hop2, self.reducer, CPU, unit_numel=UNIT, early=self.early)
+        replication = Replication(self.group)
+        self.sync = GradSync(SHARDS, replication, self.hop1, hop2, self.reducer, unit_numel=UNIT, early=self.early)
         self.draws = random.Random(self.rank)
 
-    def make_reducer(self, shards: list[tuple[int, int]]) -> ReplicaReducer:
-        common = shards, self.group, CPU, 4
-        numels = [end - start for start, end in shards]
-        encoded = shards, numels, self.group, CPU, 4, self.wire, lambda: self.loss_scale
+    def make_reducer(self, shards: GradientShards) -> ReplicaReducer:
+        numels = [end - start for start, end in shards.bounds]
+        encoded = numels, self.group, self.wire, lambda: self.loss_scale
         if self.kind == "all-reduce":
-            return AllReduceMean(lambda: self.buffer, shards, FixedReplication(self.group), CPU, 4)
+            return AllReduceMean(shards, Replication(self.group))
         if self.kind == "slices":
-            return ScatterToSlices(lambda: self.buffer, lambda: self.slices, *common, method="all_to_all")
+            return ScatterToSlices(shards, lambda: self.slices, self.group, "all_to_all")
         if self.kind == "encoded":
-            return EncodedMean(lambda: self.buffer, *encoded)
-        return EncodedSlices(lambda: self.slices, lambda: self.buffer, *encoded)
+            return EncodedMean(shards, *encoded)
+        return EncodedSlices(shards, lambda: self.slices, *encoded)
 
     def backward(self, buckets: Buckets, last: bool) -> bool:
         for ids in buckets:
@@ -161,14 +160,13 @@ class Replica:
         gradients = {key: self._gradient(key, overwriting) for key in ids}
 
         def hop1(before_storing: Callable[[], None]) -> Any:
-            def store(stages: Any) -> None:
-                with stages.wait_stage():
-                    before_storing()
-                    for key, gradient in gradients.items():
-                        shard = self.buffer[slice(*SHARDS[key])]
-                        shard.copy_(gradient if overwriting else shard + gradient)
+            def store() -> None:
+                before_storing()
+                for key, gradient in gradients.items():
+                    shard = self.buffer[slice(*SHARDS[key])]
+                    shard.copy_(gradient if overwriting else shard + gradient)
 
-            return self.hop1.submit(store)
+            return self.hop1.submit(lambda memory: Deferred(store))
 
         self.sync.reduce(ids, hop1, overwriting=overwriting, last=last)
 

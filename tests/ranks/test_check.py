@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mics_ds.check import checks, parity, resuming, traffic
 from mics_ds.check.runs import Place, Setup
 from mics_ds.comm import collectives
-from mics_ds.comm.async_exec import INLINE, ThreadExecutor
+from mics_ds.comm.async_exec import INLINE, Deferred, ThreadExecutor
 from mics_ds.zero.grad_sync import GradSync
 
 
@@ -56,7 +56,7 @@ def test_replicas_that_drift_apart_are_seen():
         def nudged(self):
             completed = average(self)
             if dist.get_rank() == 3 and completed:
-                for key in self._units.place:
+                for key in self._place:
                     self.mean(key).add_(1e-3)
             return completed
 
@@ -95,12 +95,11 @@ def _hold_last_bucket_back(patch):
     """Hop 1 of each bucket runs when the next one comes, and that of the last one of a step after the step."""
     submit, held = ThreadExecutor.submit, []
 
-    def late_submit(self, task, *, pack=None, beside=True):
-        if self.name != "reduction" or not beside:
-            return submit(self, task, pack=pack, beside=beside)
-        pack(INLINE)
-        held.append(task)
-        return submit(self, held.pop(0) if len(held) > 1 else lambda stages: None)
+    def late_submit(self, task):
+        if self.name != "reduction":
+            return submit(self, task)
+        held.append(task(INLINE))
+        return submit(self, lambda memory: held.pop(0) if len(held) > 1 else Deferred(lambda: None))
 
     patch.setattr(ThreadExecutor, "submit", late_submit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -39,9 +40,9 @@ def reduced(rows: torch.Tensor, groups: MicsGroups, method: str) -> torch.Tensor
     """Hop 1, by the groups that there are for it. Overwrites ``rows``."""
     output = torch.empty(rows.shape[1], dtype=rows.dtype)
     if groups.scatter_hierarchy is None:
-        collectives.reduce_scatter_mean(rows, output, groups.scatter, method)
+        collectives.start_reduce_scatter_mean(rows, output, groups.scatter, method).wait()
     else:
-        collectives.reduce_scatter_mean_hierarchical(rows, output, groups.scatter_hierarchy, method)
+        collectives.start_reduce_scatter_mean_hierarchical(rows, output, groups.scatter_hierarchy, method).wait()
     return output
 
 
@@ -68,11 +69,15 @@ def test_equal_requests_share_process_groups():
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("nodes", ["0011", "0101"])
-def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit(nodes):
+def test_ranks_on_nodes_by_turns_have_no_stages():
+    made = placed("0101")
+    assert made.hierarchy is made.scatter_hierarchy is None
+
+
+@pytest.mark.ranks(4)
+def test_hierarchical_gathers_equal_the_flat_one_bit_for_bit():
     """Of one tensor by way of slots, of one straight to its place, and of two tensors together."""
-    made = placed(nodes)
-    assert made.hierarchy.domains_follow_each_other == (nodes == "0011")
+    made = placed("0011")
     for dtype, numel in itertools.product(DTYPES.values(), (1, 5, 1000)):
         gathers_equal_the_flat_one(made, dtype, numel)
 
@@ -81,18 +86,30 @@ def gathers_equal_the_flat_one(made: MicsGroups, dtype: torch.dtype, numel: int)
     shard = torch.randn(numel, generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
     flat = torch.empty(4 * numel, dtype=dtype)
     dist.all_gather_into_tensor(flat, shard)
-    buffer = collectives.all_gather_hierarchical(shard, made.hierarchy)
-    order, full = made.hierarchy.chunk_of_slot, torch.empty(4 * numel, dtype=dtype)
-    ChunkLayout((4 * numel,), order).copy_out(buffer, [full])
+    buffer = collectives.start_all_gather_hierarchical(shard, made.hierarchy).wait()
+    full = torch.empty(4 * numel, dtype=dtype)
+    ChunkLayout((4 * numel,), 4, domains=2).copy_out(buffer, [full])
     assert torch.equal(full, flat)
     widths = (numel // 3, numel - numel // 3)
     parts = [torch.empty(4 * width, dtype=dtype) for width in widths]
-    ChunkLayout(tuple(part.numel() for part in parts), order).copy_out(buffer, parts)
+    ChunkLayout([part.numel() for part in parts], 4, domains=2).copy_out(buffer, parts)
     for part, columns in zip(parts, flat.view(4, numel).split(widths, dim=1)):
         assert torch.equal(part, columns.flatten())
-    if made.hierarchy.domains_follow_each_other:
-        whole = collectives.all_gather_whole_hierarchical(shard, made.hierarchy)
-        assert torch.equal(whole.view(-1), flat)
+    whole = collectives.start_all_gather_whole_hierarchical(shard, made.hierarchy).wait()
+    assert torch.equal(whole.view(-1), flat)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("way", ["start_all_gather_hierarchical", "start_all_gather_whole_hierarchical"])
+def test_gathers_in_an_executor_work_in_inference_mode(way):
+    """As in an evaluation: what one thread has allocated in that mode, another could not fill."""
+    made = placed("0011")
+    with torch.inference_mode():
+        shard = torch.full((3,), float(dist.get_rank()))
+        start = functools.partial(getattr(collectives, way), shard, made.hierarchy)
+        rows = made.gather_executor.submit(start).wait()
+    assert sorted(rows[:, 0].tolist()) == [0.0, 1.0, 2.0, 3.0]
+    made.gather_executor.close()
 
 
 @pytest.mark.ranks(4)
@@ -100,7 +117,7 @@ def test_hierarchical_gather_sends_less_between_nodes():
     made = groups(4, ranks_per_node=2)
     shard = torch.zeros(1000)
     with CommMeter() as meter:
-        collectives.all_gather_hierarchical(shard, made.hierarchy)
+        collectives.start_all_gather_hierarchical(shard, made.hierarchy).wait()
     full = 4 * shard.numel() * shard.element_size()
     # each rank: (N-1)/N of half the buffer between nodes; k ranks share a link, so (p-k)/p of it per node
     assert meter.bytes_sent("all_gather", made.hierarchy.inter.ranks) == full / 4
@@ -163,13 +180,10 @@ def test_reduce_scatter_gives_each_rank_the_mean_of_its_chunks(p, ranks_per_node
 
 
 def chunks_are_means(made: MicsGroups, dtype: torch.dtype, method: str) -> None:
-    p, rank, hierarchy = made.partition.size, dist.get_rank(), made.scatter_hierarchy
-    gradients = integer_gradients(rank, dtype)
-    order = tuple(range(p)) if hierarchy is None else hierarchy.chunk_of_slot
-    layout = ChunkLayout(tuple(item.numel() for item in gradients), order)
-    shard = reduced(layout.pack(gradients), made, method)
+    p, gradients = made.partition.size, integer_gradients(dist.get_rank(), dtype)
+    chunks = collectives.start_hop1(gradients, made.scatter, made.scatter_hierarchy, method).wait()
     everybodys = [integer_gradients(member, dtype) for member in made.partition.ranks]
-    for index, chunk in enumerate(layout.unpack(shard, made.partition.rank)):
+    for index, chunk in enumerate(chunks):
         mean = torch.stack([theirs[index].float() for theirs in everybodys]).mean(0).flatten()
         width = -(-mean.numel() // p)
         expected = mean[made.partition.rank * width : (made.partition.rank + 1) * width]

@@ -76,7 +76,7 @@ def losses_with(backend: str | None, folder: str) -> tuple[list[float], bool, st
     engine = build(ds_config(2))
     losses = train(engine, 3)
     groups = engine.optimizer.mics_groups
-    return losses, groups.scatter.group is groups.partition.group, groups.reduce_scatter
+    return losses, groups.scatter.group is groups.partition.group, groups.ways.reduce_scatter
 
 
 @pytest.mark.parametrize("backend", [slow(None), slow("cpu:gloo"), "cpu:gloo,cuda:fake"])

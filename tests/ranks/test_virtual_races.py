@@ -185,6 +185,11 @@ def event(function: str) -> Callable[[], Any]:
     return lambda: without(Stream, "wait_event", function)
 
 
+def stream(function: str) -> Callable[[], Any]:
+    """No stream is waited for by this function."""
+    return lambda: without(Stream, "wait_stream", function)
+
+
 def record(function: str) -> Callable[[], Any]:
     """This function records no tensor on a stream."""
     return lambda: without(torch.Tensor, "record_stream", function)
@@ -210,23 +215,23 @@ def neighbours() -> set[int]:
 MUTANTS: dict[str, tuple[str, Callable[[], Any], str]] = {
     # name: (system, mutation, what the report must name)
     "gather, flat": ("p=2", wait("fulls"), "all_gather"),
-    "gather, between nodes": ("p=4 hierarchical", wait("all_gather_hierarchical", replicas), "all_gather"),
-    "gather, inside a node": ("p=4 hierarchical", wait("all_gather_hierarchical", neighbours), "all_gather"),
-    "gather, its memory": ("p=4 hierarchical", record("all_gather_hierarchical"), "memory reused"),
-    "gather of one, between nodes": ("p=4 hierarchical", wait("all_gather_whole_hierarchical", replicas), "all_gather"),
-    "gather of one, inside": ("p=4 hierarchical", wait("all_gather_whole_hierarchical", neighbours), "all_gather"),
-    "gather of one, its memory": ("p=4 hierarchical", record("all_gather_whole_hierarchical"), "memory reused"),
-    "gather, the reader": ("p=4 hierarchical", event("wait"), "all_gather"),
+    "gather, between nodes": ("p=4 hierarchical", wait("spread", replicas), "all_gather"),
+    "gather, inside a node": ("p=4 hierarchical", wait("spread", neighbours), "all_gather"),
+    "gather, its memory": ("p=4 hierarchical", record("start_all_gather_hierarchical"), "memory reused"),
+    "gather of one, between nodes": ("p=4 hierarchical", wait("spread_whole", replicas), "all_gather"),
+    "gather of one, inside": ("p=4 hierarchical", wait("spread_whole", neighbours), "all_gather"),
+    "gather of one, its memory": ("p=4 hierarchical", record("start_all_gather_whole_hierarchical"), "memory reused"),
+    "gather, the reader": ("p=4 hierarchical", event("follow"), "all_gather"),
     "hop 1, flat": ("p=2", wait("complete"), "reduce_scatter"),
     "hop 1, inside a node": ("p=4 hierarchical", wait("complete", neighbours), "reduce_scatter"),
     "hop 1, between nodes": ("p=4 hierarchical", wait("complete", replicas), "reduce_scatter"),
-    "hop 1 of whole shards, before hop 2": ("p=1", method(async_exec.StreamExecutor, "_wait_for_caller"), "write"),
+    "hop 1 of whole shards, before hop 2": ("p=1", stream("submit"), "write"),
     "hop 1, its buffers' last users": ("p=2", event("_run"), "write"),
     "hop 1, its end": ("p=4 flat", method(async_exec.StreamExecutor, "drain"), "write"),
     "hop 1, before hop 2": ("p=2", event("run"), "start_average_"),
-    "hop 2": ("p=2", wait("average"), "all_reduce"),
+    "hop 2": ("p=2", wait("put_back"), "all_reduce"),
     "hop 2, its end": ("p=2", method(async_exec.StreamExecutor, "drain"), "all_reduce"),
-    "hop 2, flags": ("p=2", method(async_exec.StreamExecutor, "_wait_for_caller"), "fill_"),
+    "hop 2, flags": ("p=2", stream("submit"), "fill_"),
     "hop 2, sliced": ("p=1 world", wait("complete", everybody), "reduce_scatter"),
     "hop 2, sliced, its buffers' last users": ("p=2 world", event("_run"), "write"),
     "DeepSpeed's stream": ("p=2", method(MicsOptimizer, "_order_reduction_stream"), "write"),
@@ -236,11 +241,11 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any], str]] = {
         method(MicsPartitioner, "_ensure_availability_of_partitioned_params"),
         "write",
     ),
-    "updated weights, their collective": ("p=2 world", wait("gather", replicas), "all_gather"),
-    "updated weights, their memory": ("p=2 world", record("gather"), "memory reused"),
+    "updated weights, their collective": ("p=2 world", wait("fill", replicas), "all_gather"),
+    "updated weights, their memory": ("p=2 world", record("_start_bucket"), "memory reused"),
     "updated weights, what they are made from": (
         "p=2 world",
-        method(async_exec.StreamExecutor, "_wait_for_caller"),
+        stream("submit"),
         "write",
     ),
 }

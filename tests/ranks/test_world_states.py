@@ -34,7 +34,7 @@ from mics_ds.comm.collectives import HOP2, HOP2_SCATTER, UPDATES
 from mics_ds.comm.sizes import MIB, ON_ACCELERATORS
 from mics_ds.deepspeed_compat import world_states
 from mics_ds.errors import MicsConfigError
-from mics_ds.zero import replica_reducers
+from mics_ds.zero.units import GradientShards
 
 TOLERANCE = 1e-6
 
@@ -324,5 +324,5 @@ def test_an_all_to_all_sends_a_megabyte_to_each_replica_at_least():
 def test_offloaded_gradients_by_way_of_the_device(p, micro_steps):
     """As on a GPU, where hop 2 cannot work in host memory."""
     zero = {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 120}
-    with mock.patch.object(replica_reducers, "is_on", return_value=False):
+    with mock.patch.object(GradientShards, "is_here", False):
         as_zero3(p, zero=zero, optimizer=adamw, micro_steps=micro_steps, clip=0.5)

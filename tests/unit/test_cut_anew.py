@@ -19,7 +19,7 @@ def empty(place: Place, published: bool) -> Held:
     held = Held(place, widths, NUMELS, tensors)
     if published:
         real = [end - start for start, end in map(held.real, widths)]
-        tensors[UNPUBLISHED] = torch.zeros(ChunkLayout.in_rank_order(real, place.replicas).width)
+        tensors[UNPUBLISHED] = torch.zeros(ChunkLayout(real, place.replicas).width)
     return held
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from cases import every, pairs
 from fake_streams import FakeStreams
@@ -35,9 +36,9 @@ from replicas_on_threads import (
 
 from mics_ds.comm.async_exec import StreamExecutor
 from mics_ds.errors import MicsUsageError
-from mics_ds.zero import replica_reducers
 from mics_ds.zero.grad_sync import GradSync
-from mics_ds.zero.units import UnitPlan
+from mics_ds.zero.replica_reducers import ReplicaReducer
+from mics_ds.zero.units import GradientShards, UnitPlan
 
 
 @pytest.fixture
@@ -49,55 +50,49 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
 # Units
 
 
-def plan(numel: int, used: Sequence[int] | None = SHARDS) -> UnitPlan:
-    made = UnitPlan(SHARDS, numel)
-    made.learn(used)
-    return made
+BOUNDS = [*SHARDS.values()]
 
 
-def keys_of(made: UnitPlan) -> tuple[list[list[int]], list[list[int]]]:
-    return tuple([sorted(made.keys(unit)) for unit in units] for units in (made.early, made.late))
+def places_of(made: UnitPlan) -> tuple[list[list[int]], list[list[int]]]:
+    return tuple([list(unit) for unit in units] for units in (made.early, made.late))
 
 
 @pytest.mark.parametrize(
     ("numel", "expected"),
     [
-        (1, [[10], [11], [12], [13]]),
-        (4, [[10, 11], [12], [13]]),
-        (5, [[10, 11, 12], [13]]),
-        (9, [[10, 11, 12], [13]]),
-        (10, [[10, 11, 12, 13]]),
-        (0, [[10], [11], [12], [13]]),
+        (1, [[0], [1], [2], [3]]),
+        (4, [[0, 1], [2], [3]]),
+        (5, [[0, 1, 2], [3]]),
+        (9, [[0, 1, 2], [3]]),
+        (10, [[0, 1, 2, 3]]),
+        (0, [[0], [1], [2], [3]]),
     ],
 )
 def test_units_are_neighbours_in_the_buffer_of_so_many_elements_at_least(numel, expected):
-    made = plan(numel)
-    assert keys_of(made) == (expected, [])
-    for unit, keys in zip(made.early, expected, strict=True):
-        assert (unit.start, unit.end) == (SHARDS[keys[0]][0], SHARDS[keys[-1]][1])
+    made = UnitPlan(BOUNDS, numel)
+    made.learn(range(4))
+    assert places_of(made) == (expected, [])
 
 
 def test_there_are_no_more_units_than_bytes_say_and_one():
     draws = random.Random(0)
     for _ in range(50):
         bounds = list(itertools.accumulate([0, *(draws.choice([1, 3, 40, 64, 1000]) for _ in range(60))]))
-        shards = dict(enumerate(itertools.pairwise(bounds)))
-        made = UnitPlan(shards, 500)
-        made.learn(shards)
+        made = UnitPlan(list(itertools.pairwise(bounds)), 500)
+        made.learn(range(60))
         assert len(made.early) <= bounds[-1] // 500 + 1
-        assert [unit.end for unit in made.early[:-1]] == [unit.start for unit in made.early[1:]]
+        assert [place for unit in made.early for place in unit] == list(range(60))
 
 
 def test_what_no_replica_has_used_is_late_and_cuts_units():
-    made = UnitPlan(SHARDS, 9)
-    assert keys_of(made) == ([], [[10, 11, 12], [13]]), "nothing is known yet"
-    made.learn([10, 12])
-    assert keys_of(made) == ([[10], [12]], [[11], [13]])
-    made.learn([10])
-    assert keys_of(made) == ([[10], [12]], [[11], [13]]), "what was used once counts from then on"
-    made.learn([11, 12])
-    assert keys_of(made) == ([[10, 11, 12]], [[13]])
-    assert [made.index_of(key) for key in SHARDS] == [0, 0, 0, 1]
+    made = UnitPlan(BOUNDS, 9)
+    assert places_of(made) == ([], [[0, 1, 2], [3]]), "nothing is known yet"
+    made.learn([0, 2])
+    assert places_of(made) == ([[0], [2]], [[1], [3]])
+    made.learn([0])
+    assert places_of(made) == ([[0], [2]], [[1], [3]]), "what was used once counts from then on"
+    made.learn([1, 2])
+    assert places_of(made) == ([[0, 1, 2]], [[3]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,21 +406,21 @@ def test_any_number_of_passes_with_any_subset(kind, executor, replicas):
 
 def test_by_way_of_another_device_in_parts_of_the_size_asked_for(counting, monkeypatch):
     """Gradients of an offloaded optimizer."""
-    monkeypatch.setattr(replica_reducers, "is_on", lambda *_: False)
+    monkeypatch.setattr(GradientShards, "is_here", False)
 
     def body() -> None:
         replica = Replica(early=False)
         mine = random.Random(replica.rank)
         for _ in range(4):
             replica.step([bucket for bucket in BUCKETS if mine.random() < 0.6], BUCKETS[:1])
-            assert replica.rank or sorted(size for _, size in counting.take()) == [1, 2, 4, 4]
+            assert replica.rank or sorted(size for _, size in counting.take()) == [2, 4, 5], "a shard at least"
             dist.barrier()
 
     on_replicas(REPLICAS, body)
 
 
 def test_slices_by_way_of_another_device(monkeypatch):
-    monkeypatch.setattr(replica_reducers, "is_on", lambda *_: False)
+    monkeypatch.setattr(GradientShards, "is_here", False)
 
     def body() -> None:
         replica = Replica(early=False, kind="slices")
@@ -457,9 +452,13 @@ def test_a_value_that_all_replicas_set_is_what_further_gradients_are_added_to():
 # One replica, errors
 
 
+def one_replica() -> ReplicaReducer:
+    return ReplicaReducer(GradientShards(lambda: torch.zeros(11), BOUNDS, CPU, 4))
+
+
 def test_one_replica_has_no_hop2():
     executor = Deferring(0)
-    sync = GradSync(SHARDS, None, executor, executor, None, CPU, unit_numel=UNIT)
+    sync = GradSync(SHARDS, None, executor, executor, one_replica(), unit_numel=UNIT)
     stored = []
 
     def hop1(before_storing: Callable[[], None]) -> Any:
@@ -476,8 +475,8 @@ def test_one_replica_has_no_hop2():
 
 
 def test_a_failing_hop1_reaches_the_end_of_the_pass():
-    executor = StreamExecutor("streams", FakeStreams())
-    sync = GradSync(SHARDS, None, executor, executor, None, CPU, unit_numel=UNIT)
+    executor = StreamExecutor(FakeStreams())
+    sync = GradSync(SHARDS, None, executor, executor, one_replica(), unit_numel=UNIT)
 
     def drain() -> None:
         raise ValueError("hop 1 broke")

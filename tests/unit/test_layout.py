@@ -45,19 +45,9 @@ def test_a_size_that_does_not_divide_is_refused_with_the_choices(p):
 def test_two_nodes_of_two_form_a_grid():
     groups = layout(8, 4, 2)
     assert groups.why_not_hierarchical is None
-    grid = groups.domain_grid((4, 5, 6, 7))
-    assert grid.intra == ((4, 5), (6, 7))
-    assert grid.inter == ((4, 6), (5, 7))
-    # local place 0 gathers chunks 0 and 2 into slots 0 and 1, local place 1 chunks 1 and 3 into 2 and 3
-    assert grid.chunk_of_slot == (0, 2, 1, 3)
-
-
-def test_interleaved_placement_still_forms_a_grid():
-    groups = MicsLayout((0, 1, 2, 3), (0, 1, 0, 1), 4)
-    grid = groups.domain_grid((0, 1, 2, 3))
-    assert grid.intra == ((0, 2), (1, 3))
-    assert grid.inter == ((0, 1), (2, 3))
-    assert grid.chunk_of_slot == (0, 1, 2, 3)
+    between, inside = groups.domain_grid((4, 5, 6, 7))
+    assert between == ((4, 6), (5, 7))
+    assert inside == ((4, 5), (6, 7))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +55,8 @@ def test_interleaved_placement_still_forms_a_grid():
     [
         ((0, 0, 1, 1), 2, "inside one fast domain"),
         ((0, 0, 0, 1), 4, "unevenly"),
+        ((0, 1, 0, 1), 4, "ranks of partition group 0 are on its fast domains by turns"),
+        ((0, 0, 1, 1, 0, 1, 1, 0), 4, "ranks of partition group 1 are on its fast domains by turns"),
         ((0, 1, 2, 3), 4, "no inner stage"),
         ((0, 0, 0, 1, 1, 1), 2, "inside one fast domain"),
     ],

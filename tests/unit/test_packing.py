@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mics_ds.comm.layout import MicsLayout
 from mics_ds.comm.packing import ChunkLayout
 from mics_ds.comm.sizes import MIB, ON_ACCELERATORS, ON_CPUS, sizes_of
 
@@ -19,28 +18,28 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GRIDS = [(2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (8, 8)]
 
 
-def grid(nodes: list[int]) -> tuple[int, ...]:
-    ranks = tuple(range(len(nodes)))
-    return MicsLayout(ranks, tuple(nodes), len(nodes)).domain_grid(ranks).chunk_of_slot
-
-
-def orders() -> dict[str, tuple[int, ...]]:
-    """Rows for one stage, for two on nodes in a row, and for two on nodes in disorder, which is no regular grid."""
-    flat = {f"p={p}": tuple(range(p)) for p in (1, 2, 3, 4, 8, 64)}
-    grids = {f"{nodes}x{k}": grid([node for node in range(nodes) for _ in range(k)]) for nodes, k in GRIDS}
-    return flat | grids | {"by turns": grid([0, 1, 2, 0, 1, 2]), "in disorder": grid([0, 0, 1, 2, 2, 1])}
+def orders() -> dict[str, tuple[int, int]]:
+    """(ranks, domains): rows for one stage, and for two."""
+    flat = {f"p={p}": (p, 1) for p in (1, 2, 3, 4, 8, 64)}
+    return flat | {f"{nodes}x{k}": (nodes * k, nodes) for nodes, k in GRIDS}
 
 
 each_order = pytest.mark.parametrize("order", orders().values(), ids=orders())
 
 
-def pack_naively(tensors: list[torch.Tensor], order: tuple[int, ...]) -> torch.Tensor:
+def rows_of(order: tuple[int, int]) -> list[int]:
+    """Return the rank that each row of a buffer is for: place by place, on one domain after another."""
+    size, domains = order
+    return [domain * (size // domains) + place for place in range(size // domains) for domain in range(domains)]
+
+
+def pack_naively(tensors: list[torch.Tensor], order: tuple[int, int]) -> torch.Tensor:
     """Return what ChunkLayout.pack is to give, chunk by chunk."""
     rows = []
-    for rank in order:
+    for rank in rows_of(order):
         row = []
         for tensor in tensors:
-            width = -(-tensor.numel() // len(order))
+            width = -(-tensor.numel() // order[0])
             chunk = tensor.flatten()[rank * width : (rank + 1) * width]
             row += [chunk, chunk.new_zeros(width - chunk.numel())]
         rows.append(torch.cat(row))
@@ -56,8 +55,8 @@ def random_tensors(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def layout_of(tensors: list[torch.Tensor], order: tuple[int, ...]) -> ChunkLayout:
-    return ChunkLayout(tuple(tensor.numel() for tensor in tensors), order)
+def layout_of(tensors: list[torch.Tensor], order: tuple[int, int]) -> ChunkLayout:
+    return ChunkLayout([tensor.numel() for tensor in tensors], *order)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,9 +76,9 @@ def test_packs_as_the_naive_way_does(order, own_memory):
         assert buffer.is_contiguous()
         assert buffer.dtype == dtype
         assert torch.equal(buffer, expected)
-        for row, rank in enumerate(order):
+        for row, rank in enumerate(rows_of(order)):
             for tensor, chunk in zip(tensors, layout.unpack(expected[row], rank), strict=True):
-                width = -(-tensor.numel() // len(order))
+                width = -(-tensor.numel() // order[0])
                 assert torch.equal(chunk, tensor.flatten()[rank * width : (rank + 1) * width])
 
 
@@ -92,7 +91,7 @@ def test_parameters_come_out_as_they_were_sharded(order):
         for asked in (None, [0], [2, 3, 7], [1, 11], []):
             chosen = params if asked is None else [params[index] for index in asked]
             fulls = [torch.full((param.numel(),), float("nan"), dtype=torch.float64) for param in chosen]
-            buffer = pack_naively(chosen, order) if chosen else torch.empty(len(order), 0)
+            buffer = pack_naively(chosen, order) if chosen else torch.empty(order[0], 0)
             layout.copy_out(buffer, fulls, asked)
             for full, param in zip(fulls, chosen, strict=True):
                 assert torch.equal(full, param.flatten().double())
@@ -108,7 +107,7 @@ SHARDS = [(1,), (7,), (8, 3, 1), (5, 0, 12), (2, 2, 2, 2), ()]
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_the_rows_of_all_ranks_are_the_tensors(numels, size):
     flat = torch.arange(1.0, 1 + sum(numels))
-    cut = ChunkLayout.in_rank_order(numels, size)
+    cut = ChunkLayout(numels, size)
     taken = torch.stack([cut.take(flat, rank) for rank in range(size)])
     assert taken.shape == (size, sum(-(-numel // size) for numel in numels)) == (size, cut.width)
     assert taken.sum() == flat.sum(), "padding is zero"
@@ -128,7 +127,7 @@ def test_the_rows_of_all_ranks_are_the_tensors(numels, size):
 
 def test_a_row_is_what_a_reduce_scatter_leaves_of_the_packed_tensors():
     numels = (8, 3, 1, 11)
-    flat, cut = torch.randn(sum(numels)), ChunkLayout.in_rank_order(numels, 3)
+    flat, cut = torch.randn(sum(numels)), ChunkLayout(numels, 3)
     rows = cut.pack(list(flat.split(numels)))
     assert torch.equal(rows, torch.stack([cut.take(flat, rank) for rank in range(3)]))
 
@@ -136,7 +135,7 @@ def test_a_row_is_what_a_reduce_scatter_leaves_of_the_packed_tensors():
 @pytest.mark.parametrize("indices", [[], [0], [1, 2], [0, 3], [0, 1, 3]], ids=str)
 def test_columns_of_some_tensors(indices):
     numels = (8, 3, 1, 11)
-    flat, cut = torch.randn(23), ChunkLayout.in_rank_order(numels, 3)
+    flat, cut = torch.randn(23), ChunkLayout(numels, 3)
     rows = torch.stack([cut.columns(cut.take(flat, rank), indices) for rank in range(3)])
     filled, expected = torch.zeros(23), torch.zeros(23)
     cut.copy_out(rows, [filled.split(numels)[index] for index in indices], indices)
@@ -168,9 +167,8 @@ def operations(work: Callable[..., object], *args: Any) -> int:
     return counted.count
 
 
-def orders_of_size(p: int) -> list[tuple[int, ...]]:
-    grids = [grid([node for node in range(p // k) for _ in range(k)]) for k in (2, p // 2) if 1 < k < p]
-    return [tuple(range(p)), *grids]
+def orders_of_size(p: int) -> list[tuple[int, int]]:
+    return [(p, 1), *((p, p // k) for k in (2, p // 2) if 1 < k < p)]
 
 
 COPY, CLEAR = 3, 2
@@ -182,14 +180,14 @@ def test_operations_per_tensor_do_not_grow_with_p(p):
     """One strided copy of a tensor that divides by p. Otherwise one more for the last chunk, whose padding is cleared,
     and in two stages one more for the whole chunks on the last node."""
     for order in orders_of_size(p):
-        staged = order != tuple(range(p))
+        staged = order[1] > 1
         for numel, copies in [(640, 1), (639, 2 + staged)]:
             few, many = (
-                operations(ChunkLayout((numel,) * number, order).pack, [torch.zeros(numel)] * number)
+                operations(ChunkLayout((numel,) * number, *order).pack, [torch.zeros(numel)] * number)
                 for number in (4, 16)
             )
             assert many - few == (copies * COPY + (numel == 639) * CLEAR) * (16 - 4)
-            layout = ChunkLayout((numel,), order)
+            layout = ChunkLayout((numel,), *order)
             gathered = torch.zeros(p, layout.width)
             assert operations(layout.copy_out, gathered, [torch.empty(numel)]) == copies * COPY
 

@@ -14,7 +14,7 @@ from replicas_on_threads import CPU, SHARDS, UNIT, Deferring
 from mics_ds.zero.grad_sync import Given, GradSync
 from mics_ds.zero.replica_reducers import AllReduceMean
 from mics_ds.zero.replication import Replication
-from mics_ds.zero.units import UnitPlan
+from mics_ds.zero.units import GradientShards, UnitPlan
 
 
 class Breaking(Replication):
@@ -51,8 +51,8 @@ def test_a_step_that_is_given_up_leaves_nothing_behind(units):
     """Neither garbage in shards, which would be old means, nor what flags seemed to say of the units. A replica may die
     before the first unit of hop 2 or between two."""
     members, buffer, executor = Breaking(), torch.zeros(11), Deferring(0)
-    reducer = AllReduceMean(lambda: buffer, list(SHARDS.values()), members, CPU, 4)
-    sync = GradSync(SHARDS, members, executor, executor, reducer, CPU, unit_numel=UNIT)
+    reducer = AllReduceMean(GradientShards(lambda: buffer, list(SHARDS.values()), CPU, 4), members)
+    sync = GradSync(SHARDS, members, executor, executor, reducer, unit_numel=UNIT)
 
     def step(key: int, value: float) -> None:
         def hop1(before_storing: Callable[[], None]) -> None:
@@ -83,13 +83,14 @@ def test_a_step_that_is_given_up_leaves_nothing_behind(units):
 
 
 def test_units_are_cut_as_another_replica_does_or_as_they_were():
-    def shape(plan: UnitPlan) -> tuple[list[set[int]], list[set[int]]]:
-        return [plan.keys(unit) for unit in plan.early], [plan.keys(unit) for unit in plan.late]
+    def shape(plan: UnitPlan) -> tuple[list[range], list[range]]:
+        return plan.early, plan.late
 
-    made, other = UnitPlan(SHARDS, 9), UnitPlan(SHARDS, 9)
-    other.learn([10, 12])
-    assert other.used == [0, 2]
+    bounds = [*SHARDS.values()]
+    made, other = UnitPlan(bounds, 9), UnitPlan(bounds, 9)
+    other.learn([0, 2])
+    assert other.used == {0, 2}
     made.reset(other.used)
-    assert shape(made) == shape(other) == ([{10}, {12}], [{11}, {13}])
+    assert shape(made) == shape(other) == ([range(1), range(2, 3)], [range(1, 2), range(3, 4)])
     made.reset([])
-    assert shape(made) == shape(UnitPlan(SHARDS, 9))
+    assert shape(made) == shape(UnitPlan(bounds, 9))

@@ -18,12 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import pairs
-from replicas_on_threads import BUCKETS, CPU, EXECUTORS, SHARDS, Replica, on_replicas
+from replicas_on_threads import BUCKETS, EXECUTORS, SHARDS, Replica, on_replicas
 
 from mics_ds.comm import collectives
 from mics_ds.comm.wire import Blockwise, Cast
-from mics_ds.zero import replica_wire
 from mics_ds.zero.replica_wire import EncodedMean
+from mics_ds.zero.units import GradientShards
 
 KINDS = ["encoded", "encoded slices"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -59,11 +59,12 @@ class Accounts(Replica):
     def residuals(self, pending: bool = False) -> torch.Tensor:
         """What has not arrived yet of the mean, of all elements."""
         reducer = self.reducer
-        unsent = (reducer.unsent.pending if pending else reducer.unsent.committed).float()
+        copy = "pending" if pending else "committed"
+        unsent = getattr(reducer._residuals["unsent"], copy).float()
         dist.all_reduce(unsent)
         unsent /= self.n
         if self.kind == "encoded":
-            own = reducer.unpublished.pending if pending else reducer.unpublished.committed
+            own = getattr(reducer._residuals["unpublished"], copy)
             rows = collectives.all_gather_rows(own.clone(), self.group, "residuals")
             whole = torch.empty(11)
             self.cut.copy_out(rows, [whole[slice(*span)] for span in SHARDS.values()])
@@ -83,8 +84,8 @@ class Accounts(Replica):
         """Return the exact mean of new gradients, what of the old mean counts, and which elements have gradients."""
         total, written = self.own.clone(), self.written.clone()
         used = torch.zeros(11)
-        for key in self.sync._boundary.given:
-            used[slice(*SHARDS[key])] = 1.0
+        for place in self.sync._boundary.given:
+            used[slice(*[*SHARDS.values()][place])] = 1.0
         for tensor in (total, written, used):
             dist.all_reduce(tensor)
         return total / self.n, torch.where(written > 0, 0, self.old), used > 0
@@ -136,7 +137,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_replicas_do(kind, executor, r
 @each_kind
 def test_hop2_by_way_of_another_device_in_parts(kind, monkeypatch):
     """Gradients of an offloaded optimizer are encoded on the device."""
-    monkeypatch.setattr(replica_wire, "is_on", lambda *_: False)
+    monkeypatch.setattr(GradientShards, "is_here", False)
 
     def body() -> None:
         replica = Accounts(kind, early=False)
@@ -249,7 +250,7 @@ def test_an_overflow_on_one_replica_is_seen_by_all_and_leaves_nothing_behind(kin
         replica = Replica("inline", False, kind, wire)
         replica.backward(BUCKETS, last=True)
         replica.sync.next_boundary()
-        committed = [item.committed.clone() for item in vars(replica.reducer).values() if hasattr(item, "committed")]
+        committed = [item.committed.clone() for item in replica.reducer._residuals.values()]
         replica.micro_step = 0
         for ids in BUCKETS[:2]:
             replica.bucket(ids, last=True)
@@ -259,7 +260,7 @@ def test_an_overflow_on_one_replica_is_seen_by_all_and_leaves_nothing_behind(kin
         finite = replica.mean().isfinite()
         assert not finite[2]
         replica.sync.next_boundary(discarded=True)
-        after = [item.committed for item in vars(replica.reducer).values() if hasattr(item, "committed")]
+        after = [item.committed for item in replica.reducer._residuals.values()]
         assert all(torch.equal(*pair) for pair in zip(committed, after, strict=True))
         replica.micro_step = 0
         replica.backward(BUCKETS, last=True)
@@ -276,17 +277,15 @@ def test_padding_of_shards_never_travels():
         replica = Replica("inline", True, "encoded", Blockwise(8, 256))
         numels = [2, 0, 5, 1]
         shards = list(SHARDS.values())
-        EncodedMean.__init__(
-            replica.reducer, lambda: replica.buffer, shards, numels, replica.group, CPU, 4, Blockwise(8, 256)
-        )
+        EncodedMean.__init__(replica.reducer, replica.reducer.shards, numels, replica.group, Blockwise(8, 256))
         padding = torch.ones(11, dtype=torch.bool)
         for (start, _), numel in zip(shards, numels):
             padding[start : start + numel] = False
         for step in range(3):
             replica.buffer.fill_(math.nan if step == 1 else 1.0)
             replica.buffer[padding] = 7.0
-            replica.sync._boundary.given.update(dict.fromkeys(SHARDS, 2))
-            replica.sync._boundary.fresh.update(SHARDS)
+            replica.sync._boundary.given.update(dict.fromkeys(range(4), 2))
+            replica.sync._boundary.fresh.update(range(4))
             replica.sync.end_pass(last=True)
             assert (replica.buffer[padding] == 7.0).all()
             assert replica.buffer[~padding].isnan().all() if step == 1 else (replica.buffer[~padding] == 1.0).all()

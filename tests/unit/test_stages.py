@@ -9,11 +9,11 @@ import torch
 from fake_streams import FakeCollectives, FakeStream, FakeStreams
 
 from mics_ds.comm import collectives
-from mics_ds.comm.async_exec import StreamExecutor, ThreadExecutor
+from mics_ds.comm.async_exec import INLINE, Deferred, StreamExecutor, ThreadExecutor
 from mics_ds.comm.rank_group import RankGroup, StageGroups
 
 INTER, INTRA = RankGroup("inter", (0, 2), 0), RankGroup("intra", (0, 1), 0)
-GROUPS = StageGroups(INTER, INTRA, (0, 2, 1, 3))
+GROUPS = StageGroups(INTER, INTRA)
 METHODS = ["native", "all_to_all"]
 
 
@@ -32,21 +32,21 @@ def issued(streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> FakeCollect
 
 def reduce(method: str):
     rows, output = torch.ones(4, 3), torch.empty(3)
-    return lambda stages: collectives.reduce_scatter_mean_hierarchical(rows, output, GROUPS, method, stages)
+    return lambda memory: collectives.start_reduce_scatter_mean_hierarchical(rows, output, GROUPS, method, memory)
 
 
-def gather(stages):
-    return collectives.all_gather_hierarchical(torch.ones(6), GROUPS, stages)
+def gather(memory):
+    return collectives.start_all_gather_hierarchical(torch.ones(6), GROUPS, memory)
 
 
-def gather_whole(stages):
-    return collectives.all_gather_whole_hierarchical(torch.ones(6), GROUPS, stages)
+def gather_whole(memory):
+    return collectives.start_all_gather_whole_hierarchical(torch.ones(6), GROUPS, memory)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_reductions_of_consecutive_buckets_overlap(streams, issued, method):
     """While one bucket crosses between the nodes, the next is reduced inside them, as far ahead as is allowed."""
-    executor = StreamExecutor("reduction", streams, ahead=2)
+    executor = StreamExecutor(streams, ahead=2)
     for _ in range(4):
         executor.submit(reduce(method))
     after = issued.started_after
@@ -58,9 +58,8 @@ def test_reductions_of_consecutive_buckets_overlap(streams, issued, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_overlap_comm_everything_is_on_the_callers_stream(streams, issued, method):
-    executor = StreamExecutor("reduction", streams)
     for _ in range(2):
-        executor.submit(reduce(method), beside=False)
+        reduce(method)(INLINE).wait()
     assert streams.made == []
     assert "between nodes 0" in issued.started_after["inside 1"]
     assert streams.current_stream().after >= {"between nodes 1", "inside 1"}
@@ -69,7 +68,7 @@ def test_without_overlap_comm_everything_is_on_the_callers_stream(streams, issue
 @pytest.mark.parametrize("task", [gather, gather_whole])
 def test_a_gather_does_not_hold_up_the_stream_it_is_issued_on(streams, issued, task):
     """DeepSpeed makes compute wait for that stream at every module. The next gather's issue stage is free, too."""
-    executor = StreamExecutor("all-gather", streams)
+    executor = StreamExecutor(streams)
     gathering, computing = FakeStream("all-gather"), streams.current_stream()
     with streams.stream(gathering):
         handles = [executor.submit(task) for _ in range(3)]
@@ -85,25 +84,32 @@ def test_a_gather_does_not_hold_up_the_stream_it_is_issued_on(streams, issued, t
 )
 def test_each_stage_is_one_collective(streams, issued, task, inside):
     """Pieces would cost a latency each. Only a gather of one large tensor has a collective for each of its nodes."""
-    StreamExecutor("test", streams).submit(task)
+    StreamExecutor(streams).submit(task)
     assert [name for name in issued.started_after if name.startswith("between")] == ["between nodes 0"]
     assert len(issued.started_after) == 1 + inside
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_on_threads_each_stage_is_for_one_bucket_after_another(streams, issued, method):
-    """On a CPU a wait stops the thread, so one thread issues while the other waits. All ranks issue in one order."""
-    executor, threads = ThreadExecutor("reduction"), set()
+@pytest.mark.parametrize("own_issue", [False, True])
+def test_on_threads_each_stage_is_for_one_bucket_after_another(streams, issued, method, own_issue):
+    """On a CPU a wait stops the thread, so another one issues meanwhile. All ranks issue in one order."""
+    executor, issuing, waiting = ThreadExecutor("reduction", own_issue=own_issue), set(), set()
 
-    def watched(stages):
-        threads.add(threading.current_thread().name)
-        return reduce(method)(stages)
+    def watched(memory):
+        issuing.add(threading.current_thread().name)
+        reducing = reduce(method)(memory)
+
+        def finish() -> None:
+            waiting.add(threading.current_thread().name)
+            reducing.wait()
+
+        return Deferred(finish)
 
     for _ in range(3):
         executor.submit(watched)
     executor.drain()
     executor.close()
-    assert threads == {"mics reduction"}
+    assert (issuing, waiting) == ({"mics reduction" if own_issue else "MainThread"}, {"mics reduction"})
     for stage in ("inside", "between nodes"):
         assert [name for name in issued.started_after if name.startswith(stage)] == [f"{stage} {n}" for n in range(3)]
     assert all(f"inside {n}" in issued.started_after[f"between nodes {n}"] for n in range(3))

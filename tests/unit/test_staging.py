@@ -227,7 +227,7 @@ def test_ranges_are_put_in_order():
 def test_slices_are_put_into_shards(dtype):
     shards, replicas = (7, 1, 0, 12), 3
     whole = torch.arange(float(sum(shards))).to(dtype)
-    cut = ChunkLayout.in_rank_order(shards, replicas)
+    cut = ChunkLayout(shards, replicas)
     pieces = [cut.take(whole, replica).view(torch.uint8) for replica in range(replicas)]
     assert torch.equal(put_together(Share(whole.nbytes, replicas, shards, whole.itemsize), pieces), as_bytes(whole))
 

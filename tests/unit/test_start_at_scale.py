@@ -276,16 +276,15 @@ def test_requests_of_a_rank_do_not_grow_with_the_job(place, comes, monkeypatch):
             assert len(job.store.keys) <= (3 if place == "first" else 9), "the first rank cleans up"
             found.append((job.store.requests.total(), job.store.nbytes))
             dist.destroy_process_group()
-    # Post, state, look for ranks without MiCS, agree, look, read, forget. The last rank ends rounds, the first one
-    # cleans up after two of them.
-    assert {requests for requests, _ in found} == {3 * (7 + (comes == "last")) + (place == "first") * 2 * 4}
+    # Post, state, agree, look, read, forget. The last rank ends rounds, the first one cleans up after two of them.
+    assert {requests for requests, _ in found} == {3 * (6 + (comes == "last")) + (place == "first") * 2 * 3}
     assert max(nbytes for _, nbytes in found) < 2500
 
 
 def test_a_rank_without_mics_asks_little_and_waits_for_nobody(monkeypatch):
     job = Job(10240, 5, monkeypatch)
     compare(Request())
-    assert job.store.requests == {"set": 1, "check": 1}
+    assert job.store.requests == {"compare_set": 1}
 
 
 def test_a_build_makes_its_groups_once(monkeypatch):

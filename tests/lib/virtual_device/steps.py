@@ -220,7 +220,7 @@ def exposed_at_least(case: Case, step: Step) -> float:
         inter = seconds(operation, elements / k, GroupForm(nodes, 1, k))
         if not by_node:
             return Seconds(inter, seconds(operation, elements, GroupForm(1, k)))
-        one = seconds(operation, elements / nodes, GroupForm(1, k))  # see all_gather_whole_hierarchical
+        one = seconds(operation, elements / nodes, GroupForm(1, k))  # see start_all_gather_whole_hierarchical
         return Seconds(inter, nodes * one, beside=one)
 
     gather = over_partition("all_gather", WEIGHT, by_node=True)
