@@ -30,10 +30,10 @@ from pydantic import TypeAdapter
 from ..errors import MicsCheckpointError
 from ..log import logger
 from .folder import write_text
-from .staging import Recorded, Staged, Stored
+from .staging import Recorded, Staged, bytes_of
 
 _STEP, _MARGIN, _LEAST = 256 << 20, 64 << 20, 1 << 20
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 PREFIX = "mics_ds"
 _RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -75,10 +75,13 @@ class SharedMemory:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self.descriptor = os.memfd_create("mics_ds", os.MFD_CLOEXEC) if descriptor is None else descriptor
         self.path = path
-        self.nbytes = 0
-        self._map: mmap.mmap | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        return self._bytes.numel()
 
     def is_lost(self) -> bool:
         """Return whether its file was removed, so that nobody will find what is copied there."""
@@ -88,41 +91,32 @@ class SharedMemory:
             return True
 
     def reserve(self, nbytes: int) -> None:
-        """See to it that there is so much, pinned where there is an accelerator of CUDA's kind.
+        """Provide so much memory, pinned where there is an accelerator of CUDA's kind.
 
         Raises:
-            MicsCheckpointError, OSError: there is not. What was there before still is.
+            MicsCheckpointError, OSError: there is not so much. What was there before still is.
         """
         size = os.fstat(self.descriptor).st_size
-        if nbytes > size:
-            self._grow(size, -(-(nbytes + nbytes // 16) // _LEAST) * _LEAST)
-        self.map(nbytes)
-        if not self._pinned and self.nbytes and torch.cuda.is_available():
-            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
-            self._pinned = int(code) == 0
-            if not self._pinned:
-                logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
-
-    def _grow(self, size: int, wanted: int) -> None:
-        """Grow in steps, because the other ranks of the node take their memory at the same time.
-
-        An error now is better than SIGBUS, or the end of the process, later.
-        """
+        wanted = -(-(nbytes + nbytes // 16) // _LEAST) * _LEAST if nbytes > size else size
+        # In steps, because the other ranks of the node take their memory at the same time. An error now is better than
+        # SIGBUS, or the end of the process, later.
         while size < wanted:
             step = min(_STEP, wanted - size)
             require_host_memory(step + _MARGIN, f"to stage states in, {wanted / 1e9:.2f} GB in all")
             os.posix_fallocate(self.descriptor, size, step)
             size += step
+        self.map(nbytes)
+        if not self._pinned and self.nbytes and torch.cuda.is_available():
+            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0)
+            self._pinned = int(code) == 0
+            if not self._pinned:
+                logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
 
     def map(self, nbytes: int) -> None:
-        """Map what there is, up to at least ``nbytes``."""
-        if nbytes <= self.nbytes:
-            return
-        self.unmap()
-        size = os.fstat(self.descriptor).st_size
-        self._map = mmap.mmap(self.descriptor, size)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.nbytes = size
+        """Map what there is, unless ``nbytes`` of it are mapped already."""
+        if nbytes > self.nbytes:
+            self.unmap()
+            self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0), dtype=torch.uint8)
 
     def unmap(self) -> None:
         """Let go of the mapping, as soon as no view of it is left."""
@@ -130,8 +124,6 @@ class SharedMemory:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
             self._pinned = False
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._map = None  # unmapped with the last view of it
-        self.nbytes = 0
 
     def close(self) -> None:
         self.unmap()
@@ -142,21 +134,16 @@ class SharedMemory:
         return self._bytes[start : start + nbytes]
 
     def buffer(self, start: int, nbytes: int) -> memoryview:
-        """Return (nbytes,) bytes of the memory as a buffer, for code that does not use torch."""
-        return memoryview(b"" if self._map is None else self._map)[start : start + nbytes]
+        """A part of the memory itself, for code that does not use torch."""
+        return self.view(start, nbytes).numpy().data
 
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
         """A part of the memory itself, as what ``torch.save`` writes."""
-        if not nbytes:
-            return torch.UntypedStorage(0)
-        return self._bytes.untyped_storage()[start : start + nbytes]
+        return self._bytes.untyped_storage()[start : start + nbytes] if nbytes else torch.UntypedStorage(0)
 
     def checksum(self, nbytes: int) -> int:
         """The CRC-32 of what the memory begins with."""
-        crc = 0
-        for start in range(0, nbytes, _STEP):
-            crc = zlib.crc32(self.buffer(start, min(_STEP, nbytes - start)), crc)
-        return crc
+        return zlib.crc32(self.buffer(0, nbytes))
 
     def copy_in(self, parts: Sequence[tuple[int, torch.Tensor]], streams: Any) -> Copying:
         """Copy tensors to given places, from whatever device. Those from the host are there when this returns.
@@ -215,29 +202,27 @@ class Shard:
     """
 
     def __init__(self, *, lasting: bool = False) -> None:
-        self._wholes: list[torch.Tensor] = []
+        self._wholes: list[torch.UntypedStorage] = []
         self._lasting = lasting
         self.files: list[tuple[str, Recorded]] = []
         """By name, whole when all replicas were added."""
 
     def add(self, staged: Staged, replica: int, memory: SharedMemory) -> None:
         """Take what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
+        shared = [share for share in staged.shares if share.replicas > 1]
+        alone = list(zip(staged.shares, staged.starts))[len(shared) :] if staged.files else []
         if not self._wholes:
-            require_host_memory(sum(share.nbytes for share in staged.shares), "to put a shard together")
-            self._wholes = [torch.empty(share.nbytes, dtype=torch.uint8, device="cpu") for share in staged.shares]
-        for share, (start, nbytes), whole in zip(staged.shares, staged.pieces(replica), self._wholes):
-            share.put(memory.view(start, nbytes), replica, whole)
+            require_host_memory(sum(share.nbytes for share in shared), "to put a shard together")
+            self._wholes = [torch.UntypedStorage(share.nbytes) for share in shared]
+        for share, start, whole in zip(shared, staged.starts, self._wholes):
+            share.put(memory.view(start, share.piece_bytes), replica, bytes_of(whole))
+        if self._lasting:
+            require_host_memory(sum(share.nbytes for share, _ in alone), "to load a shard")
+        storages = [memory.storage(start, share.nbytes) for share, start in alone]
+        storages = [*self._wholes, *(storage.clone() if self._lasting else storage for storage in storages)]
         for file in staged.files:
-            if self._lasting:
-                require_host_memory(sum(item.nbytes for item in file.storages if item.share < 0), "to load a shard")
-            storages = [self._storage(item, memory) for item in file.storages]
-            self.files.append((file.name, Recorded(bytes(memory.buffer(*file.pickled)), storages)))
-
-    def _storage(self, item: Stored, memory: SharedMemory) -> torch.UntypedStorage:
-        if item.share >= 0:
-            return self._wholes[item.share].untyped_storage()
-        found = memory.storage(item.start, item.nbytes)
-        return found.clone() if self._lasting else found
+            found = [storages[number] for number in file.storages]
+            self.files.append((file.name, Recorded(bytes(memory.buffer(*file.pickled)), found)))
 
 
 def require_host_memory(nbytes: int, purpose: str) -> None:
@@ -278,7 +263,7 @@ class Place(NamedTuple):
 class Description(NamedTuple):
     """Description of the content of one copy."""
 
-    format: Literal[3]
+    format: Literal[4]
     step: int
     """Optimizer steps before it."""
     engine: int

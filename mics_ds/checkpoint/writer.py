@@ -176,7 +176,7 @@ class _Save:
         if rank == self._rank:
             shard.add(staged, replica, self._writer.memory)
             return
-        expected = staged.pieces_bytes(replica)
+        expected = staged.shared_bytes
         with closing(SharedMemory()) as memory:
             memory.reserve(expected)
             self._children[rank].send({"do": _SHARE, "first": expected})

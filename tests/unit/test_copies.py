@@ -11,7 +11,7 @@ import pytest
 from mics_ds.checkpoint import copies
 from mics_ds.checkpoint.copies import Description, Place, describe, forget, job_key, read, require_own, understood
 from mics_ds.checkpoint.memory import mirrors
-from mics_ds.checkpoint.staging import Share, Staged, StagedFile, Stored
+from mics_ds.checkpoint.staging import Share, Staged, StagedFile
 from mics_ds.errors import MicsCheckpointError
 
 
@@ -47,7 +47,7 @@ DESCRIPTION = Description(
     layout="l",
     homes={"/a": [3, 4]},
     stale="",
-    staged=Staged((StagedFile("f", (0, 8), (Stored(24, 0, 0), Stored(8, 64))),), (Share(24, 2, (5, 1), 4),), (1, 2), 9),
+    staged=Staged((StagedFile("f", (0, 8), (0, 1)),), (Share(2, (5, 1), 4), Share(1, (24,), 1)), (1, 2), 9),
 )
 
 

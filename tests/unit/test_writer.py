@@ -21,7 +21,7 @@ from mics_ds.checkpoint import copies, folder, links, manifest, writer
 from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory, read
 from mics_ds.checkpoint.links import Listener, LostError, Neighbour, connect_for_save, fetch, listen
 from mics_ds.checkpoint.manifest import Manifest
-from mics_ds.checkpoint.staging import Share, Staged, StagedFile, Stored, record
+from mics_ds.checkpoint.staging import Share, Staged, StagedFile, record
 from mics_ds.checkpoint.writer import Job, Publication, Seal, _Writer
 
 
@@ -194,7 +194,7 @@ class Ranks:
             [(0, tensor.view(torch.uint8)), (64, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))],
             None,
         )
-        file = StagedFile(f"x{rank}.pt", (64, len(recorded.pickled)), (Stored(40, 0),))
+        file = StagedFile(f"x{rank}.pt", (64, len(recorded.pickled)), (0,))
         described = Manifest("tag", 1, 1, 1, (1,), 1, 3, False, {}, {}, "f00d")
         parent = 0 if rank in publishers else mine
         children = [other for other in range(len(self.folders)) if self._parent(other) == rank]
@@ -202,7 +202,7 @@ class Ranks:
             number,
             str(path / "tag"),
             str(folder.staging_folder(path / "tag", "f00d")),
-            Staged((file,), (), (0, 0), 1000),
+            Staged((file,), (Share(1, (40,), 1),), (0, 0), 1000),
             (f"own{rank}", b"mine"),
             error,
             (rank,),
@@ -287,7 +287,7 @@ def test_a_latest_that_cannot_be_updated_is_told_from_a_failed_save(tmp_path, mo
 def shared_jobs(ranks, copied_by_rank_1=128):
     """Both ranks have copied a half of one tensor, as the owner and its sharer."""
     whole = torch.arange(64, dtype=torch.float32)
-    recorded, share = record({"x": whole}), Share(256, 2)
+    recorded, share = record({"x": whole}), Share(2, (64,), 4)
     content = whole.view(torch.uint8)
     jobs = []
     for rank in range(2):
@@ -298,7 +298,7 @@ def shared_jobs(ranks, copied_by_rank_1=128):
         memory.copy_in([(0, content[128 * rank : 128 * rank + 128])], None)
         if rank == 0:
             memory.copy_in([(128, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))], None)
-            files = (StagedFile("x.pt", (128, len(recorded.pickled)), (Stored(256, 0, 0),)),)
+            files = (StagedFile("x.pt", (128, len(recorded.pickled)), (0,)),)
             jobs.append(job._replace(staged=Staged(files, (share,), (0, 0), 1000), sharers=(0, 1)))
         else:
             if copied_by_rank_1 < 128:
