@@ -114,7 +114,7 @@ class SharedMemory:
 
     def map(self, nbytes: int) -> None:
         """Map what there is, unless ``nbytes`` of it are mapped already."""
-        if nbytes > self.nbytes:
+        if nbytes > self.nbytes and os.fstat(self.descriptor).st_size:
             self.unmap()
             self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0), dtype=torch.uint8)
 
@@ -289,6 +289,16 @@ class Copy(NamedTuple):
     checksum: int
     path: Path
 
+    def open(self) -> SharedMemory:
+        """Map the memory that it is in."""
+        memory = SharedMemory(os.open(self.path, os.O_RDWR))
+        memory.map(self.description.staged.nbytes)
+        return memory
+
+    def own(self, memory: SharedMemory) -> bytes:
+        """Return what belongs to the rank of the copy alone."""
+        return bytes(memory.buffer(*self.description.staged.own))
+
     def require_same(self, memory: SharedMemory) -> None:
         """Raise MicsCheckpointError unless this is what is in memory."""
         nbytes = self.description.staged.nbytes
@@ -355,8 +365,14 @@ def job_key(name: str | None) -> str:
     return hashlib.sha256(json.dumps(unnamed if name is None else ["named", name]).encode()).hexdigest()[:16]
 
 
-def region(folder: str | os.PathLike, key: str) -> Path:
-    return Path(folder) / f"{PREFIX}-{os.getuid()}-{key}"
+def region(folder: str | os.PathLike, job: str | None) -> Path:
+    """Return the folder of a job's copies.
+
+    Args:
+        folder: a file system in memory.
+        job: the name that the job was given, if any.
+    """
+    return Path(folder) / f"{PREFIX}-{os.getuid()}-{job_key(job)}"
 
 
 def require_own(path: Path) -> None:

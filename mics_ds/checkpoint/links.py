@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from ..errors import MicsCheckpointError
-from .copies import SharedMemory
+from .copies import Copy, SharedMemory, understood
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 STARTING_S = 120.0
@@ -163,25 +164,23 @@ def _connect(to: Neighbour, token: str, hello: Mapping[str, Any], deadline: floa
     return link
 
 
-def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory) -> str:
-    """Fetch a copy that the writer of another rank has.
+def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory, path: Path) -> Copy | None:
+    """Fetch a copy that the writer of another rank has; ``None`` if it has none.
 
     Args:
         which: its ``name`` and ``step``, and if it is not there yet the ``number`` under which it is sealed.
         memory: written, from its beginning on.
-
-    Returns:
-        The description of the copy; empty if there is none.
+        path: of the copy here, or for messages.
 
     Raises:
         LostError: the writer is gone.
-        OSError: there is not enough memory.
+        MicsCheckpointError, OSError: there is not enough memory.
     """
     with closing(_connect(source, token, {"kind": "fetch", **which}, time.monotonic() + 10 * STARTING_S)) as link:
         message = link.receive()
         memory.reserve(message["nbytes"])
         link.receive_into(memory.buffer(0, message["nbytes"]))
-        return str(message.get("description", ""))
+    return understood(message.get("description", ""), path)
 
 
 class Listener:

@@ -38,7 +38,6 @@ from .copies import (
     copies,
     forget,
     host_memory_left,
-    job_key,
     read,
     region,
     require_own,
@@ -110,7 +109,7 @@ class MemoryTier:
         self.roles = Roles(groups, node_local=False)
         """As for a checkpoint that all nodes share."""
         self.on_node = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
-        self.folder = region(request.memory_folder, job_key(request.job))
+        self.folder = region(request.memory_folder, request.job)
         self.engine_index, _Current.engines = _Current.engines, _Current.engines + 1
         self.homes: dict[str, list[int]] = {}
         """Folders that this job resumes from, with the markers that their disk may have: of the last checkpoint, and of

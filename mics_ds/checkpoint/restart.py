@@ -1,9 +1,8 @@
 """Going on from copies in memory: the newest step of which every slice is somewhere.
 
-All ranks agree on the step and on who has what. Each rank that needs a shard fetches its slices, from its own node or
-from a writer that has them, compares each with its checksum and puts it into place. There are two front ends: an engine
-that loads (:func:`restored`), where every rank gets its shard, and a framework that looks for a folder before there is
-an engine (:func:`write`), where one rank of each shard writes it there.
+All ranks agree on the step, and on a rank that vouches for each slice. Each rank that needs a shard takes its slices
+from its own node, or from the writer of that rank. There are two front ends: an engine that loads (:func:`restored`),
+where every rank gets its shard, and a framework that looks for a folder before there is an engine (:func:`write`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,21 +27,10 @@ from . import folder as folders
 from . import manifest
 from .background import Background
 from .coordination import Run, elementwise_max, number_of, raised_on_all_ranks, versions
-from .copies import (
-    Copy,
-    Place,
-    Shard,
-    SharedMemory,
-    copies,
-    described_by,
-    forget,
-    job_key,
-    region,
-    understood,
-)
+from .copies import Copy, Place, Shard, SharedMemory, copies, described_by, forget, region
 from .links import fetch
 from .manifest import OWN_STATE, FileRecord, Manifest
-from .memory import NEVER, MemoryTier
+from .memory import MemoryTier
 from .save import write_together
 from .staging import Image, replay
 
@@ -52,29 +40,27 @@ _REMEDY = "Remove the memory of this job (mics-ds memory --remove) to resume fro
 
 
 class Source(NamedTuple):
-    """Copies of the step that all slices are there of."""
+    """Copies of one step, of which every slice is somewhere."""
 
     step: int
     engine: int
     """Index of the engine among those of the job."""
-    shards: int
-    slices: int
-    """Into how many each shard is cut."""
     groups: int
     """Data-parallel groups: one, or with model parallelism several."""
+    shards: int
+    slices: int
+    """Slices of each shard."""
     holders: list[int]
     """Rank that vouches for the copy of each place, by number of place."""
     here: dict[int, list[Copy]]
     """Copies on this node, by number of place."""
-    on_disk: int = -1
+    on_disk: int
     """The step of what is on disk, which is older."""
-
-    def of_rank(self, rank: int) -> Iterator[int]:
-        """Numbers of the places that a rank vouches for."""
-        return (place for place, holder in enumerate(self.holders) if holder == rank)
+    files: tuple[Files, ...] = ()
+    """Files that a framework kept with the copies for which this rank vouches."""
 
     def describe(self, tag: str, save: str, files: Mapping[str, FileRecord]) -> Manifest:
-        """A checkpoint that is made of the copies."""
+        """Return the manifest of a checkpoint that is made of the copies."""
         ranks = self.shards * self.slices
         return Manifest(
             tag=tag,
@@ -104,29 +90,37 @@ def find(
     layout: str | None = None,
     needed: str = "",
 ) -> Source | None:
-    """The newest states in memory that are newer than what is on disk. Collective over the world.
+    """Find the newest states in memory that are newer than what is on disk. Collective over the world.
 
     Args:
         home: the folder that is resumed from.
-        look: tells the marker and the step of the newest checkpoint on disk.
-        engine: which of the job's.
+        look: returns the marker and the step of the newest checkpoint on disk.
+        engine: index of the engine among those of the job.
         layout: of the model, if that is known.
-        needed: a file that some rank has to have kept with its copy.
-
-    Raises:
-        MicsCheckpointError: another rank has died.
+        needed: a file of a framework that some rank must have kept.
     """
     marker, on_disk = _on_disk(look)
-    path = region(asked.memory_folder, job_key(asked.job))
-    for source in _sources(_usable(path, engine, home, marker, asked.job is not None, layout), engine, home, marker):
-        if source.step <= on_disk:
-            log_rank0(f"memory has step {source.step}, {home} has step {on_disk}, which is used")
+    usable, tried = _usable(asked, engine, home, marker, layout), False
+    while True:
+        usable = [copy for copy in usable if described_by(copy.path).exists()]  # others forget too
+        [step] = elementwise_max([max((copy.description.step for copy in usable), default=-1)])
+        here = [copy for copy in usable if copy.description.step == step]
+        # An older copy may be of a time when the disk said this; the newest one tells that it was set back since.
+        [set_back] = elementwise_max([int(not all(_fits(copy, home, marker) for copy in here))])
+        if step <= on_disk or set_back:
+            said = f"memory has step {step}, {home} has step {on_disk}, which is used"
+            if set_back:
+                said = (
+                    f"memory at step {step} is not used: {home} has another newest checkpoint than it had then (saved "
+                    f"since, set back, or removed)"
+                )
+            log_rank0("no complete set of copies in memory" if tried or step < 0 else said)
             return None
-        own = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place][:1]]
-        if not needed or elementwise_max([int(any(needed in _own_files(copy) for copy in own))]) == [1]:
-            return source._replace(on_disk=on_disk)
-        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
-    return None
+        source = _vouched_for(step, engine, here, on_disk)
+        if source is None:
+            usable, tried = [copy for copy in usable if copy.description.step < step], True
+        elif elementwise_max([_forget_damaged(source)]) == [0]:
+            return _with_files(source, needed) if needed else source
 
 
 def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
@@ -142,42 +136,45 @@ def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
     return number, step
 
 
-def _sources(usable: list[Copy], engine: int, home: str, marker: int) -> Iterator[Source]:
-    """Steps of which every slice is somewhere, undamaged, the newest first. Collective over the world, as far as it is
-    used."""
-    below = NEVER
-    while True:
-        usable = [copy for copy in usable if copy.description.step < below and described_by(copy.path).exists()]
-        [newest] = elementwise_max([max((copy.description.step for copy in usable), default=-1)])
-        here = [copy for copy in usable if copy.description.step == newest]
-        # An older copy may be of a time when the disk said this; the newest one tells that it was set back since.
-        [set_back] = elementwise_max([int(not all(_fits(copy, home, marker) for copy in here))])
-        if newest < 0 or set_back:
-            said = "no complete set of copies in memory"
-            if newest >= 0 and below == NEVER:
-                said = (
-                    f"memory at step {newest} is not used: {home} has another newest checkpoint than it had then "
-                    f"(saved since, set back, or removed)"
-                )
-            log_rank0(said)
-            return
-        source = _vouched_for(newest, engine, here)
-        if source is None:
-            below = newest
-            continue
-        bad = [copy for place in source.of_rank(dist.get_rank()) for copy in source.here[place] if not _is_good(copy)]
-        for copy in bad:
-            forget(copy.path)
-        if elementwise_max([len(bad)]) == [0]:
-            below = newest
-            yield source
+def _fits(copy: Copy, home: str, marker: int) -> bool:
+    """Return whether the disk says what it said when a copy was made. A named job may resume from any folder."""
+    return marker in copy.description.homes.get(home, [marker])
 
 
-def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
-    """Return the rank that vouches for each copy, or ``None`` if a copy has none. Collective over the world."""
+def _usable(asked: CheckpointRequest, engine: int, home: str, marker: int, layout: str | None) -> list[Copy]:
+    """Return copies on this node that this job may go on from, if the disk says what it said. Arguments as for
+    :func:`find`."""
+    path, usable, reasons = region(asked.memory_folder, asked.job), list[Copy](), set[str]()
+    try:
+        found = [copy for copy in copies(path) if copy.description.engine == engine]
+    except (OSError, MicsCheckpointError) as error:
+        logger.warning("memory of earlier runs is not used: %s", describe_error(error))
+        return []
+    for copy in found:
+        if layout is not None and copy.description.layout != layout:
+            reasons.add("it is of another model or another number of shards")
+        elif copy.description.stale:
+            reasons.add(copy.description.stale)
+        elif home not in copy.description.homes and asked.job is None:
+            reasons.add(
+                f'the job never saved to {home}; name the job ("mics_checkpoint": {{"job": ...}}) to use it anyway'
+            )
+        else:
+            usable.append(copy)
+    for reason in sorted(reasons) if not any(_fits(copy, home, marker) for copy in usable) else ():
+        log_rank0(f"memory in {path} is not used: {reason}")
+    return usable
+
+
+def _vouched_for(step: int, engine: int, here: list[Copy], on_disk: int) -> Source | None:
+    """Choose the rank that vouches for each copy. Collective over the world.
+
+    Returns:
+        ``None``, on all ranks, if no rank has a copy of some slice.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    cuts = [(place.slices, place.shards, place.group + 1) for place in (copy.description.place for copy in here)]
-    slices, shards, groups = elementwise_max([max(numbers, default=0) for numbers in zip(*cuts)] or [0, 0, 0])
+    cuts = [(place.group + 1, place.shards, place.slices) for place in (copy.description.place for copy in here)]
+    groups, shards, slices = elementwise_max([max(numbers, default=0) for numbers in zip(*cuts)] or [0, 0, 0])
     by_place: dict[int, list[Copy]] = {}
     for copy in here:
         if copy.description.place[3:] == (shards, slices):
@@ -190,56 +187,66 @@ def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
         log_rank0(f"of step {step}, shards {lost[:8]} are in no node's memory")
         return None
     holders = [(place + turn) % ranks for place, turn in enumerate(least)]
-    return Source(step, engine, shards, slices, groups, holders, by_place)
+    return Source(step, engine, groups, shards, slices, holders, by_place, on_disk)
+
+
+def _vouched_here(source: Source) -> list[Copy]:
+    mine = (place for place, holder in enumerate(source.holders) if holder == dist.get_rank())
+    return [copy for place in mine for copy in source.here[place]]
+
+
+def _forget_damaged(source: Source) -> int:
+    """Forget copies for which this rank vouches, if their content is not what was written. Returns how many."""
+    damaged = [copy for copy in _vouched_here(source) if not _is_good(copy)]
+    for copy in damaged:
+        forget(copy.path)
+    return len(damaged)
 
 
 def _is_good(copy: Copy) -> bool:
     """Return whether the content of a copy is what was written. If not, the log says so."""
-    with closing(SharedMemory(path=copy.path)) as memory:
-        try:
-            memory.map(copy.description.staged.nbytes)
+    try:
+        with closing(copy.open()) as memory:
             copy.require_same(memory)
-        except (OSError, MicsCheckpointError) as error:
-            logger.warning("%s", describe_error(error))
-            return False
+    except (OSError, MicsCheckpointError) as error:
+        logger.warning("%s", describe_error(error))
+        return False
     return True
 
 
-def _fits(copy: Copy, home: str, marker: int) -> bool:
-    """Return whether the disk says what it said when a copy was made. A named job may resume from any folder."""
-    return marker in copy.description.homes.get(home, [marker])
-
-
-def _usable(path: Path, engine: int, home: str, marker: int, named: bool, layout: str | None) -> list[Copy]:
-    """Copies on this node that this job may go on from, if the disk says what it said. Arguments as for
-    :func:`find`; ``named`` tells whether the job was given a name."""
-    try:
-        found = list(copies(path))
-    except (OSError, MicsCheckpointError) as error:
-        logger.warning("memory of earlier runs is not used: %s", describe_error(error))
-        return []
-    usable, reasons = [], set()
-    for copy in found:
-        description = copy.description
-        if description.engine != engine:
-            continue
-        if layout is not None and description.layout != layout:
-            reasons.add("it is of another model or another number of shards")
-        elif description.stale:
-            reasons.add(description.stale)
-        elif home not in description.homes and not named:
-            reasons.add(
-                f'the job never saved to {home}; name the job ("mics_checkpoint": {{"job": ...}}) to use it anyway'
-            )
-        else:
-            usable.append(copy)
-    for reason in sorted(reasons) if not any(_fits(copy, home, marker) for copy in usable) else ():
-        log_rank0(f"memory in {path} is not used: {reason}")
-    return usable
+def _with_files(source: Source, needed: str) -> Source | None:
+    """Return the source with the files of a framework, if some rank has kept that one. Collective over the world."""
+    found = list[Files]()
+    for copy in _vouched_here(source):
+        with closing(copy.open()) as memory:
+            found.append(_own_part(copy.own(memory)).get("files", {}))
+    if elementwise_max([int(any(needed in files for files in found))]) == [0]:
+        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
+        return None
+    return source._replace(files=tuple(found))
 
 
 # --------------------------------------------------------------------------------------------------
 # Bringing slices to where they are needed
+
+
+def _start_writers(source: Source, wanted: Iterable[tuple[int, int]], asked: CheckpointRequest) -> None:
+    """Start the processes that give copies to others, if some rank lacks one. Collective over the world.
+
+    Args:
+        wanted: group and shard of all that this rank needs.
+    """
+    lacking = (
+        _place(source, group, shard, number).number not in source.here
+        for group, shard in wanted
+        for number in range(source.slices)
+    )
+    if elementwise_max([int(any(lacking))]) == [1]:
+        Background.of_job().serve(region(asked.memory_folder, asked.job))
+
+
+def _place(source: Source, group: int, shard: int, number: int) -> Place:
+    return Place(group, shard, number % source.slices, source.shards, source.slices)
 
 
 def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Shard, dict[int, bytes]]:
@@ -256,47 +263,29 @@ def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Sh
     """
     found, own = Shard(lasting=True), dict[int, bytes]()
     for turn in range(source.slices):
-        place = Place(group, shard, (first + turn) % source.slices, source.shards, source.slices)
-        copy, memory = _slice_here(source, place) or _slice_elsewhere(source, place)
+        place = _place(source, group, shard, first + turn)
+        copy, memory = _slice(source, place)
         with closing(memory):
             found.add(copy.description.staged, place.slice, memory)
-            own[copy.description.rank] = bytes(memory.buffer(*copy.description.staged.own))
+            own[copy.description.rank] = copy.own(memory)
     return found, own
 
 
-def _slice_here(source: Source, place: Place) -> tuple[Copy, SharedMemory] | None:
+def _slice(source: Source, place: Place) -> tuple[Copy, SharedMemory]:
     for copy in filter(_is_good, source.here.get(place.number, ())):
-        memory = SharedMemory(path=copy.path)
-        memory.map(copy.description.staged.nbytes)
-        return copy, memory
-    return None
-
-
-def _slice_elsewhere(source: Source, place: Place) -> tuple[Copy, SharedMemory]:
+        return copy, copy.open()
     background, holder, memory = Background.current, source.holders[place.number], SharedMemory()
     assert background is not None, "started if any rank lacks a slice"
     which = {"name": place.name(source.engine), "step": source.step}
-    text = fetch(background.neighbour(holder), Run.token, which, memory)
-    copy = understood(text, Path(f"the copy of rank {holder}"))
-    if copy is None or copy.description.place != place:
+    fetched = fetch(background.neighbour(holder), Run.token, which, memory, Path(f"the copy of rank {holder}"))
+    if fetched is None or fetched.description.place != place:
         raise MicsCheckpointError(f"rank {holder} has slice {place.slice} of shard {place.shard} no more")
-    copy.require_same(memory)
-    return copy, memory
+    fetched.require_same(memory)
+    return fetched, memory
 
 
-def _start_writers(source: Source, wanted: Iterable[tuple[int, int]], path: Path) -> None:
-    """Start the processes that give copies to others, if some rank lacks one. Collective over the world.
-
-    Args:
-        wanted: group and shard of all that this rank needs.
-    """
-    places = (
-        Place(group, shard, number, source.shards, source.slices).number
-        for group, shard in wanted
-        for number in range(source.slices)
-    )
-    if elementwise_max([int(any(place not in source.here for place in places))]) == [1]:
-        Background.of_job().serve(path)
+def _own_part(content: bytes) -> dict[str, Any]:
+    return seam.load_states(io.BytesIO(content), name="what a rank kept in memory of its own")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,13 +304,10 @@ class Restored(NamedTuple):
 
 
 def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
-    """The newest states in memory, if they are newer than those in a folder. Collective over the world.
+    """Return the newest states in memory, if they are newer than those in a folder. Collective over the world.
 
     Returns:
         ``None``, on every rank, if the disk is to be used: there are none, or something went wrong on some rank.
-
-    Raises:
-        MicsCheckpointError: another rank has died.
     """
     started, home, place = time.monotonic(), os.path.realpath(load_dir), tier.place
     source = find(
@@ -329,11 +315,11 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
     )
     if source is None:
         return None
-    agreed, states, own = time.monotonic(), dict[str, Any](), None
+    agreed, states = time.monotonic(), dict[str, Any]()
     try:
-        _start_writers(source, [(place.group, place.shard)], tier.folder)
+        _start_writers(source, [(place.group, place.shard)], tier.request)
         with raised_on_all_ranks("resuming from memory", "States in memory could not be used."):
-            shard, parts = _fetch_shard(source, place.group, place.shard, place.slice % source.slices)
+            shard, parts = _fetch_shard(source, place.group, place.shard, place.slice)
             for name, each in shard.files:
                 states[name] = Image.of(each).load(functools.partial(seam.load_states, name=name))
             own = _own_part(parts[tier.roles.rank]) if tier.roles.rank in parts else None
@@ -351,19 +337,8 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
 _KINDS = ("_model_states.pt", "_optim_states.pt")
 
 
-def _own_part(content: bytes) -> dict[str, Any]:
-    return seam.load_states(io.BytesIO(content), name="what a rank kept in memory of its own")
-
-
 # --------------------------------------------------------------------------------------------------
 # For a framework's folder
-
-
-def _own_files(copy: Copy) -> Files:
-    """Return the files that the framework kept with a copy."""
-    with closing(SharedMemory(path=copy.path)) as memory:
-        memory.map(copy.description.staged.nbytes)
-        return _own_part(bytes(memory.buffer(*copy.description.staged.own))).get("files", {})
 
 
 def write(
@@ -372,21 +347,20 @@ def write(
     """Make a checkpoint of the copies. Collective over the world.
 
     Args:
-        folder_of: the folder for it, by the framework's own step.
-        step_in: that step, by some rank's files; -1 where they do not tell.
+        folder_of: returns the folder for it, by the framework's own step.
+        step_in: returns that step, by some rank's files; -1 where they do not tell.
 
     Raises:
         MicsCheckpointError: on every rank: it could not be written.
     """
     Run.begin()
-    rank = dist.get_rank()
-    own = [_own_files(copy) for place in source.of_rank(rank) for copy in source.here[place][:1]]
-    [step] = elementwise_max([max(map(step_in, own), default=-1)])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    [step] = elementwise_max([max(map(step_in, source.files), default=-1)])
     folder, tag, save = folder_of(step), f"global_step{source.step}", f"{Run.name}{Run.next_number():04x}"
     staging = folders.Staging(folder / tag, save)
     shards = [(group, shard) for group in range(source.groups) for shard in range(source.shards)]
-    mine = [each for number, each in enumerate(shards) if _writer_of(number, len(shards)) == rank]
-    _start_writers(source, mine, region(asked.memory_folder, job_key(asked.job)))
+    mine = [each for number, each in enumerate(shards) if number * ranks // len(shards) == rank]
+    _start_writers(source, mine, asked)
 
     def write_shards(_errors: list[str]) -> dict[str, FileRecord]:
         written = [_write_shard(source, *each, folder, staging.folder) for each in mine]
@@ -407,18 +381,12 @@ def write(
     return folder
 
 
-def _writer_of(number: int, count: int) -> int:
-    """The rank that writes a shard: they are spread over all."""
-    ranks = dist.get_world_size()
-    return number * ranks // count if count <= ranks else number % ranks
-
-
 def _write_shard(source: Source, group: int, shard: int, folder: Path, staging: Path) -> dict[str, FileRecord]:
     """Write the files of one shard, and what its ranks had of their own."""
     found, parts = _fetch_shard(source, group, shard, 0)
+    names = [name for name, _ in found.files]
     for name, each in found.files:
         replay(each, staging / name)
-    names = [name for name, _ in found.files]
     for owner, content in parts.items():
         part = _own_part(content)
         for name, inner in part["files"].items():

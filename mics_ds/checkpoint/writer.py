@@ -27,7 +27,7 @@ import torch
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import logger
 from . import folder, manifest
-from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read, understood
+from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read
 from .links import STARTING_S, Link, Listener, LostError, Neighbour, connect_for_save, fetch
 from .manifest import FileRecord, Manifest
 from .staging import Staged, replay
@@ -326,7 +326,7 @@ class _Writer:
     def _keep(self, writer: Neighbour, which: Mapping[str, Any], path: Path) -> None:
         forget(path)
         with closing(SharedMemory(path=path)) as memory:
-            copy = understood(fetch(writer, self.token, which, memory), path)
+            copy = fetch(writer, self.token, which, memory, path)
         if copy is not None:
             describe(path, copy.description, copy.checksum)
 
@@ -339,8 +339,7 @@ class _Writer:
         if found is None:
             link.send({})
             return
-        with closing(SharedMemory(path=found.path)) as memory:
-            memory.map(found.description.staged.nbytes)
+        with closing(found.open()) as memory:
             content = memory.buffer(0, found.description.staged.nbytes)
             link.send({"description": described_by(found.path).read_text()}, content)
             content.release()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from contextlib import closing
 
 import pytest
 
 from mics_ds.checkpoint import copies
-from mics_ds.checkpoint.copies import Description, Place, describe, forget, job_key, read, require_own, understood
+from mics_ds.checkpoint.copies import Copy, Description, Place, describe, forget, job_key, read, require_own, understood
 from mics_ds.checkpoint.memory import mirrors
 from mics_ds.checkpoint.staging import Share, Staged, StagedFile
 from mics_ds.errors import MicsCheckpointError
@@ -61,6 +62,17 @@ def test_a_description_survives_its_text(tmp_path):
         assert understood(wrong, path) is None
     forget(path)
     assert read(path) is None
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_copy_that_became_shorter_is_no_copy(tmp_path, size):
+    path = tmp_path / "e0-g0-shard1-slice0of2.0"
+    path.write_bytes(bytes(size))
+    with (
+        closing(Copy(DESCRIPTION, 7, path).open()) as memory,
+        pytest.raises(MicsCheckpointError, match="other content"),
+    ):
+        Copy(DESCRIPTION, 7, path).require_same(memory)
 
 
 def test_places_of_one_cut_are_numbered_through():

@@ -125,13 +125,13 @@ def test_a_deadline_is_an_end_whatever_the_other_shows():
     down.close()
 
 
-def test_another_job_gets_nothing():
+def test_another_job_gets_nothing(tmp_path):
     asked = []
     end = End("t", lambda link, which: asked.append(which))
     with pytest.raises(LostError, match="is of another job"):
         connect_for_save(end.neighbour(), "other", 1, 0, soon())
     with pytest.raises(LostError):
-        fetch(end.neighbour(), "other", {"number": 1}, SharedMemory())
+        fetch(end.neighbour(), "other", {"number": 1}, SharedMemory(), tmp_path)
     assert asked == []
 
 
@@ -351,10 +351,13 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
     kept = read(guest)
     assert kept is not None
     assert kept.description == description
-    text = fetch(ranks.neighbours[1], "t", {"name": "own", "step": 7}, fetched)
-    copies.understood(text, own).require_same(fetched)
-    assert fetch(ranks.neighbours[1], "t", {"name": "own", "step": 8}, SharedMemory()) == ""
-    assert fetch(ranks.neighbours[1], "t", {"name": "../own", "step": 7}, SharedMemory()) != "", "names, not paths"
+
+    def fetch_of(name, step):
+        return fetch(ranks.neighbours[1], "t", {"name": name, "step": step}, fetched, own)
+
+    assert fetch_of("own", 8) is None
+    assert fetch_of("../own", 7) is not None, "names, not paths"
+    fetch_of("own", 7).require_same(fetched)
 
 
 def test_a_copy_that_was_not_made_is_kept_by_nobody(tmp_path):
