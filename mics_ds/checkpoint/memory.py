@@ -108,7 +108,6 @@ class MemoryTier:
         self.request, self.groups = request, groups
         self.roles = Roles(groups, node_local=False)
         """As for a checkpoint that all nodes share."""
-        self.on_node = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
         self.folder = region(request.memory_folder, request.job)
         self.engine_index, _Current.engines = _Current.engines, _Current.engines + 1
         self.homes: dict[str, list[int]] = {}
@@ -121,22 +120,25 @@ class MemoryTier:
         """What a script would give to ``save_checkpoint``."""
         self.gave_client_state = False
         self.newest_on_disk = -1
-        self._memories: dict[Path, SharedMemory] = {}
-        self._complained = False
         self.layout = _layout(engine, groups)
-        self.place = self.place_of(self.roles.rank)
-        self._kept_by = {rank: [rank] for rank in self.on_node}
-        """By rank of this node, whose copies it keeps: its own, and those of ranks on the node before."""
-        for rank, keeper in mirrors(groups.node_of).items():
-            if keeper in self._kept_by:
-                self._kept_by[keeper].append(rank)
-        self._names = {rank: self._name_of(rank) for rank in self._kept_by[self.roles.rank]}
+        self.place = self._place_of(self.roles.rank)
+        self._memories: dict[Path, SharedMemory] = {}
+        here = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
+        self._is_first = self.roles.rank == here[0]
+        """Whether this rank does what one rank of each node has to do."""
+        keepers = mirrors(groups.node_of)
+        on_node = {rank: self._name_of(rank) for rank in keepers if keepers[rank] in here}
+        on_node |= {rank: self._name_of(rank) for rank in here}
+        self._names_here = set(on_node.values())
+        """Names of all copies on this node: those of its ranks, and of ranks on the node before."""
+        self._names = {rank: on_node[rank] for rank in on_node if self.roles.rank in (rank, keepers.get(rank))}
+        """Names of the copies that this rank keeps, by the rank that they are of."""
         if _Current.caller is not None:
             self.belongs_to(_Current.caller)
         self.is_on = self._can_be_on(engine)
         at_end.append(self.end)
 
-    def place_of(self, rank: int) -> Place:
+    def _place_of(self, rank: int) -> Place:
         """Return the place of the slice that a rank of the job copies."""
         layout = self.groups.layout
         for group, offset in enumerate(self.roles.offsets):
@@ -146,26 +148,20 @@ class MemoryTier:
         raise AssertionError("every rank is in a group")
 
     def _name_of(self, rank: int) -> str:
-        return self.place_of(rank).name(self.engine_index)
+        return self._place_of(rank).name(self.engine_index)
 
     def _can_be_on(self, engine: Any) -> bool:
         """Return whether no other job is using the region, and there is room. Collective over the world."""
-        errors, needs = list[str](), 0
+        errors, nbytes = list[str](), 0
         with noting(errors):
-            needs = plan_of(engine, self.roles, {}).staged.nbytes
-        with noting(errors):
+            nbytes = plan_of(engine, self.roles, {}).staged.nbytes
             self._take_region()
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))
-        [most] = elementwise_max([needs])
-        copies_here = sum(map(len, self._kept_by.values()))
-        needed = SLOTS * copies_here * (most + most // 8 + (1 << 20))
-        has = _room(self.folder)
-        [unable, short, most_needed, negated_least] = elementwise_max(
-            [int(bool(errors)), int(has < needed), needed, -has]
-        )
-        takes, least = f"{most_needed / 1e9:.2f} GB on a node", f"{-negated_least / 1e9:.2f} GB"
-        said = f"{takes}, in {self.request.memory_folder}, which has {least}"
+        [most] = elementwise_max([nbytes])
+        needed, has = SLOTS * len(self._names_here) * (most + most // 8 + (1 << 20)), _room(self.folder)
+        [unable, short, needed, negated] = elementwise_max([int(bool(errors)), int(has < needed), needed, -has])
+        said = f"{needed / 1e9:.2f} GB on a node, in {self.request.memory_folder}, which has {-negated / 1e9:.2f} GB"
         if short:
             log_rank0(
                 f"states are not copied to memory, and a restart uses the disk: that takes {said} on the node with the "
@@ -203,12 +199,13 @@ class MemoryTier:
             self.is_on = False
             log_rank0(f"states are not copied to memory: {error}", level=30)
             return
-        own, last, errors = None, NEVER, list[str]()
+        alone, own, kept, errors = dict[str, Any](), RankState({}, {}), NEVER, list[str]()
         with noting(errors):
-            own, last = self._own(engine), self._newest(engine)
-        digest = 0 if own is None else number_of(own.states.fingerprint)
+            alone, own = self._alone(engine)
+            kept = self._newest(engine)
+        digest = number_of(own.fingerprint)
         hindered, negated, high, negated_low = elementwise_max(
-            [int(own is None or bool(background.sealing)), -last, digest, -digest]
+            [int(bool(errors or background.sealing)), -kept, digest, -digest]
         )
         path, description, copying, kept = Path(), None, Copying(), -negated
         if hindered:
@@ -218,15 +215,16 @@ class MemoryTier:
             )
         else:
             with noting(errors):
-                if kept >= 0 and self.roles.rank == self.on_node[0]:
-                    self._remove_strays()
-                assert own is not None, "nothing hinders this rank"
                 if high != -negated_low:  # ranks differ in what is beside their shards
-                    own = own.with_states()
-                path, description, copying = self._take(engine, own, kept)
-        if errors and not self._complained:
+                    alone["states"] = own.beside({})
+                background.revive()
+                self._take_region()
+                if kept >= 0 and self._is_first:
+                    self._remove_strays()
+                path = self._next_slot(self._names[self.roles.rank], kept)
+                description, copying = self._copy_to(path, engine, alone)
+        if errors:
             logger.warning("states could not be copied to memory: %s", "; ".join(errors))
-            self._complained = True
         if hindered:
             return
         guests = [
@@ -237,57 +235,48 @@ class MemoryTier:
         job = Seal(Run.next_number(), str(self.folder), str(path), description, tuple(guests), steps_taken(engine))
         background.seal(job, copying)
 
+    def _alone(self, engine: Any) -> tuple[dict[str, Any], RankState]:
+        """Return what a copy has of this rank alone, and all state beside the shard."""
+        client_state = dict(self.client_state() if self.client_state is not None else {})
+        files = {} if self.caller is None else self.caller.files()
+        states = seam.model_states(engine, client_state)
+        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
+        return {"client_state": client_state, "random": random_states(), "files": files}, own
+
     def _newest(self, engine: Any) -> int:
-        """The step of which everything that this rank keeps is complete, or -1."""
-        # What is later than now, or of another model, is of an earlier run that this one does not go on with.
+        """Return the step of which everything that this rank keeps is complete, or -1."""
         for found in copies(self.folder):
-            is_ours = found.description.engine == self.engine_index and found.description.layout == self.layout
-            if found.description.engine == self.engine_index and not (
-                is_ours and found.description.step < steps_taken(engine)
-            ):
+            # What is later than now, or of another model, is of an earlier run that this one does not go on with.
+            strange = found.description.layout != self.layout or found.description.step >= steps_taken(engine)
+            if found.description.engine == self.engine_index and strange:
                 forget(found.path)
         return min(max(self._steps(name).values()) for name in self._names.values())
 
-    def _remove_strays(self) -> None:
-        """Remove copies that earlier runs have cut otherwise: those of this run are complete."""
-        names = {self._name_of(rank) for kept in self._kept_by.values() for rank in kept}
-        for path in self.folder.glob(f"e{self.engine_index}-*.[01]"):
-            if path.stem not in names:
-                forget(path)
-                path.unlink()
-
     def _steps(self, name: str) -> dict[Path, int]:
-        """The two slots of that name, and the step of what is complete there, or -1."""
+        """Return the two slots of that name, and the step of what is complete there, or -1."""
         found = {path: read(path) for path in (self.folder / f"{name}.{slot}" for slot in range(SLOTS))}
         return {path: -1 if copy is None else copy.description.step for path, copy in found.items()}
 
     def _next_slot(self, name: str, kept: int) -> Path:
-        """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept."""
+        """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept.
+
+        Args:
+            kept: the newest step of which all shards have a complete copy, or -1.
+        """
         steps = self._steps(name)
         return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
 
-    def _own(self, engine: Any) -> _Own:
-        """Return the state that belongs to this rank alone."""
-        client_state = dict(self.client_state() if self.client_state is not None else {})
-        files = {} if self.caller is None else self.caller.files()
-        alone = {"client_state": client_state, "random": random_states(), "files": files}
-        states = seam.model_states(engine, client_state)
-        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
-        return _Own(alone, own, pickled(alone))
+    def _remove_strays(self) -> None:
+        """Remove copies that earlier runs have cut otherwise: those of this run are complete."""
+        for path in self.folder.glob(f"e{self.engine_index}-*.[01]"):
+            if path.stem not in self._names_here:
+                forget(path)
+                path.unlink()
 
-    def _take(self, engine: Any, own: _Own, kept: int) -> tuple[Path, Description, Copying]:
-        """Copy what this rank has to.
-
-        Args:
-            kept: the newest step of which all shards have a complete copy, or -1. It stays.
-        """
-        background = Background.current
-        assert background is not None, "made before"
-        background.revive()
-        self._take_region()
+    def _copy_to(self, path: Path, engine: Any, alone: Mapping[str, Any]) -> tuple[Description, Copying]:
+        """Begin to copy what this rank has to, and describe the copy."""
         self.settle()
-        plan = plan_of(engine, self.roles, own.alone["client_state"], own.pickled)
-        path = self._next_slot(self._names[self.roles.rank], kept)
+        plan = plan_of(engine, self.roles, alone["client_state"], pickled(alone))
         forget(path)
         memory = self._memory(path)
         memory.reserve(plan.staged.nbytes)
@@ -303,27 +292,27 @@ class MemoryTier:
             stale=self._stale(),
             staged=plan.staged,
         )
-        return path, description, copying
+        return description, copying
 
     def _take_region(self) -> None:
         """Make the region and hold it on this node. Raises MicsCheckpointError if another job or user has it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_own(self.folder)
-        if self.roles.rank == self.on_node[0]:
+        if self._is_first:
             busy = f"{self.folder} is in use by a running job", 'Give each job a name, "mics_checkpoint": {"job": ...}'
             _regions.setdefault(self.folder, FileLock(self.folder / "lock", busy)).take()
 
     def _memory(self, path: Path) -> SharedMemory:
-        memory = self._memories.get(path)
-        if memory is not None and memory.is_lost():
+        found = self._memories.get(path)
+        if found is not None and found.is_lost():
             logger.warning(
                 "%s was removed while the job runs (RemoveIPC of logind, a job's epilogue?); made anew", path
             )
-            memory.close()
-            memory = None
-        if memory is None:
-            memory = self._memories[path] = SharedMemory(path=path)
-        return memory
+            found.close()
+            found = None
+        if found is None:
+            found = self._memories[path] = SharedMemory(path=path)
+        return found
 
     def _stale(self) -> str:
         if not self.gave_client_state or self.client_state is not None:
@@ -375,7 +364,7 @@ class MemoryTier:
 
     def end(self) -> None:
         """The process ends as it should: what is on disk too need not stay in memory."""
-        if self.roles.rank != self.on_node[0] or not self.folder.exists():
+        if not self._is_first or not self.folder.exists():
             return
         kept = [found.description.step for found in copies(self.folder)]
         if max(kept, default=-1) <= self.newest_on_disk:
@@ -386,20 +375,6 @@ class MemoryTier:
                 self.folder,
                 max(kept),
             )
-
-
-class _Own(NamedTuple):
-    """State that belongs to one rank alone."""
-
-    alone: dict[str, Any]
-    states: RankState
-    pickled: bytes
-    """``alone`` as ``torch.save`` writes it."""
-
-    def with_states(self) -> _Own:
-        """Return this state with the model states beside the shard too, where the ranks differ in them."""
-        whole = {**self.alone, "states": self.states.beside({})}
-        return _Own(whole, self.states, pickled(whole))
 
 
 def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
