@@ -242,13 +242,12 @@ class Place(NamedTuple):
     """Place of a slice in the states of the job: its group, its shard, and how the states were cut."""
 
     group: int
-    """First rank of the data-parallel group. There are several groups with model parallelism."""
+    """Number of the data-parallel group. There are several groups with model parallelism."""
     shard: int
     slice: int
     shards: int
-    """p."""
     slices: int
-    """r, when the copy was made."""
+    """Slices of each shard, r when the copy was made."""
 
     @property
     def number(self) -> int:
@@ -256,7 +255,7 @@ class Place(NamedTuple):
         return (self.group * self.shards + self.shard) * self.slices + self.slice
 
     def name(self, engine: int) -> str:
-        """The name of copies of it, without the number of the slot."""
+        """Return the name of copies of it, without the number of the slot."""
         return f"e{engine}-g{self.group}-shard{self.shard}-slice{self.slice}of{self.slices}"
 
 
@@ -271,22 +270,20 @@ class Description(NamedTuple):
     place: Place
     rank: int
     layout: str
-    """Tells whether a model and its optimizer are cut into the same shards."""
+    """Digest that models have in common whose states are cut into the same shards."""
     homes: dict[str, list[int]]
     """Folders that the job resumes from, each with the markers that its disk may have for the copy to count."""
     stale: str
     """Why a script could not go on from here, if it could not."""
     staged: Staged
-
-
-_SCHEMA = TypeAdapter(Description)
+    crc32: int = 0
+    """Checksum of the content."""
 
 
 class Copy(NamedTuple):
     """A copy that was found."""
 
     description: Description
-    checksum: int
     path: Path
 
     def open(self) -> SharedMemory:
@@ -302,8 +299,11 @@ class Copy(NamedTuple):
     def require_same(self, memory: SharedMemory) -> None:
         """Raise MicsCheckpointError unless this is what is in memory."""
         nbytes = self.description.staged.nbytes
-        if memory.nbytes < nbytes or memory.checksum(nbytes) != self.checksum:
+        if memory.nbytes < nbytes or memory.checksum(nbytes) != self.description.crc32:
             raise MicsCheckpointError(f"{self.path} has other content than was written (checksum)")
+
+
+_SCHEMA = TypeAdapter(Description)
 
 
 def described_by(path: Path) -> Path:
@@ -315,34 +315,31 @@ def forget(path: Path) -> None:
     described_by(path).unlink(missing_ok=True)
 
 
-def describe(path: Path, description: Description, checksum: int) -> None:
+def describe(path: Path, description: Description) -> None:
     """Make a copy complete."""
-    body = json.dumps({"content": checksum, "description": _SCHEMA.dump_python(description, mode="json")})
-    write_text(described_by(path), json.dumps({"crc32": zlib.crc32(body.encode()), "body": body}))
+    body = _SCHEMA.dump_json(description).decode()
+    write_text(described_by(path), f"{zlib.crc32(body.encode())} {body}")
 
 
-def understood(text: str | bytes, path: Path) -> Copy | None:
-    """The copy that such a text describes; ``None`` for any other."""
+def understood(text: str, path: Path) -> Copy | None:
+    """Return the copy that such a text describes; ``None`` for any other text."""
+    crc32, _, body = text.partition(" ")
     try:
-        said = json.loads(text)
-        if zlib.crc32(said["body"].encode()) != said["crc32"]:
-            return None
-        body = json.loads(said["body"])
-        return Copy(_SCHEMA.validate_python(body["description"]), int(body["content"]), path)
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+        return Copy(_SCHEMA.validate_json(body), path) if crc32 == str(zlib.crc32(body.encode())) else None
+    except ValueError:
         return None
 
 
 def read(path: Path) -> Copy | None:
     """Read the description of a copy; ``None`` if it has none that can be understood."""
     try:
-        return understood(described_by(path).read_bytes(), path)
-    except OSError:
+        return understood(described_by(path).read_text(), path)
+    except (OSError, UnicodeDecodeError):
         return None
 
 
 def copies(region: Path) -> Iterator[Copy]:
-    """All complete copies in a job's region, judged by their descriptions.
+    """Yield all complete copies in a job's region, judged by their descriptions.
 
     Raises:
         MicsCheckpointError: others than this user can write there.

@@ -314,7 +314,8 @@ class _Writer:
         if job.description is not None:
             with noting(errors), closing(SharedMemory(path=Path(job.path))) as memory:
                 memory.map(job.description.staged.nbytes)
-                describe(Path(job.path), job.description, memory.checksum(job.description.staged.nbytes))
+                checksum = memory.checksum(job.description.staged.nbytes)
+                describe(Path(job.path), job.description._replace(crc32=checksum))
         with self._changed:
             self._sealed, self._folder = max(self._sealed, job.number), job.folder
             self._changed.notify_all()
@@ -328,7 +329,7 @@ class _Writer:
         with closing(SharedMemory(path=path)) as memory:
             copy = fetch(writer, self.token, which, memory, path)
         if copy is not None:
-            describe(path, copy.description, copy.checksum)
+            describe(path, copy.description)
 
     def _give(self, link: Link, which: Mapping[str, Any]) -> None:
         """Send the copy that another process wants, once it is there, or nothing if it will not be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections import Counter
 from contextlib import closing
 
@@ -49,16 +50,17 @@ DESCRIPTION = Description(
     homes={"/a": [3, 4]},
     stale="",
     staged=Staged((StagedFile("f", (0, 8), (0, 1)),), (Share(2, (5, 1), 4), Share(1, (24,), 1)), (1, 2), 9),
+    crc32=7,
 )
 
 
 def test_a_description_survives_its_text(tmp_path):
     path = tmp_path / "e0-g0-shard1-slice0of2.0"
-    describe(path, DESCRIPTION, 7)
-    assert read(path) == (DESCRIPTION, 7, path)
+    describe(path, DESCRIPTION)
+    assert read(path) == (DESCRIPTION, path)
     text = copies.described_by(path).read_text()
     assert understood(text.replace("24", "25"), path) is None
-    for wrong in ("", "{}", "[]", "null", "[" * 100_000, '{"crc32": 1, "body": 5}', "\ud800"):
+    for wrong in ("", "{}", "[]", "null", "[" * 100_000, "5 {}", "\ud800", f"{zlib.crc32(b'[]')} []"):
         assert understood(wrong, path) is None
     forget(path)
     assert read(path) is None
@@ -68,11 +70,9 @@ def test_a_description_survives_its_text(tmp_path):
 def test_a_copy_that_became_shorter_is_no_copy(tmp_path, size):
     path = tmp_path / "e0-g0-shard1-slice0of2.0"
     path.write_bytes(bytes(size))
-    with (
-        closing(Copy(DESCRIPTION, 7, path).open()) as memory,
-        pytest.raises(MicsCheckpointError, match="other content"),
-    ):
-        Copy(DESCRIPTION, 7, path).require_same(memory)
+    copy = Copy(DESCRIPTION, path)
+    with closing(copy.open()) as memory, pytest.raises(MicsCheckpointError, match="other content"):
+        copy.require_same(memory)
 
 
 def test_places_of_one_cut_are_numbered_through():
