@@ -11,7 +11,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..errors import MicsCheckpointError, describe_error
+from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import log_rank0, logger
 from . import folder as folders
 from . import manifest
@@ -34,7 +34,6 @@ from .memory import MemoryTier
 from .save import write_together
 from .staging import Image, replay
 
-Files = dict[str, bytes]
 _NOBODY = 1 << 40
 _REMEDY = "Remove the memory of this job (mics-ds memory --remove) to resume from disk."
 
@@ -56,8 +55,8 @@ class Source(NamedTuple):
     """Copies on this node, by number of place."""
     on_disk: int
     """The step of what is on disk, which is older."""
-    files: tuple[Files, ...] = ()
-    """Files that a framework kept with the copies for which this rank vouches."""
+    framework_step: int = -1
+    """The step by a framework's own count, if that was asked for."""
 
     def describe(self, tag: str, save: str, files: Mapping[str, FileRecord]) -> Manifest:
         """Return the manifest of a checkpoint that is made of the copies."""
@@ -88,7 +87,7 @@ def find(
     *,
     engine: int = 0,
     layout: str | None = None,
-    needed: str = "",
+    kept: tuple[str, Callable[[bytes], int]] | None = None,
 ) -> Source | None:
     """Find the newest states in memory that are newer than what is on disk. Collective over the world.
 
@@ -97,7 +96,7 @@ def find(
         look: returns the marker and the step of the newest checkpoint on disk.
         engine: index of the engine among those of the job.
         layout: of the model, if that is known.
-        needed: a file of a framework that some rank must have kept.
+        kept: name of a file that a framework must have kept on some rank, and what returns its own step by the content.
     """
     marker, on_disk = _on_disk(look)
     usable, tried = _usable(asked, engine, home, marker, layout), False
@@ -119,21 +118,24 @@ def find(
         source = _vouched_for(step, engine, here, on_disk)
         if source is None:
             usable, tried = [copy for copy in usable if copy.description.step < step], True
-        elif elementwise_max([_forget_damaged(source)]) == [0]:
-            return _with_files(source, needed) if needed else source
+            continue
+        damaged = [copy for copy in _vouched_here(source) if not _is_good(copy)]
+        for copy in damaged:
+            forget(copy.path)
+        if elementwise_max([len(damaged)]) == [0]:
+            return source if kept is None else _with_framework_step(source, *kept)
 
 
-def _on_disk(look: Callable[[], tuple[str, int]]) -> tuple[int, int]:
+def _on_disk(look: Callable[[], tuple[str, int]]) -> list[int]:
     """The marker, as a number, and the step of what is on disk, as rank 0 sees it. Collective over the world."""
-    number, step = 0, -1
+    found, errors = [0, -1], list[str]()
     if dist.get_rank() == 0:
-        try:
+        with noting(errors):
             marker, step = look()
-            number = number_of(marker)
-        except (OSError, MicsCheckpointError) as error:
-            logger.warning("the newest checkpoint cannot be read: %s", describe_error(error))
-    number, step = elementwise_max([number, step])
-    return number, step
+            found = [number_of(marker), step]
+        if errors:
+            logger.warning("the newest checkpoint cannot be read: %s", errors[0])
+    return elementwise_max(found)
 
 
 def _fits(copy: Copy, home: str, marker: int) -> bool:
@@ -195,14 +197,6 @@ def _vouched_here(source: Source) -> list[Copy]:
     return [copy for place in mine for copy in source.here[place]]
 
 
-def _forget_damaged(source: Source) -> int:
-    """Forget copies for which this rank vouches, if their content is not what was written. Returns how many."""
-    damaged = [copy for copy in _vouched_here(source) if not _is_good(copy)]
-    for copy in damaged:
-        forget(copy.path)
-    return len(damaged)
-
-
 def _is_good(copy: Copy) -> bool:
     """Return whether the content of a copy is what was written. If not, the log says so."""
     try:
@@ -214,39 +208,23 @@ def _is_good(copy: Copy) -> bool:
     return True
 
 
-def _with_files(source: Source, needed: str) -> Source | None:
-    """Return the source with the files of a framework, if some rank has kept that one. Collective over the world."""
-    found = list[Files]()
+def _with_framework_step(source: Source, name: str, step_in: Callable[[bytes], int]) -> Source | None:
+    """Add a framework's own step, by that file on some rank; ``None`` if there is no such file. Collective over the
+    world."""
+    steps, errors = [-1], list[str]()
     for copy in _vouched_here(source):
-        with closing(copy.open()) as memory:
-            found.append(_own_part(copy.own(memory)).get("files", {}))
-    if elementwise_max([int(any(needed in files for files in found))]) == [0]:
-        log_rank0(f"the copies of step {source.step} in memory lack {needed}, and are not used")
+        with noting(errors), closing(copy.open()) as memory:
+            files = _own_part(copy.own(memory))["files"]
+            steps += [step_in(files[name])] if name in files else []
+    [step] = elementwise_max([max(steps)])
+    if step < 0:
+        log_rank0("; ".join([f"the copies of step {source.step} in memory lack {name}, and are not used", *errors]))
         return None
-    return source._replace(files=tuple(found))
+    return source._replace(framework_step=step)
 
 
 # --------------------------------------------------------------------------------------------------
 # Bringing slices to where they are needed
-
-
-def _start_writers(source: Source, wanted: Iterable[tuple[int, int]], asked: CheckpointRequest) -> None:
-    """Start the processes that give copies to others, if some rank lacks one. Collective over the world.
-
-    Args:
-        wanted: group and shard of all that this rank needs.
-    """
-    lacking = (
-        _place(source, group, shard, number).number not in source.here
-        for group, shard in wanted
-        for number in range(source.slices)
-    )
-    if elementwise_max([int(any(lacking))]) == [1]:
-        Background.of_job().serve(region(asked.memory_folder, asked.job))
-
-
-def _place(source: Source, group: int, shard: int, number: int) -> Place:
-    return Place(group, shard, number % source.slices, source.shards, source.slices)
 
 
 def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Shard, dict[int, bytes]]:
@@ -263,7 +241,7 @@ def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Sh
     """
     found, own = Shard(lasting=True), dict[int, bytes]()
     for turn in range(source.slices):
-        place = _place(source, group, shard, first + turn)
+        place = Place(group, shard, (first + turn) % source.slices, source.shards, source.slices)
         copy, memory = _slice(source, place)
         with closing(memory):
             found.add(copy.description.staged, place.slice, memory)
@@ -275,7 +253,7 @@ def _slice(source: Source, place: Place) -> tuple[Copy, SharedMemory]:
     for copy in filter(_is_good, source.here.get(place.number, ())):
         return copy, copy.open()
     background, holder, memory = Background.current, source.holders[place.number], SharedMemory()
-    assert background is not None, "started if any rank lacks a slice"
+    assert background is not None, "all ranks have started theirs"
     which = {"name": place.name(source.engine), "step": source.step}
     fetched = fetch(background.neighbour(holder), Run.token, which, memory, Path(f"the copy of rank {holder}"))
     if fetched is None or fetched.description.place != place:
@@ -317,7 +295,7 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
         return None
     agreed, states = time.monotonic(), dict[str, Any]()
     try:
-        _start_writers(source, [(place.group, place.shard)], tier.request)
+        Background.of_job().serve(tier.folder)
         with raised_on_all_ranks("resuming from memory", "States in memory could not be used."):
             shard, parts = _fetch_shard(source, place.group, place.shard, place.slice)
             for name, each in shard.files:
@@ -341,26 +319,19 @@ _KINDS = ("_model_states.pt", "_optim_states.pt")
 # For a framework's folder
 
 
-def write(
-    asked: CheckpointRequest, source: Source, folder_of: Callable[[int], Path], step_in: Callable[[Files], int]
-) -> Path:
+def write(asked: CheckpointRequest, source: Source, folder: Path) -> None:
     """Make a checkpoint of the copies. Collective over the world.
-
-    Args:
-        folder_of: returns the folder for it, by the framework's own step.
-        step_in: returns that step, by some rank's files; -1 where they do not tell.
 
     Raises:
         MicsCheckpointError: on every rank: it could not be written.
     """
     Run.begin()
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    [step] = elementwise_max([max(map(step_in, source.files), default=-1)])
-    folder, tag, save = folder_of(step), f"global_step{source.step}", f"{Run.name}{Run.next_number():04x}"
+    tag, save = f"global_step{source.step}", f"{Run.name}{Run.next_number():04x}"
     staging = folders.Staging(folder / tag, save)
     shards = [(group, shard) for group in range(source.groups) for shard in range(source.shards)]
     mine = [each for number, each in enumerate(shards) if number * ranks // len(shards) == rank]
-    _start_writers(source, mine, asked)
+    Background.of_job().serve(region(asked.memory_folder, asked.job))
 
     def write_shards(_errors: list[str]) -> dict[str, FileRecord]:
         written = [_write_shard(source, *each, folder, staging.folder) for each in mine]
@@ -378,7 +349,6 @@ def write(
         raise
     staging.end()
     log_rank0(f"{folder} was made from memory, at step {source.step}")
-    return folder
 
 
 def _write_shard(source: Source, group: int, shard: int, folder: Path, staging: Path) -> dict[str, FileRecord]:
@@ -389,8 +359,8 @@ def _write_shard(source: Source, group: int, shard: int, folder: Path, staging: 
         replay(each, staging / name)
     for owner, content in parts.items():
         part = _own_part(content)
-        for name, inner in part["files"].items():
-            (folder / name).write_bytes(inner)
+        for name, kept in part["files"].items():
+            (folder / name).write_bytes(kept)
         if "states" in part:
             names.append(OWN_STATE.format(rank=owner))
             torch.save(part["states"], staging / names[-1])

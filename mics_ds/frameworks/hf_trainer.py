@@ -136,7 +136,8 @@ def _newest(
     may_be_newer = wanted is None or wanted == newest
     if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
         checkpoint = folder / _FOLDER.format(step=chosen)
-        source = restart.find(memory, os.path.realpath(folder), lambda: _engine_newest(checkpoint), needed=STATE)
+        home, kept = os.path.realpath(folder), (STATE, _step_in)
+        source = restart.find(memory, home, lambda: _engine_newest(checkpoint), kept=kept)
     if source is None and chosen < 0 and interrupted and required:
         raise MicsCheckpointError(
             f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
@@ -145,7 +146,8 @@ def _newest(
     _set_aside(args, folder, sorted(step for step in interrupted if step > chosen))
     if source is not None:
         assert memory is not None, "it has a source"
-        return restart.write(memory, source, lambda step: folder / _FOLDER.format(step=step), _step_in)
+        chosen = source.framework_step
+        restart.write(memory, source, folder / _FOLDER.format(step=chosen))
     return folder / _FOLDER.format(step=chosen) if chosen >= 0 else None
 
 
@@ -206,9 +208,9 @@ def _engine_newest(checkpoint: Path) -> tuple[str, int]:
     return folders.newest(checkpoint) if checkpoint.is_dir() else ("", -1)
 
 
-def _step_in(files: dict[str, bytes]) -> int:
-    """The Trainer's step, by its files."""
-    return int(json.loads(files[STATE])["global_step"]) if STATE in files else -1
+def _step_in(state: bytes) -> int:
+    """The Trainer's step, by its state."""
+    return int(json.loads(state)["global_step"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ def test_memory_without_the_trainers_state_is_not_used(tmp_path):
         with logged() as said:
             assert resolved(tmp_path) is True, "the Trainer says that there is none"
         assert dist.get_rank() or any("lack trainer_state.json" in line for line in said)
-        assert restart.find(ASKED, str(tmp_path / "elsewhere"), lambda: ("", -1), needed=hf_trainer.STATE) is None
+        kept = hf_trainer.STATE, hf_trainer._step_in
+        assert restart.find(ASKED, str(tmp_path / "elsewhere"), lambda: ("", -1), kept=kept) is None
 
 
 @pytest.mark.ranks(2)
