@@ -38,7 +38,6 @@ from .copies import (
     copies,
     forget,
     host_memory_left,
-    read,
     region,
     require_own,
 )
@@ -47,16 +46,15 @@ from .save import plan_of
 from .staging import pickled
 from .writer import Seal
 
-SLOTS = 2
-NEVER = 1 << 40
-"""Later than any step, where the least of all ranks' steps counts."""
-
-ClientState = Callable[[], Mapping[str, Any]]
+_SLOTS = 2
+_NO_CLIENT_STATE = (
+    "the script saves a client_state, which copies in memory lack; let it set engine.mics_memory.client_state to a "
+    "function that returns it"
+)
 
 
 class Caller(NamedTuple):
-    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` when its own states are those of the end
-    of a step."""
+    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` at the end of its own step."""
 
     home: str
     """The folder that it resumes from, if it is always the same."""
@@ -116,7 +114,7 @@ class MemoryTier:
         self.caller: Caller | None = None
         self.is_due = False
         """Whether the states are those of a step of which there should be a copy, and none was made yet."""
-        self.client_state: ClientState | None = None
+        self.client_state: Callable[[], Mapping[str, Any]] | None = None
         """What a script would give to ``save_checkpoint``."""
         self.gave_client_state = False
         self.newest_on_disk = -1
@@ -127,11 +125,11 @@ class MemoryTier:
         self._is_first = self.roles.rank == here[0]
         """Whether this rank does what one rank of each node has to do."""
         keepers = mirrors(groups.node_of)
-        on_node = {rank: self._name_of(rank) for rank in keepers if keepers[rank] in here}
-        on_node |= {rank: self._name_of(rank) for rank in here}
-        self._names_here = set(on_node.values())
+        on_node = [rank for rank in groups.node_of if rank in here or keepers.get(rank) in here]
+        names = {rank: self._place_of(rank).name(self.engine_index) for rank in on_node}
+        self._names_here = set(names.values())
         """Names of all copies on this node: those of its ranks, and of ranks on the node before."""
-        self._names = {rank: on_node[rank] for rank in on_node if self.roles.rank in (rank, keepers.get(rank))}
+        self._names = {rank: names[rank] for rank in on_node if self.roles.rank in (rank, keepers.get(rank))}
         """Names of the copies that this rank keeps, by the rank that they are of."""
         if _Current.caller is not None:
             self.belongs_to(_Current.caller)
@@ -141,14 +139,13 @@ class MemoryTier:
     def _place_of(self, rank: int) -> Place:
         """Return the place of the slice that a rank of the job copies."""
         layout = self.groups.layout
-        for group, offset in enumerate(self.roles.offsets):
-            if rank - offset in layout.ranks:
-                index, p = layout.ranks.index(rank - offset), layout.partition_size
-                return Place(group, index % p, index // p, p, layout.replication_size)
-        raise AssertionError("every rank is in a group")
-
-    def _name_of(self, rank: int) -> str:
-        return self._place_of(rank).name(self.engine_index)
+        [(group, index)] = [
+            (group, layout.ranks.index(rank - offset))
+            for group, offset in enumerate(self.roles.offsets)
+            if rank - offset in layout.ranks
+        ]
+        p = layout.partition_size
+        return Place(group, index % p, index // p, p, layout.replication_size)
 
     def _can_be_on(self, engine: Any) -> bool:
         """Return whether no other job is using the region, and there is room. Collective over the world."""
@@ -159,7 +156,7 @@ class MemoryTier:
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))
         [most] = elementwise_max([nbytes])
-        needed, has = SLOTS * len(self._names_here) * (most + most // 8 + (1 << 20)), _room(self.folder)
+        needed, has = _SLOTS * len(self._names_here) * (most + most // 8 + (1 << 20)), _room(self.folder)
         [unable, short, needed, negated] = elementwise_max([int(bool(errors)), int(has < needed), needed, -has])
         said = f"{needed / 1e9:.2f} GB on a node, in {self.request.memory_folder}, which has {-negated / 1e9:.2f} GB"
         if short:
@@ -199,10 +196,12 @@ class MemoryTier:
             self.is_on = False
             log_rank0(f"states are not copied to memory: {error}", level=30)
             return
-        alone, own, kept, errors = dict[str, Any](), RankState({}, {}), NEVER, list[str]()
+        alone, own, errors = dict[str, Any](), RankState({}, {}), list[str]()
+        steps, kept = dict[Path, int](), -1
         with noting(errors):
             alone, own = self._alone(engine)
-            kept = self._newest(engine)
+            steps = self._complete(engine)
+            kept = min(max(steps.get(slot, -1) for slot in self._slots(name)) for name in self._names.values())
         digest = number_of(own.fingerprint)
         hindered, negated, high, negated_low = elementwise_max(
             [int(bool(errors or background.sealing)), -kept, digest, -digest]
@@ -221,14 +220,14 @@ class MemoryTier:
                 self._take_region()
                 if kept >= 0 and self._is_first:
                     self._remove_strays()
-                path = self._next_slot(self._names[self.roles.rank], kept)
+                path = self._next_slot(self._names[self.roles.rank], steps, kept)
                 description, copying = self._copy_to(path, engine, alone)
         if errors:
             logger.warning("states could not be copied to memory: %s", "; ".join(errors))
         if hindered:
             return
         guests = [
-            (background.neighbour(rank), name, str(self._next_slot(name, kept)))
+            (background.neighbour(rank), name, str(self._next_slot(name, steps, kept)))
             for rank, name in self._names.items()
             if rank != self.roles.rank
         ]
@@ -243,28 +242,31 @@ class MemoryTier:
         own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
         return {"client_state": client_state, "random": random_states(), "files": files}, own
 
-    def _newest(self, engine: Any) -> int:
-        """Return the step of which everything that this rank keeps is complete, or -1."""
-        for found in copies(self.folder):
-            # What is later than now, or of another model, is of an earlier run that this one does not go on with.
-            strange = found.description.layout != self.layout or found.description.step >= steps_taken(engine)
-            if found.description.engine == self.engine_index and strange:
-                forget(found.path)
-        return min(max(self._steps(name).values()) for name in self._names.values())
+    def _complete(self, engine: Any) -> dict[Path, int]:
+        """Return the complete copies on this node that this run goes on with, and their steps."""
+        found = {}
+        for copy in copies(self.folder):
+            description = copy.description
+            # What is later than now, or of another model, is of an earlier run.
+            if description.engine == self.engine_index and (
+                description.layout != self.layout or description.step >= steps_taken(engine)
+            ):
+                forget(copy.path)
+            else:
+                found[copy.path] = description.step
+        return found
 
-    def _steps(self, name: str) -> dict[Path, int]:
-        """Return the two slots of that name, and the step of what is complete there, or -1."""
-        found = {path: read(path) for path in (self.folder / f"{name}.{slot}" for slot in range(SLOTS))}
-        return {path: -1 if copy is None else copy.description.step for path, copy in found.items()}
+    def _slots(self, name: str) -> list[Path]:
+        return [self.folder / f"{name}.{slot}" for slot in range(_SLOTS)]
 
-    def _next_slot(self, name: str, kept: int) -> Path:
+    def _next_slot(self, name: str, steps: Mapping[Path, int], kept: int) -> Path:
         """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept.
 
         Args:
+            steps: of complete copies.
             kept: the newest step of which all shards have a complete copy, or -1.
         """
-        steps = self._steps(name)
-        return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
+        return min(self._slots(name), key=lambda slot: (steps.get(slot, -1) == kept >= 0, steps.get(slot, -1)))
 
     def _remove_strays(self) -> None:
         """Remove copies that earlier runs have cut otherwise: those of this run are complete."""
@@ -288,8 +290,8 @@ class MemoryTier:
             place=self.place,
             rank=self.roles.rank,
             layout=self.layout,
-            homes={home: list(markers) for home, markers in self.homes.items()},
-            stale=self._stale(),
+            homes=dict(self.homes),
+            stale=_NO_CLIENT_STATE if self.gave_client_state and self.client_state is None else "",
             staged=plan.staged,
         )
         return description, copying
@@ -313,14 +315,6 @@ class MemoryTier:
         if found is None:
             found = self._memories[path] = SharedMemory(path=path)
         return found
-
-    def _stale(self) -> str:
-        if not self.gave_client_state or self.client_state is not None:
-            return ""
-        return (
-            "the script saves a client_state, which copies in memory lack; let it set "
-            "engine.mics_memory.client_state to a function that returns it"
-        )
 
     # ---------------------------------------------------------------------------- the disk beside it
 
