@@ -57,24 +57,21 @@ class Copying:
 
 
 class SharedMemory:
-    """Memory that two processes share, mapped here as far as :meth:`reserve` or :meth:`map` asked for.
-
-    It grows in generous steps and is used again by every copy: mapping and pinning cost more than copying. Without a
-    path it has no name, and goes away with the last process that has it.
+    """Memory that two processes share. Every copy uses it again: mapping and pinning cost more than copying.
 
     Args:
         descriptor: of the memory, if another process has made it.
-        path: a file in a file system in memory, made if it does not exist.
+        path: a file in a file system in memory, made if it does not exist. By default the memory has no name, and goes
+            away with the last process that has it.
     """
 
     _stream: Any = None
-    """Stream of all copies from the device that this process makes."""
+    """Stream of all copies from the device."""
 
     def __init__(self, descriptor: int | None = None, path: Path | None = None) -> None:
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self.descriptor = os.memfd_create("mics_ds", os.MFD_CLOEXEC) if descriptor is None else descriptor
-        self.path = path
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
 
@@ -82,13 +79,6 @@ class SharedMemory:
     def nbytes(self) -> int:
         """Bytes that are mapped."""
         return self._bytes.numel()
-
-    def is_lost(self) -> bool:
-        """Return whether its file was removed, so that nobody will find what is copied there."""
-        try:
-            return self.path is not None and not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return True
 
     def reserve(self, nbytes: int) -> None:
         """Provide so much memory, pinned where there is an accelerator of CUDA's kind.
@@ -113,7 +103,7 @@ class SharedMemory:
                 logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
 
     def map(self, nbytes: int) -> None:
-        """Map what there is, unless ``nbytes`` of it are mapped already."""
+        """Map all of it, unless ``nbytes`` are mapped already."""
         if nbytes > self.nbytes and os.fstat(self.descriptor).st_size:
             self.unmap()
             self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0), dtype=torch.uint8)
@@ -195,10 +185,10 @@ def _cgroups() -> Iterator[Path]:
 
 
 class Shard:
-    """A shard that is put together from what its replicas have copied, in host memory.
+    """A shard that is put together in host memory.
 
     Args:
-        lasting: whether it is used beyond the copies, which others write over.
+        lasting: whether it is used beyond the copies of its replicas, which the next copies write over.
     """
 
     def __init__(self, *, lasting: bool = False) -> None:
@@ -216,13 +206,14 @@ class Shard:
             self._wholes = [torch.UntypedStorage(share.nbytes) for share in shared]
         for share, start, whole in zip(shared, staged.starts, self._wholes):
             share.put(memory.view(start, share.piece_bytes), replica, bytes_of(whole))
+        storages = [memory.storage(start, share.nbytes) for share, start in alone]
         if self._lasting:
             require_host_memory(sum(share.nbytes for share, _ in alone), "to load a shard")
-        storages = [memory.storage(start, share.nbytes) for share, start in alone]
-        storages = [*self._wholes, *(storage.clone() if self._lasting else storage for storage in storages)]
+            storages = [storage.clone() for storage in storages]
+        by_number = self._wholes + storages
         for file in staged.files:
-            found = [storages[number] for number in file.storages]
-            self.files.append((file.name, Recorded(bytes(memory.buffer(*file.pickled)), found)))
+            found = Recorded(bytes(memory.buffer(*file.pickled)), [by_number[number] for number in file.storages])
+            self.files.append((file.name, found))
 
 
 def require_host_memory(nbytes: int, purpose: str) -> None:
@@ -350,10 +341,7 @@ def copies(region: Path) -> Iterator[Copy]:
 
 
 def job_key(name: str | None) -> str:
-    """Return what a job and its restarts have in common.
-
-    That is the name it was given, or else its job in the cluster, its command and its folder.
-    """
+    """Return what a job and its restarts have in common: its name, or else its id, command and folder."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     run = "" if run == "none" or _RANDOM_ID.fullmatch(run) else run  # torchrun makes one up for each start
     # The deepspeed launcher tells each rank its number by an argument.
@@ -363,12 +351,7 @@ def job_key(name: str | None) -> str:
 
 
 def region(folder: str | os.PathLike, job: str | None) -> Path:
-    """Return the folder of a job's copies.
-
-    Args:
-        folder: a file system in memory.
-        job: the name that the job was given, if any.
-    """
+    """Return the folder of the copies of a job, in a file system in memory."""
     return Path(folder) / f"{PREFIX}-{os.getuid()}-{job_key(job)}"
 
 

@@ -306,7 +306,7 @@ class MemoryTier:
 
     def _memory(self, path: Path) -> SharedMemory:
         found = self._memories.get(path)
-        if found is not None and found.is_lost():
+        if found is not None and not os.fstat(found.descriptor).st_nlink:
             logger.warning(
                 "%s was removed while the job runs (RemoveIPC of logind, a job's epilogue?); made anew", path
             )

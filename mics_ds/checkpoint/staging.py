@@ -33,17 +33,15 @@ MARK = "mics_ds"
 
 
 def marked(states: Mapping[str, Any]) -> dict[str, Any]:
-    """Optimizer states with the mark that tells the files of MiCS from those of stock ZeRO-3, should the manifest be
-    gone. DeepSpeed reads only the keys that it knows there."""
+    """Mark optimizer states as those of MiCS, should the manifest be gone. DeepSpeed reads the keys that it knows."""
     return {**states, MARK: __version__}
 
 
 class Recorded(NamedTuple):
-    """Bytes and storages that :func:`torch.save` would write."""
+    """What :func:`torch.save` would write: bytes, and live storages on any device, in the order of the file."""
 
     pickled: bytes
     storages: list[torch.UntypedStorage]
-    """Storages in the order of the file, on any device. They are live."""
 
 
 class _Pickler(pickle.Pickler):
@@ -55,7 +53,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _RecordedError(Exception):
-    """Everything is pickled; nothing has been written."""
+    """Ends ``torch.save`` when everything is pickled."""
 
 
 def record(states: Any) -> Recorded:
@@ -249,13 +247,12 @@ class Share(NamedTuple):
 
 
 class StagedFile(NamedTuple):
-    """A file that is still to be written, of what its owner has copied."""
+    """A file that is still to be written: its name, start and bytes of its pickled part in memory, and the number of
+    the share that each of its storages is."""
 
     name: str
     pickled: tuple[int, int]
-    """Start and bytes of its pickled part in memory."""
     storages: tuple[int, ...]
-    """Number of the share that each of its storages is."""
 
 
 class Staged(NamedTuple):
@@ -293,11 +290,11 @@ class Stager:
         self._replicas, self._replica, self._owns = replicas, replica, owns
         self._files: list[tuple[str, Recorded]] = []
         self._shared: list[tuple[Share, torch.Tensor]] = []
-        """Each with this rank's piece, live."""
+        """Shares of several replicas, each with this rank's piece, live."""
         self._share_at: dict[int, int] = {}
-        """By the address of a storage in a file, the number of its share."""
+        """Number of the share that a storage in a file is, by its address."""
         self._stood_for: dict[int, torch.Tensor] = {}
-        """By the address of a stand-in, the live tensor whose content it has in the file."""
+        """Live content of a stand-in, by its address."""
         self._is_sliced = False
 
     def write(self, states: Mapping[str, Any], path: str, _write: Callable[[Any, str], Any]) -> None:
@@ -381,8 +378,7 @@ def _as_tensor(content: bytes) -> torch.Tensor:
 
 
 class Plan(NamedTuple):
-    """A copy that is to be made."""
+    """A copy that is to be made: its description, and the start of each part with its live, contiguous tensor."""
 
     staged: Staged
     parts: list[tuple[int, torch.Tensor]]
-    """Start of each part, and the tensor to copy there: live, contiguous."""
