@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..comm import collectives
 from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import communication_device, is_fresh
+from ..deepspeed_compat.engine import communication_device, is_fresh, set_random_states
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
 from . import folder as folders
@@ -43,7 +43,7 @@ from .coordination import (
     tell_speed,
 )
 from .manifest import OWN_STATE, FileRecord
-from .memory import MemoryTier, set_random_states
+from .memory import MemoryTier
 from .reshape import Cut, Parameters, ShardLayout
 from .staging import Image
 

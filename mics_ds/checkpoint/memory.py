@@ -7,24 +7,19 @@ rank on the next node fetches the same. So any one node may be lost.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import device_streams, steps_taken
+from ..deepspeed_compat.engine import device_streams, random_states, steps_taken
 from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..log import log_rank0, logger
 from .background import Background, at_end
@@ -399,25 +394,3 @@ def _room(path: Path) -> int:
     found = os.statvfs(existing)
     used = sum(item.stat().st_blocks * 512 for item in path.glob("*")) if path.exists() else 0
     return min(found.f_bavail * found.f_frsize, host_memory_left()[0]) + used
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of all generators of random numbers that training uses by default."""
-    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if device_streams() is not None:
-        found["device"] = get_accelerator().get_rng_state()
-    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)  # which needs no unpickling
-    return found
-
-
-def set_random_states(found: Mapping[str, Any]) -> None:
-    random.setstate(found["python"])
-    torch.set_rng_state(found["torch"])
-    if "device" in found and device_streams() is not None:
-        get_accelerator().set_rng_state(found["device"])
-    if "numpy" in found:
-        kind, keys, *rest = found["numpy"]
-        importlib.import_module("numpy").random.set_state((kind, keys.numpy().astype("uint32"), *rest))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -176,6 +179,28 @@ def wait_for_device() -> None:
     accelerator = device_streams()
     if accelerator is not None:
         accelerator.current_stream().synchronize()
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all generators of random numbers that training uses by default."""
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device_streams() is not None:
+        found["device"] = get_accelerator().get_rng_state()
+    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)  # which needs no unpickling
+    return found
+
+
+def set_random_states(found: Mapping[str, Any]) -> None:
+    random.setstate(found["python"])
+    torch.set_rng_state(found["torch"])
+    if "device" in found and device_streams() is not None:
+        get_accelerator().set_rng_state(found["device"])
+    if "numpy" in found:
+        kind, keys, *rest = found["numpy"]
+        importlib.import_module("numpy").random.set_state((kind, keys.numpy().astype("uint32"), *rest))
 
 
 def write_monitor(engine: Any, values: Mapping[str, float]) -> None:
