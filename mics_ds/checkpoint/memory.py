@@ -21,6 +21,7 @@ from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import device_streams, random_states, steps_taken
 from ..errors import MicsCheckpointError, MicsConfigError, noting
+from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
@@ -32,7 +33,6 @@ from .copies import (
     SharedMemory,
     copies,
     forget,
-    host_memory_left,
     region,
     require_own,
 )

@@ -12,12 +12,12 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import deepspeed
-import psutil
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ..host_memory import host_memory_left
 from .support import autotp_size
 
 
@@ -52,7 +52,7 @@ def memory_at_hand(module: torch.nn.Module) -> Memory:
     """Return how much memory ``module`` and its states can use, with what it takes up already."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        available = float(psutil.virtual_memory().available)
+        available = float(host_memory_left()[0])
         return Memory(available, available, "cpu")
     # DeepSpeed sets the device later, when it builds the engine.
     index = int(os.environ.get("LOCAL_RANK", accelerator.current_device()))

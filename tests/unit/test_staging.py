@@ -170,31 +170,6 @@ def test_a_shard_that_does_not_fit_is_refused_with_numbers(monkeypatch):
         Shard().add(Staged((), (Share(2, (10**9,), 1),), (0, 0), 0), 0, SharedMemory())
 
 
-@pytest.mark.parametrize(
-    ("line", "limit", "used"),
-    [
-        ("0::/job/step", "fs/cgroup/job/step/memory.max", "memory.current"),
-        ("0::/job/step", "fs/cgroup/job/memory.max", "memory.current"),
-        ("4:cpu,memory:/job", "fs/cgroup/memory/job/memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ],
-)
-def test_the_limit_of_a_cgroup_is_what_is_left(tmp_path, monkeypatch, line, limit, used):
-    real = copies.Path
-
-    def path(first, *rest):
-        moved = {"/proc/self/cgroup": tmp_path / "cgroup"}.get(str(first))
-        return moved or real(str(first).replace("/sys", str(tmp_path), 1), *rest)
-
-    folder = (tmp_path / limit).parent
-    folder.mkdir(parents=True)
-    (tmp_path / "cgroup").write_text(f"{line}\n")
-    (tmp_path / limit).write_text("3000000\n")
-    (folder / used).write_text("1200000\n")
-    (folder / "memory.stat").write_text("anon 1000000\ninactive_file 200000\n")
-    monkeypatch.setattr(copies, "Path", path)
-    assert copies.host_memory_left() == (2_000_000, "0.00 GB, the limit of its cgroup")
-
-
 # ------------------------------------------------------------------------------------- several replicas
 
 
