@@ -146,7 +146,7 @@ class Link:
 
 
 def connect_for_save(to: Neighbour, token: str, number: int, rank: int, deadline: float) -> Link:
-    """Connect to the writer that this rank's reports to, in one save, or raise :class:`LostError`."""
+    """Connect to the writer that the one of a rank reports to in a save, or raise :class:`LostError`."""
     return _connect(to, token, {"kind": "save", "number": number, "rank": rank}, deadline)
 
 
@@ -164,16 +164,14 @@ def _connect(to: Neighbour, token: str, hello: Mapping[str, Any], deadline: floa
 
 
 def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory, path: Path) -> Copy | None:
-    """Fetch a copy that the writer of another rank has; ``None`` if it has none.
+    """Fetch a copy that the writer of another rank has into memory, or return ``None`` if it has none.
 
     Args:
         which: its ``name`` and ``step``, and if it is not there yet the ``number`` under which it is sealed.
-        memory: written, from its beginning on.
         path: of the copy here, or for messages.
 
     Raises:
-        LostError: the writer is gone.
-        MicsCheckpointError, OSError: there is not enough memory.
+        MicsCheckpointError, OSError: the writer is gone, or there is not enough memory.
     """
     with closing(_connect(source, token, {"kind": "fetch", **which}, time.monotonic() + 10 * STARTING_S)) as link:
         message = link.receive()
@@ -233,7 +231,7 @@ class Listener:
 
 
 def listen() -> tuple[socket.socket, str, int]:
-    """A socket that listens on all interfaces, and the host and port at which other nodes find it."""
+    """Return a socket that listens on all interfaces, and the host and port at which other nodes find it."""
     if socket.has_dualstack_ipv6():
         found = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
     else:
@@ -242,7 +240,7 @@ def listen() -> tuple[socket.socket, str, int]:
 
 
 def _own_host() -> str:
-    """This host as other nodes know it: by the interface that gloo is to use, or that leads to the job's master."""
+    """Return this host as other nodes know it: by the interface of gloo, or the one that leads to the job's master."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     for item in psutil.net_if_addrs().get(interface, ()):
         if item.family == socket.AF_INET:

@@ -77,11 +77,9 @@ class ShardLayout:
 def regroup(shapes: Shapes, owners: Sequence[int], shards: int, sub_group_size: int) -> tuple[list[dict], list[int]]:
     """Cut parameters into sub-groups as ZeRO-3 does on ``shards`` ranks.
 
-    A sub-group is closed when the shards of its parameters reach ``sub_group_size`` elements, and at the
-    end of a parameter group.
+    A sub-group ends when the shards of its parameters reach ``sub_group_size`` elements, or with its parameter group.
 
     Args:
-        shapes: of the old sub-groups.
         owners: the parameter group that each old sub-group belongs to.
 
     Returns:
@@ -256,11 +254,7 @@ def owners_of(optimizer_state: Mapping[str, Any], count: int) -> list[int]:
 def reshape_frozen(
     load: Callable[[int], Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], cut: Cut
 ) -> dict[str, torch.Tensor]:
-    """Return frozen parameters of one new shard. They are in no flat buffer: each has its own chunk, padding included.
-
-    Args:
-        load: returns the model states of one old shard.
-    """
+    """Return frozen parameters of one new shard, from the model states of the old ones that ``load`` returns."""
 
     def chunks(old_shard: int) -> Chunks:
         held = load(old_shard)[FROZEN_SHARDS]
@@ -272,11 +266,7 @@ def reshape_frozen(
 def weights_of(
     load: Callable[[int], Mapping[str, Any]], old: ShardLayout, shapes: Mapping[str, Sequence[int]], cut: Cut
 ) -> dict[str, torch.Tensor]:
-    """Return the masters of some parameters in one new shard, by name.
-
-    Args:
-        load: returns the file of optimizer states of one old shard.
-    """
+    """Return masters of one new shard by name, from the optimizer states of the old ones that ``load`` returns."""
 
     def chunks(old_shard: int) -> Chunks:
         return old.chunks([{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]])
@@ -302,15 +292,7 @@ class Parameters(NamedTuple):
 
 
 def why_not_these(here: Parameters, there: Parameters) -> list[str]:
-    """Return why optimizer states of some parameters cannot be loaded for others, the most likely cause first.
-
-    Args:
-        here: those of the engine.
-        there: those of the checkpoint.
-
-    Returns:
-        Whole phrases; none if all parameters fit.
-    """
+    """Return why the states of a checkpoint do not fit the parameters of an engine, the most likely cause first."""
     frozen, saved = here.frozen or {}, there.frozen or {}
     if there.frozen is None:  # a job that leaves frozen ones out has them from elsewhere
         frozen = {name: shape for name, shape in frozen.items() if name in there.trained}
@@ -362,10 +344,7 @@ def _some(said: Sequence[str], count: int) -> str:
 
 
 def why_not_these_weights(here: Parameters, there: Parameters) -> list[str]:
-    """Return why a checkpoint's weights alone do not fit.
-
-    It does not matter which parameters are frozen: optimizer states begin anew.
-    """
+    """Return why the weights alone do not fit. It does not matter then which parameters are frozen."""
     mine, theirs = Parameters(here.shapes, {}), Parameters(there.shapes, {})
     return why_not_these(mine, theirs._replace(frozen=None) if there.frozen is None else theirs)
 

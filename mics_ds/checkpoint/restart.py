@@ -60,20 +60,10 @@ class Source(NamedTuple):
 
     def describe(self, tag: str, save: str, files: Mapping[str, FileRecord]) -> Manifest:
         """Return the manifest of a checkpoint that is made of the copies."""
-        ranks = self.shards * self.slices
-        return Manifest(
-            tag=tag,
-            shards=self.shards,
-            replicas=self.slices,
-            ranks=ranks,
-            ranks_per_node=(ranks,),  # of nodes that may be gone
-            model_parallel=self.groups,
-            global_steps=self.step,
-            node_local=False,
-            versions=versions(),
-            files=dict(files),
-            save=save,
-        )
+        n = self.shards * self.slices
+        # As if all were on one node: those that made the copies may be gone.
+        cut = (self.shards, self.slices, n, (n,), self.groups)
+        return Manifest(tag, *cut, self.step, node_local=False, versions=versions(), files=dict(files), save=save)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,9 +225,6 @@ def _fetch_shard(source: Source, group: int, shard: int, first: int) -> tuple[Sh
 
     Returns:
         The shard, and by global rank what belongs to a rank alone.
-
-    Raises:
-        MicsCheckpointError: a slice has changed since, or its node is gone, or there is not enough memory.
     """
     found, own = Shard(lasting=True), dict[int, bytes]()
     for turn in range(source.slices):

@@ -167,11 +167,7 @@ class Image:
         os.pwrite(self.descriptor, block[at - start :].numpy().data, at)
 
     def load(self, load: Callable[..., Any]) -> Any:
-        """Load what is in the file, and close the image.
-
-        Args:
-            load: :func:`mics_ds.deepspeed_compat.checkpoint.load_states`.
-        """
+        """Load what is in the file by :func:`mics_ds.deepspeed_compat.checkpoint.load_states`, and close the image."""
         try:
             return load(self.path, mmap=bool(self._given), placing=self._placing if self._given else lambda: "cpu")
         finally:
@@ -203,14 +199,14 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # What one rank copies
 
-ALIGNMENT = 64
-"""Bytes. Every storage begins at a multiple, so that it can be viewed in any dtype."""
 SHARED_FROM = 64 << 10
 """Bytes. The owner copies smaller storages alone: a message costs more than they do."""
+_ALIGNMENT = 64
+"""Bytes. Every storage begins at a multiple, so that it can be viewed in any dtype."""
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Share(NamedTuple):
@@ -236,12 +232,7 @@ class Share(NamedTuple):
         return self.layout.width * self.itemsize
 
     def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
-        """Put the piece of one replica where it belongs.
-
-        Args:
-            piece: (piece_bytes,) uint8.
-            whole: (nbytes,) uint8, written.
-        """
+        """Put the piece of one replica, (piece_bytes,) uint8, into the whole, (nbytes,) uint8."""
         dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
         self.layout.give(piece.view(dtype), whole.view(dtype), replica)
 
@@ -256,12 +247,13 @@ class StagedFile(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """Copies of one rank in memory: first its piece of each share, in order, then all else."""
+    """Copies of one rank in memory: first its piece of each share, in order, then all else.
+
+    Shares of several replicas come first. The owner of the shard has files, and shares that it copies alone.
+    """
 
     files: tuple[StagedFile, ...]
-    """Files of the shard; on its owner only."""
     shares: tuple[Share, ...]
-    """Shares of several replicas, equal on all of them; after those, on the owner only, shares of one."""
     own: tuple[int, int]
     """Start and bytes of what belongs to the rank alone."""
     nbytes: int
@@ -269,11 +261,11 @@ class Staged(NamedTuple):
     @property
     def starts(self) -> list[int]:
         """Start of the piece of each share, and the end of the last."""
-        return list(accumulate((aligned(share.piece_bytes) for share in self.shares), initial=0))
+        return list(accumulate((_aligned(share.piece_bytes) for share in self.shares), initial=0))
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pieces of shares of several replicas, with which the memory of each of them begins."""
+        """Bytes of the pieces of all shares of several replicas."""
         return self.starts[sum(share.replicas > 1 for share in self.shares)]
 
 
@@ -282,7 +274,7 @@ class Stager:
 
     Args:
         replicas, replica: how many ranks copy the shard together, and this rank's place among them.
-        owns: whether this rank copies what is not shared.
+        owns: whether this rank copies all else.
     """
 
     def __init__(self, shard: int, replicas: int, replica: int, owns: bool) -> None:
@@ -342,11 +334,7 @@ class Stager:
             yield
 
     def plan(self, own: bytes = b"") -> Plan:
-        """Give everything that was collected a place in memory.
-
-        Args:
-            own: what belongs to this rank alone.
-        """
+        """Give everything that was collected a place in memory, and what belongs to this rank alone."""
         shares, numbers, parts, taken = list(self._shared), [], list[tuple[int, torch.Tensor]](), 0
         for _, found in self._files if self._owns else ():
             numbers.append(list[int]())
@@ -359,7 +347,7 @@ class Stager:
 
         def place(content: torch.Tensor, nbytes: int) -> tuple[int, int]:
             nonlocal taken
-            start, taken = taken, taken + aligned(nbytes)
+            start, taken = taken, taken + _aligned(nbytes)
             parts.append((start, content))
             return start, nbytes
 
