@@ -53,6 +53,8 @@ class Source(NamedTuple):
     """Rank that vouches for the copy of each place, by number of place."""
     here: dict[int, list[Copy]]
     """Copies on this node, by number of place."""
+    mine: list[Copy]
+    """Those for which this rank vouches."""
     on_disk: int
     """The step of what is on disk, which is older."""
     framework_step: int = -1
@@ -109,7 +111,7 @@ def find(
         if source is None:
             usable, tried = [copy for copy in usable if copy.description.step < step], True
             continue
-        damaged = [copy for copy in _vouched_here(source) if not _is_good(copy)]
+        damaged = [copy for copy in source.mine if not _is_good(copy)]
         for copy in damaged:
             forget(copy.path)
         if elementwise_max([len(damaged)]) == [0]:
@@ -134,8 +136,7 @@ def _fits(copy: Copy, home: str, marker: int) -> bool:
 
 
 def _usable(asked: CheckpointRequest, engine: int, home: str, marker: int, layout: str | None) -> list[Copy]:
-    """Return copies on this node that this job may go on from, if the disk says what it said. Arguments as for
-    :func:`find`."""
+    """Return copies on this node that this job may go on from, if the disk says what it said."""
     path, usable, reasons = region(asked.memory_folder, asked.job), list[Copy](), set[str]()
     try:
         found = [copy for copy in copies(path) if copy.description.engine == engine]
@@ -159,11 +160,7 @@ def _usable(asked: CheckpointRequest, engine: int, home: str, marker: int, layou
 
 
 def _vouched_for(step: int, engine: int, here: list[Copy], on_disk: int) -> Source | None:
-    """Choose the rank that vouches for each copy. Collective over the world.
-
-    Returns:
-        ``None``, on all ranks, if no rank has a copy of some slice.
-    """
+    """Choose the rank that vouches for each slice; ``None`` if some slice is nowhere. Collective over the world."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     cuts = [(place.group + 1, place.shards, place.slices) for place in (copy.description.place for copy in here)]
     groups, shards, slices = elementwise_max([max(numbers, default=0) for numbers in zip(*cuts)] or [0, 0, 0])
@@ -179,12 +176,8 @@ def _vouched_for(step: int, engine: int, here: list[Copy], on_disk: int) -> Sour
         log_rank0(f"of step {step}, shards {lost[:8]} are in no node's memory")
         return None
     holders = [(place + turn) % ranks for place, turn in enumerate(least)]
-    return Source(step, engine, groups, shards, slices, holders, by_place, on_disk)
-
-
-def _vouched_here(source: Source) -> list[Copy]:
-    mine = (place for place, holder in enumerate(source.holders) if holder == dist.get_rank())
-    return [copy for place in mine for copy in source.here[place]]
+    mine = [copy for place, holder in enumerate(holders) if holder == rank for copy in by_place[place]]
+    return Source(step, engine, groups, shards, slices, holders, by_place, mine, on_disk)
 
 
 def _is_good(copy: Copy) -> bool:
@@ -202,7 +195,7 @@ def _with_framework_step(source: Source, name: str, step_in: Callable[[bytes], i
     """Add a framework's own step, by that file on some rank; ``None`` if there is no such file. Collective over the
     world."""
     steps, errors = [-1], list[str]()
-    for copy in _vouched_here(source):
+    for copy in source.mine:
         with noting(errors), closing(copy.open()) as memory:
             files = _own_part(copy.own(memory))["files"]
             steps += [step_in(files[name])] if name in files else []
@@ -271,8 +264,7 @@ class Restored(NamedTuple):
 def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
     """Return the newest states in memory, if they are newer than those in a folder. Collective over the world.
 
-    Returns:
-        ``None``, on every rank, if the disk is to be used: there are none, or something went wrong on some rank.
+    ``None``, on every rank, has the disk used: there are none, or something went wrong on some rank.
     """
     started, home, place = time.monotonic(), os.path.realpath(load_dir), tier.place
     source = find(
