@@ -174,21 +174,17 @@ def reshape_optimizer(
     rest = {key: value for key, value in whole.items() if key != BASE_STATE}
     states = {key: value for key, value in whole[BASE_STATE].items() if key not in (BASE_STATE, FP32_GROUPS)}
     base = whole[BASE_STATE][BASE_STATE]
-    # What is not one value per element, such as the step, comes from where the first parameter was. A copy for each
-    # sub-group, because the optimizer counts a step up in place.
-    origins = [old.places[next(iter(group))][0] for group in new.groups]
-    elementwise = _flats(whole[BASE_STATE])
-    others = {
-        number: {
-            key: copy.deepcopy(value) for key, value in base["state"][origin].items() if key not in elementwise[origin]
-        }
-        for number, origin in enumerate(origins)
-        if origin in base["state"]
-    }
-    flats = [
-        {key: flat.new_zeros(new.length(number)) for key, flat in elementwise[origin].items()}
-        for number, origin in enumerate(origins)
-    ]
+    elementwise, flats, state = _flats(whole[BASE_STATE]), list[dict[Any, torch.Tensor]](), dict[int, dict[Any, Any]]()
+    for number, group in enumerate(new.groups):
+        # What is not one value per element, such as the step, comes from where the first parameter was. A copy for each
+        # sub-group, because the optimizer counts a step up in place.
+        origin = old.places[next(iter(group))][0]
+        flats.append({key: flat.new_zeros(new.length(number)) for key, flat in elementwise[origin].items()})
+        if origin in base["state"]:
+            state[number] = {
+                key: flats[number][key] if key in flats[number] else copy.deepcopy(value)
+                for key, value in base["state"][origin].items()
+            }
     groups = [
         {**copy.deepcopy(group), "params": [index for index, owner in enumerate(owners) if owner == number]}
         for number, group in enumerate(base["param_groups"])
@@ -198,13 +194,11 @@ def reshape_optimizer(
     def old_chunks(old_shard: int) -> Chunks:
         return old.chunks(_flats(load(old_shard)[BASE_STATE]))
 
-    numels = {name: numel for name, (_, _, numel) in new.places.items()}
-    cut.fill(new.chunks(flats), numels, old_chunks)
+    cut.fill(new.chunks(flats), {name: numel for name, (_, _, numel) in new.places.items()}, old_chunks)
     for flat in (flat for found in flats for flat in found.values()):
         cut.incomplete(flat)
-    masters = [found.pop(FP32_GROUPS) for found in flats]
-    state = {number: {**flats[number], **values} for number, values in others.items()}
     base = {"state": state, "param_groups": groups}
+    masters = [found[FP32_GROUPS] for found in flats]
     return {**rest, BASE_STATE: {**states, SHARD_COUNT: new.shards, BASE_STATE: base, FP32_GROUPS: masters}}
 
 
