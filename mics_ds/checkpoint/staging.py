@@ -200,7 +200,7 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 # What one rank copies
 
 SHARED_FROM = 64 << 10
-"""Bytes. The owner copies smaller storages alone: a message costs more than they do."""
+"""Bytes. The owner copies smaller storages alone: to share them saves nothing."""
 _ALIGNMENT = 64
 """Bytes. Every storage begins at a multiple, so that it can be viewed in any dtype."""
 
