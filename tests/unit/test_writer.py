@@ -126,6 +126,24 @@ def test_a_deadline_is_an_end_whatever_the_other_shows():
     down.close()
 
 
+def test_a_deadline_is_an_end_where_bytes_trickle():
+    end = End()
+    up = connect_for_save(end.neighbour(), "t", 1, 0, soon(2.0))
+    down, over = end.listener.await_save(1, 0, soon()), threading.Event()
+
+    def trickle():
+        while not over.wait(0.1):
+            down._socket.sendall(b"x")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(trickle)
+        try:
+            with pytest.raises(LostError, match="did not come to an end within the time limit"):
+                up.receive_into(memoryview(bytearray(10_000)))
+        finally:
+            over.set()
+
+
 def test_another_job_gets_nothing(tmp_path):
     asked = []
     end = End("t", lambda link, which: asked.append(which))
