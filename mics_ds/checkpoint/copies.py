@@ -20,7 +20,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -32,7 +32,6 @@ from .folder import write_text
 from .staging import Recorded, Staged, bytes_of
 
 _STEP, _MARGIN, _LEAST = 256 << 20, 64 << 20, 1 << 20
-FORMAT: Literal[4] = 4
 PREFIX = "mics_ds"
 _RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -226,7 +225,6 @@ class Place(NamedTuple):
 class Description(NamedTuple):
     """Description of the content of one copy."""
 
-    format: Literal[4]
     step: int
     """Optimizer steps before it."""
     engine: int
@@ -279,17 +277,21 @@ def forget(path: Path) -> None:
     described_by(path).unlink(missing_ok=True)
 
 
+def _head(body: str) -> str:
+    return f"mics_ds copy 4, CRC-32 {zlib.crc32(body.encode())}"
+
+
 def describe(path: Path, description: Description) -> None:
     """Make a copy complete."""
     body = _SCHEMA.dump_json(description).decode()
-    write_text(described_by(path), f"{zlib.crc32(body.encode())} {body}")
+    write_text(described_by(path), f"{_head(body)}\n{body}")
 
 
 def understood(text: str, path: Path) -> Copy | None:
     """Return the copy that such a text describes; ``None`` for any other text."""
-    crc32, _, body = text.partition(" ")
+    head, _, body = text.partition("\n")
     try:
-        return Copy(_SCHEMA.validate_json(body), path) if crc32 == str(zlib.crc32(body.encode())) else None
+        return Copy(_SCHEMA.validate_json(body), path) if head == _head(body) else None
     except ValueError:
         return None
 

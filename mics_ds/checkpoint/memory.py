@@ -25,17 +25,7 @@ from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
-from .copies import (
-    FORMAT,
-    Copying,
-    Description,
-    Place,
-    SharedMemory,
-    copies,
-    forget,
-    region,
-    require_own,
-)
+from .copies import Copying, Description, Place, SharedMemory, copies, forget, region, require_own
 from .folder import FileLock, discard, newest
 from .save import plan_of
 from .staging import pickled
@@ -279,7 +269,6 @@ class MemoryTier:
         memory.reserve(plan.staged.nbytes)
         copying = memory.copy_in(plan.parts, device_streams())
         description = Description(
-            format=FORMAT,
             step=steps_taken(engine),
             engine=self.engine_index,
             place=self.place,
