@@ -49,6 +49,8 @@ class Caller(NamedTuple):
     """Whether ``load_checkpoint`` of this folder may go on from memory."""
     marker: Callable[[], str] = lambda: ""
     """Marker of the newest checkpoint in the folder that a framework resumes from."""
+    step: Callable[[], int] = lambda: -1
+    """The framework's own count of steps, if it resumes from a folder that is made of copies."""
 
 
 class _Current:
@@ -88,7 +90,7 @@ class MemoryTier:
                 f"mics_checkpoint.memory_every needs all ranks of the job, which is {dist.get_world_size()}, and "
                 f"{len(groups.node_of)} take part. Leave it out."
             )
-        self.request, self.groups = request, groups
+        self.request = request
         self.roles = Roles(groups, node_local=False)
         """As for a checkpoint that all nodes share."""
         self.folder = region(request.memory_folder, request.job)
@@ -123,7 +125,7 @@ class MemoryTier:
 
     def _place_of(self, rank: int) -> Place:
         """Return the place of the slice that a rank of the job copies."""
-        layout = self.groups.layout
+        layout = self.roles.groups.layout
         [(group, index)] = [
             (group, layout.ranks.index(rank - offset))
             for group, offset in enumerate(self.roles.offsets)
@@ -270,6 +272,7 @@ class MemoryTier:
         copying = memory.copy_in(plan.parts, device_streams())
         description = Description(
             step=steps_taken(engine),
+            framework_step=-1 if self.caller is None else self.caller.step(),
             engine=self.engine_index,
             place=self.place,
             rank=self.roles.rank,

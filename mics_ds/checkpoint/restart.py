@@ -58,7 +58,7 @@ class Source(NamedTuple):
     on_disk: int
     """The step of what is on disk, which is older."""
     framework_step: int = -1
-    """The step by a framework's own count, if that was asked for."""
+    """The step by a framework's own count, if copies have one."""
 
     def describe(self, tag: str, save: str, files: Mapping[str, FileRecord]) -> Manifest:
         """Return the manifest of a checkpoint that is made of the copies."""
@@ -79,7 +79,7 @@ def find(
     *,
     engine: int = 0,
     layout: str | None = None,
-    kept: tuple[str, Callable[[bytes], int]] | None = None,
+    needed: str = "",
 ) -> Source | None:
     """Find the newest states in memory that are newer than what is on disk. Collective over the world.
 
@@ -88,7 +88,7 @@ def find(
         look: returns the marker and the step of the newest checkpoint on disk.
         engine: index of the engine among those of the job.
         layout: of the model, if that is known.
-        kept: name of a file that a framework must have kept on some rank, and what returns its own step by the content.
+        needed: state of a framework that copies must have, for messages.
     """
     marker, on_disk = _on_disk(look)
     usable, tried = _usable(asked, engine, home, marker, layout), False
@@ -114,8 +114,14 @@ def find(
         damaged = [copy for copy in source.mine if not _is_good(copy)]
         for copy in damaged:
             forget(copy.path)
-        if elementwise_max([len(damaged)]) == [0]:
-            return source if kept is None else _with_framework_step(source, *kept)
+        steps = [copy.description.framework_step for copy in source.mine]
+        any_damaged, framework_step = elementwise_max([len(damaged), max(steps, default=-1)])
+        if any_damaged:
+            continue
+        if needed and framework_step < 0:
+            log_rank0(f"the copies of step {step} in memory lack {needed}, and are not used")
+            return None
+        return source._replace(framework_step=framework_step)
 
 
 def _on_disk(look: Callable[[], tuple[str, int]]) -> list[int]:
@@ -189,21 +195,6 @@ def _is_good(copy: Copy) -> bool:
         logger.warning("%s", describe_error(error))
         return False
     return True
-
-
-def _with_framework_step(source: Source, name: str, step_in: Callable[[bytes], int]) -> Source | None:
-    """Add a framework's own step, by that file on some rank; ``None`` if there is no such file. Collective over the
-    world."""
-    steps, errors = [-1], list[str]()
-    for copy in source.mine:
-        with noting(errors), closing(copy.open()) as memory:
-            files = _own_part(copy.own(memory))["files"]
-            steps += [step_in(files[name])] if name in files else []
-    [step] = elementwise_max([max(steps)])
-    if step < 0:
-        log_rank0("; ".join([f"the copies of step {source.step} in memory lack {name}, and are not used", *errors]))
-        return None
-    return source._replace(framework_step=step)
 
 
 # --------------------------------------------------------------------------------------------------

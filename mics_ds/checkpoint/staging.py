@@ -327,8 +327,7 @@ class Stager:
             cut = world.cuts[sub_group]
             share = Share(self._replicas, cut.numels, held.itemsize)
             wholes.append(torch.empty(cut.flat_starts[-1] if self._owns else 0, dtype=held.dtype, device="cpu"))
-            if wholes[-1].numel():
-                self._share_at[wholes[-1].data_ptr()] = len(self._shared)
+            self._share_at[wholes[-1].data_ptr()] = len(self._shared)
             self._shared.append((share, held.detach().view(-1).view(torch.uint8)))
         with world.checkpoints.whole_shards(wholes) if self._owns else nullcontext():
             yield

@@ -56,7 +56,13 @@ def train(
             stack.enter_context(_minding_saves(asked, trainer))
         if asked is not None and asked.memory_every:
             home = trainer.args.output_dir
-            caller = Caller(home, lambda: _files(trainer), lambda _: False, lambda: marker(Path(home)))
+            caller = Caller(
+                home,
+                files=lambda: _files(trainer),
+                takes_memory_for=lambda _: False,
+                marker=lambda: marker(Path(home)),
+                step=lambda: int(trainer.state.global_step),
+            )
             stack.enter_context(called_by(caller, trainer.model_wrapped))
             stack.enter_context(_copying_after_steps(trainer))
         return original(trainer, resume_from_checkpoint, *args, **kwargs)
@@ -136,8 +142,7 @@ def _newest(
     may_be_newer = wanted is None or wanted == newest
     if memory is not None and memory.memory_every and may_be_newer and _is_same(folder, args.output_dir):
         checkpoint = folder / _FOLDER.format(step=chosen)
-        home, kept = os.path.realpath(folder), (STATE, _step_in)
-        source = restart.find(memory, home, lambda: _engine_newest(checkpoint), kept=kept)
+        source = restart.find(memory, os.path.realpath(folder), lambda: _engine_newest(checkpoint), needed=STATE)
     if source is None and chosen < 0 and interrupted and required:
         raise MicsCheckpointError(
             f"{folder / _FOLDER.format(step=max(interrupted))} was still being saved when its job ended, and no older "
@@ -206,11 +211,6 @@ def marker(folder: Path) -> str:
 def _engine_newest(checkpoint: Path) -> tuple[str, int]:
     """The marker and the step of what the engine has saved there; an empty marker and -1 if there is nothing."""
     return folders.newest(checkpoint) if checkpoint.is_dir() else ("", -1)
-
-
-def _step_in(state: bytes) -> int:
-    """The Trainer's step, by its state."""
-    return int(json.loads(state)["global_step"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def trained(root: Path, count: int, p: int = 2):
         return mine if dist.get_rank() else {**mine, hf_trainer.STATE: trainer_state(engine.global_steps)}
 
     restarted()
-    with called_by(Caller(str(root / "out"), files, lambda _: False, lambda: hf_trainer.marker(root / "out"))):
+    marker, step = lambda: hf_trainer.marker(root / "out"), lambda: engine.global_steps
+    with called_by(Caller(str(root / "out"), files, lambda _: False, marker, step)):
         engine = engine_of(p, zero=zero())
     for _ in range(count):
         steps(engine, 1)
@@ -147,8 +148,7 @@ def test_memory_without_the_trainers_state_is_not_used(tmp_path):
         with logged() as said:
             assert resolved(tmp_path) is True, "the Trainer says that there is none"
         assert dist.get_rank() or any("lack trainer_state.json" in line for line in said)
-        kept = hf_trainer.STATE, hf_trainer._step_in
-        assert restart.find(ASKED, str(tmp_path / "elsewhere"), lambda: ("", -1), kept=kept) is None
+        assert restart.find(ASKED, str(tmp_path / "elsewhere"), lambda: ("", -1), needed=hf_trainer.STATE) is None
 
 
 @pytest.mark.ranks(2)

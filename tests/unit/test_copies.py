@@ -41,6 +41,7 @@ def test_there_is_nobody_on_one_node():
 
 DESCRIPTION = Description(
     step=3,
+    framework_step=-1,
     engine=0,
     place=Place(0, 1, 0, 2, 2),
     rank=5,

@@ -360,7 +360,7 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
     memory.reserve(100)
     memory.copy_in([(0, torch.arange(100, dtype=torch.uint8))], None)
     place = Place(0, 0, 0, 1, 1)
-    description = Description(7, 0, place, 0, "l", {}, "", Staged((), (), (0, 0), 100))
+    description = Description(7, -1, 0, place, 0, "l", {}, "", Staged((), (), (0, 0), 100))
     keeps = Seal(3, str(guest.parent), "", None, ((ranks.neighbours[0], "own", str(guest)),), 7)
     with ThreadPoolExecutor(2) as pool:  # the one that keeps it may come first
         keeping = pool.submit(ranks.writers[1].seal, keeps)
