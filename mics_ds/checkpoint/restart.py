@@ -226,10 +226,14 @@ def _slice(source: Source, place: Place) -> tuple[Copy, SharedMemory]:
     background, holder, memory = Background.current, source.holders[place.number], SharedMemory()
     assert background is not None, "all ranks have started theirs"
     which = {"name": place.name(source.engine), "step": source.step}
-    fetched = fetch(background.neighbour(holder), Run.token, which, memory, Path(f"the copy of rank {holder}"))
-    if fetched is None or fetched.description.place != place:
-        raise MicsCheckpointError(f"rank {holder} has slice {place.slice} of shard {place.shard} no more")
-    fetched.require_same(memory)
+    try:
+        fetched = fetch(background.neighbour(holder), Run.token, which, memory, Path(f"the copy of rank {holder}"))
+        if fetched is None or fetched.description.place != place:
+            raise MicsCheckpointError(f"rank {holder} has slice {place.slice} of shard {place.shard} no more")
+        fetched.require_same(memory)
+    except BaseException:
+        memory.close()
+        raise
     return fetched, memory
 
 
@@ -263,15 +267,18 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
     )
     if source is None:
         return None
-    agreed, states = time.monotonic(), dict[str, Any]()
+    agreed = time.monotonic()
     try:
         Background.of_job().serve(tier.folder)
         with raised_on_all_ranks("resuming from memory", "States in memory could not be used."):
             shard, parts = _fetch_shard(source, place.group, place.shard, place.slice)
-            for name, each in shard.files:
-                states[name] = Image.of(each).load(functools.partial(seam.load_states, name=name))
+            model, optimizer = (
+                Image.of(each).load(functools.partial(seam.load_states, name=name))
+                for kind in ("_model_states.pt", "_optim_states.pt")
+                for name, each in shard.files
+                if name.endswith(kind)
+            )
             own = _own_part(parts[tier.roles.rank]) if tier.roles.rank in parts else None
-            [model], [optimizer] = ([states[name] for name in states if name.endswith(kind)] for kind in _KINDS)
     except MicsCheckpointError as error:
         log_rank0(f"the disk is used: {error}", level=30)
         return None
@@ -280,9 +287,6 @@ def restored(tier: MemoryTier, load_dir: str | os.PathLike) -> Restored | None:
         f"Agreed on in {agreed - started:.2f} s, fetched in {time.monotonic() - agreed:.2f} s"
     )
     return Restored(model, optimizer, own, said)
-
-
-_KINDS = ("_model_states.pt", "_optim_states.pt")
 
 
 # --------------------------------------------------------------------------------------------------
