@@ -43,13 +43,13 @@ class Copying:
         self._event, self._sources = event, list(sources)
 
     def wait(self) -> None:
-        """Have the host wait for it."""
+        """Have the host wait for the copy."""
         if self._event is not None:
             self._event.synchronize()
         self._sources.clear()
 
     def comes_before(self, stream: Any) -> None:
-        """Have a stream wait for it: what is put there next overwrites what is copied."""
+        """Have a stream wait for the copy: the next work on it overwrites the source."""
         if self._event is not None:
             stream.wait_event(self._event)
 
@@ -118,19 +118,19 @@ class SharedMemory:
         os.close(self.descriptor)
 
     def view(self, start: int, nbytes: int) -> torch.Tensor:
-        """(nbytes,) uint8: a part of the memory itself."""
+        """Return a part of the memory itself, (nbytes,) uint8."""
         return self._bytes[start : start + nbytes]
 
     def buffer(self, start: int, nbytes: int) -> memoryview:
-        """A part of the memory itself, for code that does not use torch."""
+        """Return a part of the memory itself, for code that does not use torch."""
         return self.view(start, nbytes).numpy().data
 
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
-        """A part of the memory itself, as what ``torch.save`` writes."""
+        """Return a part of the memory itself, for ``torch.save``."""
         return self._bytes.untyped_storage()[start : start + nbytes] if nbytes else torch.UntypedStorage(0)
 
     def checksum(self, nbytes: int) -> int:
-        """The CRC-32 of what the memory begins with."""
+        """Return the CRC-32 of the first bytes."""
         return zlib.crc32(self.buffer(0, nbytes))
 
     def copy_in(self, parts: Sequence[tuple[int, torch.Tensor]], streams: Any) -> Copying:
@@ -170,7 +170,7 @@ class Shard:
         """By name, whole when all replicas were added."""
 
     def add(self, staged: Staged, replica: int, memory: SharedMemory) -> None:
-        """Take what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
+        """Add what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
         shared = [share for share in staged.shares if share.replicas > 1]
         alone = list(zip(staged.shares, staged.starts))[len(shared) :] if staged.files else []
         if not self._wholes:
@@ -218,7 +218,7 @@ class Place(NamedTuple):
         return (self.group * self.shards + self.shard) * self.slices + self.slice
 
     def name(self, engine: int) -> str:
-        """Return the name of copies of it, without the number of the slot."""
+        """Return the name of copies of this slice, without the number of the slot."""
         return f"e{engine}-g{self.group}-shard{self.shard}-slice{self.slice}of{self.slices}"
 
 
@@ -251,7 +251,7 @@ class Copy(NamedTuple):
     path: Path
 
     def open(self) -> SharedMemory:
-        """Map the memory that it is in."""
+        """Map the memory with its content."""
         memory = SharedMemory(os.open(self.path, os.O_RDWR))
         memory.map(self.description.staged.nbytes)
         return memory
@@ -261,7 +261,7 @@ class Copy(NamedTuple):
         return bytes(memory.buffer(*self.description.staged.own))
 
     def require_same(self, memory: SharedMemory) -> None:
-        """Raise MicsCheckpointError unless this is what is in memory."""
+        """Raise MicsCheckpointError unless memory has the content of this copy."""
         nbytes = self.description.staged.nbytes
         if memory.nbytes < nbytes or memory.checksum(nbytes) != self.description.crc32:
             raise MicsCheckpointError(f"{self.path} has other content than was written (checksum)")

@@ -53,7 +53,7 @@ def writer_of(rank: int) -> str:
 
 
 def patience_s() -> float:
-    """Seconds after which a node that does not answer is lost."""
+    """Return the seconds after which a node that does not answer is lost."""
     return float(os.environ.get(PATIENCE_ENV, 30.0))
 
 
@@ -146,7 +146,7 @@ class Link:
 
 
 def connect_for_save(to: Neighbour, token: str, number: int, rank: int, deadline: float) -> Link:
-    """Connect to the writer that the one of a rank reports to in a save, or raise :class:`LostError`."""
+    """Connect to the writer to which the writer of a rank reports in a save, or raise :class:`LostError`."""
     return _connect(to, token, {"kind": "save", "number": number, "rank": rank}, deadline)
 
 
@@ -164,7 +164,7 @@ def _connect(to: Neighbour, token: str, hello: Mapping[str, Any], deadline: floa
 
 
 def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory, path: Path) -> Copy | None:
-    """Fetch a copy that the writer of another rank has into memory, or return ``None`` if it has none.
+    """Fetch a copy from the writer of another rank into memory; ``None`` if that has none.
 
     Args:
         which: its ``name`` and ``step``, and if it is not there yet the ``number`` under which it is sealed.
@@ -224,7 +224,7 @@ class Listener:
         return link
 
     def forget(self, number: int) -> None:
-        """Close what came for this save, or an earlier one, and was not wanted."""
+        """Close links for this save, or an earlier one, for which nothing has waited."""
         with self._changed:
             for key in [key for key in self._arrived if key[0] <= number]:
                 self._arrived.pop(key).close()

@@ -60,7 +60,7 @@ class _Current:
 
 @contextmanager
 def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
-    """Engines that are built meanwhile, and this one, are trained by a framework."""
+    """Have a framework train with engines that are built meanwhile, and with this one."""
     before, _Current.caller = _Current.caller, caller
     if hasattr(engine, "mics_memory"):
         engine.mics_memory.belongs_to(caller)
@@ -159,7 +159,7 @@ class MemoryTier:
     # ---------------------------------------------------------------------------------- the copies
 
     def belongs_to(self, caller: Caller) -> None:
-        """A framework trains with this engine, and says when copies are made."""
+        """Let a framework that trains with this engine decide when copies are made."""
         self.caller = caller
         if caller.home:
             self.homes.setdefault(os.path.realpath(caller.home), [number_of(caller.marker())])
@@ -306,14 +306,14 @@ class MemoryTier:
     # ---------------------------------------------------------------------------- the disk beside it
 
     def begins_in(self, load_dir: str | os.PathLike) -> None:
-        """The script has resumed from this folder, or found nothing there yet."""
+        """Note that the script has resumed from this folder, or found nothing there yet."""
         marker = ""
         with suppress(OSError, MicsCheckpointError):  # as far as it can be read
             marker, _ = newest(Path(load_dir))
         self.homes[os.path.realpath(load_dir)] = [number_of(marker)]
 
     def saved(self, path: str, marker: str | None, client_state: object, step: int, asynchronous: bool) -> None:
-        """The script saves a checkpoint.
+        """Note that the script saves a checkpoint.
 
         Args:
             marker: what the disk says from then on; ``None`` if ``latest`` stays.
@@ -344,7 +344,7 @@ class MemoryTier:
         return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
 
     def end(self) -> None:
-        """The process ends as it should: what is on disk too need not stay in memory."""
+        """Remove copies at the regular end of the process, if the disk has their states too."""
         if not self._is_first or not self.folder.exists():
             return
         kept = [found.description.step for found in copies(self.folder)]
@@ -359,7 +359,7 @@ class MemoryTier:
 
 
 def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
-    """The rank on the next node that keeps a rank's copy, for each rank; none if there is one node.
+    """Return for each rank the rank on the next node that mirrors its copy; nothing if there is one node.
 
     The ranks of a node share the work. Nodes need not have the same number of them.
     """
@@ -374,14 +374,14 @@ def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
 
 
 def _layout(engine: Any, groups: MicsGroups) -> str:
-    """Tells whether a copy is of this model, cut as it is now."""
+    """Return a digest of the model, and of the way in which its states are cut."""
     shapes = [[(name, list(shape)) for name, shape in group.items()] for group in seam.param_shapes(engine)]
     said = [groups.layout.partition_size, shapes, seam.optimizer_states_name(engine, 0)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _room(path: Path) -> int:
-    """Bytes that there are for copies on this node, those of earlier copies among them."""
+    """Return the bytes for copies on this node, those of earlier copies among them."""
     existing = next(item for item in (path, *path.parents) if item.exists())
     found = os.statvfs(existing)
     used = sum(item.stat().st_blocks * 512 for item in path.glob("*")) if path.exists() else 0

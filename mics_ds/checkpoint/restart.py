@@ -125,7 +125,7 @@ def find(
 
 
 def _on_disk(look: Callable[[], tuple[str, int]]) -> list[int]:
-    """The marker, as a number, and the step of what is on disk, as rank 0 sees it. Collective over the world."""
+    """Return the marker, as a number, and the step of what rank 0 sees on disk. Collective over the world."""
     found, errors = [0, -1], list[str]()
     if dist.get_rank() == 0:
         with noting(errors):

@@ -192,7 +192,7 @@ _STORAGE = re.compile(r"/data/(\d+)$")
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """(nbytes,) uint8: the storage itself."""
+    """Return the storage itself as (nbytes,) uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -299,7 +299,7 @@ class Stager:
                 self._share(bytes_of(storage), storage.data_ptr())
 
     def stand_in(self, held: torch.Tensor) -> torch.Tensor:
-        """A tensor in host memory for a shard of a frozen parameter, which will have its content in the file."""
+        """Return a tensor in host memory for a shard of a frozen parameter, whose content it will have in the file."""
         given = torch.empty(held.shape, dtype=held.dtype, device="cpu")  # never touched, so that it takes no memory
         self._stood_for[given.data_ptr()] = held.detach().contiguous().view(-1).view(torch.uint8)
         self._share(self._stood_for[given.data_ptr()], given.data_ptr())
