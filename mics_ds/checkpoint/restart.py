@@ -55,7 +55,7 @@ class Source(NamedTuple):
     """Copies on this node, by number of place."""
     mine: list[Copy]
     """Those for which this rank vouches."""
-    on_disk: int
+    on_disk: int = -1
     """The step of what is on disk, which is older."""
     framework_step: int = -1
     """The step by a framework's own count, if copies have one."""
@@ -107,7 +107,7 @@ def find(
                 )
             log_rank0("no complete set of copies in memory" if tried or step < 0 else said)
             return None
-        source = _vouched_for(step, engine, here, on_disk)
+        source = _vouched_for(step, engine, here)
         if source is None:
             usable, tried = [copy for copy in usable if copy.description.step < step], True
             continue
@@ -121,7 +121,7 @@ def find(
         if needed and framework_step < 0:
             log_rank0(f"the copies of step {step} in memory lack {needed}, and are not used")
             return None
-        return source._replace(framework_step=framework_step)
+        return source._replace(on_disk=on_disk, framework_step=framework_step)
 
 
 def _on_disk(look: Callable[[], tuple[str, int]]) -> list[int]:
@@ -165,7 +165,7 @@ def _usable(asked: CheckpointRequest, engine: int, home: str, marker: int, layou
     return usable
 
 
-def _vouched_for(step: int, engine: int, here: list[Copy], on_disk: int) -> Source | None:
+def _vouched_for(step: int, engine: int, here: list[Copy]) -> Source | None:
     """Choose the rank that vouches for each slice; ``None`` if some slice is nowhere. Collective over the world."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     cuts = [(place.group + 1, place.shards, place.slices) for place in (copy.description.place for copy in here)]
@@ -183,7 +183,7 @@ def _vouched_for(step: int, engine: int, here: list[Copy], on_disk: int) -> Sour
         return None
     holders = [(place + turn) % ranks for place, turn in enumerate(least)]
     mine = [copy for place, holder in enumerate(holders) if holder == rank for copy in by_place[place]]
-    return Source(step, engine, groups, shards, slices, holders, by_place, mine, on_disk)
+    return Source(step, engine, groups, shards, slices, holders, by_place, mine)
 
 
 def _is_good(copy: Copy) -> bool:
