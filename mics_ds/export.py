@@ -166,11 +166,11 @@ class Weights:
         return found
 
     def _put_together(self, name: str) -> torch.Tensor:
-        shapes = {name: self.shapes[name]}
+        shapes, cut = {name: self.shapes[name]}, cutting.Cut(self._shards, 1, 0)
         if name in self._frozen:
-            whole = cutting.reshape_frozen(self._model_states, shapes, self._shards, 1, 0)[name]
+            whole = cutting.reshape_frozen(self._model_states, shapes, cut)[name]
         else:
-            whole = cutting.weights_of(self._optimizer_states, self._layout, shapes, 1, 0)[name]
+            whole = cutting.weights_of(self._optimizer_states, self._layout, shapes, cut)[name]
         return whole.view(self.shapes[name])
 
 

@@ -171,17 +171,16 @@ class _Part:
     def files(self, shard: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """The files of one new shard, one after the other; last, what its ranks had of their own."""
         size, ranks = self._new.shards, len(self._ranks)
+        cut = cutting.Cut(self._old.shards, size, shard)
         states = self._states_of(shard)
         own = self._own(states) if ranks % size == 0 else None
         states[cutting.DP_WORLD_SIZE] = size
         states[cutting.PARAM_SHAPES] = list(self._new.groups)
         if states.get(cutting.FROZEN_SHARDS):
             shapes = states[cutting.FROZEN_SHAPES]
-            states[cutting.FROZEN_SHARDS] = cutting.reshape_frozen(
-                self._model_states, shapes, self._old.shards, size, shard
-            )
+            states[cutting.FROZEN_SHARDS] = cutting.reshape_frozen(self._model_states, shapes, cut)
         yield self._model_name(shard), states
-        optimizer = cutting.reshape_optimizer(self._optimizer_states, self._old, self._new, shard, self._owners)
+        optimizer = cutting.reshape_optimizer(self._optimizer_states, self._old, self._new, self._owners, cut)
         yield self._optimizer_name(shard), marked(optimizer)
         del optimizer
         for index in range(shard + size, ranks, size):

@@ -19,21 +19,19 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 from pydantic import TypeAdapter
 
 from ..errors import MicsCheckpointError
+from ..host_memory import host_memory_left
 from ..log import logger
 from .folder import write_text
-from .staging import Recorded, Staged, Stored
+from .staging import Recorded, Staged, bytes_of
 
 _STEP, _MARGIN, _LEAST = 256 << 20, 64 << 20, 1 << 20
-FORMAT: Literal[3] = 3
 PREFIX = "mics_ds"
 _RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -45,84 +43,68 @@ class Copying:
         self._event, self._sources = event, list(sources)
 
     def wait(self) -> None:
-        """Have the host wait for it."""
+        """Have the host wait for the copy."""
         if self._event is not None:
             self._event.synchronize()
         self._sources.clear()
 
     def comes_before(self, stream: Any) -> None:
-        """Have a stream wait for it: what is put there next overwrites what is copied."""
+        """Have a stream wait for the copy: the next work on it overwrites the source."""
         if self._event is not None:
             stream.wait_event(self._event)
 
 
 class SharedMemory:
-    """Memory that two processes share, mapped here as far as :meth:`reserve` or :meth:`map` asked for.
-
-    It grows in generous steps and is used again by every copy: mapping and pinning cost more than copying. Without a
-    path it has no name, and goes away with the last process that has it.
+    """Memory that two processes share. Every copy uses it again: mapping and pinning cost more than copying.
 
     Args:
         descriptor: of the memory, if another process has made it.
-        path: a file in a file system in memory, made if it does not exist.
+        path: a file in a file system in memory, made if it does not exist. By default the memory has no name, and goes
+            away with the last process that has it.
     """
 
     _stream: Any = None
-    """Stream of all copies from the device that this process makes."""
+    """Stream of all copies from the device."""
 
     def __init__(self, descriptor: int | None = None, path: Path | None = None) -> None:
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self.descriptor = os.memfd_create("mics_ds", os.MFD_CLOEXEC) if descriptor is None else descriptor
-        self.path = path
-        self.nbytes = 0
-        self._map: mmap.mmap | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
 
-    def is_lost(self) -> bool:
-        """Return whether its file was removed, so that nobody will find what is copied there."""
-        try:
-            return self.path is not None and not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return True
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped."""
+        return self._bytes.numel()
 
     def reserve(self, nbytes: int) -> None:
-        """See to it that there is so much, pinned where there is an accelerator of CUDA's kind.
+        """Provide so much memory, pinned where there is an accelerator of CUDA's kind.
 
         Raises:
-            MicsCheckpointError, OSError: there is not. What was there before still is.
+            MicsCheckpointError, OSError: there is not so much. What was there before still is.
         """
         size = os.fstat(self.descriptor).st_size
-        if nbytes > size:
-            self._grow(size, -(-(nbytes + nbytes // 16) // _LEAST) * _LEAST)
-        self.map(nbytes)
-        if not self._pinned and self.nbytes and torch.cuda.is_available():
-            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
-            self._pinned = int(code) == 0
-            if not self._pinned:
-                logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
-
-    def _grow(self, size: int, wanted: int) -> None:
-        """Grow in steps, because the other ranks of the node take their memory at the same time.
-
-        An error now is better than SIGBUS, or the end of the process, later.
-        """
+        wanted = -(-(nbytes + nbytes // 16) // _LEAST) * _LEAST if nbytes > size else size
+        # In steps, because the other ranks of the node take their memory at the same time. An error now is better than
+        # SIGBUS, or the end of the process, later.
         while size < wanted:
             step = min(_STEP, wanted - size)
             require_host_memory(step + _MARGIN, f"to stage states in, {wanted / 1e9:.2f} GB in all")
             os.posix_fallocate(self.descriptor, size, step)
             size += step
+        self.map(nbytes)
+        if not self._pinned and self.nbytes and torch.cuda.is_available():
+            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0)
+            self._pinned = int(code) == 0
+            if not self._pinned:
+                logger.warning("memory to stage states in could not be pinned (error %s); copies take longer", code)
 
     def map(self, nbytes: int) -> None:
-        """Map what there is, up to at least ``nbytes``."""
-        if nbytes <= self.nbytes:
-            return
-        self.unmap()
-        size = os.fstat(self.descriptor).st_size
-        self._map = mmap.mmap(self.descriptor, size)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.nbytes = size
+        """Map all of it, unless ``nbytes`` are mapped already."""
+        if nbytes > self.nbytes and os.fstat(self.descriptor).st_size:
+            self.unmap()
+            self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0), dtype=torch.uint8)
 
     def unmap(self) -> None:
         """Let go of the mapping, as soon as no view of it is left."""
@@ -130,33 +112,26 @@ class SharedMemory:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
             self._pinned = False
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._map = None  # unmapped with the last view of it
-        self.nbytes = 0
 
     def close(self) -> None:
         self.unmap()
         os.close(self.descriptor)
 
     def view(self, start: int, nbytes: int) -> torch.Tensor:
-        """(nbytes,) uint8: a part of the memory itself."""
+        """Return a part of the memory itself, (nbytes,) uint8."""
         return self._bytes[start : start + nbytes]
 
     def buffer(self, start: int, nbytes: int) -> memoryview:
-        """Return (nbytes,) bytes of the memory as a buffer, for code that does not use torch."""
-        return memoryview(b"" if self._map is None else self._map)[start : start + nbytes]
+        """Return a part of the memory itself, for code that does not use torch."""
+        return self.view(start, nbytes).numpy().data
 
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
-        """A part of the memory itself, as what ``torch.save`` writes."""
-        if not nbytes:
-            return torch.UntypedStorage(0)
-        return self._bytes.untyped_storage()[start : start + nbytes]
+        """Return a part of the memory itself, for ``torch.save``."""
+        return self._bytes.untyped_storage()[start : start + nbytes] if nbytes else torch.UntypedStorage(0)
 
     def checksum(self, nbytes: int) -> int:
-        """The CRC-32 of what the memory begins with."""
-        crc = 0
-        for start in range(0, nbytes, _STEP):
-            crc = zlib.crc32(self.buffer(start, min(_STEP, nbytes - start)), crc)
-        return crc
+        """Return the CRC-32 of the first bytes."""
+        return zlib.crc32(self.buffer(0, nbytes))
 
     def copy_in(self, parts: Sequence[tuple[int, torch.Tensor]], streams: Any) -> Copying:
         """Copy tensors to given places, from whatever device. Those from the host are there when this returns.
@@ -181,63 +156,36 @@ class SharedMemory:
         return Copying(event, [part for _, part in parts])
 
 
-def host_memory_left() -> tuple[int, str]:
-    """Bytes of host memory that can be taken, and what limits them: the machine, or a cgroup of this process."""
-    found = [(psutil.virtual_memory().available, "this machine's memory")]
-    for folder in _cgroups():
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError):
-                most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-                # What files of the disk take up is given back when it is asked for.
-                lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                cached = next((int(value) for name, value in lines if name == "inactive_file"), 0)
-                found.append((most - taken + cached, f"{most / 1e9:.2f} GB, the limit of its cgroup"))
-    left, of = min(found)
-    return max(left, 0), of
-
-
-def _cgroups() -> Iterator[Path]:
-    """Folders of the memory cgroups that this process is in, of either version."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers or "memory" in controllers.split(","):
-                root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
-                inner = root / path.lstrip("/")
-                yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root))
-
-
 class Shard:
-    """A shard that is put together from what its replicas have copied, in host memory.
+    """A shard that is put together in host memory.
 
     Args:
-        lasting: whether it is used beyond the copies, which others write over.
+        lasting: whether it is used beyond the copies of its replicas, which the next copies write over.
     """
 
     def __init__(self, *, lasting: bool = False) -> None:
-        self._wholes: list[torch.Tensor] = []
+        self._wholes: list[torch.UntypedStorage] = []
         self._lasting = lasting
         self.files: list[tuple[str, Recorded]] = []
         """By name, whole when all replicas were added."""
 
     def add(self, staged: Staged, replica: int, memory: SharedMemory) -> None:
-        """Take what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
+        """Add what a replica has copied, or raise MicsCheckpointError if host memory is too small for it."""
+        shared = [share for share in staged.shares if share.replicas > 1]
+        alone = list(zip(staged.shares, staged.starts))[len(shared) :] if staged.files else []
         if not self._wholes:
-            require_host_memory(sum(share.nbytes for share in staged.shares), "to put a shard together")
-            self._wholes = [torch.empty(share.nbytes, dtype=torch.uint8, device="cpu") for share in staged.shares]
-        for share, (start, nbytes), whole in zip(staged.shares, staged.pieces(replica), self._wholes):
-            share.put(memory.view(start, nbytes), replica, whole)
+            require_host_memory(sum(share.nbytes for share in shared), "to put a shard together")
+            self._wholes = [torch.UntypedStorage(share.nbytes) for share in shared]
+        for share, start, whole in zip(shared, staged.starts, self._wholes):
+            share.put(memory.view(start, share.piece_bytes), replica, bytes_of(whole))
+        storages = [memory.storage(start, share.nbytes) for share, start in alone]
+        if self._lasting:
+            require_host_memory(sum(share.nbytes for share, _ in alone), "to load a shard")
+            storages = [storage.clone() for storage in storages]
+        by_number = self._wholes + storages
         for file in staged.files:
-            if self._lasting:
-                require_host_memory(sum(item.nbytes for item in file.storages if item.share < 0), "to load a shard")
-            storages = [self._storage(item, memory) for item in file.storages]
-            self.files.append((file.name, Recorded(bytes(memory.buffer(*file.pickled)), storages)))
-
-    def _storage(self, item: Stored, memory: SharedMemory) -> torch.UntypedStorage:
-        if item.share >= 0:
-            return self._wholes[item.share].untyped_storage()
-        found = memory.storage(item.start, item.nbytes)
-        return found.clone() if self._lasting else found
+            found = Recorded(bytes(memory.buffer(*file.pickled)), [by_number[number] for number in file.storages])
+            self.files.append((file.name, found))
 
 
 def require_host_memory(nbytes: int, purpose: str) -> None:
@@ -257,13 +205,12 @@ class Place(NamedTuple):
     """Place of a slice in the states of the job: its group, its shard, and how the states were cut."""
 
     group: int
-    """First rank of the data-parallel group. There are several groups with model parallelism."""
+    """Number of the data-parallel group. There are several groups with model parallelism."""
     shard: int
     slice: int
     shards: int
-    """p."""
     slices: int
-    """r, when the copy was made."""
+    """Slices of each shard, r when the copy was made."""
 
     @property
     def number(self) -> int:
@@ -271,44 +218,56 @@ class Place(NamedTuple):
         return (self.group * self.shards + self.shard) * self.slices + self.slice
 
     def name(self, engine: int) -> str:
-        """The name of copies of it, without the number of the slot."""
+        """Return the name of copies of this slice, without the number of the slot."""
         return f"e{engine}-g{self.group}-shard{self.shard}-slice{self.slice}of{self.slices}"
 
 
 class Description(NamedTuple):
     """Description of the content of one copy."""
 
-    format: Literal[3]
     step: int
     """Optimizer steps before it."""
+    framework_step: int
+    """Those by the count of a framework that resumes from folders, else -1."""
     engine: int
     """Index of the engine among those of the job, in the order in which they were made."""
     place: Place
     rank: int
     layout: str
-    """Tells whether a model and its optimizer are cut into the same shards."""
+    """Digest that models have in common whose states are cut into the same shards."""
     homes: dict[str, list[int]]
     """Folders that the job resumes from, each with the markers that its disk may have for the copy to count."""
     stale: str
     """Why a script could not go on from here, if it could not."""
     staged: Staged
-
-
-_SCHEMA = TypeAdapter(Description)
+    crc32: int = 0
+    """Checksum of the content."""
 
 
 class Copy(NamedTuple):
     """A copy that was found."""
 
     description: Description
-    checksum: int
     path: Path
 
+    def open(self) -> SharedMemory:
+        """Map the memory with its content."""
+        memory = SharedMemory(os.open(self.path, os.O_RDWR))
+        memory.map(self.description.staged.nbytes)
+        return memory
+
+    def own(self, memory: SharedMemory) -> bytes:
+        """Return what belongs to the rank of the copy alone."""
+        return bytes(memory.buffer(*self.description.staged.own))
+
     def require_same(self, memory: SharedMemory) -> None:
-        """Raise MicsCheckpointError unless this is what is in memory."""
+        """Raise MicsCheckpointError unless memory has the content of this copy."""
         nbytes = self.description.staged.nbytes
-        if memory.nbytes < nbytes or memory.checksum(nbytes) != self.checksum:
+        if memory.nbytes < nbytes or memory.checksum(nbytes) != self.description.crc32:
             raise MicsCheckpointError(f"{self.path} has other content than was written (checksum)")
+
+
+_SCHEMA = TypeAdapter(Description)
 
 
 def described_by(path: Path) -> Path:
@@ -320,34 +279,35 @@ def forget(path: Path) -> None:
     described_by(path).unlink(missing_ok=True)
 
 
-def describe(path: Path, description: Description, checksum: int) -> None:
+def _head(body: str) -> str:
+    return f"mics_ds copy 4, CRC-32 {zlib.crc32(body.encode())}"
+
+
+def describe(path: Path, description: Description) -> None:
     """Make a copy complete."""
-    body = json.dumps({"content": checksum, "description": _SCHEMA.dump_python(description, mode="json")})
-    write_text(described_by(path), json.dumps({"crc32": zlib.crc32(body.encode()), "body": body}))
+    body = _SCHEMA.dump_json(description).decode()
+    write_text(described_by(path), f"{_head(body)}\n{body}")
 
 
-def understood(text: str | bytes, path: Path) -> Copy | None:
-    """The copy that such a text describes; ``None`` for any other."""
+def understood(text: str, path: Path) -> Copy | None:
+    """Return the copy that such a text describes; ``None`` for any other text."""
+    head, _, body = text.partition("\n")
     try:
-        said = json.loads(text)
-        if zlib.crc32(said["body"].encode()) != said["crc32"]:
-            return None
-        body = json.loads(said["body"])
-        return Copy(_SCHEMA.validate_python(body["description"]), int(body["content"]), path)
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+        return Copy(_SCHEMA.validate_json(body), path) if head == _head(body) else None
+    except ValueError:
         return None
 
 
 def read(path: Path) -> Copy | None:
     """Read the description of a copy; ``None`` if it has none that can be understood."""
     try:
-        return understood(described_by(path).read_bytes(), path)
-    except OSError:
+        return understood(described_by(path).read_text(), path)
+    except (OSError, UnicodeDecodeError):
         return None
 
 
 def copies(region: Path) -> Iterator[Copy]:
-    """All complete copies in a job's region, judged by their descriptions.
+    """Yield all complete copies in a job's region, judged by their descriptions.
 
     Raises:
         MicsCheckpointError: others than this user can write there.
@@ -358,10 +318,7 @@ def copies(region: Path) -> Iterator[Copy]:
 
 
 def job_key(name: str | None) -> str:
-    """Return what a job and its restarts have in common.
-
-    That is the name it was given, or else its job in the cluster, its command and its folder.
-    """
+    """Return what a job and its restarts have in common: its name, or else its id, command and folder."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     run = "" if run == "none" or _RANDOM_ID.fullmatch(run) else run  # torchrun makes one up for each start
     # The deepspeed launcher tells each rank its number by an argument.
@@ -370,8 +327,9 @@ def job_key(name: str | None) -> str:
     return hashlib.sha256(json.dumps(unnamed if name is None else ["named", name]).encode()).hexdigest()[:16]
 
 
-def region(folder: str | os.PathLike, key: str) -> Path:
-    return Path(folder) / f"{PREFIX}-{os.getuid()}-{key}"
+def region(folder: str | os.PathLike, job: str | None) -> Path:
+    """Return the folder of the copies of a job, in a file system in memory."""
+    return Path(folder) / f"{PREFIX}-{os.getuid()}-{job_key(job)}"
 
 
 def require_own(path: Path) -> None:

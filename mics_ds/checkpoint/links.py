@@ -1,36 +1,37 @@
 """Connections between the processes that write: messages of JSON, each with any number of bytes after it.
 
-A link is a connection of :mod:`multiprocessing`, whose two ends know each other by a token that the ranks of the job
-share. Nothing that comes from one is unpickled. TCP tells when a process ends, and its keepalive when a node is gone.
-Both, and the deadline of what the link is for, are the same to its user: a :class:`LostError`.
+The two ends know each other by a token that the ranks of the job share. Nothing that comes from one is unpickled. TCP
+tells when a process ends, and its keepalive when a node is gone. Both, and a deadline, are a :class:`LostError`.
 """
 
 from __future__ import annotations
 
 import errno
+import hmac
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from ..errors import MicsCheckpointError
-from .copies import SharedMemory
+from .copies import Copy, SharedMemory, understood
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 STARTING_S = 120.0
 """Seconds that a process may take from its start to its first answer; it imports torch."""
 _BACKLOG = 4096
-_CHUNK = 16 << 20
+_NONCE, _DIGEST = 32, "sha256"
+_LENGTH = struct.Struct("!Q")
 _NOTHING = memoryview(b"")
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
@@ -46,17 +47,13 @@ class Neighbour(NamedTuple):
     host: str
     port: int
 
-    @property
-    def words(self) -> str:
-        return writer_of(self.rank)
-
 
 def writer_of(rank: int) -> str:
     return f"rank {rank}: the process that writes its checkpoints"
 
 
 def patience_s() -> float:
-    """Seconds after which a node that does not answer is lost."""
+    """Return the seconds after which a node that does not answer is lost."""
     return float(os.environ.get(PATIENCE_ENV, 30.0))
 
 
@@ -69,10 +66,9 @@ class Link:
     """
 
     def __init__(self, connected: socket.socket, who: str, deadline: float) -> None:
-        self.who, self.deadline = who, deadline
-        self._socket = connected
-        connected.settimeout(None)
+        self.who, self.deadline, self._socket = who, deadline, connected
         patience = max(1, int(patience_s()))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (
             (socket.TCP_NODELAY, 1),
             (socket.TCP_KEEPIDLE, max(1, patience // 3)),
@@ -80,59 +76,64 @@ class Link:
             (socket.TCP_USER_TIMEOUT, 1000 * patience),
         ):
             connected.setsockopt(socket.IPPROTO_TCP, option, value)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connection = Connection(os.dup(connected.fileno()))
 
-    def _set_timeout(self, which: int, most_s: float = float("inf")) -> None:
-        seconds = min(most_s, self.deadline - time.monotonic())
-        self._socket.setsockopt(socket.SOL_SOCKET, which, struct.pack("ll", max(1, int(seconds)), 0))
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        self._socket.settimeout(max(self.deadline - time.monotonic(), 0.001))
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+                raise LostError(f"{self.who} is lost: its node has not answered for {patience_s():.0f} s") from error
+            late = isinstance(error, TimeoutError)
+            raise LostError(
+                f"{self.who} {'did not come to an end within the time limit' if late else 'has ended'}"
+            ) from error
 
     def authenticate(self, token: str, *, connected: bool) -> None:
-        """Raise :class:`LostError` unless both ends have the same token."""
-        steps = [answer_challenge, deliver_challenge] if connected else [deliver_challenge, answer_challenge]
-        self._set_timeout(socket.SO_RCVTIMEO, max(patience_s(), STARTING_S))
-        try:
-            for step in steps:
-                step(self._connection, token.encode())
-        except (OSError, EOFError) as error:
-            raise self._lost(error) from error
-        except (AuthenticationError, AssertionError) as error:
-            raise LostError(f"{self.who} is of another job") from error
+        """Raise :class:`LostError` unless both ends have the same token.
+
+        Args:
+            connected: whether this end has made the connection.
+        """
+        deadline, self.deadline = self.deadline, min(self.deadline, time.monotonic() + max(patience_s(), STARTING_S))
+        mine, theirs = (b"1", b"2") if connected else (b"2", b"1")  # so that no proof can be sent back
+        nonce = secrets.token_bytes(_NONCE)
+        self._send(nonce)
+        self._send(hmac.digest(token.encode(), mine + self._receive(_NONCE), _DIGEST))
+        expected = hmac.digest(token.encode(), theirs + nonce, _DIGEST)
+        if not hmac.compare_digest(self._receive(len(expected)), expected):
+            raise LostError(f"{self.who} is of another job")
+        self.deadline = deadline
 
     def send(self, message: Mapping[str, Any], content: memoryview = _NOTHING) -> None:
         """Send a message, and bytes after it."""
         body = json.dumps({**message, "nbytes": content.nbytes}).encode()
-        chunks = (content[start : start + _CHUNK] for start in range(0, content.nbytes, _CHUNK))
-        try:
-            self._set_timeout(socket.SO_SNDTIMEO)
-            for part in (memoryview(body), *chunks):
-                self._connection.send_bytes(part)
-        except OSError as error:
-            raise self._lost(error) from error
+        self._send(_LENGTH.pack(len(body)) + body)
+        self._send(content)
+
+    def _send(self, content: bytes | memoryview) -> None:
+        with self._in_time():
+            self._socket.sendall(content)
 
     def receive(self) -> dict[str, Any]:
         """Wait for the next message. Its bytes, ``nbytes`` of them, are to be received next."""
-        return json.loads(self._await(self._connection.recv_bytes))
+        [length] = _LENGTH.unpack(self._receive(_LENGTH.size))
+        return json.loads(self._receive(length))
+
+    def _receive(self, nbytes: int) -> bytes:
+        found = bytearray(nbytes)
+        self.receive_into(memoryview(found))
+        return bytes(found)
 
     def receive_into(self, room: memoryview) -> None:
         """Receive bytes until the room is full."""
         while room:
-            count = self._await(lambda: self._connection.recv_bytes_into(room[:_CHUNK]))  # noqa: B023
+            with self._in_time():
+                count = self._socket.recv_into(room)
+                if not count:
+                    raise EOFError
             room = room[count:]
-
-    def _await(self, receive: Callable[[], Any]) -> Any:
-        self._set_timeout(socket.SO_RCVTIMEO)
-        try:
-            return receive()
-        except (OSError, EOFError) as error:
-            raise self._lost(error) from error
-
-    def _lost(self, error: Exception) -> LostError:
-        if isinstance(error, BlockingIOError):
-            return LostError(f"{self.who} did not come to an end within the time limit")
-        if isinstance(error, OSError) and error.errno in _UNREACHABLE:
-            return LostError(f"{self.who} is lost: its node has not answered for {patience_s():.0f} s")
-        return LostError(f"{self.who} has ended")
 
     def await_close(self) -> None:
         """Wait until the other end has got everything and closes."""
@@ -141,12 +142,11 @@ class Link:
                 self.receive()
 
     def close(self) -> None:
-        self._connection.close()
         self._socket.close()
 
 
 def connect_for_save(to: Neighbour, token: str, number: int, rank: int, deadline: float) -> Link:
-    """Connect to the writer that this rank's reports to, in one save, or raise :class:`LostError`."""
+    """Connect to the writer to which the writer of a rank reports in a save, or raise :class:`LostError`."""
     return _connect(to, token, {"kind": "save", "number": number, "rank": rank}, deadline)
 
 
@@ -154,34 +154,30 @@ def _connect(to: Neighbour, token: str, hello: Mapping[str, Any], deadline: floa
     try:
         connected = socket.create_connection((to.host, to.port), timeout=max(patience_s(), 10.0))
     except ConnectionRefusedError as error:
-        raise LostError(f"{to.words} has ended") from error
+        raise LostError(f"{writer_of(to.rank)} has ended") from error
     except OSError as error:
-        raise LostError(f"{to.words} cannot be reached at {to.host}:{to.port} ({error})") from error
-    link = Link(connected, to.words, deadline)
+        raise LostError(f"{writer_of(to.rank)} cannot be reached at {to.host}:{to.port} ({error})") from error
+    link = Link(connected, writer_of(to.rank), deadline)
     link.authenticate(token, connected=True)
     link.send(hello)
     return link
 
 
-def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory) -> str:
-    """Fetch a copy that the writer of another rank has.
+def fetch(source: Neighbour, token: str, which: Mapping[str, Any], memory: SharedMemory, path: Path) -> Copy | None:
+    """Fetch a copy from the writer of another rank into memory; ``None`` if that has none.
 
     Args:
         which: its ``name`` and ``step``, and if it is not there yet the ``number`` under which it is sealed.
-        memory: written, from its beginning on.
-
-    Returns:
-        The description of the copy; empty if there is none.
+        path: of the copy here, or for messages.
 
     Raises:
-        LostError: the writer is gone.
-        OSError: there is not enough memory.
+        MicsCheckpointError, OSError: the writer is gone, or there is not enough memory.
     """
     with closing(_connect(source, token, {"kind": "fetch", **which}, time.monotonic() + 10 * STARTING_S)) as link:
         message = link.receive()
         memory.reserve(message["nbytes"])
         link.receive_into(memory.buffer(0, message["nbytes"]))
-        return str(message.get("description", ""))
+    return understood(message.get("description", ""), path)
 
 
 class Listener:
@@ -204,21 +200,18 @@ class Listener:
 
     def _greet(self, connected: socket.socket) -> None:
         link = Link(connected, "a process that has connected", time.monotonic() + 10 * STARTING_S)
-        try:
+        with suppress(LostError, OSError):
             link.authenticate(self._token, connected=False)
             hello = link.receive()
-            if hello["kind"] != "save":
-                self._give(link, hello)
-                link.await_close()
-                link.close()
+            if hello["kind"] == "save":
+                link.who = writer_of(hello["rank"])
+                with self._changed:
+                    self._arrived[hello["number"], hello["rank"]] = link
+                    self._changed.notify_all()
                 return
-        except (LostError, OSError):
-            link.close()
-            return
-        link.who = writer_of(hello["rank"])
-        with self._changed:
-            self._arrived[hello["number"], hello["rank"]] = link
-            self._changed.notify_all()
+            self._give(link, hello)
+            link.await_close()
+        link.close()
 
     def await_save(self, number: int, rank: int, deadline: float) -> Link:
         """Return the link of a rank that takes part in a save, or raise :class:`LostError` if it does not come."""
@@ -231,14 +224,14 @@ class Listener:
         return link
 
     def forget(self, number: int) -> None:
-        """Close what came for this save, or an earlier one, and was not wanted."""
+        """Close links for this save, or an earlier one, for which nothing has waited."""
         with self._changed:
             for key in [key for key in self._arrived if key[0] <= number]:
                 self._arrived.pop(key).close()
 
 
 def listen() -> tuple[socket.socket, str, int]:
-    """A socket that listens on all interfaces, and the host and port at which other nodes find it."""
+    """Return a socket that listens on all interfaces, and the host and port at which other nodes find it."""
     if socket.has_dualstack_ipv6():
         found = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
     else:
@@ -247,7 +240,7 @@ def listen() -> tuple[socket.socket, str, int]:
 
 
 def _own_host() -> str:
-    """This host as other nodes know it: by the interface that gloo is to use, or that leads to the job's master."""
+    """Return this host as other nodes know it: by the interface of gloo, or the one that leads to the job's master."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     for item in psutil.net_if_addrs().get(interface, ()):
         if item.family == socket.AF_INET:

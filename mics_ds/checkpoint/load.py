@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..comm import collectives
 from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import communication_device, is_fresh
+from ..deepspeed_compat.engine import communication_device, is_fresh, set_random_states
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
 from . import folder as folders
@@ -43,8 +43,8 @@ from .coordination import (
     tell_speed,
 )
 from .manifest import OWN_STATE, FileRecord
-from .memory import MemoryTier, set_random_states
-from .reshape import Parameters, ShardLayout, Sharers
+from .memory import MemoryTier
+from .reshape import Cut, Parameters, ShardLayout
 from .staging import Image
 
 How = Mapping[str, Any]
@@ -220,7 +220,10 @@ class _Reader:
         self._group, self._device = group, communication_device()
         self._size, self._place = (1, 0) if group is None else (group.size, group.rank)
         self._incomplete: list[torch.Tensor] = []
-        self.sharers = Sharers(self._place, self._size, self._incomplete.append)
+
+    def cut(self, old_shards: int, shards: int, shard: int) -> Cut:
+        """Cut a shard anew together with the other replicas. :meth:`complete` adds what they have copied."""
+        return Cut(old_shards, shards, shard, self._place, self._size, self._incomplete.append)
 
     def read(self, path: Path, record: FileRecord, errors: list[str]) -> dict[str, Any]:
         """Return the content of a file, compared with its record. Collective over the replicas.
@@ -439,7 +442,7 @@ def _read_the_rest(
     if errors or consolidates or not (own or saved.reshapes):
         return _Loading(saved, model, own)
     old, shards = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES]), dict[str, torch.Tensor]()
-    sharers = reader.sharers if saved.reshapes else reshape.ALONE
+    cut = (reader.cut if saved.reshapes else Cut)(saved.shards, p, shard)
 
     def model_states(old_shard: int) -> Mapping[str, Any]:
         mapped = saved.reshapes and saved.shards != p
@@ -450,17 +453,17 @@ def _read_the_rest(
 
     def frozen() -> dict[str, torch.Tensor]:
         shapes = model[reshape.FROZEN_SHAPES] if model.get(reshape.FROZEN_SHARDS) else {}
-        return reshape.reshape_frozen(model_states, shapes, saved.shards, p, shard, sharers)
+        return reshape.reshape_frozen(model_states, shapes, cut)
 
     with noting(errors):
         if weights:
-            shards.update(reshape.weights_of(optimizer_states, old, old.shapes, p, shard, sharers), **frozen())
+            shards.update(reshape.weights_of(optimizer_states, old, old.shapes, cut), **frozen())
             model[reshape.FROZEN_SHARDS] = None
         elif saved.reshapes:
             if model.get(reshape.FROZEN_SHARDS) and saved.shards != p:
                 model[reshape.FROZEN_SHARDS] = frozen()
             new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
-            own.update(reshape.reshape_optimizer(optimizer_states, old, new, shard, owners, sharers))
+            own.update(reshape.reshape_optimizer(optimizer_states, old, new, owners, cut))
     return _Loading(saved, model, own, shards if weights else None)
 
 

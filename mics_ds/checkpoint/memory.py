@@ -7,57 +7,39 @@ rank on the next node fetches the same. So any one node may be lost.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import device_streams, steps_taken
+from ..deepspeed_compat.engine import device_streams, random_states, steps_taken
 from ..errors import MicsCheckpointError, MicsConfigError, noting
+from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
-from .copies import (
-    FORMAT,
-    Copying,
-    Description,
-    Place,
-    SharedMemory,
-    copies,
-    forget,
-    host_memory_left,
-    job_key,
-    read,
-    region,
-    require_own,
-)
+from .copies import Copying, Description, Place, SharedMemory, copies, forget, region, require_own
 from .folder import FileLock, discard, newest
 from .save import plan_of
 from .staging import pickled
 from .writer import Seal
 
-SLOTS = 2
-NEVER = 1 << 40
-"""Later than any step, where the least of all ranks' steps counts."""
-
-ClientState = Callable[[], Mapping[str, Any]]
+_SLOTS = 2
+_NO_CLIENT_STATE = (
+    "the script saves a client_state, which copies in memory lack; let it set engine.mics_memory.client_state to a "
+    "function that returns it"
+)
 
 
 class Caller(NamedTuple):
-    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` when its own states are those of the end
-    of a step."""
+    """A framework that trains with an engine. It calls :meth:`MemoryTier.copy` at the end of its own step."""
 
     home: str
     """The folder that it resumes from, if it is always the same."""
@@ -67,6 +49,8 @@ class Caller(NamedTuple):
     """Whether ``load_checkpoint`` of this folder may go on from memory."""
     marker: Callable[[], str] = lambda: ""
     """Marker of the newest checkpoint in the folder that a framework resumes from."""
+    step: Callable[[], int] = lambda: -1
+    """The framework's own count of steps, if it resumes from a folder that is made of copies."""
 
 
 class _Current:
@@ -76,7 +60,7 @@ class _Current:
 
 @contextmanager
 def called_by(caller: Caller, engine: Any = None) -> Iterator[None]:
-    """Engines that are built meanwhile, and this one, are trained by a framework."""
+    """Have a framework train with engines that are built meanwhile, and with this one."""
     before, _Current.caller = _Current.caller, caller
     if hasattr(engine, "mics_memory"):
         engine.mics_memory.belongs_to(caller)
@@ -106,11 +90,10 @@ class MemoryTier:
                 f"mics_checkpoint.memory_every needs all ranks of the job, which is {dist.get_world_size()}, and "
                 f"{len(groups.node_of)} take part. Leave it out."
             )
-        self.request, self.groups = request, groups
+        self.request = request
         self.roles = Roles(groups, node_local=False)
         """As for a checkpoint that all nodes share."""
-        self.on_node = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
-        self.folder = region(request.memory_folder, job_key(request.job))
+        self.folder = region(request.memory_folder, request.job)
         self.engine_index, _Current.engines = _Current.engines, _Current.engines + 1
         self.homes: dict[str, list[int]] = {}
         """Folders that this job resumes from, with the markers that their disk may have: of the last checkpoint, and of
@@ -118,55 +101,51 @@ class MemoryTier:
         self.caller: Caller | None = None
         self.is_due = False
         """Whether the states are those of a step of which there should be a copy, and none was made yet."""
-        self.client_state: ClientState | None = None
+        self.client_state: Callable[[], Mapping[str, Any]] | None = None
         """What a script would give to ``save_checkpoint``."""
         self.gave_client_state = False
         self.newest_on_disk = -1
-        self._memories: dict[Path, SharedMemory] = {}
-        self._complained = False
         self.layout = _layout(engine, groups)
-        self.place = self.place_of(self.roles.rank)
-        self._kept_by = {rank: [rank] for rank in self.on_node}
-        """By rank of this node, whose copies it keeps: its own, and those of ranks on the node before."""
-        for rank, keeper in mirrors(groups.node_of).items():
-            if keeper in self._kept_by:
-                self._kept_by[keeper].append(rank)
-        self._names = {rank: self._name_of(rank) for rank in self._kept_by[self.roles.rank]}
+        self.place = self._place_of(self.roles.rank)
+        self._memories: dict[Path, SharedMemory] = {}
+        here = [rank for rank, node in groups.node_of.items() if node == groups.node_of[self.roles.rank]]
+        self._is_first = self.roles.rank == here[0]
+        """Whether this rank does what one rank of each node has to do."""
+        keepers = mirrors(groups.node_of)
+        on_node = [rank for rank in groups.node_of if rank in here or keepers.get(rank) in here]
+        names = {rank: self._place_of(rank).name(self.engine_index) for rank in on_node}
+        self._names_here = set(names.values())
+        """Names of all copies on this node: those of its ranks, and of ranks on the node before."""
+        self._names = {rank: names[rank] for rank in on_node if self.roles.rank in (rank, keepers.get(rank))}
+        """Names of the copies that this rank keeps, by the rank that they are of."""
         if _Current.caller is not None:
             self.belongs_to(_Current.caller)
         self.is_on = self._can_be_on(engine)
         at_end.append(self.end)
 
-    def place_of(self, rank: int) -> Place:
+    def _place_of(self, rank: int) -> Place:
         """Return the place of the slice that a rank of the job copies."""
-        layout = self.groups.layout
-        for group, offset in enumerate(self.roles.offsets):
-            if rank - offset in layout.ranks:
-                index, p = layout.ranks.index(rank - offset), layout.partition_size
-                return Place(group, index % p, index // p, p, layout.replication_size)
-        raise AssertionError("every rank is in a group")
-
-    def _name_of(self, rank: int) -> str:
-        return self.place_of(rank).name(self.engine_index)
+        layout = self.roles.groups.layout
+        [(group, index)] = [
+            (group, layout.ranks.index(rank - offset))
+            for group, offset in enumerate(self.roles.offsets)
+            if rank - offset in layout.ranks
+        ]
+        p = layout.partition_size
+        return Place(group, index % p, index // p, p, layout.replication_size)
 
     def _can_be_on(self, engine: Any) -> bool:
         """Return whether no other job is using the region, and there is room. Collective over the world."""
-        errors, needs = list[str](), 0
+        errors, nbytes = list[str](), 0
         with noting(errors):
-            needs = plan_of(engine, self.roles, {}).staged.nbytes
-        with noting(errors):
+            nbytes = plan_of(engine, self.roles, {}).staged.nbytes
             self._take_region()
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))
-        [most] = elementwise_max([needs])
-        copies_here = sum(map(len, self._kept_by.values()))
-        needed = SLOTS * copies_here * (most + most // 8 + (1 << 20))
-        has = _room(self.folder)
-        [unable, short, most_needed, negated_least] = elementwise_max(
-            [int(bool(errors)), int(has < needed), needed, -has]
-        )
-        takes, least = f"{most_needed / 1e9:.2f} GB on a node", f"{-negated_least / 1e9:.2f} GB"
-        said = f"{takes}, in {self.request.memory_folder}, which has {least}"
+        [most] = elementwise_max([nbytes])
+        needed, has = _SLOTS * len(self._names_here) * (most + most // 8 + (1 << 20)), _room(self.folder)
+        [unable, short, needed, negated] = elementwise_max([int(bool(errors)), int(has < needed), needed, -has])
+        said = f"{needed / 1e9:.2f} GB on a node, in {self.request.memory_folder}, which has {-negated / 1e9:.2f} GB"
         if short:
             log_rank0(
                 f"states are not copied to memory, and a restart uses the disk: that takes {said} on the node with the "
@@ -180,7 +159,7 @@ class MemoryTier:
     # ---------------------------------------------------------------------------------- the copies
 
     def belongs_to(self, caller: Caller) -> None:
-        """A framework trains with this engine, and says when copies are made."""
+        """Let a framework that trains with this engine decide when copies are made."""
         self.caller = caller
         if caller.home:
             self.homes.setdefault(os.path.realpath(caller.home), [number_of(caller.marker())])
@@ -204,12 +183,15 @@ class MemoryTier:
             self.is_on = False
             log_rank0(f"states are not copied to memory: {error}", level=30)
             return
-        own, last, errors = None, NEVER, list[str]()
+        alone, own, errors = dict[str, Any](), RankState({}, {}), list[str]()
+        steps, kept = dict[Path, int](), -1
         with noting(errors):
-            own, last = self._own(engine), self._newest(engine)
-        digest = 0 if own is None else number_of(own.states.fingerprint)
+            alone, own = self._alone(engine)
+            steps = self._complete(engine)
+            kept = min(max(steps.get(slot, -1) for slot in self._slots(name)) for name in self._names.values())
+        digest = number_of(own.fingerprint)
         hindered, negated, high, negated_low = elementwise_max(
-            [int(own is None or bool(background.sealing)), -last, digest, -digest]
+            [int(bool(errors or background.sealing)), -kept, digest, -digest]
         )
         path, description, copying, kept = Path(), None, Copying(), -negated
         if hindered:
@@ -219,132 +201,119 @@ class MemoryTier:
             )
         else:
             with noting(errors):
-                if kept >= 0 and self.roles.rank == self.on_node[0]:
-                    self._remove_strays()
-                assert own is not None, "nothing hinders this rank"
                 if high != -negated_low:  # ranks differ in what is beside their shards
-                    own = own.with_states()
-                path, description, copying = self._take(engine, own, kept)
-        if errors and not self._complained:
+                    alone["states"] = own.beside({})
+                background.revive()
+                self._take_region()
+                if kept >= 0 and self._is_first:
+                    self._remove_strays()
+                path = self._next_slot(self._names[self.roles.rank], steps, kept)
+                description, copying = self._copy_to(path, engine, alone)
+        if errors:
             logger.warning("states could not be copied to memory: %s", "; ".join(errors))
-            self._complained = True
         if hindered:
             return
         guests = [
-            (background.neighbour(rank), name, str(self._next_slot(name, kept)))
+            (background.neighbour(rank), name, str(self._next_slot(name, steps, kept)))
             for rank, name in self._names.items()
             if rank != self.roles.rank
         ]
         job = Seal(Run.next_number(), str(self.folder), str(path), description, tuple(guests), steps_taken(engine))
         background.seal(job, copying)
 
-    def _newest(self, engine: Any) -> int:
-        """The step of which everything that this rank keeps is complete, or -1."""
-        # What is later than now, or of another model, is of an earlier run that this one does not go on with.
-        for found in copies(self.folder):
-            is_ours = found.description.engine == self.engine_index and found.description.layout == self.layout
-            if found.description.engine == self.engine_index and not (
-                is_ours and found.description.step < steps_taken(engine)
+    def _alone(self, engine: Any) -> tuple[dict[str, Any], RankState]:
+        """Return what a copy has of this rank alone, and all state beside the shard."""
+        client_state = dict(self.client_state() if self.client_state is not None else {})
+        files = {} if self.caller is None else self.caller.files()
+        states = seam.model_states(engine, client_state)
+        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
+        return {"client_state": client_state, "random": random_states(), "files": files}, own
+
+    def _complete(self, engine: Any) -> dict[Path, int]:
+        """Return the complete copies on this node that this run goes on with, and their steps."""
+        found = {}
+        for copy in copies(self.folder):
+            description = copy.description
+            # What is later than now, or of another model, is of an earlier run.
+            if description.engine == self.engine_index and (
+                description.layout != self.layout or description.step >= steps_taken(engine)
             ):
-                forget(found.path)
-        return min(max(self._steps(name).values()) for name in self._names.values())
+                forget(copy.path)
+            else:
+                found[copy.path] = description.step
+        return found
+
+    def _slots(self, name: str) -> list[Path]:
+        return [self.folder / f"{name}.{slot}" for slot in range(_SLOTS)]
+
+    def _next_slot(self, name: str, steps: Mapping[Path, int], kept: int) -> Path:
+        """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept.
+
+        Args:
+            steps: of complete copies.
+            kept: the newest step of which all shards have a complete copy, or -1.
+        """
+        return min(self._slots(name), key=lambda slot: (steps.get(slot, -1) == kept >= 0, steps.get(slot, -1)))
 
     def _remove_strays(self) -> None:
         """Remove copies that earlier runs have cut otherwise: those of this run are complete."""
-        names = {self._name_of(rank) for kept in self._kept_by.values() for rank in kept}
         for path in self.folder.glob(f"e{self.engine_index}-*.[01]"):
-            if path.stem not in names:
+            if path.stem not in self._names_here:
                 forget(path)
                 path.unlink()
 
-    def _steps(self, name: str) -> dict[Path, int]:
-        """The two slots of that name, and the step of what is complete there, or -1."""
-        found = {path: read(path) for path in (self.folder / f"{name}.{slot}" for slot in range(SLOTS))}
-        return {path: -1 if copy is None else copy.description.step for path, copy in found.items()}
-
-    def _next_slot(self, name: str, kept: int) -> Path:
-        """Return the slot of the next copy of that name: the older one's, but never that of the step that is kept."""
-        steps = self._steps(name)
-        return min(steps, key=lambda place: (steps[place] == kept >= 0, steps[place]))
-
-    def _own(self, engine: Any) -> _Own:
-        """Return the state that belongs to this rank alone."""
-        client_state = dict(self.client_state() if self.client_state is not None else {})
-        files = {} if self.caller is None else self.caller.files()
-        alone = {"client_state": client_state, "random": random_states(), "files": files}
-        states = seam.model_states(engine, client_state)
-        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
-        return _Own(alone, own, pickled(alone))
-
-    def _take(self, engine: Any, own: _Own, kept: int) -> tuple[Path, Description, Copying]:
-        """Copy what this rank has to.
-
-        Args:
-            kept: the newest step of which all shards have a complete copy, or -1. It stays.
-        """
-        background = Background.current
-        assert background is not None, "made before"
-        background.revive()
-        self._take_region()
+    def _copy_to(self, path: Path, engine: Any, alone: Mapping[str, Any]) -> tuple[Description, Copying]:
+        """Begin to copy what this rank has to, and describe the copy."""
         self.settle()
-        plan = plan_of(engine, self.roles, own.alone["client_state"], own.pickled)
-        path = self._next_slot(self._names[self.roles.rank], kept)
+        plan = plan_of(engine, self.roles, alone["client_state"], pickled(alone))
         forget(path)
         memory = self._memory(path)
         memory.reserve(plan.staged.nbytes)
         copying = memory.copy_in(plan.parts, device_streams())
         description = Description(
-            format=FORMAT,
             step=steps_taken(engine),
+            framework_step=-1 if self.caller is None else self.caller.step(),
             engine=self.engine_index,
             place=self.place,
             rank=self.roles.rank,
             layout=self.layout,
-            homes={home: list(markers) for home, markers in self.homes.items()},
-            stale=self._stale(),
+            homes=dict(self.homes),
+            stale=_NO_CLIENT_STATE if self.gave_client_state and self.client_state is None else "",
             staged=plan.staged,
         )
-        return path, description, copying
+        return description, copying
 
     def _take_region(self) -> None:
         """Make the region and hold it on this node. Raises MicsCheckpointError if another job or user has it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_own(self.folder)
-        if self.roles.rank == self.on_node[0]:
+        if self._is_first:
             busy = f"{self.folder} is in use by a running job", 'Give each job a name, "mics_checkpoint": {"job": ...}'
             _regions.setdefault(self.folder, FileLock(self.folder / "lock", busy)).take()
 
     def _memory(self, path: Path) -> SharedMemory:
-        memory = self._memories.get(path)
-        if memory is not None and memory.is_lost():
+        found = self._memories.get(path)
+        if found is not None and not os.fstat(found.descriptor).st_nlink:
             logger.warning(
                 "%s was removed while the job runs (RemoveIPC of logind, a job's epilogue?); made anew", path
             )
-            memory.close()
-            memory = None
-        if memory is None:
-            memory = self._memories[path] = SharedMemory(path=path)
-        return memory
-
-    def _stale(self) -> str:
-        if not self.gave_client_state or self.client_state is not None:
-            return ""
-        return (
-            "the script saves a client_state, which copies in memory lack; let it set "
-            "engine.mics_memory.client_state to a function that returns it"
-        )
+            found.close()
+            found = None
+        if found is None:
+            found = self._memories[path] = SharedMemory(path=path)
+        return found
 
     # ---------------------------------------------------------------------------- the disk beside it
 
     def begins_in(self, load_dir: str | os.PathLike) -> None:
-        """The script has resumed from this folder, or found nothing there yet."""
+        """Note that the script has resumed from this folder, or found nothing there yet."""
         marker = ""
         with suppress(OSError, MicsCheckpointError):  # as far as it can be read
             marker, _ = newest(Path(load_dir))
         self.homes[os.path.realpath(load_dir)] = [number_of(marker)]
 
     def saved(self, path: str, marker: str | None, client_state: object, step: int, asynchronous: bool) -> None:
-        """The script saves a checkpoint.
+        """Note that the script saves a checkpoint.
 
         Args:
             marker: what the disk says from then on; ``None`` if ``latest`` stays.
@@ -375,8 +344,8 @@ class MemoryTier:
         return with_scheduler if self.caller is None else self.caller.takes_memory_for(os.fspath(load_dir))
 
     def end(self) -> None:
-        """The process ends as it should: what is on disk too need not stay in memory."""
-        if self.roles.rank != self.on_node[0] or not self.folder.exists():
+        """Remove copies at the regular end of the process, if the disk has their states too."""
+        if not self._is_first or not self.folder.exists():
             return
         kept = [found.description.step for found in copies(self.folder)]
         if max(kept, default=-1) <= self.newest_on_disk:
@@ -389,22 +358,8 @@ class MemoryTier:
             )
 
 
-class _Own(NamedTuple):
-    """State that belongs to one rank alone."""
-
-    alone: dict[str, Any]
-    states: RankState
-    pickled: bytes
-    """``alone`` as ``torch.save`` writes it."""
-
-    def with_states(self) -> _Own:
-        """Return this state with the model states beside the shard too, where the ranks differ in them."""
-        whole = {**self.alone, "states": self.states.beside({})}
-        return _Own(whole, self.states, pickled(whole))
-
-
 def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
-    """The rank on the next node that keeps a rank's copy, for each rank; none if there is one node.
+    """Return for each rank the rank on the next node that mirrors its copy; nothing if there is one node.
 
     The ranks of a node share the work. Nodes need not have the same number of them.
     """
@@ -419,37 +374,15 @@ def mirrors(node_of: Mapping[int, int]) -> dict[int, int]:
 
 
 def _layout(engine: Any, groups: MicsGroups) -> str:
-    """Tells whether a copy is of this model, cut as it is now."""
+    """Return a digest of the model, and of the way in which its states are cut."""
     shapes = [[(name, list(shape)) for name, shape in group.items()] for group in seam.param_shapes(engine)]
     said = [groups.layout.partition_size, shapes, seam.optimizer_states_name(engine, 0)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _room(path: Path) -> int:
-    """Bytes that there are for copies on this node, those of earlier copies among them."""
+    """Return the bytes for copies on this node, those of earlier copies among them."""
     existing = next(item for item in (path, *path.parents) if item.exists())
     found = os.statvfs(existing)
     used = sum(item.stat().st_blocks * 512 for item in path.glob("*")) if path.exists() else 0
     return min(found.f_bavail * found.f_frsize, host_memory_left()[0]) + used
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of all generators of random numbers that training uses by default."""
-    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if device_streams() is not None:
-        found["device"] = get_accelerator().get_rng_state()
-    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)  # which needs no unpickling
-    return found
-
-
-def set_random_states(found: Mapping[str, Any]) -> None:
-    random.setstate(found["python"])
-    torch.set_rng_state(found["torch"])
-    if "device" in found and device_streams() is not None:
-        get_accelerator().set_rng_state(found["device"])
-    if "numpy" in found:
-        kind, keys, *rest = found["numpy"]
-        importlib.import_module("numpy").random.set_state((kind, keys.numpy().astype("uint32"), *rest))

@@ -1,22 +1,18 @@
 """Model states saved in one number of shards, cut anew into another.
 
-ZeRO-3 and MiCS shard alike: a parameter of ``numel`` elements is cut into p chunks of
-``ceil(numel / p)``, the last ones padded, and a *sub-group* is the concatenation of one chunk of each
-of its parameters. So an element's place in either layout is arithmetic, and one pass over the old shards
-fills the new one, with no more than the wanted bytes copied. Works for whatever optimizer keeps, as long as it
-is elementwise.
-
-Needs neither DeepSpeed nor a process group: states are the plain dictionaries of its files.
+A parameter of ``numel`` elements is cut into p chunks of ``ceil(numel / p)``, the last ones padded. A *sub-group* is a
+chunk of each of its parameters, one after the other. So an element's place in either layout is arithmetic, for whatever
+an elementwise optimizer keeps. States are the dictionaries of DeepSpeed's files.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +27,8 @@ MODULE, DP_WORLD_SIZE, TIED_NAMES = "module", "dp_world_size", "shared_params"
 
 Shapes = Sequence[Mapping[str, Sequence[int]]]
 """Per sub-group, the shape of each parameter by name, in the order of the flat buffer."""
-
-
-class Copy(NamedTuple):
-    """``length`` elements of one old shard that belong to the new one."""
-
-    name: str
-    old_group: int
-    old_start: int
-    new_group: int
-    new_start: int
-    length: int
+Chunks = Mapping[str, Mapping[Any, torch.Tensor]]
+"""One shard's chunk of each parameter: its master, and each elementwise state of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +62,24 @@ class ShardLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
 
+    def chunks(self, flats: Sequence[Mapping[Any, torch.Tensor]]) -> Chunks:
+        """Return views of all chunks in the flat buffers of one shard, which are given per sub-group and by name."""
+        return {
+            name: {key: flat.narrow(0, start, self.width(numel)) for key, flat in flats[group].items()}
+            for name, (group, start, numel) in self.places.items()
+        }
+
     def same_as(self, other: ShardLayout) -> bool:
         """Return whether shards of the one are shards of the other."""
-        return self.shards == other.shards and [
-            [(name, tuple(shape)) for name, shape in group.items()] for group in self.groups
-        ] == [[(name, tuple(shape)) for name, shape in group.items()] for group in other.groups]
+        return (self.shards, self.places, self.shapes) == (other.shards, other.places, other.shapes)
 
 
 def regroup(shapes: Shapes, owners: Sequence[int], shards: int, sub_group_size: int) -> tuple[list[dict], list[int]]:
     """Cut parameters into sub-groups as ZeRO-3 does on ``shards`` ranks.
 
-    A sub-group is closed when the shards of its parameters reach ``sub_group_size`` elements, and at the
-    end of a parameter group.
+    A sub-group ends when the shards of its parameters reach ``sub_group_size`` elements, or with its parameter group.
 
     Args:
-        shapes: of the old sub-groups.
         owners: the parameter group that each old sub-group belongs to.
 
     Returns:
@@ -99,95 +89,78 @@ def regroup(shapes: Shapes, owners: Sequence[int], shards: int, sub_group_size: 
     new_owners: list[int] = []
     for owner in sorted(set(owners)):
         params = {name: shape for group, its in zip(shapes, owners) if its == owner for name, shape in group.items()}
-        total = sum(-(-math.prod(shape) // shards) for shape in params.values())
-        current: dict[str, Sequence[int]] = {}
-        size = 0
+        widths = {name: -(-math.prod(shape) // shards) for name, shape in params.items()}
+        current, size = None, 0
         for name, shape in params.items():
-            current[name] = shape
-            size += -(-math.prod(shape) // shards)
-            if total > sub_group_size <= size:
+            if current is None:
+                current, size = dict[str, Sequence[int]](), 0
                 groups.append(current)
                 new_owners.append(owner)
-                current, size = {}, 0
-        if current:
-            groups.append(current)
-            new_owners.append(owner)
+            current[name] = shape
+            size += widths[name]
+            if sum(widths.values()) > sub_group_size <= size:
+                current = None
     return groups, new_owners
 
 
-def copies(old: ShardLayout, old_shard: int, new: ShardLayout, new_shard: int) -> Iterator[Copy]:
-    """Everything in ``old_shard`` that ``new_shard`` consists of, for parameters that both layouts know."""
-    for name, (new_group, new_offset, numel) in new.places.items():
-        if name not in old.places:
-            continue
-        old_group, old_offset, _ = old.places[name]
-        old_width, new_width = old.width(numel), new.width(numel)
-        low = max(old_shard * old_width, new_shard * new_width)
-        high = min((old_shard + 1) * old_width, (new_shard + 1) * new_width, numel)
-        if low < high:
-            yield Copy(
-                name,
-                old_group,
-                old_offset + low - old_shard * old_width,
-                new_group,
-                new_offset + low - new_shard * new_width,
-                high - low,
-            )
+class Cut(NamedTuple):
+    """One shard that is cut anew, and the part that this rank copies of it."""
 
-
-class Sharers(NamedTuple):
-    """Ranks that want the same shard: each copies another part of it, and has zeros elsewhere."""
-
-    place: int = 0
-    size: int = 1
+    old_shards: int
+    shards: int
+    shard: int
+    sharer: int = 0
+    sharers: int = 1
+    """Ranks that want the same shard. Each copies another part of it and has zeros elsewhere."""
     incomplete: Callable[[torch.Tensor], None] = lambda _flat: None
-    """Called with each buffer to which the parts of the others are to be added."""
+    """Called with each buffer to which the parts of the other sharers are to be added."""
 
+    def fill(self, chunks: Chunks, numels: Mapping[str, int], load: Callable[[int], Chunks]) -> None:
+        """Fill the chunks of the new shard, which are zero.
 
-ALONE = Sharers()
+        Args:
+            numels: elements of each whole parameter.
+            load: returns the chunks of one old shard. Called once for each that is needed, one after another.
+        """
+        for old_shard in range(self.old_shards):
+            pieces = []
+            for name in chunks:
+                width, old_width = -(-numels[name] // self.shards), -(-numels[name] // self.old_shards)
+                low = max(self.shard * width, old_shard * old_width)
+                high = min((self.shard + 1) * width, (old_shard + 1) * old_width, numels[name])
+                if low < high:
+                    pieces.append((name, low - self.shard * width, low - old_shard * old_width, high - low))
+            pieces = pieces[self.sharer :: self.sharers]
+            source = load(old_shard) if pieces else {}
+            for name, start, old_start, length in pieces:
+                for key, target in chunks[name].items():
+                    if key in source.get(name, ()):
+                        target.narrow(0, start, length).copy_(source[name][key].narrow(0, old_start, length))
 
-Flats = Sequence[Mapping[Any, torch.Tensor]]
-"""Per sub-group, what has one value per element, by its name: flat buffers of one length."""
-
-
-def cut(
-    load: Callable[[int], Flats], old: ShardLayout, new: ShardLayout, shard: int, sharers: Sharers
-) -> list[dict[Any, torch.Tensor]]:
-    """Flat buffers of one new shard, with zeros for padding.
-
-    Args:
-        load: returns those of one old shard. Called once for each that is needed, one after another.
-    """
-    template = load(min(shard, old.shards - 1))
-    result = [
-        {key: flat.new_zeros(new.length(number)) for key, flat in template[old.places[name][0]].items()}
-        for number, name in enumerate(next(iter(group)) for group in new.groups)
-    ]
-    del template  # one old shard in memory at a time
-    for old_shard in range(old.shards):
-        pieces = list(islice(copies(old, old_shard, new, shard), sharers.place, None, sharers.size))
-        source = load(old_shard) if pieces else ()
-        for piece in pieces:
-            for key, target in result[piece.new_group].items():
-                flat = source[piece.old_group].get(key)
-                if flat is not None:
-                    part = flat.narrow(0, piece.old_start, piece.length)
-                    target.narrow(0, piece.new_start, piece.length).copy_(part)
-    for flats in result:
+    def by_name(self, shapes: Mapping[str, Sequence[int]], load: Callable[[int], Chunks]) -> dict[str, torch.Tensor]:
+        """Return the chunk of each of these parameters. Old shards have one tensor of each, see :meth:`fill`."""
+        template, numels = load(self.first), {name: math.prod(shape) for name, shape in shapes.items()}
+        found = {
+            name: {key: chunk.new_zeros(-(-numel // self.shards)) for key, chunk in template[name].items()}
+            for name, numel in numels.items()
+        }
+        del template
+        self.fill(found, numels, load)
+        flats = {name: flat for name, chunks in found.items() for flat in chunks.values()}
         for flat in flats.values():
-            sharers.incomplete(flat)
-    return result
+            self.incomplete(flat)
+        return flats
+
+    @property
+    def first(self) -> int:
+        """An old shard from which the new one can be copied in part."""
+        return min(self.shard, self.old_shards - 1)
 
 
 def reshape_optimizer(
-    load: Callable[[int], Mapping[str, Any]],
-    old: ShardLayout,
-    new: ShardLayout,
-    shard: int,
-    owners: Sequence[int],
-    sharers: Sharers = ALONE,
+    load: Callable[[int], Mapping[str, Any]], old: ShardLayout, new: ShardLayout, owners: Sequence[int], cut: Cut
 ) -> dict[str, Any]:
-    """The file of optimizer states of one new shard, as ZeRO-3 would write it.
+    """Return the file of optimizer states of one new shard, as ZeRO-3 would write it.
 
     Args:
         load: returns such a file of one old shard.
@@ -196,33 +169,40 @@ def reshape_optimizer(
     Raises:
         MicsCheckpointError: the optimizer keeps tensors that are not one value per element.
     """
-    whole = load(min(shard, old.shards - 1))
+    whole = load(cut.first)
     _check(whole[BASE_STATE], owners)
     rest = {key: value for key, value in whole.items() if key != BASE_STATE}
     states = {key: value for key, value in whole[BASE_STATE].items() if key not in (BASE_STATE, FP32_GROUPS)}
     base = whole[BASE_STATE][BASE_STATE]
-    # What is not one value per element, such as the step, comes from where the first parameter was. A copy for each
-    # sub-group, because the optimizer counts a step up in place.
-    origins = [old.places[next(iter(group))][0] for group in new.groups]
-    elementwise = _flats(whole[BASE_STATE])
-    others = {
-        number: {key: copy.deepcopy(value) for key, value in base["state"][origin].items() if key not in known}
-        for number, origin, known in ((number, origin, elementwise[origin]) for number, origin in enumerate(origins))
-        if origin in base["state"]
-    }
+    elementwise, flats, state = _flats(whole[BASE_STATE]), list[dict[Any, torch.Tensor]](), dict[int, dict[Any, Any]]()
+    for number, group in enumerate(new.groups):
+        # What is not one value per element, such as the step, comes from where the first parameter was. A copy for each
+        # sub-group, because the optimizer counts a step up in place.
+        origin = old.places[next(iter(group))][0]
+        flats.append({key: flat.new_zeros(new.length(number)) for key, flat in elementwise[origin].items()})
+        if origin in base["state"]:
+            state[number] = {
+                key: flats[number][key] if key in flats[number] else copy.deepcopy(value)
+                for key, value in base["state"][origin].items()
+            }
     groups = [
         {**copy.deepcopy(group), "params": [index for index, owner in enumerate(owners) if owner == number]}
         for number, group in enumerate(base["param_groups"])
     ]
-    del whole, base, elementwise
-    flats = cut(lambda old_shard: _flats(load(old_shard)[BASE_STATE]), old, new, shard, sharers)
-    masters = [found.pop(FP32_GROUPS) for found in flats]
-    state = {number: {**flats[number], **values} for number, values in others.items()}
+    del whole, base, elementwise  # one old shard in memory at a time
+
+    def old_chunks(old_shard: int) -> Chunks:
+        return old.chunks(_flats(load(old_shard)[BASE_STATE]))
+
+    cut.fill(new.chunks(flats), {name: numel for name, (_, _, numel) in new.places.items()}, old_chunks)
+    for flat in (flat for found in flats for flat in found.values()):
+        cut.incomplete(flat)
     base = {"state": state, "param_groups": groups}
+    masters = [found[FP32_GROUPS] for found in flats]
     return {**rest, BASE_STATE: {**states, SHARD_COUNT: new.shards, BASE_STATE: base, FP32_GROUPS: masters}}
 
 
-def _flats(states: Mapping[str, Any]) -> Flats:
+def _flats(states: Mapping[str, Any]) -> list[dict[Any, torch.Tensor]]:
     """Return the tensors with one value per element: the masters, and the states of the optimizer."""
     kept = states[BASE_STATE]["state"]
     return [
@@ -257,7 +237,7 @@ def _check(states: Mapping[str, Any], owners: Sequence[int]) -> None:
 
 
 def owners_of(optimizer_state: Mapping[str, Any], count: int) -> list[int]:
-    """The parameter group of each of ``count`` sub-groups, from a saved optimizer state."""
+    """Return the parameter group of each of ``count`` sub-groups, from a saved optimizer state."""
     owners = [0] * count
     for number, group in enumerate(optimizer_state[BASE_STATE]["param_groups"]):
         for index in group["params"]:
@@ -266,65 +246,30 @@ def owners_of(optimizer_state: Mapping[str, Any], count: int) -> list[int]:
 
 
 def reshape_frozen(
-    load: Callable[[int], Mapping[str, Any]],
-    shapes: Mapping[str, Sequence[int]],
-    old_shards: int,
-    shards: int,
-    shard: int,
-    sharers: Sharers = ALONE,
+    load: Callable[[int], Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], cut: Cut
 ) -> dict[str, torch.Tensor]:
-    """Frozen parameters of one new shard. They are not in the flat buffers: each has its own chunk, padding included.
+    """Return frozen parameters of one new shard, from the model states of the old ones that ``load`` returns."""
 
-    Args:
-        load: returns the model states of one old shard.
-    """
-
-    def flats(old_shard: int) -> Flats:
+    def chunks(old_shard: int) -> Chunks:
         held = load(old_shard)[FROZEN_SHARDS]
-        return [{name: held[name].reshape(-1)} for name in shapes]
+        return {name: {FROZEN_SHARDS: held[name].reshape(-1)} for name in shapes}
 
-    found = cut(flats, _one_by_one(old_shards, shapes), _one_by_one(shards, shapes), shard, sharers)
-    return {name: flat for item in found for name, flat in item.items()}
+    return cut.by_name(shapes, chunks)
 
 
 def weights_of(
-    load: Callable[[int], Mapping[str, Any]],
-    old: ShardLayout,
-    shapes: Mapping[str, Sequence[int]],
-    shards: int,
-    shard: int,
-    sharers: Sharers = ALONE,
+    load: Callable[[int], Mapping[str, Any]], old: ShardLayout, shapes: Mapping[str, Sequence[int]], cut: Cut
 ) -> dict[str, torch.Tensor]:
-    """The masters of some parameters in one new shard, by name.
+    """Return masters of one new shard by name, from the optimizer states of the old ones that ``load`` returns."""
 
-    Args:
-        load: returns the file of optimizer states of one old shard.
-    """
+    def chunks(old_shard: int) -> Chunks:
+        return old.chunks([{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]])
 
-    def flats(old_shard: int) -> Flats:
-        return [{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]]
-
-    found = cut(flats, old, _one_by_one(shards, shapes), shard, sharers)
-    return {name: item[FP32_GROUPS] for name, item in zip(shapes, found)}
-
-
-def _one_by_one(shards: int, shapes: Mapping[str, Sequence[int]]) -> ShardLayout:
-    """Each parameter in a buffer of its own."""
-    return ShardLayout(shards, [{name: shape} for name, shape in shapes.items()])
+    return cut.by_name(shapes, chunks)
 
 
 # --------------------------------------------------------------------------------------------------
 # Why a checkpoint does not fit, by what users do most often, with the flag or the tool that helps
-
-_WEIGHTS_ALONE = "load_checkpoint(..., load_module_only=True) loads the weights alone, and the optimizer begins anew"
-_NOT_STRICT = (
-    "load_checkpoint(..., load_module_only=True, load_module_strict=False) loads the weights of those that are in both"
-)
-_RESIZE = (
-    "If embeddings were resized, resize them alike before deepspeed.initialize; otherwise the model was built with "
-    "other sizes"
-)
-_SINCE = "since (an adapter, a head)"
 
 
 class Parameters(NamedTuple):
@@ -341,20 +286,11 @@ class Parameters(NamedTuple):
 
 
 def why_not_these(here: Parameters, there: Parameters) -> list[str]:
-    """Why optimizer states of some parameters cannot be loaded for others, the most likely cause first.
-
-    Args:
-        here: those of the engine.
-        there: those of the checkpoint.
-
-    Returns:
-        Whole phrases; none if all parameters fit.
-    """
-    if there.frozen is None:  # whoever leaves frozen ones out has them from elsewhere
-        here = here._replace(
-            frozen={name: shape for name, shape in (here.frozen or {}).items() if name in there.trained}
-        )
-    mine, theirs = here.shapes, there.shapes
+    """Return why the states of a checkpoint do not fit the parameters of an engine, the most likely cause first."""
+    frozen, saved = here.frozen or {}, there.frozen or {}
+    if there.frozen is None:  # a job that leaves frozen ones out has them from elsewhere
+        frozen = {name: shape for name, shape in frozen.items() if name in there.trained}
+    mine, theirs = here._replace(frozen=frozen).shapes, there.shapes
     missing = [f"{name} is missing" for name in mine if name not in theirs]
     unexpected = [f"{name} is unexpected" for name in theirs if name not in mine]
     if missing and len(missing) == len(mine):
@@ -362,39 +298,38 @@ def why_not_these(here: Parameters, there: Parameters) -> list[str]:
     reshaped = [
         f"{name} has shape {theirs[name]} there and {mine[name]} here"
         for name in mine
-        if name in theirs and mine[name] != theirs[name]
+        if mine[name] != theirs.get(name, mine[name])
     ]
-    frozen_there = [
-        f"{name} is trained here and was frozen there" for name in here.trained if name in (there.frozen or ())
-    ]
-    frozen_here = [
-        f"{name} is frozen here and was trained there" for name in here.frozen or () if name in there.trained
-    ]
+    frozen_there = [f"{name} is trained here and was frozen there" for name in here.trained if name in saved]
+    frozen_here = [f"{name} is frozen here and was trained there" for name in frozen if name in there.trained]
     refrozen = [said for pair in zip_longest(frozen_there, frozen_here) for said in pair if said]
+    weights = "load_checkpoint(..., load_module_only=True{}) loads the weights {}"
+    alone = weights.format("", "alone, and the optimizer begins anew")
+    of_both = weights.format(", load_module_strict=False", "of those that are in both")
+    resize = (
+        "If embeddings were resized, resize them alike before deepspeed.initialize; otherwise the model was built with "
+        "other sizes"
+    )
     kinds = [
-        (refrozen, "other parameters were frozen", 2, f"Freeze the same ones to resume, or {_WEIGHTS_ALONE}"),
-        (reshaped, "shapes differ", 1, _RESIZE),
-        (missing, "it lacks parameters", 1, f"If they were added {_SINCE}, {_NOT_STRICT}"),
-        (unexpected, "it has more parameters", 1, f"If they were removed {_SINCE}, {_NOT_STRICT}"),
+        (refrozen, "other parameters were frozen", 2, f"Freeze the same ones to resume, or {alone}"),
+        (reshaped, "shapes differ", 1, resize),
+        (missing, "it lacks parameters", 1, f"If they were added since (an adapter, a head), {of_both}"),
+        (unexpected, "it has more parameters", 1, f"If they were removed since (an adapter, a head), {of_both}"),
     ]
     return [f"{what}: {_some(said, count)}. {remedy}" for said, what, count, remedy in kinds if said]
 
 
 def _renamed(mine: Iterable[str], theirs: Iterable[str]) -> str:
     """Return an explanation if all names of one side have a prefix that the other side lacks."""
-    one, other = sorted(mine, key=len), sorted(theirs, key=len)
-    for longer, shorter, places in (
-        (one, other, ("here", "in the checkpoint")),
-        (other, one, ("in the checkpoint", "here")),
-    ):
+    here, there = (sorted(mine, key=len), "here"), (sorted(theirs, key=len), "in the checkpoint")
+    for (longer, place), (shorter, other_place) in ((here, there), (there, here)):
         known, first = set(shorter), longer[0] if longer else ""
-        prefixes = (first[: -len(name)] for name in shorter if first.endswith(f".{name}"))
-        prefix = next((item for item in prefixes if all(name.removeprefix(item) in known for name in longer)), "")
-        if prefix:
-            return (
-                f"names {places[0]} begin with {prefix!r}, which those {places[1]} do not. Wrap the model as the job "
-                f"that saved it did (PEFT, torch.compile, a module around it) before deepspeed.initialize"
-            )
+        for prefix in (first[: -len(name)] for name in shorter if first.endswith(f".{name}")):
+            if all(name.removeprefix(prefix) in known for name in longer):
+                return (
+                    f"names {place} begin with {prefix!r}, which those {other_place} do not. Wrap the model as the "
+                    f"job that saved it did (PEFT, torch.compile, a module around it) before deepspeed.initialize"
+                )
     return ""
 
 
@@ -403,10 +338,7 @@ def _some(said: Sequence[str], count: int) -> str:
 
 
 def why_not_these_weights(here: Parameters, there: Parameters) -> list[str]:
-    """Return why a checkpoint's weights alone do not fit.
-
-    It does not matter which parameters are frozen: optimizer states begin anew.
-    """
+    """Return why the weights alone do not fit. It does not matter then which parameters are frozen."""
     mine, theirs = Parameters(here.shapes, {}), Parameters(there.shapes, {})
     return why_not_these(mine, theirs._replace(frozen=None) if there.frozen is None else theirs)
 

@@ -444,7 +444,7 @@ def plan_of(
     Args:
         own: what belongs to this rank alone.
     """
-    stager = Stager(roles.shard, len(roles.sharers), roles.sharers.index(roles.rank), roles.owns, device_streams())
+    stager = Stager(roles.shard, len(roles.sharers), roles.sharers.index(roles.rank), roles.owns)
     shares = roles.owns or (len(roles.sharers) > 1 and engine.optimizer.world_states is None)
     with stager.slices_of(engine.optimizer):
         if not roles.owns and not exclude_frozen:

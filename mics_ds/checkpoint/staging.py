@@ -1,26 +1,24 @@
 """States in parts: pickled first, copied to memory, and written or loaded later.
 
-:func:`record` pickles, which fixes structure and plain values, and returns the storages that the tensors are in. Once
-those are copied, training may go on. :func:`replay` writes the file from the copies, byte for byte as ``torch.save``
-would have written it. An :class:`Image` is such a file in memory, with holes where storages are; ``torch.load`` loads
-it with storages that came some other way.
+:func:`record` pickles, and returns the storages that the tensors are in. Once those are copied, training may go on.
+:func:`replay` writes the file from the copies, byte for byte as ``torch.save`` would have written it. An
+:class:`Image` is such a file in memory, which ``torch.load`` loads with storages that came some other way.
 
-All replicas of a shard hold the same states, so each copies 1/r of every large storage; with world-sharded optimizer
-states each has other bytes in the first place, its slices. What is small, and the model states, the owner copies alone.
-A :class:`Stager` plans that. The same copy is what an asynchronous save writes, and what a copy in memory consists of.
-
-Nothing here needs DeepSpeed: the process that writes reads what was staged.
+A :class:`Stager` plans what one rank copies: 1/r of every large storage, because all replicas of a shard hold the same
+states. The owner of the shard copies all else. Nothing here needs DeepSpeed: the process that writes reads the copies.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,17 +33,15 @@ MARK = "mics_ds"
 
 
 def marked(states: Mapping[str, Any]) -> dict[str, Any]:
-    """Optimizer states with the mark that tells the files of MiCS from those of stock ZeRO-3, should the manifest be
-    gone. DeepSpeed reads only the keys that it knows there."""
+    """Mark optimizer states as those of MiCS, should the manifest be gone. DeepSpeed reads the keys that it knows."""
     return {**states, MARK: __version__}
 
 
 class Recorded(NamedTuple):
-    """Bytes and storages that :func:`torch.save` would write."""
+    """What :func:`torch.save` would write: bytes, and live storages on any device, in the order of the file."""
 
     pickled: bytes
     storages: list[torch.UntypedStorage]
-    """Storages in the order of the file, on any device. They are live."""
 
 
 class _Pickler(pickle.Pickler):
@@ -57,7 +53,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _RecordedError(Exception):
-    """Everything is pickled; nothing has been written."""
+    """Ends ``torch.save`` when everything is pickled."""
 
 
 def record(states: Any) -> Recorded:
@@ -128,9 +124,9 @@ class Image:
         self.descriptor = os.memfd_create("mics_ds", os.MFD_CLOEXEC)
         os.ftruncate(self.descriptor, nbytes)
         self.path = f"/proc/self/fd/{self.descriptor}"
-        self._numbers: list[int] = []
-        """Of all storages that are not empty, in the order in which they are first met."""
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._given: list[torch.UntypedStorage | None] = []
+        """For each storage of the file that is not empty, in order, the memory that it is in; ``None`` if it is in the
+        image."""
         self.holes: list[tuple[int, torch.Tensor]] = []
         """Where each begins in the file, in ascending order, and its storage as (nbytes,) uint8."""
 
@@ -141,8 +137,7 @@ class Image:
         # Without it, before torch 2.6, holes are filled: the same, but for memory and time.
         with getattr(torch.serialization, "skip_data", nullcontext)():
             replay(recorded, image.path)
-        image._storages = {number: storage for number, storage in enumerate(recorded.storages) if storage.nbytes()}
-        image._numbers = list(image._storages)
+        image._given = [storage for storage in recorded.storages if storage.nbytes()]
         return image
 
     def leave_holes(self, path: Path) -> None:
@@ -150,14 +145,15 @@ class Image:
         if not zipfile.is_zipfile(path):
             return
         with zipfile.ZipFile(path) as archive:
-            found = ((_STORAGE.search(entry.filename), entry.file_size) for entry in archive.infolist())
-            self._numbers = sorted(int(match[1]) for match, nbytes in found if match and nbytes)
+            found = (_STORAGE.search(entry.filename) for entry in archive.infolist() if entry.file_size)
+            given: dict[int, torch.UntypedStorage | None] = {int(match[1]): None for match in found if match}
         with open(path, "rb", buffering=0) as file:
             for entry, start in large_records(path, file):
                 match = _STORAGE.search(entry.filename)
                 if match:
-                    storage = self._storages[int(match[1])] = torch.UntypedStorage(entry.file_size)
+                    storage = given[int(match[1])] = torch.UntypedStorage(entry.file_size)
                     self.holes.append((start, bytes_of(storage)))
+        self._given = [given[number] for number in sorted(given)]
 
     def fill(self, block: torch.Tensor, start: int) -> None:
         """Put a part of the file, (nbytes,) uint8, into the storages that it belongs to, the rest into the image."""
@@ -171,27 +167,23 @@ class Image:
         os.pwrite(self.descriptor, block[at - start :].numpy().data, at)
 
     def load(self, load: Callable[..., Any]) -> Any:
-        """Load what is in the file, and close the image.
-
-        Args:
-            load: :func:`mics_ds.deepspeed_compat.checkpoint.load_states`.
-        """
+        """Load what is in the file by :func:`mics_ds.deepspeed_compat.checkpoint.load_states`, and close the image."""
         try:
-            return load(self.path, mmap=bool(self._numbers), placing=self._placing if self._numbers else lambda: "cpu")
+            return load(self.path, mmap=bool(self._given), placing=self._placing if self._given else lambda: "cpu")
         finally:
             os.close(self.descriptor)
 
     def _placing(self) -> Callable[[torch.UntypedStorage, str], torch.UntypedStorage]:
-        numbers = iter(self._numbers)
+        given = iter(self._given)
 
         def place(storage: torch.UntypedStorage, _location: str) -> torch.UntypedStorage:
             if not storage.nbytes():
                 return storage
-            given = self._storages.get(next(numbers))
-            if given is None:
+            memory = next(given)
+            if memory is None:
                 return storage.clone()  # not to keep the image
-            assert given.nbytes() == storage.nbytes(), "storages are met in the order of their numbers"
-            return given
+            assert memory.nbytes() == storage.nbytes(), "storages are met in the order of their numbers"
+            return memory
 
         return place
 
@@ -200,105 +192,81 @@ _STORAGE = re.compile(r"/data/(\d+)$")
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """(nbytes,) uint8: the storage itself."""
+    """Return the storage itself as (nbytes,) uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 # --------------------------------------------------------------------------------------------------
 # What one rank copies
 
-ALIGNMENT = 64
-"""Bytes. Every storage begins at a multiple, so that it can be viewed in any dtype."""
 SHARED_FROM = 64 << 10
-"""Bytes. The owner copies smaller storages alone: a message costs more than they do."""
+"""Bytes. The owner copies smaller storages alone: to share them saves nothing."""
+_ALIGNMENT = 64
+"""Bytes. Every storage begins at a multiple, so that it can be viewed in any dtype."""
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Share(NamedTuple):
-    """One storage that all replicas of a shard copy together: consecutive ranges of bytes, or slices of shards."""
+    """One storage that all replicas of a shard copy together, each its row of a layout of chunks."""
 
-    nbytes: int
-    """Bytes of the whole storage."""
     replicas: int
-    shards: tuple[int, ...] = ()
-    """Elements of each shard, if replicas hold packed slices of them."""
-    itemsize: int = 1
-
-    def range(self, replica: int) -> tuple[int, int]:
-        """The bytes of the whole that a replica copies, if these are consecutive. Parts begin at multiples of
-        :data:`ALIGNMENT` and may be empty."""
-        width = aligned(-(-self.nbytes // self.replicas))
-        return min(self.nbytes, width * replica), min(self.nbytes, width * (replica + 1))
-
-    def piece_bytes(self, replica: int) -> int:
-        """Bytes that a replica copies."""
-        if self.shards:
-            return self._slices.width * self.itemsize
-        start, stop = self.range(replica)
-        return stop - start
-
-    def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
-        """Put the piece of one replica where it belongs.
-
-        Args:
-            piece: (piece_bytes,) uint8.
-            whole: (nbytes,) uint8, written.
-        """
-        if self.shards:
-            dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
-            self._slices.give(piece.view(dtype), whole.view(dtype), replica)
-        else:
-            whole[slice(*self.range(replica))].copy_(piece)
+    numels: tuple[int, ...]
+    """Elements of each tensor in the storage that is cut by itself: of each shard, or of all together."""
+    itemsize: int
 
     @property
-    def _slices(self) -> ChunkLayout:
-        return ChunkLayout(self.shards, self.replicas)
+    def layout(self) -> ChunkLayout:
+        return ChunkLayout(self.numels, self.replicas)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole storage."""
+        return sum(self.numels) * self.itemsize
 
-class Stored(NamedTuple):
-    """One storage of a file."""
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes that each replica copies, padding included."""
+        return self.layout.width * self.itemsize
 
-    nbytes: int
-    start: int
-    """Place in memory, if the owner has copied the storage alone."""
-    share: int = -1
-    """Else the number of the share that it is made of."""
+    def put(self, piece: torch.Tensor, replica: int, whole: torch.Tensor) -> None:
+        """Put the piece of one replica, (piece_bytes,) uint8, into the whole, (nbytes,) uint8."""
+        dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.itemsize]
+        self.layout.give(piece.view(dtype), whole.view(dtype), replica)
 
 
 class StagedFile(NamedTuple):
-    """A file that is still to be written, of what its owner has copied."""
+    """A file that is still to be written: its name, start and bytes of its pickled part in memory, and the number of
+    the share that each of its storages is."""
 
     name: str
     pickled: tuple[int, int]
-    """Start and bytes of its pickled part in memory."""
-    storages: tuple[Stored, ...]
+    storages: tuple[int, ...]
 
 
 class Staged(NamedTuple):
-    """Copies of one rank in memory: first its piece of each share, in order, then all else."""
+    """Copies of one rank in memory: first its piece of each share, in order, then all else.
+
+    Shares of several replicas come first. The owner of the shard has files, and shares that it copies alone.
+    """
 
     files: tuple[StagedFile, ...]
-    """Files of the shard; on its owner only."""
     shares: tuple[Share, ...]
-    """Shares of the shard, equal on all its replicas."""
     own: tuple[int, int]
     """Start and bytes of what belongs to the rank alone."""
     nbytes: int
 
-    def pieces(self, replica: int) -> Iterator[tuple[int, int]]:
-        """Start and bytes of each piece, in the memory of a replica."""
-        start = 0
-        for share in self.shares:
-            nbytes = share.piece_bytes(replica)
-            yield start, nbytes
-            start += aligned(nbytes)
+    @property
+    def starts(self) -> list[int]:
+        """Start of the piece of each share, and the end of the last."""
+        return list(accumulate((_aligned(share.piece_bytes) for share in self.shares), initial=0))
 
-    def pieces_bytes(self, replica: int) -> int:
-        """Bytes of the memory of a replica that all of its pieces take."""
-        return sum(aligned(nbytes) for _, nbytes in self.pieces(replica))
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the pieces of all shares of several replicas."""
+        return self.starts[sum(share.replicas > 1 for share in self.shares)]
 
 
 class Stager:
@@ -306,20 +274,19 @@ class Stager:
 
     Args:
         replicas, replica: how many ranks copy the shard together, and this rank's place among them.
-        owns: whether this rank copies what is not shared.
-        streams: of the device, ``None`` for the CPU.
+        owns: whether this rank copies all else.
     """
 
-    def __init__(self, shard: int, replicas: int, replica: int, owns: bool, streams: Any) -> None:
+    def __init__(self, shard: int, replicas: int, replica: int, owns: bool) -> None:
         self.model_states_shard = shard
-        self._replicas, self._replica, self._owns, self._streams = replicas, replica, owns, streams
+        self._replicas, self._replica, self._owns = replicas, replica, owns
         self._files: list[tuple[str, Recorded]] = []
         self._shared: list[tuple[Share, torch.Tensor]] = []
-        """Each with this rank's piece, live."""
+        """Shares of several replicas, each with this rank's piece, live."""
         self._share_at: dict[int, int] = {}
-        """By the address of a storage in a file, the number of its share."""
+        """Number of the share that a storage in a file is, by its address."""
         self._stood_for: dict[int, torch.Tensor] = {}
-        """By the address of a stand-in, the live tensor whose content it has in the file."""
+        """Live content of a stand-in, by its address."""
         self._is_sliced = False
 
     def write(self, states: Mapping[str, Any], path: str, _write: Callable[[Any, str], Any]) -> None:
@@ -332,20 +299,19 @@ class Stager:
                 self._share(bytes_of(storage), storage.data_ptr())
 
     def stand_in(self, held: torch.Tensor) -> torch.Tensor:
-        """A tensor in host memory for a shard of a frozen parameter, which will have its content in the file."""
-        whole = held.untyped_storage().nbytes() == held.nbytes
-        given = held if self._streams is None and whole else torch.empty(held.shape, dtype=held.dtype, device="cpu")
-        content = held.detach().contiguous().view(-1).view(torch.uint8)
-        if held.numel() and given is not held:  # an empty one is never touched, so the system gives no memory for it
-            self._stood_for[given.data_ptr()] = content
-        self._share(content, given.data_ptr())
+        """Return a tensor in host memory for a shard of a frozen parameter, whose content it will have in the file."""
+        given = torch.empty(held.shape, dtype=held.dtype, device="cpu")  # never touched, so that it takes no memory
+        self._stood_for[given.data_ptr()] = held.detach().contiguous().view(-1).view(torch.uint8)
+        self._share(self._stood_for[given.data_ptr()], given.data_ptr())
         return given
 
     def _share(self, content: torch.Tensor, address: int) -> None:
         if self._replicas > 1 and content.numel() >= SHARED_FROM:
-            share = Share(content.numel(), self._replicas)
+            itemsize = math.gcd(content.numel(), 8)
+            share = Share(self._replicas, (content.numel() // itemsize,), itemsize)
+            first, last = share.layout.real(0, self._replica)
             self._share_at[address] = len(self._shared)
-            self._shared.append((share, content[slice(*share.range(self._replica))]))
+            self._shared.append((share, content[first * itemsize : last * itemsize]))
 
     @contextmanager
     def slices_of(self, optimizer: Any) -> Iterator[None]:
@@ -359,45 +325,39 @@ class Stager:
         wholes = []
         for sub_group, held in world.checkpoints.elementwise_states():
             cut = world.cuts[sub_group]
-            share = Share(cut.flat_starts[-1] * held.itemsize, self._replicas, cut.numels, held.itemsize)
+            share = Share(self._replicas, cut.numels, held.itemsize)
             wholes.append(torch.empty(cut.flat_starts[-1] if self._owns else 0, dtype=held.dtype, device="cpu"))
-            if wholes[-1].numel():
-                self._share_at[wholes[-1].data_ptr()] = len(self._shared)
+            self._share_at[wholes[-1].data_ptr()] = len(self._shared)
             self._shared.append((share, held.detach().view(-1).view(torch.uint8)))
         with world.checkpoints.whole_shards(wholes) if self._owns else nullcontext():
             yield
 
     def plan(self, own: bytes = b"") -> Plan:
-        """Give everything that was collected a place in memory.
-
-        Args:
-            own: what belongs to this rank alone.
-        """
-        parts: list[tuple[int, torch.Tensor]] = []
-        taken = 0
-
-        def place(content: torch.Tensor) -> tuple[int, int]:
-            nonlocal taken
-            start, taken = taken, taken + aligned(content.numel())
-            parts.append((start, content))
-            return start, content.numel()
-
-        for _, piece in self._shared:
-            place(piece)
-        files = []
-        for name, found in self._files if self._owns else ():
-            pickled, storages = place(_as_tensor(found.pickled)), []
+        """Give everything that was collected a place in memory, and what belongs to this rank alone."""
+        shares, numbers, parts, taken = list(self._shared), [], list[tuple[int, torch.Tensor]](), 0
+        for _, found in self._files if self._owns else ():
+            numbers.append(list[int]())
             for storage in found.storages:
-                address, nbytes = storage.data_ptr(), storage.nbytes()
-                if nbytes and address in self._share_at:
-                    storages.append(Stored(nbytes, 0, self._share_at[address]))
-                else:
-                    start, _ = place(self._stood_for.get(address, bytes_of(storage)))
-                    storages.append(Stored(nbytes, start))
-            files.append(StagedFile(name, pickled, tuple(storages)))
-        shares = tuple(share for share, _ in self._shared)
-        at = place(_as_tensor(own))
-        return Plan(Staged(tuple(files), shares, at, taken), parts)
+                number = self._share_at.get(storage.data_ptr(), -1) if storage.nbytes() else -1
+                if number < 0:
+                    number, content = len(shares), self._stood_for.get(storage.data_ptr(), bytes_of(storage))
+                    shares.append((Share(1, (storage.nbytes(),), 1), content))
+                numbers[-1].append(number)
+
+        def place(content: torch.Tensor, nbytes: int) -> tuple[int, int]:
+            nonlocal taken
+            start, taken = taken, taken + _aligned(nbytes)
+            parts.append((start, content))
+            return start, nbytes
+
+        for share, piece in shares:
+            place(piece, share.piece_bytes)
+        files = tuple(
+            StagedFile(name, place(_as_tensor(found.pickled), len(found.pickled)), tuple(its))
+            for (name, found), its in zip(self._files, numbers)
+        )
+        at = place(_as_tensor(own), len(own))
+        return Plan(Staged(files, tuple(share for share, _ in shares), at, taken), parts)
 
 
 def _as_tensor(content: bytes) -> torch.Tensor:
@@ -405,8 +365,7 @@ def _as_tensor(content: bytes) -> torch.Tensor:
 
 
 class Plan(NamedTuple):
-    """A copy that is to be made."""
+    """A copy that is to be made: its description, and the start of each part with its live, contiguous tensor."""
 
     staged: Staged
     parts: list[tuple[int, torch.Tensor]]
-    """Start of each part, and the tensor to copy there: live, contiguous."""

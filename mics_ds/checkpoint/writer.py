@@ -27,7 +27,7 @@ import torch
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import logger
 from . import folder, manifest
-from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read, understood
+from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read
 from .links import STARTING_S, Link, Listener, LostError, Neighbour, connect_for_save, fetch
 from .manifest import FileRecord, Manifest
 from .staging import Staged, replay
@@ -176,7 +176,7 @@ class _Save:
         if rank == self._rank:
             shard.add(staged, replica, self._writer.memory)
             return
-        expected = staged.pieces_bytes(replica)
+        expected = staged.shared_bytes
         with closing(SharedMemory()) as memory:
             memory.reserve(expected)
             self._children[rank].send({"do": _SHARE, "first": expected})
@@ -314,7 +314,8 @@ class _Writer:
         if job.description is not None:
             with noting(errors), closing(SharedMemory(path=Path(job.path))) as memory:
                 memory.map(job.description.staged.nbytes)
-                describe(Path(job.path), job.description, memory.checksum(job.description.staged.nbytes))
+                checksum = memory.checksum(job.description.staged.nbytes)
+                describe(Path(job.path), job.description._replace(crc32=checksum))
         with self._changed:
             self._sealed, self._folder = max(self._sealed, job.number), job.folder
             self._changed.notify_all()
@@ -326,9 +327,9 @@ class _Writer:
     def _keep(self, writer: Neighbour, which: Mapping[str, Any], path: Path) -> None:
         forget(path)
         with closing(SharedMemory(path=path)) as memory:
-            copy = understood(fetch(writer, self.token, which, memory), path)
+            copy = fetch(writer, self.token, which, memory, path)
         if copy is not None:
-            describe(path, copy.description, copy.checksum)
+            describe(path, copy.description)
 
     def _give(self, link: Link, which: Mapping[str, Any]) -> None:
         """Send the copy that another process wants, once it is there, or nothing if it will not be."""
@@ -339,8 +340,7 @@ class _Writer:
         if found is None:
             link.send({})
             return
-        with closing(SharedMemory(path=found.path)) as memory:
-            memory.map(found.description.staged.nbytes)
+        with closing(found.open()) as memory:
             content = memory.buffer(0, found.description.staged.nbytes)
             link.send({"description": described_by(found.path).read_text()}, content)
             content.release()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import deepspeed
-import psutil
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ..host_memory import host_memory_left
 from .support import autotp_size
 
 
@@ -49,7 +52,7 @@ def memory_at_hand(module: torch.nn.Module) -> Memory:
     """Return how much memory ``module`` and its states can use, with what it takes up already."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        available = float(psutil.virtual_memory().available)
+        available = float(host_memory_left()[0])
         return Memory(available, available, "cpu")
     # DeepSpeed sets the device later, when it builds the engine.
     index = int(os.environ.get("LOCAL_RANK", accelerator.current_device()))
@@ -176,6 +179,28 @@ def wait_for_device() -> None:
     accelerator = device_streams()
     if accelerator is not None:
         accelerator.current_stream().synchronize()
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all generators of random numbers that training uses by default."""
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device_streams() is not None:
+        found["device"] = get_accelerator().get_rng_state()
+    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)  # which needs no unpickling
+    return found
+
+
+def set_random_states(found: Mapping[str, Any]) -> None:
+    random.setstate(found["python"])
+    torch.set_rng_state(found["torch"])
+    if "device" in found and device_streams() is not None:
+        get_accelerator().set_rng_state(found["device"])
+    if "numpy" in found:
+        kind, keys, *rest = found["numpy"]
+        importlib.import_module("numpy").random.set_state((kind, keys.numpy().astype("uint32"), *rest))
 
 
 def write_monitor(engine: Any, values: Mapping[str, float]) -> None:

@@ -56,7 +56,13 @@ def train(
             stack.enter_context(_minding_saves(asked, trainer))
         if asked is not None and asked.memory_every:
             home = trainer.args.output_dir
-            caller = Caller(home, lambda: _files(trainer), lambda _: False, lambda: marker(Path(home)))
+            caller = Caller(
+                home,
+                files=lambda: _files(trainer),
+                takes_memory_for=lambda _: False,
+                marker=lambda: marker(Path(home)),
+                step=lambda: int(trainer.state.global_step),
+            )
             stack.enter_context(called_by(caller, trainer.model_wrapped))
             stack.enter_context(_copying_after_steps(trainer))
         return original(trainer, resume_from_checkpoint, *args, **kwargs)
@@ -145,7 +151,8 @@ def _newest(
     _set_aside(args, folder, sorted(step for step in interrupted if step > chosen))
     if source is not None:
         assert memory is not None, "it has a source"
-        return restart.write(memory, source, lambda step: folder / _FOLDER.format(step=step), _step_in)
+        chosen = source.framework_step
+        restart.write(memory, source, folder / _FOLDER.format(step=chosen))
     return folder / _FOLDER.format(step=chosen) if chosen >= 0 else None
 
 
@@ -204,11 +211,6 @@ def marker(folder: Path) -> str:
 def _engine_newest(checkpoint: Path) -> tuple[str, int]:
     """The marker and the step of what the engine has saved there; an empty marker and -1 if there is nothing."""
     return folders.newest(checkpoint) if checkpoint.is_dir() else ("", -1)
-
-
-def _step_in(files: dict[str, bytes]) -> int:
-    """The Trainer's step, by its files."""
-    return int(json.loads(files[STATE])["global_step"]) if STATE in files else -1
 
 
 # --------------------------------------------------------------------------------------------------

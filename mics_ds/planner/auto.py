@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import psutil
 from torch import nn
 
 from ..comm import agreement, placement
@@ -23,6 +22,7 @@ from ..config import MicsConfig, PlanRequest
 from ..deepspeed_compat.ds_config import offload_device
 from ..deepspeed_compat.engine import data_parallel_ranks, memory_at_hand
 from ..errors import MicsAgreementError, MicsPlanError
+from ..host_memory import host_memory_left
 from ..log import log_rank0
 from . import plan as planning
 from .machine import Link, Machine, ranks_per_node
@@ -116,7 +116,7 @@ def facts_of(engine_arguments: Mapping[str, Any], rank: int) -> Facts:
         ranks=data_parallel_ranks(engine_arguments),
         place=placement.claim(rank),
         memory=memory.at_hand,
-        host_memory=float(psutil.virtual_memory().available),
+        host_memory=float(host_memory_left()[0]),
         device=memory.device,
         job={
             "micro_batch": int(parsed.train_micro_batch_size_per_gpu),

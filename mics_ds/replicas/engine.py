@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.background import Background
-from ..checkpoint.memory import random_states, set_random_states
 from ..comm import collectives
 from ..deepspeed_compat import live_states
+from ..deepspeed_compat.engine import random_states, set_random_states
 from ..guard.digest import combined, digests
 from .membership import Membership
 

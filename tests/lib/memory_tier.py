@@ -42,7 +42,7 @@ def nodes(root: Path, states: str = "partition"):
     original = memory.region
     with environment(**TWO_NODES), pytest.MonkeyPatch.context() as patched:
         for module in (memory, restart):
-            patched.setattr(module, "region", lambda folder, key: original(root / f"node{node()}", key))
+            patched.setattr(module, "region", lambda folder, job: original(root / f"node{node()}", job))
         patched.setattr(Now, "states", states)
         yield
 

@@ -241,7 +241,7 @@ sys.stdin.readline()
 def test_a_region_that_a_running_job_holds_is_left_alone(tmp_path):
     with nodes(tmp_path):
         restarted()
-        path = memory.region("", memory.job_key(None))
+        path = memory.region("", None)
         job = None
         if dist.get_rank() == 2:
             path.mkdir(mode=0o700, parents=True)

@@ -26,7 +26,8 @@ def trained(root: Path, count: int, p: int = 2):
         return mine if dist.get_rank() else {**mine, hf_trainer.STATE: trainer_state(engine.global_steps)}
 
     restarted()
-    with called_by(Caller(str(root / "out"), files, lambda _: False, lambda: hf_trainer.marker(root / "out"))):
+    marker, step = lambda: hf_trainer.marker(root / "out"), lambda: engine.global_steps
+    with called_by(Caller(str(root / "out"), files, lambda _: False, marker, step)):
         engine = engine_of(p, zero=zero())
     for _ in range(count):
         steps(engine, 1)

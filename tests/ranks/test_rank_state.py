@@ -242,7 +242,7 @@ def test_a_checkpoint_that_is_made_of_memory_has_it(tmp_path, p, states):
     with nodes(tmp_path, states):
         section = {"mics_checkpoint": {"memory_every": 2}, "mics_optimizer_states": states}
         restarted()
-        with called_by(Caller(str(tmp_path / "out"), files, lambda _: False)):
+        with called_by(Caller(str(tmp_path / "out"), files, lambda _: False, step=lambda: 2)):
             engine = engine_of(p, **section)
         engine.module.extra = f"of rank {dist.get_rank()}"
         engine.training_dataloader.data_sampler.drawn = 100 + dist.get_rank()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from contextlib import closing
 
 import pytest
 
 from mics_ds.checkpoint import copies
-from mics_ds.checkpoint.copies import Description, Place, describe, forget, job_key, read, require_own, understood
+from mics_ds.checkpoint.copies import Copy, Description, Place, describe, forget, job_key, read, require_own, understood
 from mics_ds.checkpoint.memory import mirrors
-from mics_ds.checkpoint.staging import Share, Staged, StagedFile, Stored
+from mics_ds.checkpoint.staging import Share, Staged, StagedFile
 from mics_ds.errors import MicsCheckpointError
 
 
@@ -39,28 +40,39 @@ def test_there_is_nobody_on_one_node():
 
 
 DESCRIPTION = Description(
-    format=copies.FORMAT,
     step=3,
+    framework_step=-1,
     engine=0,
     place=Place(0, 1, 0, 2, 2),
     rank=5,
     layout="l",
     homes={"/a": [3, 4]},
     stale="",
-    staged=Staged((StagedFile("f", (0, 8), (Stored(24, 0, 0), Stored(8, 64))),), (Share(24, 2, (5, 1), 4),), (1, 2), 9),
+    staged=Staged((StagedFile("f", (0, 8), (0, 1)),), (Share(2, (5, 1), 4), Share(1, (24,), 1)), (1, 2), 9),
+    crc32=7,
 )
 
 
 def test_a_description_survives_its_text(tmp_path):
     path = tmp_path / "e0-g0-shard1-slice0of2.0"
-    describe(path, DESCRIPTION, 7)
-    assert read(path) == (DESCRIPTION, 7, path)
+    describe(path, DESCRIPTION)
+    assert read(path) == (DESCRIPTION, path)
     text = copies.described_by(path).read_text()
     assert understood(text.replace("24", "25"), path) is None
-    for wrong in ("", "{}", "[]", "null", "[" * 100_000, '{"crc32": 1, "body": 5}', "\ud800"):
+    older, empty = text.replace(" 4,", " 3,"), f"{copies._head('[]')}\n[]"
+    for wrong in ("", "{}", "[]", "null", "[" * 100_000, "5 {}", "\ud800", older, empty):
         assert understood(wrong, path) is None
     forget(path)
     assert read(path) is None
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_copy_that_became_shorter_is_no_copy(tmp_path, size):
+    path = tmp_path / "e0-g0-shard1-slice0of2.0"
+    path.write_bytes(bytes(size))
+    copy = Copy(DESCRIPTION, path)
+    with closing(copy.open()) as memory, pytest.raises(MicsCheckpointError, match="other content"):
+        copy.require_same(memory)
 
 
 def test_places_of_one_cut_are_numbered_through():

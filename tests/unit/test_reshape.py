@@ -12,8 +12,8 @@ from mics_ds.checkpoint.reshape import (
     FP32_GROUPS,
     FROZEN_SHARDS,
     SHARD_COUNT,
+    Cut,
     ShardLayout,
-    Sharers,
     owners_of,
     regroup,
     reshape_frozen,
@@ -85,7 +85,7 @@ def resharded_is_what_cutting_the_whole_gives(old_shards, new_shards, sizes, mom
 
     for shard in range(new_shards):
         expected = states(new, new_owners, shard, momentum)
-        whole = reshape_optimizer(load, old, new, shard, new_owners)
+        whole = reshape_optimizer(load, old, new, new_owners, Cut(old_shards, new_shards, shard))
         actual = whole[BASE_STATE]
         assert whole["ds_version"] == "0"
         assert all(map(torch.equal, actual[FP32_GROUPS], expected[FP32_GROUPS]))
@@ -113,7 +113,7 @@ def test_frozen_parameters_are_cut_anew_too():
             }
 
         for shard in range(new):
-            actual = reshape_frozen(load, SHAPES, old, new, shard)
+            actual = reshape_frozen(load, SHAPES, Cut(old, new, shard))
             for name in SHAPES:
                 single = ShardLayout(after.shards, [{name: SHAPES[name]}])
                 assert torch.equal(actual[name], cut(VALUES, single, 0, shard)), (old, new, name)
@@ -128,9 +128,9 @@ def test_sharers_read_each_element_once(count):
         return file(states(old, old_owners, shard))
 
     for shard in range(3):
-        whole = reshape_optimizer(load, old, new, shard, new_owners)[BASE_STATE]
+        whole = reshape_optimizer(load, old, new, new_owners, Cut(2, 3, shard))[BASE_STATE]
         parts = [
-            reshape_optimizer(load, old, new, shard, new_owners, Sharers(number, count))[BASE_STATE]
+            reshape_optimizer(load, old, new, new_owners, Cut(2, 3, shard, number, count))[BASE_STATE]
             for number in range(count)
         ]
         for group in range(len(new.groups)):
@@ -149,14 +149,14 @@ def test_state_that_is_not_elementwise_is_refused():
         return file(item)
 
     with pytest.raises(MicsCheckpointError, match="exp_avg_sq_row"):
-        reshape_optimizer(load, old, new, 0, new_owners)
+        reshape_optimizer(load, old, new, new_owners, Cut(2, 4, 0))
 
 
 def test_other_parameter_groups_are_refused():
     old, owners = grouped(2, 10**9)
     new = ShardLayout(4, [SHAPES])
     with pytest.raises(MicsCheckpointError, match="2 optimizer parameter groups and this optimizer 1"):
-        reshape_optimizer(lambda shard: file(states(old, owners, shard)), old, new, 0, [0])
+        reshape_optimizer(lambda shard: file(states(old, owners, shard)), old, new, [0], Cut(2, 4, 0))
 
 
 def test_equal_layouts():

@@ -10,7 +10,7 @@ from torch import nn
 
 from mics_ds.checkpoint import copies
 from mics_ds.checkpoint.copies import Shard, SharedMemory
-from mics_ds.checkpoint.staging import ALIGNMENT, Image, Recorded, Share, Staged, StagedFile, Stored, record, replay
+from mics_ds.checkpoint.staging import Image, Recorded, Share, Staged, StagedFile, record, replay
 from mics_ds.comm.packing import ChunkLayout
 from mics_ds.errors import MicsCheckpointError
 
@@ -167,60 +167,28 @@ def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
 def test_a_shard_that_does_not_fit_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(copies, "host_memory_left", lambda: (100, "2.00 GB, the limit of its cgroup"))
     with pytest.raises(MicsCheckpointError, match=r"needed to put a shard together, and 0\.00 GB are left of 2\.00"):
-        Shard().add(Staged((), (Share(10**9, 2),), (0, 0), 0), 0, SharedMemory())
-
-
-@pytest.mark.parametrize(
-    ("line", "limit", "used"),
-    [
-        ("0::/job/step", "fs/cgroup/job/step/memory.max", "memory.current"),
-        ("0::/job/step", "fs/cgroup/job/memory.max", "memory.current"),
-        ("4:cpu,memory:/job", "fs/cgroup/memory/job/memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ],
-)
-def test_the_limit_of_a_cgroup_is_what_is_left(tmp_path, monkeypatch, line, limit, used):
-    real = copies.Path
-
-    def path(first, *rest):
-        moved = {"/proc/self/cgroup": tmp_path / "cgroup"}.get(str(first))
-        return moved or real(str(first).replace("/sys", str(tmp_path), 1), *rest)
-
-    folder = (tmp_path / limit).parent
-    folder.mkdir(parents=True)
-    (tmp_path / "cgroup").write_text(f"{line}\n")
-    (tmp_path / limit).write_text("3000000\n")
-    (folder / used).write_text("1200000\n")
-    (folder / "memory.stat").write_text("anon 1000000\ninactive_file 200000\n")
-    monkeypatch.setattr(copies, "Path", path)
-    assert copies.host_memory_left() == (2_000_000, "0.00 GB, the limit of its cgroup")
+        Shard().add(Staged((), (Share(2, (10**9,), 1),), (0, 0), 0), 0, SharedMemory())
 
 
 # ------------------------------------------------------------------------------------- several replicas
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
-@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000, 64 * 15])
-def test_ranges_cover_everything_once(nbytes, replicas):
-    share = Share(nbytes, replicas)
-    parts = [share.range(replica) for replica in range(replicas)]
-    assert [byte for start, stop in parts for byte in range(start, stop)] == list(range(nbytes))
-    assert all(start % ALIGNMENT == 0 or start == nbytes for start, _ in parts)
-    largest = max(stop - start for start, stop in parts)
-    assert largest <= -(-nbytes // replicas) + ALIGNMENT
-    assert [share.piece_bytes(replica) for replica in range(replicas)] == [stop - start for start, stop in parts]
-
-
 def put_together(share, pieces):
     whole = torch.zeros(share.nbytes, dtype=torch.uint8)
     for replica, piece in enumerate(pieces):
-        assert piece.numel() == share.piece_bytes(replica)
+        assert piece.numel() == share.piece_bytes
         share.put(piece, replica, whole)
     return whole
 
 
-def test_ranges_are_put_in_order():
-    whole, share = torch.arange(200, dtype=torch.uint8), Share(200, 3)
-    assert torch.equal(put_together(share, [whole[slice(*share.range(replica))] for replica in range(3)]), whole)
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000, 64 * 15])
+def test_pieces_cover_everything_once(nbytes, replicas):
+    whole, share = torch.arange(nbytes).to(torch.uint8), Share(replicas, (nbytes,), 1)
+    parts = [share.layout.real(0, replica) for replica in range(replicas)]
+    assert [byte for start, stop in parts for byte in range(start, stop)] == list(range(nbytes))
+    assert share.piece_bytes == -(-nbytes // replicas)
+    assert torch.equal(put_together(share, [share.layout.take(whole, replica) for replica in range(replicas)]), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -229,23 +197,24 @@ def test_slices_are_put_into_shards(dtype):
     whole = torch.arange(float(sum(shards))).to(dtype)
     cut = ChunkLayout(shards, replicas)
     pieces = [cut.take(whole, replica).view(torch.uint8) for replica in range(replicas)]
-    assert torch.equal(put_together(Share(whole.nbytes, replicas, shards, whole.itemsize), pieces), as_bytes(whole))
+    assert torch.equal(put_together(Share(replicas, shards, whole.itemsize), pieces), as_bytes(whole))
 
 
 def shard_of(lasting):
     """A file of one shared storage and one that its owner has copied alone, put together; and its memory."""
     shared, alone = torch.arange(32.0), torch.tensor([7.0])
     recorded = record({"shared": shared, "alone": alone})
-    file = StagedFile("x.pt", (128, len(recorded.pickled)), (Stored(128, 0, 0), Stored(4, 64)))
-    share = Share(128, 2)
+    file = StagedFile("x.pt", (128, len(recorded.pickled)), (0, 1))
+    share, small = Share(2, (32,), 4), Share(1, (4,), 1)
     memories, found = [], Shard(lasting=lasting)
     for replica in range(2):
         memory = SharedMemory()
         memory.reserve(10_000)
-        parts = [(0, as_bytes(shared)[slice(*share.range(replica))])]
+        parts = [(0, as_bytes(shared.chunk(2)[replica]))]
         parts += [(64, as_bytes(alone)), (128, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))]
         memory.copy_in(parts, None)
-        found.add(Staged((file,) if replica == 0 else (), (share,), (0, 0), 10_000), replica, memory)
+        files, shares = ((), (share,)) if replica else ((file,), (share, small))
+        found.add(Staged(files, shares, (0, 0), 10_000), replica, memory)
         memories.append(memory)
     return found, memories
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,7 +22,7 @@ from mics_ds.checkpoint import copies, folder, links, manifest, writer
 from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory, read
 from mics_ds.checkpoint.links import Listener, LostError, Neighbour, connect_for_save, fetch, listen
 from mics_ds.checkpoint.manifest import Manifest
-from mics_ds.checkpoint.staging import Share, Staged, StagedFile, Stored, record
+from mics_ds.checkpoint.staging import Share, Staged, StagedFile, record
 from mics_ds.checkpoint.writer import Job, Publication, Seal, _Writer
 
 
@@ -125,13 +126,31 @@ def test_a_deadline_is_an_end_whatever_the_other_shows():
     down.close()
 
 
-def test_another_job_gets_nothing():
+def test_a_deadline_is_an_end_where_bytes_trickle():
+    end = End()
+    up = connect_for_save(end.neighbour(), "t", 1, 0, soon(2.0))
+    down, over = end.listener.await_save(1, 0, soon()), threading.Event()
+
+    def trickle():
+        while not over.wait(0.1):
+            down._socket.sendall(b"x")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(trickle)
+        try:
+            with pytest.raises(LostError, match="did not come to an end within the time limit"):
+                up.receive_into(memoryview(bytearray(10_000)))
+        finally:
+            over.set()
+
+
+def test_another_job_gets_nothing(tmp_path):
     asked = []
     end = End("t", lambda link, which: asked.append(which))
     with pytest.raises(LostError, match="is of another job"):
         connect_for_save(end.neighbour(), "other", 1, 0, soon())
     with pytest.raises(LostError):
-        fetch(end.neighbour(), "other", {"number": 1}, SharedMemory())
+        fetch(end.neighbour(), "other", {"number": 1}, SharedMemory(), tmp_path)
     assert asked == []
 
 
@@ -194,7 +213,7 @@ class Ranks:
             [(0, tensor.view(torch.uint8)), (64, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))],
             None,
         )
-        file = StagedFile(f"x{rank}.pt", (64, len(recorded.pickled)), (Stored(40, 0),))
+        file = StagedFile(f"x{rank}.pt", (64, len(recorded.pickled)), (0,))
         described = Manifest("tag", 1, 1, 1, (1,), 1, 3, False, {}, {}, "f00d")
         parent = 0 if rank in publishers else mine
         children = [other for other in range(len(self.folders)) if self._parent(other) == rank]
@@ -202,7 +221,7 @@ class Ranks:
             number,
             str(path / "tag"),
             str(folder.staging_folder(path / "tag", "f00d")),
-            Staged((file,), (), (0, 0), 1000),
+            Staged((file,), (Share(1, (40,), 1),), (0, 0), 1000),
             (f"own{rank}", b"mine"),
             error,
             (rank,),
@@ -287,7 +306,7 @@ def test_a_latest_that_cannot_be_updated_is_told_from_a_failed_save(tmp_path, mo
 def shared_jobs(ranks, copied_by_rank_1=128):
     """Both ranks have copied a half of one tensor, as the owner and its sharer."""
     whole = torch.arange(64, dtype=torch.float32)
-    recorded, share = record({"x": whole}), Share(256, 2)
+    recorded, share = record({"x": whole}), Share(2, (64,), 4)
     content = whole.view(torch.uint8)
     jobs = []
     for rank in range(2):
@@ -298,7 +317,7 @@ def shared_jobs(ranks, copied_by_rank_1=128):
         memory.copy_in([(0, content[128 * rank : 128 * rank + 128])], None)
         if rank == 0:
             memory.copy_in([(128, torch.frombuffer(bytearray(recorded.pickled), dtype=torch.uint8))], None)
-            files = (StagedFile("x.pt", (128, len(recorded.pickled)), (Stored(256, 0, 0),)),)
+            files = (StagedFile("x.pt", (128, len(recorded.pickled)), (0,)),)
             jobs.append(job._replace(staged=Staged(files, (share,), (0, 0), 1000), sharers=(0, 1)))
         else:
             if copied_by_rank_1 < 128:
@@ -341,7 +360,7 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
     memory.reserve(100)
     memory.copy_in([(0, torch.arange(100, dtype=torch.uint8))], None)
     place = Place(0, 0, 0, 1, 1)
-    description = Description(copies.FORMAT, 7, 0, place, 0, "l", {}, "", Staged((), (), (0, 0), 100))
+    description = Description(7, -1, 0, place, 0, "l", {}, "", Staged((), (), (0, 0), 100))
     keeps = Seal(3, str(guest.parent), "", None, ((ranks.neighbours[0], "own", str(guest)),), 7)
     with ThreadPoolExecutor(2) as pool:  # the one that keeps it may come first
         keeping = pool.submit(ranks.writers[1].seal, keeps)
@@ -350,11 +369,14 @@ def test_a_copy_is_kept_by_a_neighbour_and_given_to_whoever_lost_it(tmp_path):
         assert keeping.result().error == ""
     kept = read(guest)
     assert kept is not None
-    assert kept.description == description
-    text = fetch(ranks.neighbours[1], "t", {"name": "own", "step": 7}, fetched)
-    copies.understood(text, own).require_same(fetched)
-    assert fetch(ranks.neighbours[1], "t", {"name": "own", "step": 8}, SharedMemory()) == ""
-    assert fetch(ranks.neighbours[1], "t", {"name": "../own", "step": 7}, SharedMemory()) != "", "names, not paths"
+    assert kept.description == description._replace(crc32=zlib.crc32(bytes(range(100))))
+
+    def fetch_of(name, step):
+        return fetch(ranks.neighbours[1], "t", {"name": name, "step": step}, fetched, own)
+
+    assert fetch_of("own", 8) is None
+    assert fetch_of("../own", 7) is not None, "names, not paths"
+    fetch_of("own", 7).require_same(fetched)
 
 
 def test_a_copy_that_was_not_made_is_kept_by_nobody(tmp_path):
