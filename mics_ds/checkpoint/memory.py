@@ -273,7 +273,7 @@ class MemoryTier:
         files = {} if self.caller is None else self.caller.files()
         alone = {"client_state": client_state, "random": random_states(), "files": files}
         states = seam.model_states(engine, client_state)
-        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
+        own = RankState.within(states, seam.parameter_names(engine))
         return _Own(alone, own, pickled(alone))
 
     def _take(self, engine: Any, own: _Own, kept: int) -> tuple[Path, Description, Copying]:
