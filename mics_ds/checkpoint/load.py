@@ -204,18 +204,12 @@ class _Saved:
         """Whether this job has another number of shards."""
         self.reshapes = self.is_recut
         """Whether it has other shards: of another number, or of other sub-groups."""
-
-    @property
-    def model_states_shard(self) -> int:
+        self.model_states_shard = roles.groups.full.rank % max(self.shards, 1)
         """The shard that this rank had, if as many ranks have saved: its file has what belongs to this rank."""
-        return self._roles.groups.full.rank % self.shards
-
-    @property
-    def own_state(self) -> Path | None:
+        own = target / OWN_STATE.format(rank=roles.rank)
+        same_ranks = self.manifest is not None and self.manifest.ranks == roles.groups.layout.world_size
+        self.own_state = own if same_ranks and own.name in self.records else None
         """The file with what this rank had of its own."""
-        path = self.folder / OWN_STATE.format(rank=self._roles.rank)
-        same = self.manifest is not None and self.manifest.ranks == self._roles.groups.layout.world_size
-        return path if same and path.name in self.records else None
 
     def model_states(self, shard: int) -> Path:
         return self.folder / seam.model_states_name(self._engine, shard)

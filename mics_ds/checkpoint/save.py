@@ -29,7 +29,6 @@ from ..log import log_rank0
 from . import folder, manifest
 from .background import Background
 from .coordination import (
-    Fingerprint,
     RankState,
     Roles,
     Run,
@@ -113,9 +112,9 @@ class _Save:
         self.name = f"{Run.name}{Run.next_number():04x}"
         self.tag = self.folder = ""
         self.client_state: dict[str, Any] = {}
-        self.own = RankState({}, {})
-        self.owners_fingerprint: Fingerprint = {}
-        """Of the rank that writes the model states of this rank's shard."""
+        self._own = RankState({}, {})
+        self.own_file: tuple[str, dict[str, Any]] | None = None
+        """Name and content of the file with what differs between this rank and the owner of its shard."""
         self.errors: list[str] = []
 
         with noting(self.errors):
@@ -138,8 +137,7 @@ class _Save:
         with noting(self.errors):
             if not self.errors:
                 states = seam.model_states(engine, self.client_state)
-                self.own = RankState.within(states, seam.parameter_names(engine))
-                self.owners_fingerprint = self.own.fingerprint
+                self._own = RankState.within(states, seam.parameter_names(engine))
 
     @cached_property
     def staging(self) -> folder.Staging:
@@ -159,7 +157,7 @@ class _Save:
             "earlier": [earlier] if earlier and asked.on_error == "raise" else [],
             **{name: getattr(self, name) for name in _AGREED},
         }
-        notes, own_states_agree = exchange_and_compare(note, self.own.fingerprint, "preparing to save a checkpoint")
+        notes, own_states_agree = exchange_and_compare(note, self._own.fingerprint, "preparing to save a checkpoint")
         raise_together(notes, "An earlier asynchronous save failed.", "This one was not begun; save again.", "earlier")
         raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
         for field, what in _AGREED.items():
@@ -168,14 +166,10 @@ class _Save:
         if not own_states_agree:
             store, key = shared_store(), f"own/{self.roles.owner}"  # read before any rank can begin another save
             if self.roles.owns:
-                store.set(key, json.dumps(self.own.fingerprint))
+                store.set(key, json.dumps(self._own.fingerprint))
             exchange({}, "comparing states of ranks")
-            self.owners_fingerprint = json.loads(store.get(key))
-
-    def own_file(self) -> tuple[str, dict[str, Any]] | None:
-        """Name and content of the file with what differs between this rank and the owner of its shard, if it does."""
-        content = self.own.beside(self.owners_fingerprint)
-        return None if content is None else (OWN_STATE.format(rank=self.roles.rank), content)
+            content = self._own.beside(json.loads(store.get(key)))
+            self.own_file = None if content is None else (OWN_STATE.format(rank=self.roles.rank), content)
 
     def describe(self, files: Mapping[str, FileRecord]) -> Manifest:
         return self.roles.describe(self.tag, self.engine.global_steps, self.name, files)
@@ -219,9 +213,9 @@ def _save_and_wait(one: _Save, asked: CheckpointRequest, save_latest: bool) -> N
             which = {"model_states": owns, "optimizer_states": owns, "exclude_frozen": excluded}
             if not errors:
                 seam.collect_states(one.engine, files, one.client_state, **which)
-            own = one.own_file()
-            if own is not None:
-                files.write(own[1], own[0], torch.save)
+            if one.own_file is not None:
+                name, content = one.own_file
+                files.write(content, name, torch.save)
         return files.records
 
     root = Path(one.folder)
@@ -350,8 +344,8 @@ def _save_beside_training(one: _Save, asked: CheckpointRequest, save_latest: boo
     own: tuple[str, bytes] | None = None
     errors: list[str] = []
     with noting(errors):
-        found = one.own_file()
-        own = None if found is None else (found[0], pickled(found[1]))
+        if one.own_file is not None:
+            own = one.own_file[0], pickled(one.own_file[1])
         if roles.rank == 0:
             seam.add_recovery_scripts(Path(one.folder))
     job = Job(
