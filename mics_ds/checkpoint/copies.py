@@ -28,8 +28,8 @@ import torch
 from pydantic import TypeAdapter
 
 from ..errors import MicsCheckpointError
+from ..files import write_text
 from ..log import logger
-from .folder import write_text
 from .staging import Recorded, Staged, Stored
 
 _STEP, _MARGIN, _LEAST = 256 << 20, 64 << 20, 1 << 20

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import MicsCheckpointError, describe_error
+from ..files import sync_folder, write_text
 from ..log import log_rank0, logger
 from . import manifest
 from .manifest import Manifest
@@ -43,7 +43,6 @@ _LONGEST_PART = 255  # bytes, on all file systems of Linux
 _PARTIAL, _REPLACED, _LOCK = ".partial", ".replaced", ".lock"
 _OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$|^weights$")
 _REMAINS = re.compile(r"\.(?P<tag>.+?)(\.[0-9a-f]{8,})?(\.new)?\.(partial|lock)")
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -358,7 +357,7 @@ def publish(staging: Path, target: Path, described: Manifest) -> None:
             f'nodes share; for folders local to each node set "checkpoint": {{"use_node_local_storage": true}}.'
         )
     write_text(staging / manifest.NAME, described.dumps())
-    _sync_folder(staging)
+    sync_folder(staging)
     replaced = _replaced_folder(target)
     strangers: list[str] = []
     if target.exists():
@@ -372,7 +371,7 @@ def publish(staging: Path, target: Path, described: Manifest) -> None:
         recover(target)
         raise
     try:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         for name in strangers:
             if not (target / name).exists():
                 os.rename(replaced / name, target / name)
@@ -401,30 +400,3 @@ def recover(target: Path) -> bool:
         return False
     os.rename(replaced, target)
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text; at any moment it has its old or its new content."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial-file")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a folder to the disk, where its file system can do that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

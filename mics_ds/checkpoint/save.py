@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm import collectives
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import communication_device, device_streams, steps_taken
+from ..deepspeed_compat.engine import device_streams, steps_taken
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import log_rank0
 from . import folder, manifest
@@ -46,8 +45,6 @@ from .staging import Plan, Stager, marked, pickled, record
 from .writer import NOTHING_PUBLISHED, Job
 
 _AGREED = {"tag": "tag", "folder": "folder", "asynchronous": "way, asynchronous (async_save) or not"}
-_SLICE_ELEMENTS = 4 << 20
-"""Elements of each replica's slice that are on the device at a time."""
 
 
 def save(
@@ -208,8 +205,8 @@ def _save_and_wait(one: _Save, asked: CheckpointRequest, save_latest: bool) -> N
     roles, files = one.roles, _Files(one.roles, one.staging.folder)
 
     def write(errors: list[str]) -> Mapping[str, FileRecord]:
-        with _whole_shards(one.engine.optimizer, roles, errors), noting(errors):
-            owns, excluded = roles.owns, one.exclude_frozen
+        owns, excluded, world = roles.owns, one.exclude_frozen, one.engine.optimizer.world_states
+        with nullcontext() if world is None else world.checkpoints.joined(owns, errors), noting(errors):
             which = {"model_states": owns, "optimizer_states": owns, "exclude_frozen": excluded}
             if not errors:
                 seam.collect_states(one.engine, files, one.client_state, **which)
@@ -283,36 +280,6 @@ def _posted_files(save: str, publisher: int) -> dict[str, FileRecord]:
     for each in (*keys, key):
         store.delete_key(each)
     return found
-
-
-@contextmanager
-def _whole_shards(optimizer: Any, roles: Roles, errors: list[str]) -> Iterator[None]:
-    """Let ``optimizer.state_dict()`` be that of whole shards, where replicas have slices of them, on the ranks that
-    write one. Collective over the replicas. What this rank alone could not do is noted in ``errors``."""
-    world = optimizer.world_states
-    if world is None:
-        yield
-        return
-    world.finish_updates()
-    wholes = list[torch.Tensor]()
-    for sub_group, held in world.checkpoints.elementwise_states():
-        rows: torch.Tensor | None = None
-        with noting(errors):
-            if roles.owns and not errors:
-                rows = held.new_empty(world.replication.size, held.numel(), device="cpu")
-        # A ring brings a shard to all replicas in the time that one of them alone would need to receive it.
-        for start in range(0, held.numel(), _SLICE_ELEMENTS):
-            part = held.detach()[start : start + _SLICE_ELEMENTS].to(communication_device())
-            found = collectives.all_gather_rows(part, world.replication, "slices of optimizer states")
-            if rows is not None:
-                rows[:, start : start + part.numel()].copy_(found)
-        with noting(errors):
-            if rows is not None:
-                cut = world.cuts[sub_group]
-                wholes.append(rows.new_empty(cut.flat_starts[-1]))
-                cut.copy_out(rows, wholes[-1].split(list(cut.numels)))
-    with world.checkpoints.whole_shards(wholes) if roles.owns and not errors else nullcontext():
-        yield
 
 
 # --------------------------------------------------------------------------------------------------
