@@ -11,7 +11,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from ..comm import collectives
 from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.checkpoint import LoadedStates
 from ..deepspeed_compat.engine import communication_device, is_fresh
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
@@ -103,38 +103,16 @@ def load(
 
 def _resume(original: Any, engine: Any, found: restart.Restored, tier: MemoryTier, load_dir: Any, how: How) -> Result:
     """Load what memory had, and what else was in it."""
-    session = _Session(found.model, found.optimizer)
+    session = LoadedStates(found.model, found.optimizer)
     if found.own is not None and "states" in found.own:
         restore_own(session.model, found.own["states"])
-    _, client_state = _apply(original, engine, session, load_dir, "memory", how)
+    _, client_state = seam.load_instead(original, engine, session, load_dir, "memory", how)
     if found.own is not None:
         set_random_states(found.own["random"])
         client_state = {**(client_state or {}), **found.own["client_state"]}
     tier.begins_in(load_dir)
     log_rank0(f"resumed from {found.words}")
     return str(tier.folder), client_state
-
-
-@dataclass
-class _Session:
-    """States that DeepSpeed gets where it would read files."""
-
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    model_states_shard: int | None = None
-    """``None`` if the states come from no file."""
-    weights: Mapping[str, torch.Tensor] | None = None
-    """This rank's shards, if they alone are loaded. They are set before DeepSpeed loads the rest."""
-
-    def read(self, path: str) -> dict[str, Any]:
-        return self.optimizer if path.endswith("_optim_states.pt") else self.model
-
-
-def _apply(original: Any, engine: Any, session: _Session, folder: Any, tag: str, how: How) -> Result:
-    # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
-    session.model[reshape.DP_WORLD_SIZE] = engine.seq_dp_world_size
-    with seam.loading(engine, session, tag):
-        return original(engine, folder, tag=tag, **how)
 
 
 def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how: How) -> Result:
@@ -147,7 +125,7 @@ def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how:
         if not target.is_dir():
             raise MicsCheckpointError(f"{target} does not exist")
         saved = _Saved(engine, roles, target)
-        errors += _objections(engine, roles, saved, how["load_optimizer_states"])
+        errors += _objections(saved, how["load_optimizer_states"])
         if saved.manifest is not None and not roles.node_local:
             described = saved.manifest.dumps()
     if not exchange_and_compare({}, described, doing)[1]:
@@ -156,7 +134,7 @@ def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how:
     reader = _Reader(None if roles.node_local else roles.groups.replication)
     if saved.is_recut:
         with together() as errors:
-            errors += _check_contents(roles, saved)
+            errors += _check_contents(saved)
     with together() as errors:
         model = _states(reader, saved, saved.model_states(saved.model_states_shard), errors)
         own = saved.own_state
@@ -165,13 +143,11 @@ def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how:
         if model and own is not None and not errors:
             restore_own(model, seam.load_states(own))
         if model and not errors:
-            errors += _misfits(engine, roles, saved, model, how)
+            errors += _misfits(saved, model, how)
     with together() as errors:
-        session = _read_the_rest(engine, roles, saved, reader, model, how, errors)
+        session = _read_the_rest(saved, reader, model, how, errors)
     reader.complete()
-    if session.weights is not None:
-        seam.set_shards(engine, session.weights)
-    path, client_state = _apply(original, engine, session, folder, tag, how)
+    path, client_state = seam.load_instead(original, engine, session, folder, tag, how)
     if engine.optimizer.mics_guard is not None:
         engine.optimizer.mics_guard.loaded(engine, target)
     if saved.manifest is not None:
@@ -197,7 +173,7 @@ class _Saved:
     """A checkpoint on disk, from the point of view of one rank that loads it."""
 
     def __init__(self, engine: Any, roles: Roles, target: Path) -> None:
-        self._engine, self._roles, self.folder = engine, roles, target
+        self.engine, self.roles, self.folder = engine, roles, target
         self.manifest, self.shards = manifest_or_shards(target, roles.shard)
         self.records: Mapping[str, FileRecord] = {} if self.manifest is None else self.manifest.files
         self.is_recut = self.shards != roles.groups.partition.size
@@ -212,14 +188,14 @@ class _Saved:
         """The file with what this rank had of its own."""
 
     def model_states(self, shard: int) -> Path:
-        return self.folder / seam.model_states_name(self._engine, shard)
+        return self.folder / seam.model_states_name(self.engine, shard)
 
     def optimizer_states(self, shard: int) -> Path:
-        return self.folder / seam.optimizer_states_name(self._engine, shard)
+        return self.folder / seam.optimizer_states_name(self.engine, shard)
 
     def needed(self) -> list[str]:
         """Names of the files that this rank reads."""
-        shards = range(self.shards) if self.is_recut else [self._roles.shard]
+        shards = range(self.shards) if self.is_recut else [self.roles.shard]
         own = [] if self.own_state is None else [self.own_state.name]
         return [path(shard).name for path in (self.model_states, self.optimizer_states) for shard in shards] + own
 
@@ -227,13 +203,13 @@ class _Saved:
         """Say what is unusual about it."""
         if self.manifest is None:
             log_rank0(f"{self.folder} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
-        elif self.manifest.ranks != self._roles.groups.layout.world_size:
+        elif self.manifest.ranks != self.roles.groups.layout.world_size:
             log_rank0(f"{self.folder} was saved by {self.manifest.ranks} ranks")
 
 
-def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) -> list[str]:
+def _objections(saved: _Saved, with_optimizer: bool) -> list[str]:
     """Return why this checkpoint cannot be loaded, as far as names and sizes of its files tell this rank."""
-    target, found = saved.folder, saved.manifest
+    target, found, roles = saved.folder, saved.manifest, saved.roles
     if saved.shards == 0:
         return [reshape.what_else_it_is(target)]
     if found is not None and found.model_parallel != len(roles.offsets):
@@ -246,7 +222,7 @@ def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) 
         damages += [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
     if not damages:
         return []
-    other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
+    other = seam.optimizer_states_name(saved.engine, 0, not saved.engine.bfloat16_enabled())
     if with_optimizer and (target / other).exists():
         damages.append("it was saved by a job of another 16-bit type (bf16 or not), whose optimizer states differ")
     elif found is not None and found.node_local and not roles.node_local:
@@ -256,9 +232,9 @@ def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) 
     return damages
 
 
-def _misfits(engine: Any, roles: Roles, saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
+def _misfits(saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
     """Return why this checkpoint does not fit the engine, by its model states."""
-    p = roles.groups.partition.size
+    engine, p = saved.engine, saved.roles.groups.partition.size
     mine, theirs = ShardLayout(p, seam.param_shapes(engine)), ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
     here = Parameters(mine.shapes, seam.frozen_shapes(engine))
     there = Parameters(theirs.shapes, states.get(reshape.FROZEN_SHAPES))
@@ -267,7 +243,7 @@ def _misfits(engine: Any, roles: Roles, saved: _Saved, states: Mapping[str, Any]
         strange = reshape.why_not_these(here, there)
     else:
         strange = reshape.why_not_these_weights(here, there) if how["load_module_strict"] else []
-    if strange or not saved.reshapes or roles.groups.config.reshape_checkpoint:
+    if strange or not saved.reshapes or saved.roles.groups.config.reshape_checkpoint:
         return strange
     found = (
         f"it has {saved.shards} shards and this job {p}"
@@ -368,7 +344,7 @@ def _pread(path: Path, room: torch.Tensor, start: int) -> None:
             view, start = view[count:], start + count
 
 
-def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
+def _check_contents(saved: _Saved) -> list[str]:
     """Compare all files with their records: all ranks together read every byte once. Collective over the world."""
     segments = [
         (name, start, min(start + _SEGMENT, record.bytes))
@@ -376,8 +352,7 @@ def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
         for start in range(0, max(record.bytes, 1), _SEGMENT)
     ]
     sums, errors = [0] * len(segments), list[str]()
-    place, count = roles.peers.index(roles.rank), len(roles.peers)
-
+    place, count = saved.roles.peers.index(saved.roles.rank), len(saved.roles.peers)
     for number, (name, start, stop) in enumerate(segments):
         if number % count == place:
             with noting(errors), open(saved.folder / name, "rb", buffering=0) as file:
@@ -400,22 +375,15 @@ def _states(reader: _Reader, saved: _Saved, path: Path, errors: list[str]) -> di
     return seam.load_states(path, mmap=saved.is_recut)
 
 
-def _read_the_rest(
-    engine: Any,
-    roles: Roles,
-    saved: _Saved,
-    reader: _Reader,
-    model: dict[str, Any],
-    how: How,
-    errors: list[str],
-) -> _Session:
+def _read_the_rest(saved: _Saved, reader: _Reader, model: dict[str, Any], how: How, errors: list[str]) -> LoadedStates:
     """Read optimizer states, or of weights alone the shards, for this rank. Collective over the replicas."""
-    p, shard, weights = roles.groups.partition.size, roles.shard, not how["load_optimizer_states"]
+    engine, weights = saved.engine, not how["load_optimizer_states"]
+    p, shard = saved.roles.groups.partition.size, saved.roles.shard
     consolidates = weights and (how["custom_load_fn"] is not None or not seam.keeps_shards_in_memory(engine))
     if saved.reshapes:
         log_rank0(f"{saved.folder} has {saved.shards} shards; they are cut into {p} while loading")
     own = {} if saved.is_recut else _states(reader, saved, saved.optimizer_states(shard), errors)
-    session = _Session(model, own, saved.model_states_shard)
+    session = LoadedStates(model, own, saved.model_states_shard)
     if errors or consolidates or not (own or saved.is_recut):
         return session
     old, sharers = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES]), reader.sharers if saved.is_recut else ALONE
