@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import json
 import os
 import queue
@@ -50,9 +51,9 @@ class Background:
 
     def __init__(self) -> None:
         self.memory = SharedMemory()
-        self._world = dist.group.WORLD
-        self._rank = dist.get_rank()
-        self._listening, self._host, self._port = listen()
+        self._world, self._rank = dist.group.WORLD, dist.get_rank()
+        self._listening, *address = listen()
+        self._neighbours: dict[int, Neighbour] = {}
         self._changed = threading.Condition()
         self._job: Job | None = None
         self._since = 0.0
@@ -62,13 +63,12 @@ class Background:
         self.sealing: set[int] = set()
         """Copies in memory that are still being summed up."""
         self._copying: list[Copying] = []
-        self._neighbours: dict[int, Neighbour] = {}
-        self._died = False
-        self._ends = threading.Event()
-        self._process, self._pipe = self._start()
         self._handed: queue.SimpleQueue[tuple[Job | Seal, Copying]] = queue.SimpleQueue()
         """Jobs for the process, each to be sent once its copy has arrived."""
+        self._ends = threading.Event()
+        self._start()
         threading.Thread(target=self._hand_over, name="mics hand-over", daemon=True).start()
+        shared_store().set(f"writer/{Run.name}/{self._rank}", json.dumps(address))
 
     @classmethod
     def is_there(cls) -> bool:
@@ -77,31 +77,32 @@ class Background:
 
     @classmethod
     def of_job(cls) -> Background:
-        """The one of this process group, made if need be. Collective over the world.
+        """Return the one of this process group, made if need be. Collective over the world.
 
         Raises:
             MicsCheckpointError: on every rank: one of them could not start its process.
         """
-        if cls.current is not None and cls.is_there():
-            return cls.current
-        if cls.current is not None:
-            cls.current.close()
-        Run.begin()
-        try:
-            with raised_on_all_ranks(
-                "starting the processes that write checkpoints",
-                "The processes that write checkpoints could not be started.",
-                'Save without "mics_checkpoint": {"async": true} and "memory_every", or give the ranks what they lack.',
-            ):
-                made = cls.current = cls()
-                shared_store().set(f"writer/{Run.name}/{made._rank}", json.dumps([made._host, made._port]))
-                _prepare_for_the_end()
-        except BaseException:
-            if cls.current is not None:
-                cls.current.close()
-            raise
+        if not cls.is_there():
+            cls._close_current()
+            Run.begin()
+            try:
+                with raised_on_all_ranks(
+                    "starting the processes that write checkpoints",
+                    "The processes that write checkpoints could not be started.",
+                    'Save without "mics_checkpoint": {"async": true} and "memory_every", or give ranks what they lack.',
+                ):
+                    cls.current = cls()
+                    _prepare_for_the_end()
+            except BaseException:
+                cls._close_current()
+                raise
         assert cls.current is not None, "there were no errors"
         return cls.current
+
+    @classmethod
+    def _close_current(cls) -> None:
+        if cls.current is not None:
+            cls.current.close()
 
     # ------------------------------------------------------------------------------------- saves
 
@@ -118,14 +119,8 @@ class Background:
     def revive(self) -> None:
         """Start the process again if it has died."""
         if self._process.poll() is not None:
-            self._wait_for(lambda: self._died)  # the thread that listens to it is about to notice
-        if self._died:
-            self._pipe.close()
-            self._ends.set()
-            self._listener.join()
-            self._ends.clear()
-            self._process, self._pipe = self._start()
-            self._died = False
+            self._end()
+            self._start()
 
     def submit(self, job: Job, copying: Copying, when_done: Callable[[], None]) -> None:
         """Have a staged checkpoint written. The memory belongs to the writer until that is done."""
@@ -158,7 +153,7 @@ class Background:
                 self._gone()
             except Exception as error:  # of the device
                 failed = f"rank {self._rank}: states could not be copied, {describe_error(error)}"
-                self._finish(Done(job.number, failed, 0.0, 0))
+                self._finish(Done(job.number, failed))
             with suppress(ValueError):
                 self._copying.remove(copying)
 
@@ -198,30 +193,37 @@ class Background:
 
     # ----------------------------------------------------------------------------- the process
 
-    def _start(self) -> tuple[subprocess.Popen, Connection]:
+    def _start(self) -> None:
+        """Start the process, and the thread that listens to it."""
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.memory.descriptor, self._listening.fileno())
         environment = {**os.environ, "MICS_DS_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         arguments = map(str, (*descriptors, self._rank, os.getpid()))
-        process = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-c", _START, *arguments], pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment
         )
         theirs.close()
-        pipe = Connection(ours.detach())
-        pipe.send(Run.token)
-        self._listener = threading.Thread(target=self._listen, args=(pipe, process), name="mics writer", daemon=True)
+        self._pipe = Connection(ours.detach())
+        self._pipe.send(Run.token)
+        self._ends.clear()
+        self._listener = threading.Thread(target=self._listen, name="mics writer", daemon=True)
         self._listener.start()
-        return process, pipe
 
-    def _listen(self, pipe: Connection, process: subprocess.Popen) -> None:
-        while True:
-            try:
-                self._finish(pipe.recv())
-            except (EOFError, OSError):
-                if process is self._process:
-                    self._gone()
-                    self._answer_for_the_dead()
-                return
+    def _end(self) -> None:
+        """End the process, if it has not died, and the thread that listens to it."""
+        self._ends.set()
+        self._process.kill()
+        self._listener.join(_END_S)
+        self._pipe.close()
+
+    def _listen(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._finish(self._pipe.recv())
+        self._gone()
+        while not self._ends.is_set():  # close what connects to the dead process, until there is another one
+            if select.select([self._listening], [], [], _POLL_S)[0]:
+                self._listening.accept()[0].close()
 
     def _finish(self, done: Done) -> None:
         """Take a result."""
@@ -247,14 +249,14 @@ class Background:
             log_rank0(f"{job.target} is complete, written asynchronously in {done.seconds:.1f} s{speed}")
 
     def _lose(self, job: Job, why: str) -> None:
-        self._finish(Done(job.number, f"Whether checkpoint {job.target} was saved is not known: {why}", 0.0, 0))
+        self._finish(Done(job.number, f"Whether checkpoint {job.target} was saved is not known: {why}"))
 
     def _gone(self) -> None:
-        """The process has ended, and not because it was told to."""
+        """The process has ended: so have the jobs that it had."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         with self._changed:
-            self._died, job = True, self._job
+            job = self._job
             self.sealing.clear()
             self._changed.notify_all()
         if job is not None:
@@ -266,12 +268,6 @@ class Background:
                     link.close()
             self._lose(job, ended)
 
-    def _answer_for_the_dead(self) -> None:
-        """Close what connects to a process that has ended, until there is another one."""
-        while not self._ends.is_set():
-            if select.select([self._listening], [], [], _POLL_S)[0]:
-                self._listening.accept()[0].close()
-
     def drain(self) -> str:
         """Wait until what is under way is done. Returns what went wrong since it was last asked for."""
         self.wait()
@@ -282,12 +278,7 @@ class Background:
         """End the process and give the memory back. What is under way is lost."""
         with self._changed:
             self._job = None
-        self._ends.set()
-        self._pipe.close()
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_S)
-        self._listener.join(_END_S)
+        self._end()
         self._listening.close()
         self.memory.close()
         if Background.current is self:
@@ -314,16 +305,9 @@ at_end: list[Callable[[], None]] = []
 """Called when the process ends without an error."""
 
 
-class _End:
-    prepared = False
-    lock = threading.Lock()
-
-
+@functools.cache
 def _prepare_for_the_end() -> None:
     """Have the process drain when it ends, by itself or by SIGTERM."""
-    if _End.prepared:
-        return
-    _End.prepared = True
     atexit.register(_drain_and_exit)
     util.Finalize(None, _drain_and_exit, exitpriority=100)  # children of multiprocessing know nothing of atexit
     os.register_at_fork(after_in_child=_forget_in_child)

@@ -26,9 +26,9 @@ import torch
 from pydantic import TypeAdapter
 
 from ..errors import MicsCheckpointError
+from ..files import write_text
 from ..host_memory import host_memory_left
 from ..log import logger
-from .folder import write_text
 from .staging import Recorded, Staged, bytes_of
 
 _STEP, _MARGIN, _LEAST = 256 << 20, 64 << 20, 1 << 20

@@ -7,8 +7,8 @@
     DIR/latest               the tag and nothing else, as DeepSpeed's own tools read it; replaced after everything else
     DIR/mics_latest.json     the same tag, with a checksum; absent while ``latest`` changes, and where others wrote it
 
-A damaged ``latest`` would otherwise often name another checkpoint that is good (``global_step10`` for
-``global_step11``), and nobody would notice. Plain files: no ranks, no DeepSpeed.
+Without the note, a damaged ``latest`` would often name another checkpoint that is good (``global_step10`` for
+``global_step11``). Plain files: no ranks, no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
-import stat
 import time
 import zlib
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from ..errors import MicsCheckpointError, describe_error
+from ..files import sync_folder, write_text
 from ..log import log_rank0, logger
 from . import manifest
 from .manifest import Manifest
@@ -45,7 +43,6 @@ _LONGEST_PART = 255  # bytes, on all file systems of Linux
 _PARTIAL, _REPLACED, _LOCK = ".partial", ".replaced", ".lock"
 _OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$|^weights$")
 _REMAINS = re.compile(r"\.(?P<tag>.+?)(\.[0-9a-f]{8,})?(\.new)?\.(partial|lock)")
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -67,23 +64,12 @@ def check_tag(tag: str) -> None:
         f"{LATEST!r} keeps no white space around it": tag != tag.strip(),
         "such names are those of checkpoints that are not complete": is_remains(parts[-1]),
     }
-    problem = next((words for words, is_so in problems.items() if is_so), "")
-    if not problem:
-        return
-    shown = ascii(tag) if len(tag) <= _SHOWN else f"{tag[:_SHOWN]!a}..."
-    raise MicsCheckpointError(
-        f"{shown} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
-        f"checkpoints are kept in, global_step100 say"
-    )
-
-
-def is_tag(tag: str) -> bool:
-    """Return whether MiCS can have written that tag."""
-    try:
-        check_tag(tag)
-    except MicsCheckpointError:
-        return False
-    return True
+    for problem in (words for words, is_so in problems.items() if is_so):
+        shown = ascii(tag) if len(tag) <= _SHOWN else f"{tag[:_SHOWN]!a}..."
+        raise MicsCheckpointError(
+            f"{shown} cannot be the tag of a checkpoint: {problem}. A tag is the name of a folder inside the one that "
+            f"checkpoints are kept in, global_step100 say"
+        )
 
 
 def read_latest(folder: Path) -> str | None:
@@ -91,7 +77,6 @@ def read_latest(folder: Path) -> str | None:
 
     Raises:
         MicsCheckpointError: ``latest`` is gone or damaged, or is not what MiCS wrote.
-        OSError: it cannot be read.
     """
     path = folder / LATEST
     found = _content(path)
@@ -107,9 +92,9 @@ def _tag_in(folder: Path, found: bytes | None, noted: str | None) -> str | None:
     path, note = folder / LATEST, folder / NOTE
     remedy = f"Load a checkpoint by its tag, or write its tag into {path} and remove {note}"
     wrote = "" if noted is None else f", where MiCS wrote {noted!r}"
+    if found is None and noted is None:
+        return None
     if found is None:
-        if noted is None:
-            return None
         raise MicsCheckpointError(f"{path} is missing{wrote}. {remedy}")
     try:
         tag = found.decode().strip()
@@ -173,7 +158,7 @@ def marker(tag: str, save: str) -> str:
 
 
 def newest(folder: Path) -> tuple[str, int]:
-    """The marker and the step of the checkpoint that ``latest`` names; an empty marker and -1 if there is none.
+    """Return the marker and the step of the checkpoint that ``latest`` names; an empty marker and -1 if there is none.
 
     Raises:
         MicsCheckpointError, OSError: it cannot be read.
@@ -191,13 +176,10 @@ def newest(folder: Path) -> tuple[str, int]:
 def complete_tags(folder: Path) -> list[str]:
     """Tags in ``folder`` with a manifest that can be read, oldest training step first."""
     found = []
-    for path in folder.glob(f"*/{manifest.NAME}"):
-        if is_remains(path.parent.name):
-            continue
-        try:
-            found.append((manifest.read(path.parent).global_steps, path.parent.name))
-        except (OSError, MicsCheckpointError):
-            continue
+    for path in (path.parent for path in folder.glob(f"*/{manifest.NAME}")):
+        with suppress(OSError, MicsCheckpointError):
+            if not is_remains(path.name):
+                found.append((manifest.read(path).global_steps, path.name))
     return [tag for _, tag in sorted(found)]
 
 
@@ -210,21 +192,17 @@ def is_remains(name: str) -> bool:
     return name.startswith(".") and name.endswith((_PARTIAL, _REPLACED, _LOCK))
 
 
-def staging_folder(target: Path, save: str) -> Path:
-    """Return the folder in which the save of that name writes the checkpoint that will be ``target``."""
-    return target.with_name(f".{target.name}.{save}{_PARTIAL}")
-
-
 class Staging:
     """The folder that one save writes to, and the lock on its tag, which the rank that publishes takes.
 
     Args:
         target: where the checkpoint will be.
-        save: names the save, unlike any other.
+        save: the name of the save, which no other has.
     """
 
     def __init__(self, target: Path, save: str) -> None:
-        self.target, self.save, self.folder = target, save, staging_folder(target, save)
+        self.target, self.save = target, save
+        self.folder = target.with_name(f".{target.name}.{save}{_PARTIAL}")
         self._lock = _lock_on(target)
         self._new_folders: list[Path] = []
         """Made on the way, innermost first."""
@@ -286,11 +264,8 @@ class FileLock:
     def take(self, patience_s: float = 0.0) -> bool:
         """Take the lock, or return ``False`` if this file system has none.
 
-        Args:
-            patience_s: how long to wait for another process that holds it.
-
         Raises:
-            MicsCheckpointError: another process holds it.
+            MicsCheckpointError: another process holds it, after so much patience.
         """
         deadline = time.monotonic() + patience_s
         while self.is_lost:  # also if its last holder has removed it meanwhile
@@ -340,19 +315,15 @@ def interrupted_saves(folder: Path) -> list[Path]:
 
 def _remove_what_died(folder: Path, own: Path) -> None:
     """Remove what interrupted saves have left, each unless its job is alive."""
-    left: dict[str, list[Path]] = {}
     for path in [*interrupted_saves(folder), *folder.glob(f".*{_LOCK}")]:
         match = _REMAINS.fullmatch(path.name)
-        if match:
-            left.setdefault(match["tag"], []).append(path)
-    for tag, paths in left.items():
-        lock = _lock_on(folder / tag)
+        if match is None:
+            continue
+        lock = _lock_on(folder / match["tag"])
         with suppress(MicsCheckpointError, OSError):
-            if tag == own.name or lock.take():
-                for path in paths:
-                    if path.name.endswith(_PARTIAL):
-                        log_rank0(f"an earlier save of tag {tag} was interrupted; its remains in {path} are removed")
-                        discard(path)
+            if (match["tag"] == own.name or lock.take()) and path.name.endswith(_PARTIAL):
+                log_rank0(f"an earlier save of tag {match['tag']} was interrupted; {path} is removed")
+                discard(path)
         lock.release()
 
 
@@ -367,9 +338,7 @@ def _file_system(folder: Path) -> str:
 
 
 def publish(staging: Path, target: Path, described: Manifest) -> None:
-    """Turn a folder with all its files into a checkpoint.
-
-    Files in an older ``target`` that were not part of that checkpoint move into the new one.
+    """Turn a folder with all its files into a checkpoint. Other files in an older ``target`` move into it.
 
     Raises:
         MicsCheckpointError: files are missing in ``staging`` or have other sizes than their writers saw.
@@ -388,7 +357,7 @@ def publish(staging: Path, target: Path, described: Manifest) -> None:
             f'nodes share; for folders local to each node set "checkpoint": {{"use_node_local_storage": true}}.'
         )
     write_text(staging / manifest.NAME, described.dumps())
-    _sync_folder(staging)
+    sync_folder(staging)
     replaced = _replaced_folder(target)
     strangers: list[str] = []
     if target.exists():
@@ -402,7 +371,7 @@ def publish(staging: Path, target: Path, described: Manifest) -> None:
         recover(target)
         raise
     try:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         for name in strangers:
             if not (target / name).exists():
                 os.rename(replaced / name, target / name)
@@ -418,10 +387,9 @@ def _replaced_folder(target: Path) -> Path:
 
 def _strangers(folder: Path) -> list[str]:
     """Files in a checkpoint's folder that were not part of the checkpoint."""
-    try:
-        own = {manifest.NAME, *manifest.read(folder).files}
-    except (FileNotFoundError, MicsCheckpointError):
-        own = {manifest.NAME}
+    own = {manifest.NAME}
+    with suppress(FileNotFoundError, MicsCheckpointError):
+        own |= manifest.read(folder).files.keys()
     return [entry.name for entry in folder.iterdir() if entry.name not in own and not _OURS.search(entry.name)]
 
 
@@ -432,38 +400,3 @@ def recover(target: Path) -> bool:
         return False
     os.rename(replaced, target)
     return True
-
-
-def add_scripts(scripts: Iterable[str | os.PathLike], folder: Path) -> None:
-    """Copy scripts to the folder that checkpoints are in, as DeepSpeed does, to be run there."""
-    for script in scripts:
-        target = folder / os.path.basename(script)
-        shutil.copyfile(script, target)
-        target.chmod(target.stat().st_mode | stat.S_IEXEC)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text; at any moment it has its old or its new content."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial-file")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a folder to the disk, where its file system can do that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

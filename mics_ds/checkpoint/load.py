@@ -1,4 +1,4 @@
-"""Loading under MiCS: read once, checked before anything is changed, in as many shards as were saved or cut anew.
+"""Load under MiCS: read once, check before anything is changed, in as many shards as were saved or cut anew.
 
 Every replica of a shard reads 1/r of its files and sums that up; they exchange what they have read, and compare the
 sums with the manifest. DeepSpeed's own ``load_checkpoint`` gets the states, whole, where it would read files.
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..comm import collectives
 from ..comm.rank_group import RankGroup
 from ..deepspeed_compat import checkpoint as seam
+from ..deepspeed_compat.checkpoint import LoadedStates
 from ..deepspeed_compat.engine import communication_device, is_fresh, set_random_states
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
@@ -102,10 +103,10 @@ def load(
 
 def _resume(original: Any, engine: Any, found: restart.Restored, tier: MemoryTier, load_dir: Any, how: How) -> Result:
     """Load what memory had, and what else was in it."""
-    session = _Loading(None, found.model, found.optimizer)
+    session = LoadedStates(found.model, found.optimizer)
     if found.own is not None and "states" in found.own:
         restore_own(session.model, found.own["states"])
-    _, client_state = _apply(original, engine, session, load_dir, "memory", how)
+    _, client_state = seam.load_instead(original, engine, session, load_dir, "memory", how)
     if found.own is not None:
         set_random_states(found.own["random"])
         client_state = {**(client_state or {}), **found.own["client_state"]}
@@ -114,52 +115,103 @@ def _resume(original: Any, engine: Any, found: restart.Restored, tier: MemoryTie
     return str(tier.folder), client_state
 
 
+def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how: How) -> Result:
+    """Load a checkpoint that is on disk. Collective over the world."""
+    started, target = time.monotonic(), folder / tag
+    doing, failed = f"reading {target}", f"Checkpoint {target} cannot be loaded."
+    together = functools.partial(raised_on_all_ranks, doing, failed, functools.partial(_remedy, folder, tag))
+    described = ""
+    with together() as errors:
+        if not target.is_dir():
+            raise MicsCheckpointError(f"{target} does not exist")
+        saved = _Saved(engine, roles, target)
+        errors += _objections(saved, how["load_optimizer_states"])
+        if saved.manifest is not None and not roles.node_local:
+            described = saved.manifest.dumps()
+    if not exchange_and_compare({}, described, doing)[1]:
+        raise MicsCheckpointError(f"Ranks see different checkpoints in {target}: it is being replaced. Load it again.")
+    saved.report()
+    reader = _Reader(None if roles.node_local else roles.groups.replication)
+    if saved.is_recut:
+        with together() as errors:
+            errors += _check_contents(saved)
+    with together() as errors:
+        model = _states(reader, saved, saved.model_states(saved.model_states_shard), errors)
+        own = saved.own_state
+        if model and own is not None:
+            errors += manifest.damages(target, [own.name], saved.records)
+        if model and own is not None and not errors:
+            restore_own(model, seam.load_states(own))
+        if model and not errors:
+            errors += _misfits(saved, model, how)
+    with together() as errors:
+        session = _read_the_rest(saved, reader, model, how, errors)
+    reader.complete()
+    path, client_state = seam.load_instead(original, engine, session, folder, tag, how)
+    if engine.optimizer.mics_guard is not None:
+        engine.optimizer.mics_guard.loaded(engine, target)
+    if saved.manifest is not None:
+        tell_speed(target, saved.manifest.total_bytes, started)
+    return path, client_state
+
+
+def _remedy(folder: Path, tag: str) -> str:
+    """Say what else could be loaded. Collective over the world."""
+    mine: list[str] = []
+    with noting([]):
+        mine = folders.complete_tags(folder)
+    seen = exchange({"complete": mine}, f"looking into {folder}")
+    complete = sorted(set.intersection(*(set(item["complete"]) for item in seen)) - {tag})
+    return f"{UNCHANGED} Complete checkpoints in {folder}: {', '.join(complete)}." if complete else UNCHANGED
+
+
+# --------------------------------------------------------------------------------------------------
+# What there is, and whether it fits
+
+
 class _Saved:
     """A checkpoint on disk, from the point of view of one rank that loads it."""
 
     def __init__(self, engine: Any, roles: Roles, target: Path) -> None:
-        self._engine, self._roles, self.folder, self.groups = engine, roles, target, roles.groups
-        self.reshapes = False
+        self.engine, self.roles, self.folder = engine, roles, target
         self.manifest, self.shards = manifest_or_shards(target, roles.shard)
-
-    @property
-    def records(self) -> Mapping[str, FileRecord]:
-        return {} if self.manifest is None else self.manifest.files
-
-    @property
-    def model_states_shard(self) -> int:
-        """The shard whose file of model states has what belongs to this rank beside it: the one that this rank had, if
-        as many ranks have saved."""
-        return self._roles.groups.full.rank % self.shards
-
-    @property
-    def own_state(self) -> Path | None:
+        self.records: Mapping[str, FileRecord] = {} if self.manifest is None else self.manifest.files
+        self.is_recut = self.shards != roles.groups.partition.size
+        """Whether this job has another number of shards."""
+        self.reshapes = self.is_recut
+        """Whether it has other shards: of another number, or of other sub-groups."""
+        self.model_states_shard = roles.groups.full.rank % max(self.shards, 1)
+        """The shard that this rank had, if as many ranks have saved: its file has what belongs to this rank."""
+        own = target / OWN_STATE.format(rank=roles.rank)
+        same_ranks = self.manifest is not None and self.manifest.ranks == roles.groups.layout.world_size
+        self.own_state = own if same_ranks and own.name in self.records else None
         """The file with what this rank had of its own."""
-        path = self.folder / OWN_STATE.format(rank=self._roles.rank)
-        if self.manifest is None or path.name not in self.manifest.files:
-            return None
-        return path if self.manifest.ranks == self._roles.groups.layout.world_size else None
 
     def model_states(self, shard: int) -> Path:
-        return self.folder / seam.model_states_name(self._engine, shard)
+        return self.folder / seam.model_states_name(self.engine, shard)
 
     def optimizer_states(self, shard: int) -> Path:
-        return self.folder / seam.optimizer_states_name(self._engine, shard)
+        return self.folder / seam.optimizer_states_name(self.engine, shard)
 
     def needed(self) -> list[str]:
         """Names of the files that this rank reads."""
-        shards = [self._roles.shard] if self.shards == self._roles.groups.partition.size else range(self.shards)
-        kinds = (self.model_states, self.optimizer_states)
+        shards = range(self.shards) if self.is_recut else [self.roles.shard]
         own = [] if self.own_state is None else [self.own_state.name]
-        return [path(shard).name for path in kinds for shard in shards] + own
+        return [path(shard).name for path in (self.model_states, self.optimizer_states) for shard in shards] + own
+
+    def report(self) -> None:
+        """Say what is unusual about it."""
+        if self.manifest is None:
+            log_rank0(f"{self.folder} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
+        elif self.manifest.ranks != self.roles.groups.layout.world_size:
+            log_rank0(f"{self.folder} was saved by {self.manifest.ranks} ranks")
 
 
-def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) -> list[str]:
-    """Why this checkpoint cannot be loaded, as far as names and sizes of its files tell this rank."""
-    target, p = saved.folder, roles.groups.partition.size
+def _objections(saved: _Saved, with_optimizer: bool) -> list[str]:
+    """Return why this checkpoint cannot be loaded, as far as names and sizes of its files tell this rank."""
+    target, found, roles = saved.folder, saved.manifest, saved.roles
     if saved.shards == 0:
         return [reshape.what_else_it_is(target)]
-    found = saved.manifest
     if found is not None and found.model_parallel != len(roles.offsets):
         return [f"it was saved by a job with model parallelism {found.model_parallel}"]
     needed = saved.needed()
@@ -170,33 +222,32 @@ def _objections(engine: Any, roles: Roles, saved: _Saved, with_optimizer: bool) 
         damages += [f"{target / name} is not in its {manifest.NAME}, which is damaged" for name in lost]
     if not damages:
         return []
-    other = seam.optimizer_states_name(engine, 0, not engine.bfloat16_enabled())
+    other = seam.optimizer_states_name(saved.engine, 0, not saved.engine.bfloat16_enabled())
     if with_optimizer and (target / other).exists():
         damages.append("it was saved by a job of another 16-bit type (bf16 or not), whose optimizer states differ")
     elif found is not None and found.node_local and not roles.node_local:
         damages.append("it was saved with use_node_local_storage: this folder has the shards of one node only")
-    elif found is not None and found.node_local and saved.shards != p:
+    elif found is not None and found.node_local and saved.is_recut:
         damages.append("it is spread over node-local folders: copy all its files to one folder to cut it anew")
     return damages
 
 
-def _misfits(engine: Any, roles: Roles, saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
-    """Why this checkpoint does not fit the engine, by its model states."""
-    p = roles.groups.partition.size
+def _misfits(saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
+    """Return why this checkpoint does not fit the engine, by its model states."""
+    engine, p = saved.engine, saved.roles.groups.partition.size
     mine, theirs = ShardLayout(p, seam.param_shapes(engine)), ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
     here = Parameters(mine.shapes, seam.frozen_shapes(engine))
     there = Parameters(theirs.shapes, states.get(reshape.FROZEN_SHAPES))
-    if not how["load_optimizer_states"]:
-        saved.reshapes = saved.shards != p
-        strange = reshape.why_not_these_weights(here, there) if how["load_module_strict"] else []
-    else:
+    if how["load_optimizer_states"]:
         saved.reshapes = not mine.same_as(theirs)
         strange = reshape.why_not_these(here, there)
-    if strange or not saved.reshapes or roles.groups.config.reshape_checkpoint:
+    else:
+        strange = reshape.why_not_these_weights(here, there) if how["load_module_strict"] else []
+    if strange or not saved.reshapes or saved.roles.groups.config.reshape_checkpoint:
         return strange
     found = (
         f"it has {saved.shards} shards and this job {p}"
-        if saved.shards != p
+        if saved.is_recut
         else "its optimizer sub-groups (sub_group_size, parameter groups) are not this job's"
     )
     return [
@@ -213,7 +264,7 @@ class _Reader:
     """Reads files with the other replicas of this rank's shard: each reads a part, and they exchange it.
 
     Args:
-        group: the replicas; ``None`` if this rank is alone, or sees another folder than they do.
+        group: the replicas; ``None`` if this rank sees another folder than they do.
     """
 
     def __init__(self, group: RankGroup | None) -> None:
@@ -226,14 +277,8 @@ class _Reader:
         return Cut(old_shards, shards, shard, self._place, self._size, self._incomplete.append)
 
     def read(self, path: Path, record: FileRecord, errors: list[str]) -> dict[str, Any]:
-        """Return the content of a file, compared with its record. Collective over the replicas.
-
-        Args:
-            errors: for what is wrong with it, and for what this rank alone could not do.
-
-        Returns:
-            The states; nothing if there are errors on this rank or on another replica.
-        """
+        """Return the content of a file, compared with its record; nothing if there are errors on any replica.
+        Collective over the replicas."""
         image, sums, failed = Image(record.bytes), list[int](), list[str]()
         with noting(failed):
             image.leave_holes(path)
@@ -265,7 +310,7 @@ class _Reader:
         return {}
 
     def _joined(self, rows: Sequence[Sequence[int]], nbytes: int) -> int:
-        """The checksum of the file, by those of its parts, of each replica and block."""
+        """Return the checksum of the file, joined from those of each replica's part of each block."""
         joined = 0
         for number, start in enumerate(range(0, nbytes, _BLOCK)):
             length = min(_BLOCK, nbytes - start)
@@ -275,7 +320,7 @@ class _Reader:
         return joined
 
     def _all_gather(self, row: torch.Tensor) -> torch.Tensor:
-        """(r, ...) in host memory."""
+        """Return the rows of all replicas, (r, ...) in host memory."""
         if self._group is None:
             return row[None]
         return collectives.all_gather_rows(row.to(self._device), self._group, "parts of checkpoint files").cpu()
@@ -302,7 +347,7 @@ def _pread(path: Path, room: torch.Tensor, start: int) -> None:
             view, start = view[count:], start + count
 
 
-def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
+def _check_contents(saved: _Saved) -> list[str]:
     """Compare all files with their records: all ranks together read every byte once. Collective over the world."""
     segments = [
         (name, start, min(start + _SEGMENT, record.bytes))
@@ -310,8 +355,7 @@ def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
         for start in range(0, max(record.bytes, 1), _SEGMENT)
     ]
     sums, errors = [0] * len(segments), list[str]()
-    place, count = roles.peers.index(roles.rank), len(roles.peers)
-
+    place, count = saved.roles.peers.index(saved.roles.rank), len(saved.roles.peers)
     for number, (name, start, stop) in enumerate(segments):
         if number % count == place:
             with noting(errors), open(saved.folder / name, "rb", buffering=0) as file:
@@ -325,131 +369,34 @@ def _check_contents(roles: Roles, saved: _Saved) -> list[str]:
     return errors
 
 
-class _Loading:
-    """Stands between DeepSpeed and the files while loading, and has their content.
-
-    Args:
-        saved: what is loaded; ``None`` for what comes from memory.
-        weights: this rank's shards, if they alone are loaded.
-    """
-
-    def __init__(
-        self,
-        saved: _Saved | None,
-        model: dict[str, Any],
-        optimizer: dict[str, Any],
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        self.model_states_shard = None if saved is None else saved.model_states_shard
-        self.model, self._optimizer, self.weights = model, optimizer, weights
-
-    @property
-    def weights_are_set(self) -> bool:
-        """Return whether only the rest of the module is left to load."""
-        return self.weights is not None
-
-    def read(self, path: str) -> dict[str, Any]:
-        return self._optimizer if path.endswith("_optim_states.pt") else self.model
-
-
-def _load(original: Any, engine: Any, roles: Roles, folder: Path, tag: str, how: How) -> Result:
-    """Load a checkpoint that is on disk. Collective over the world."""
-    started, target, p = time.monotonic(), folder / tag, roles.groups.partition.size
-    doing, failed = f"reading {target}", f"Checkpoint {target} cannot be loaded."
-    together = functools.partial(raised_on_all_ranks, doing, failed, functools.partial(_remedy, folder, tag))
-    described = ""
-    with together() as errors:
-        if not target.is_dir():
-            raise MicsCheckpointError(f"{target} does not exist")
-        saved = _Saved(engine, roles, target)
-        errors += _objections(engine, roles, saved, how["load_optimizer_states"])
-        if saved.manifest is not None and not roles.node_local:
-            described = saved.manifest.dumps()
-    if not exchange_and_compare({}, described, doing)[1]:
-        raise MicsCheckpointError(f"Ranks see different checkpoints in {target}: it is being replaced. Load it again.")
-    _report(roles, saved)
-    reader = _Reader(None if roles.node_local else roles.groups.replication)
-    if saved.shards != p:
-        with together() as errors:
-            errors += _check_contents(roles, saved)
-    with together() as errors:
-        model = _states(reader, saved, saved.model_states(saved.model_states_shard), errors)
-        own = saved.own_state
-        if model and own is not None:
-            errors += manifest.damages(target, [own.name], saved.records)
-        if model and own is not None and not errors:
-            restore_own(model, seam.load_states(own))
-        if model and not errors:
-            errors += _misfits(engine, roles, saved, model, how)
-    with together() as errors:
-        session = _read_the_rest(engine, roles, saved, reader, model, how, errors)
-    reader.complete()
-    if session.weights is not None:
-        seam.set_shards(engine, session.weights)
-    path, client_state = _apply(original, engine, session, folder, tag, how)
-    if engine.optimizer.mics_guard is not None:
-        engine.optimizer.mics_guard.loaded(engine, target)
-    if saved.manifest is not None:
-        tell_speed(target, saved.manifest.total_bytes, started)
-    return path, client_state
-
-
-def _remedy(folder: Path, tag: str) -> str:
-    """Say what else could be loaded. Collective over the world."""
-    mine: list[str] = []
-    with noting([]):
-        mine = folders.complete_tags(folder)
-    seen = exchange({"complete": mine}, f"looking into {folder}")
-    complete = sorted(set.intersection(*(set(item["complete"]) for item in seen)) - {tag})
-    return f"{UNCHANGED} Complete checkpoints in {folder}: {', '.join(complete)}." if complete else UNCHANGED
-
-
-def _report(roles: Roles, saved: _Saved) -> None:
-    """Say what is unusual about a checkpoint that is about to be loaded."""
-    if saved.manifest is None:
-        log_rank0(f"{saved.folder} has no {manifest.NAME}, as after stock ZeRO-3: its files are loaded unchecked")
-    elif not saved.manifest.protected:
-        log_rank0(f"{saved.folder} is of an older mics_ds, whose {manifest.NAME} has no checksum of its own")
-    if saved.manifest is not None and saved.manifest.ranks != roles.groups.layout.world_size:
-        log_rank0(f"{saved.folder} was saved by {saved.manifest.ranks} ranks")
-
-
 def _states(reader: _Reader, saved: _Saved, path: Path, errors: list[str]) -> dict[str, Any]:
-    """Return the content of a file. It is read together, and compared with its record once, if it has one."""
-    record, reshapes = saved.records.get(path.name), saved.shards != saved.groups.partition.size
-    if record is not None and not reshapes:
+    """Return the content of a file, read together if it has a record. Those of another number of shards are mapped:
+    they have been compared with their records."""
+    record = saved.records.get(path.name)
+    if record is not None and not saved.is_recut:
         return reader.read(path, record, errors)
-    return seam.load_states(path, mmap=reshapes)
+    return seam.load_states(path, mmap=saved.is_recut)
 
 
-def _read_the_rest(
-    engine: Any,
-    roles: Roles,
-    saved: _Saved,
-    reader: _Reader,
-    model: dict[str, Any],
-    how: How,
-    errors: list[str],
-) -> _Loading:
-    """Optimizer states, or of weights alone the shards, for this rank. Collective over the replicas."""
-    p, shard, weights = roles.groups.partition.size, roles.shard, not how["load_optimizer_states"]
+def _read_the_rest(saved: _Saved, reader: _Reader, model: dict[str, Any], how: How, errors: list[str]) -> LoadedStates:
+    """Read optimizer states, or of weights alone the shards, for this rank. Collective over the replicas."""
+    engine, weights = saved.engine, not how["load_optimizer_states"]
+    p, shard = saved.roles.groups.partition.size, saved.roles.shard
     consolidates = weights and (how["custom_load_fn"] is not None or not seam.keeps_shards_in_memory(engine))
     if saved.reshapes:
         log_rank0(f"{saved.folder} has {saved.shards} shards; they are cut into {p} while loading")
-    own: dict[str, Any] = {}
-    if not saved.reshapes:
-        own = _states(reader, saved, saved.optimizer_states(shard), errors)
-    if errors or consolidates or not (own or saved.reshapes):
-        return _Loading(saved, model, own)
-    old, shards = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES]), dict[str, torch.Tensor]()
-    cut = (reader.cut if saved.reshapes else Cut)(saved.shards, p, shard)
+    own = {} if saved.is_recut else _states(reader, saved, saved.optimizer_states(shard), errors)
+    session = LoadedStates(model, own, saved.model_states_shard)
+    if errors or consolidates or not (own or saved.is_recut):
+        return session
+    old = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES])
+    cut = (reader.cut if saved.is_recut else Cut)(saved.shards, p, shard)
 
     def model_states(old_shard: int) -> Mapping[str, Any]:
-        mapped = saved.reshapes and saved.shards != p
-        return seam.load_states(saved.model_states(old_shard), mmap=True) if mapped else model
+        return seam.load_states(saved.model_states(old_shard), mmap=True) if saved.is_recut else model
 
     def optimizer_states(old_shard: int) -> Mapping[str, Any]:
-        return seam.load_states(saved.optimizer_states(old_shard), mmap=True) if saved.reshapes else own
+        return seam.load_states(saved.optimizer_states(old_shard), mmap=True) if saved.is_recut else own
 
     def frozen() -> dict[str, torch.Tensor]:
         shapes = model[reshape.FROZEN_SHAPES] if model.get(reshape.FROZEN_SHARDS) else {}
@@ -457,18 +404,12 @@ def _read_the_rest(
 
     with noting(errors):
         if weights:
-            shards.update(reshape.weights_of(optimizer_states, old, old.shapes, cut), **frozen())
+            masters = reshape.weights_of(optimizer_states, old, old.shapes, cut)
+            session.weights = {**masters, **frozen()}
             model[reshape.FROZEN_SHARDS] = None
         elif saved.reshapes:
-            if model.get(reshape.FROZEN_SHARDS) and saved.shards != p:
+            if model.get(reshape.FROZEN_SHARDS) and saved.is_recut:
                 model[reshape.FROZEN_SHARDS] = frozen()
             new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
-            own.update(reshape.reshape_optimizer(optimizer_states, old, new, owners, cut))
-    return _Loading(saved, model, own, shards if weights else None)
-
-
-def _apply(original: Any, engine: Any, session: _Loading, folder: Any, tag: str, how: How) -> Result:
-    # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
-    session.model[reshape.DP_WORLD_SIZE] = engine.seq_dp_world_size
-    with seam.loading(engine, session, tag):
-        return original(engine, folder, tag=tag, **how)
+            session.optimizer = reshape.reshape_optimizer(optimizer_states, old, new, owners, cut)
+    return session

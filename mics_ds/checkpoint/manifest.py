@@ -25,14 +25,11 @@ from ..errors import MicsCheckpointError
 
 NAME = "mics_manifest.json"
 FORMAT: Literal[3] = 3
-_WITHOUT_SAVE: Literal[2] = 2
-"""Version of manifests that do not name the save that wrote them. Read, never written."""
-_UNPROTECTED: Literal[1] = 1
-"""Version of manifests without a checksum of their own. Read, never written."""
+"""Version of manifests. 2 has no name of the save, 1 has no checksum of its own either; both are only read."""
 ALLOW_UNCHECKED_ENV = "MICS_DS_ALLOW_UNCHECKED"
 """Load what MiCS wrote although its manifest is gone."""
 OWN_STATE = "mics_client_state_rank_{rank}.pt"
-"""File with the state of one rank. The name is from before anything but the client state was in it."""
+"""File with the state of one rank."""
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -92,7 +89,7 @@ class Manifest:
     @property
     def protected(self) -> bool:
         """Return whether it was read with a checksum of its own, which was right."""
-        return self.format != _UNPROTECTED
+        return self.format > 1
 
     @property
     def total_bytes(self) -> int:
@@ -114,16 +111,17 @@ class Manifest:
             ValueError, RecursionError: it is anything else.
         """
         data = json.loads(text)
-        if not isinstance(data, dict) or type(data.get("format")) is not int:
+        version = data.get("format") if isinstance(data, dict) else None
+        if type(version) is not int:
             raise ValueError("there is no format number in it")
-        if data["format"] not in (_UNPROTECTED, _WITHOUT_SAVE, FORMAT):
-            raise ValueError(f"it has format {data['format']}, and this mics_ds knows formats up to {FORMAT}")
-        if ("save" in data) != (data["format"] == FORMAT):
+        if version not in (1, 2, FORMAT):
+            raise ValueError(f"it has format {version}, and this mics_ds knows formats up to {FORMAT}")
+        if ("save" in data) != (version == FORMAT):
             raise ValueError("save: it belongs to the newest format, and to that alone")
-        written = data.pop(_CHECKSUM, None) if data["format"] != _UNPROTECTED else None
+        written = data.pop(_CHECKSUM, None) if version > 1 else None
         # What is checked is also what is read: spaces and the order of keys do not count, everything else does.
         body = json.dumps(data, sort_keys=True)
-        if data["format"] != _UNPROTECTED and written != _checksum(body):
+        if version > 1 and written != _checksum(body):
             raise ValueError("its own checksum is wrong")
         return _SCHEMA.validate_json(body)
 
@@ -143,7 +141,7 @@ def as_json(files: Mapping[str, FileRecord]) -> dict[str, list[int]]:
 
 
 def from_json(notes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, FileRecord]:
-    """The records in what several ranks made with :func:`as_json`."""
+    """Return the records in what several ranks made with :func:`as_json`."""
     return {name: FileRecord(*record) for note in notes for name, record in note.items()}
 
 
@@ -235,16 +233,12 @@ def file_checksum(path: Path) -> tuple[int, int]:
 
 
 def written_checksum(path: Path) -> tuple[int, int]:
-    """Return the checksum of a file that this process has just written, from its own CRCs if torch wrote an archive.
-
-    What is summed up for a large record is what was in memory; if the disk has something else, the result differs from
-    that of :func:`file_checksum`.
-    """
+    """Return bytes and CRC-32 of a file that this process has just written, of large records what was in memory. If the
+    disk has something else, the result differs from that of :func:`file_checksum`."""
     with open(path, "rb", buffering=0) as file:
         size, checksum, start = file.seek(0, 2), 0, 0
         for entry, begin in large_records(path, file) if _sums_are_kept() else ():
-            checksum = range_checksum(file, start, begin, checksum)
-            checksum = join(checksum, entry.CRC, entry.file_size)
+            checksum = join(range_checksum(file, start, begin, checksum), entry.CRC, entry.file_size)
             start = begin + entry.file_size
         return size, range_checksum(file, start, size, checksum)
 
@@ -284,7 +278,7 @@ def range_checksum(file: BinaryIO, start: int, stop: int, checksum: int = 0) -> 
 
 
 def join(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two parts one after the other, from theirs and the bytes of the second."""
+    """Return the CRC-32 of two parts one after the other, from theirs and the bytes of the second."""
     return _times(_shift(length), first) ^ second
 
 

@@ -226,7 +226,7 @@ class MemoryTier:
         client_state = dict(self.client_state() if self.client_state is not None else {})
         files = {} if self.caller is None else self.caller.files()
         states = seam.model_states(engine, client_state)
-        own = RankState.within(states, seam.parameter_names(engine), frozenset(client_state))
+        own = RankState.within(states, seam.parameter_names(engine))
         return {"client_state": client_state, "random": random_states(), "files": files}, own
 
     def _complete(self, engine: Any) -> dict[Path, int]:

@@ -312,16 +312,10 @@ def write(asked: CheckpointRequest, source: Source, folder: Path) -> None:
         return {name: record for files in written for name, record in files.items()}
 
     try:
-        write_together(staging, 0, write_shards, functools.partial(source.describe, tag, save), _REMEDY)
-        failed = f"{staging.target} is complete, but could not be made the latest checkpoint."
-        with raised_on_all_ranks(f"publishing {folder}", failed, _REMEDY):
-            if rank == 0:
-                folders.write_latest(folder, tag)
-                folders.add_scripts(seam.recovery_scripts(), folder)
+        write_together(staging, folder, 0, write_shards, functools.partial(source.describe, tag, save), _REMEDY)
     except BaseException:
         staging.abandon()
         raise
-    staging.end()
     log_rank0(f"{folder} was made from memory, at step {source.step}")
 
 

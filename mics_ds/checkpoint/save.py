@@ -1,8 +1,8 @@
-"""Saving under MiCS: one replica's worth of files, written by all replicas, published when complete.
+"""Save under MiCS: one replica's worth of files, written by all replicas, published when complete.
 
-DeepSpeed says what it would write, in its file layout for p shards. This module decides which rank writes what, sends
-the files to a folder that nobody reads yet, and lets no rank go on before all have succeeded. An asynchronous save
-collects the same states, and has them copied and written beside training.
+DeepSpeed says what it would write, in its file layout for p shards. This module sends that to files in a folder that
+nobody reads yet, and lets no rank go on before all have succeeded. An asynchronous save has the same states copied and
+written beside training.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm import collectives
-from ..comm.packing import ChunkLayout
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
-from ..deepspeed_compat.engine import communication_device, device_streams, steps_taken
+from ..deepspeed_compat.engine import device_streams, steps_taken
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import log_rank0
 from . import folder, manifest
 from .background import Background
 from .coordination import (
-    Fingerprint,
     RankState,
     Roles,
     Run,
@@ -44,12 +41,10 @@ from .coordination import (
     tell_speed,
 )
 from .manifest import OWN_STATE, FileRecord, Manifest
-from .staging import Plan, Stager, marked, pickled
-from .writer import NOTHING_PUBLISHED, Job, Publication
+from .staging import Plan, Stager, marked, pickled, record
+from .writer import NOTHING_PUBLISHED, Job
 
 _AGREED = {"tag": "tag", "folder": "folder", "asynchronous": "way, asynchronous (async_save) or not"}
-_SLICE_ELEMENTS = 4 << 20
-"""Elements of each replica's slice that are on the device at a time."""
 
 
 def save(
@@ -80,45 +75,26 @@ def save(
         return True
     asked = engine.optimizer.mics_groups.config.checkpoint or CheckpointRequest()
     asynchronous = asked.asynchronous if async_save is None else bool(async_save)
-    tier = getattr(engine, "mics_memory", None)
-    if not _may_begin(asked):
-        return False
+    current, tier = Background.current, getattr(engine, "mics_memory", None)
+    if current is not None:
+        note = {"busy": current.is_busy}
+        if asked.busy == "skip" and any(each["busy"] for each in exchange(note, "preparing to save")):
+            log_rank0("a checkpoint is still being written, so this one is skipped")
+            return False
+        current.wait()
     if tier is not None:
         tier.settle()
     Run.begin()
     one = _Save(engine, save_dir, tag, client_state, asynchronous, exclude_frozen_parameters)
     try:
-        if asynchronous:
-            _save_beside_training(one, asked, save_latest)
-        else:
-            one.agree(asked)
-            _save_and_wait(one)
-            _update_latest(one, save_latest)
+        (_save_beside_training if asynchronous else _save_and_wait)(one, asked, save_latest)
     except BaseException:
         if not one.errors:
             one.staging.abandon()
         raise
     if tier is not None:
-        tier.saved(one.folder, one.marker if save_latest else None, client_state, steps_taken(engine), asynchronous)
-    return True
-
-
-def _may_begin(asked: CheckpointRequest) -> bool:
-    """Wait until no save is under way. Collective over the world with ``"busy": "skip"``.
-
-    Returns:
-        Whether to go on. ``False`` with ``"busy": "skip"``, while another is being written.
-
-    Raises:
-        MicsCheckpointError: another rank has died.
-    """
-    current = Background.current
-    if current is None:
-        return True
-    if asked.busy == "skip" and any(note["busy"] for note in exchange({"busy": current.is_busy}, "preparing to save")):
-        log_rank0("a checkpoint is still being written, so this one is skipped")
-        return False
-    current.wait()
+        marker = folder.marker(one.tag, one.name) if save_latest else None
+        tier.saved(one.folder, marker, client_state, steps_taken(engine), asynchronous)
     return True
 
 
@@ -133,9 +109,9 @@ class _Save:
         self.name = f"{Run.name}{Run.next_number():04x}"
         self.tag = self.folder = ""
         self.client_state: dict[str, Any] = {}
-        self.own = RankState({}, {})
-        self.owners_fingerprint: Fingerprint = {}
-        """Of the rank that writes the model states of this rank's shard."""
+        self._own = RankState({}, {})
+        self.own_file: tuple[str, dict[str, Any]] | None = None
+        """Name and content of the file with what differs between this rank and the owner of its shard."""
         self.errors: list[str] = []
 
         with noting(self.errors):
@@ -149,77 +125,48 @@ class _Save:
                     'an asynchronous save writes archives; set "checkpoint": {"checkpoint_serialization": true}, its '
                     "default, or save without async"
                 )
-        with noting(self.errors, lambda error: f"client_state cannot be pickled, {describe_error(error)}"):
-            self.client_state = dict(client_state or {})
         with noting(self.errors):
-            states = seam.model_states(engine, self.client_state)
-            self.own = RankState.within(states, seam.parameter_names(engine), frozenset(self.client_state))
-            self.owners_fingerprint = self.own.fingerprint
-
-    @property
-    def target(self) -> Path:
-        return Path(self.folder) / self.tag
+            try:
+                self.client_state = dict(client_state or {})
+                record(self.client_state)
+            except Exception as error:  # what pickle raises depends on the object
+                raise MicsCheckpointError(f"client_state cannot be pickled, {describe_error(error)}") from error
+        with noting(self.errors):
+            if not self.errors:
+                states = seam.model_states(engine, self.client_state)
+                self._own = RankState.within(states, seam.parameter_names(engine))
 
     @cached_property
     def staging(self) -> folder.Staging:
-        return folder.Staging(self.target, self.name)
+        return folder.Staging(Path(self.folder) / self.tag, self.name)
 
-    @property
-    def failed(self) -> str:
-        return f"Checkpoint {self.target} could not be saved."
-
-    @property
-    def marker(self) -> str:
-        return folder.marker(self.tag, self.name)
-
-    def agree(self, asked: CheckpointRequest, copying: Sequence[str] = ()) -> None:
+    def agree(self, asked: CheckpointRequest, copying_errors: Sequence[str] = ()) -> None:
         """See to it that all ranks mean the same save, and that none has to tell of an earlier one. One all-reduce, if
         all have the same state of their own.
 
-        Args:
-            copying: what has gone wrong on this rank in copying the states, where that has begun already.
-
         Raises:
-            MicsCheckpointError: the ranks disagree, something is wrong with the request, an earlier save failed, or
-                the states could not be copied.
+            MicsCheckpointError: on every rank: something is wrong on one of them.
         """
         current = Background.current
         earlier = "" if current is None else current.take_error().rstrip(".")
         note = {
-            "errors": self.errors,
+            "errors": [*self.errors, *copying_errors],
             "earlier": [earlier] if earlier and asked.on_error == "raise" else [],
-            "copying": list(copying),
             **{name: getattr(self, name) for name in _AGREED},
         }
-        notes, own_states_agree = exchange_and_compare(note, self.own.fingerprint, "preparing to save a checkpoint")
-        raise_together(
-            [{"errors": item["earlier"]} for item in notes],
-            "An earlier asynchronous save failed.",
-            "This one was not begun; save again.",
-        )
+        notes, own_states_agree = exchange_and_compare(note, self._own.fingerprint, "preparing to save a checkpoint")
+        raise_together(notes, "An earlier asynchronous save failed.", "This one was not begun; save again.", "earlier")
         raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
         for field, what in _AGREED.items():
             if field != "folder" or not self.roles.node_local:
                 require_same(notes, field, f"save to the same {what}")
-        raise_together([{"errors": item["copying"]} for item in notes], self.failed, NOTHING_PUBLISHED)
         if not own_states_agree:
-            self._hear_of_owner()
-
-    def _hear_of_owner(self) -> None:
-        """Let ranks know the state of the owner of their shard. Not all have the same."""
-        store, key = shared_store(), f"own/{self.name}/{self.roles.owner}"
-        if self.roles.owns:
-            store.set(key, json.dumps(self.own.fingerprint))
-        exchange({"errors": []}, "comparing states of ranks")
-        self.owners_fingerprint = json.loads(store.get(key))
-        exchange({"errors": []}, "comparing states of ranks")
-        if self.roles.owns:
-            store.delete_key(key)
-
-    def own_file(self) -> tuple[str, dict[str, Any]] | None:
-        """Name and content of the file with what differs between this rank and the owner of its shard, if it does."""
-        content = self.own.beside(self.owners_fingerprint)
-        return None if content is None else (OWN_STATE.format(rank=self.roles.rank), content)
+            store, key = shared_store(), f"own/{self.roles.owner}"  # read before any rank can begin another save
+            if self.roles.owns:
+                store.set(key, json.dumps(self._own.fingerprint))
+            exchange({}, "comparing states of ranks")
+            content = self._own.beside(json.loads(store.get(key)))
+            self.own_file = None if content is None else (OWN_STATE.format(rank=self.roles.rank), content)
 
     def describe(self, files: Mapping[str, FileRecord]) -> Manifest:
         return self.roles.describe(self.tag, self.engine.global_steps, self.name, files)
@@ -243,54 +190,59 @@ class _Files:
             write(marked(states) if name.endswith("_optim_states.pt") else states, str(self._staging / name))
             self.records[name] = manifest.seal(self._staging / name, self._rank)
         except (RuntimeError, OSError) as error:  # torch reports a full disk as RuntimeError
-            free = _free(self._staging)
+            try:
+                free = f"{shutil.disk_usage(self._staging).free / 1e6:.1f} MB free there"
+            except OSError as gone:
+                free = f"the folder: {describe_error(gone)}"
             raise MicsCheckpointError(f"{self._staging / name}: {describe_error(error)} ({free})") from error
 
     def stand_in(self, held: torch.Tensor) -> torch.Tensor:
         return held.cpu()
 
 
-def _free(path: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(path).free / 1e6:.1f} MB free there"
-    except OSError as error:
-        return f"the folder: {describe_error(error)}"
-
-
-def _save_and_wait(one: _Save) -> None:
+def _save_and_wait(one: _Save, asked: CheckpointRequest, save_latest: bool) -> None:
+    one.agree(asked)
     roles, files = one.roles, _Files(one.roles, one.staging.folder)
 
     def write(errors: list[str]) -> Mapping[str, FileRecord]:
-        with _whole_shards(one.engine.optimizer, roles, errors), noting(errors):
-            owns, excluded = roles.owns, one.exclude_frozen
+        owns, excluded, world = roles.owns, one.exclude_frozen, one.engine.optimizer.world_states
+        with nullcontext() if world is None else world.checkpoints.joined(owns, errors), noting(errors):
             which = {"model_states": owns, "optimizer_states": owns, "exclude_frozen": excluded}
             if not errors:
                 seam.collect_states(one.engine, files, one.client_state, **which)
-            own = one.own_file()
-            if own is not None:
-                files.write(own[1], own[0], torch.save)
+            if one.own_file is not None:
+                name, content = one.own_file
+                files.write(content, name, torch.save)
         return files.records
 
-    write_together(one.staging, roles.publisher, write, one.describe, NOTHING_PUBLISHED)
+    root = Path(one.folder)
+    write_together(one.staging, root, roles.publisher, write, one.describe, NOTHING_PUBLISHED, latest=save_latest)
 
 
 def write_together(
     staging: folder.Staging,
+    root: Path,
     publisher: int,
     write: Callable[[list[str]], Mapping[str, FileRecord]],
     describe: Callable[[Mapping[str, FileRecord]], Manifest],
     remedy: str,
+    *,
+    latest: bool = True,
 ) -> None:
-    """Write a checkpoint, and publish it when all ranks have written their part. Collective over the world.
+    """Write a checkpoint, publish it when all ranks have written their part, and make it the latest one. Collective
+    over the world.
 
     Args:
-        staging: to be ended, or abandoned, by the caller.
+        staging: to be abandoned by the caller, if this raises.
+        root: the folder of checkpoints.
         publisher: publishes where this rank's files are.
         write: writes this rank's files and returns their records. It may be collective, and note errors.
         describe: returns the manifest.
+        remedy: if it could not be written. Nothing was published then.
+        latest: whether ``latest`` is to name it.
 
     Raises:
-        MicsCheckpointError: on every rank: it could not be written. Nothing was published.
+        MicsCheckpointError: on every rank: something could not be written.
     """
     target, started, publishes = staging.target, time.monotonic(), dist.get_rank() == publisher
     failed = f"Checkpoint {target} could not be saved."
@@ -304,6 +256,13 @@ def write_together(
             described = describe(_posted_files(staging.save, publisher))
             folder.publish(staging.folder, target, described)
             tell_speed(target, described.total_bytes, started)
+    failed = f"Checkpoint {target} is complete, but {root / folder.LATEST} could not be updated."
+    with raised_on_all_ranks(f"publishing {target}", failed, "Load it by tag."):
+        if publishes and latest:
+            folder.write_latest(root, described.tag)
+        if dist.get_rank() == 0:
+            seam.add_recovery_scripts(root)
+        staging.end()
 
 
 def _post_files(save: str, publisher: int, records: Mapping[str, FileRecord]) -> None:
@@ -316,64 +275,11 @@ def _post_files(save: str, publisher: int, records: Mapping[str, FileRecord]) ->
 def _posted_files(save: str, publisher: int) -> dict[str, FileRecord]:
     """Return the records of all files in this rank's folder. All ranks have posted theirs by now."""
     store, key = shared_store(), f"files/{save}/{publisher}"
-    notes = []
-    for place in range(1, store.add(key, 0) + 1):
-        notes.append(json.loads(store.get(f"{key}/{place}")))
-        store.delete_key(f"{key}/{place}")
-    store.delete_key(key)
-    return manifest.from_json(notes)
-
-
-def _update_latest(one: _Save, wanted: bool) -> None:
-    """Name the published checkpoint in ``latest``, if that is wanted, and let others save that tag."""
-    path = Path(one.folder)
-    failed = f"Checkpoint {one.target} is complete, but {path / folder.LATEST} could not be updated."
-    with raised_on_all_ranks(f"publishing {one.target}", failed, "Load it by tag."):
-        if one.roles.publishes and wanted:
-            folder.write_latest(path, one.tag)
-        folder.add_scripts(seam.recovery_scripts() if one.roles.rank == 0 else (), path)
-        one.staging.end()
-
-
-@contextmanager
-def _whole_shards(optimizer: Any, roles: Roles, errors: list[str]) -> Iterator[None]:
-    """Let ``optimizer.state_dict()`` be that of whole shards, where replicas have slices of them, on the ranks that
-    write one. Collective over the replicas.
-
-    Args:
-        errors: for what this rank alone could not do.
-
-    Raises:
-        MicsCommError: another rank has died.
-    """
-    world = optimizer.world_states
-    if world is None:
-        yield
-        return
-    world.finish_updates()
-    writes, wholes = roles.owns, list[torch.Tensor]()
-    for sub_group, held in world.checkpoints.elementwise_states():
-        rows: torch.Tensor | None = None
-        with noting(errors):
-            if writes and not errors:
-                rows = held.new_empty(world.replication.size, held.numel(), device="cpu")
-        # A ring brings a shard to all replicas in the time that one of them alone would need to receive it.
-        for start in range(0, held.numel(), _SLICE_ELEMENTS):
-            part = held.detach()[start : start + _SLICE_ELEMENTS].to(communication_device())
-            found = collectives.all_gather_rows(part, world.replication, "slices of optimizer states")
-            if rows is not None:
-                rows[:, start : start + part.numel()].copy_(found)
-        with noting(errors):
-            if rows is not None:
-                wholes.append(_joined(rows, world.cuts[sub_group]))
-    with world.checkpoints.whole_shards(wholes) if writes and not errors else nullcontext():
-        yield
-
-
-def _joined(rows: torch.Tensor, cut: ChunkLayout) -> torch.Tensor:
-    whole = rows.new_empty(cut.flat_starts[-1])
-    cut.copy_out(rows, whole.split(list(cut.numels)))
-    return whole
+    keys = [f"{key}/{place}" for place in range(1, store.add(key, 0) + 1)]
+    found = manifest.from_json(json.loads(store.get(each)) for each in keys)
+    for each in (*keys, key):
+        store.delete_key(each)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -385,13 +291,10 @@ def _save_beside_training(one: _Save, asked: CheckpointRequest, save_latest: boo
     was begun.
 
     Ranks copy before they know that all mean the same save, because the host waits for what they say. The first save
-    asks before it, because the processes that write are started together.
-
-    Raises:
-        MicsCheckpointError: on every rank, if any rank could not copy, or as :meth:`_Save.agree` does.
+    asks before it too, because the processes that write are started together.
     """
-    is_first, roles, copying_errors = not Background.is_there(), one.roles, list[str]()
-    if is_first:
+    roles, copying_errors = one.roles, list[str]()
+    if not Background.is_there():
         one.agree(asked)
     background = Background.of_job()
     with noting(copying_errors):
@@ -403,25 +306,19 @@ def _save_beside_training(one: _Save, asked: CheckpointRequest, save_latest: boo
             background.memory.reserve(plan.staged.nbytes)
             copying = background.memory.copy_in(plan.parts, device_streams())
             described = one.describe({})
-    if is_first:
-        with raised_on_all_ranks(f"copying {one.target}", one.failed, NOTHING_PUBLISHED) as noted:
-            noted += copying_errors
-    else:
-        one.agree(asked, copying_errors)
+    one.agree(asked, copying_errors)
     # What goes wrong from now on is the writer's to tell.
     own: tuple[str, bytes] | None = None
     errors: list[str] = []
     with noting(errors):
-        found = one.own_file()
-        own = None if found is None else (found[0], pickled(found[1]))
-    publication = None
-    if roles.publishes:
-        scripts = tuple(seam.recovery_scripts()) if roles.rank == 0 else ()
-        model = seam.model_config(one.engine) if asked.export else ""
-        publication = Publication(described, one.folder, one.tag, save_latest, scripts, asked.export, model)
+        if one.own_file is not None:
+            own = one.own_file[0], pickled(one.own_file[1])
+        if roles.rank == 0:
+            seam.add_recovery_scripts(Path(one.folder))
     job = Job(
         number=Run.next_number(),
-        target=str(one.target),
+        root=one.folder,
+        target=str(one.staging.target),
         staging=str(one.staging.folder),
         staged=plan.staged,
         own=own,
@@ -430,8 +327,11 @@ def _save_beside_training(one: _Save, asked: CheckpointRequest, save_latest: boo
         parent=None if roles.parent is None else background.neighbour(roles.parent),
         children=tuple(roles.children),
         publishers=tuple(roles.publishers),
-        publication=publication,
         limit_s=asked.time_limit,
+        manifest=described if roles.publishes else None,
+        latest=save_latest,
+        export=asked.export,
+        model=seam.model_config(one.engine) if asked.export and roles.publishes else "",
     )
     background.submit(job, copying, one.staging.end)
 

@@ -39,33 +39,17 @@ _SHARE, _PUBLISH, _LATEST = "share", "publish", "latest"
 _SHOWN = 6
 
 
-class Publication(NamedTuple):
-    """Instructions for a rank that publishes."""
-
-    manifest: Manifest
-    """Without the files."""
-    folder: str
-    tag: str
-    latest: bool
-    """Whether ``latest`` is to name it."""
-    scripts: tuple[str, ...]
-    """Files to write beside the checkpoint."""
-    export: str | None
-    """The type of weights that are to be exported too."""
-    model: str = ""
-    """The content of a Hugging Face model's ``config.json``, if it is one."""
-
-
 class Job(NamedTuple):
     """One save, as far as one process is concerned."""
 
     number: int
+    root: str
+    """The folder of checkpoints."""
     target: str
-    """The folder of the checkpoint."""
+    """The folder of this one."""
     staging: str
     """The folder that it is written to."""
     staged: Staged
-    """Copies that the rank has made."""
     own: tuple[str, bytes] | None
     """The name and the content of a small file of this rank's own."""
     error: str
@@ -75,9 +59,15 @@ class Job(NamedTuple):
     parent: Neighbour | None
     children: tuple[int, ...]
     publishers: tuple[int, ...]
-    publication: Publication | None
-    """Set on publishers only."""
     limit_s: float
+    manifest: Manifest | None
+    """On publishers only, without the files."""
+    latest: bool = True
+    """Whether ``latest`` is to name it."""
+    export: str | None = None
+    """The type of weights that are to be exported too."""
+    model: str = ""
+    """The content of a Hugging Face model's ``config.json``, if it is one."""
 
 
 class Seal(NamedTuple):
@@ -103,8 +93,8 @@ class Done(NamedTuple):
     number: int
     error: str
     """Empty if the checkpoint, or the copy, is there."""
-    seconds: float
-    nbytes: int
+    seconds: float = 0.0
+    nbytes: int = 0
     """Written by this process."""
 
 
@@ -114,7 +104,6 @@ class _Save:
     def __init__(self, job: Job, writer: _Writer) -> None:
         self._job, self._writer, self._rank = job, writer, writer.rank
         self._deadline = time.monotonic() + job.limit_s
-        self._parent: Link | None = None
         self._children: dict[int, Link] = {}
         self._errors: list[str] = [f"rank {self._rank}: {job.error}"] if job.error else []
         self._files: dict[str, FileRecord] = {}
@@ -123,22 +112,21 @@ class _Save:
 
     def run(self) -> str:
         """Take part to the end. Returns the result: empty, or why there is no checkpoint."""
-        job, listener = self._job, self._writer.listener
+        job, listener, parent = self._job, self._writer.listener, None
         if job.parent is not None:
             with self._noting():
-                self._parent = connect_for_save(job.parent, self._writer.token, job.number, self._rank, self._deadline)
+                parent = connect_for_save(job.parent, self._writer.token, job.number, self._rank, self._deadline)
         for rank in job.children:
             with self._noting():
                 self._children[rank] = listener.await_save(job.number, rank, self._deadline)
-        for rank in set(job.children).intersection(job.sharers):
-            with self._noting():
-                self._take_report(rank)
+        sharers = [rank for rank in self._children if rank in job.sharers]
+        for rank in sharers:
+            self._take_report(rank)
         with self._noting():
             self._write()
-        for rank in set(job.children).difference(job.sharers):
-            with self._noting():
-                self._take_report(rank)
-        result = self._decide() if job.parent is None else self._follow()
+        for rank in [rank for rank in self._children if rank not in sharers]:
+            self._take_report(rank)
+        result = self._decide() if job.parent is None else self._follow(parent)
         for link in self._children.values():
             with suppress(LostError):
                 link.send({"result": result})
@@ -150,18 +138,17 @@ class _Save:
 
     def _noting(self) -> AbstractContextManager[None]:
         """Note an error: the others wait for a report."""
-        return noting(self._errors, lambda error: self._who(error) + describe_error(error))
+        return noting(self._errors, self._say)
 
-    def _who(self, error: Exception) -> str:
-        return "" if isinstance(error, LostError) else f"rank {self._rank}: "
+    def _say(self, error: Exception) -> str:
+        return ("" if isinstance(error, LostError) else f"rank {self._rank}: ") + describe_error(error)
 
     def _take_report(self, rank: int) -> None:
         """Take what a child has to tell."""
-        if rank not in self._children:
-            return
-        report = self._receive(rank)
-        self._errors += report["errors"]
-        self._files |= manifest.from_json([report["files"]])
+        with self._noting():
+            report = self._receive(rank)
+            self._errors += report["errors"]
+            self._files |= manifest.from_json([report["files"]])
 
     def _receive(self, rank: int) -> dict[str, Any]:
         try:
@@ -205,14 +192,14 @@ class _Save:
         self._files[path.name] = record = manifest.seal(path, self._rank)
         self.written += record.bytes
 
-    def _follow(self) -> str:
+    def _follow(self, parent: Link | None) -> str:
         """Report, do as the first publisher says, and return the result."""
-        if self._parent is None:
+        if parent is None:
             return self._not_saved()
-        with closing(self._parent) as parent:
+        with closing(parent):
             try:
                 # What this process publishes itself is no concern of the first publisher.
-                elsewhere = {} if self._job.publication is not None else self._files
+                elsewhere = {} if self._job.manifest is not None else self._files
                 parent.send({"errors": self._errors, "files": manifest.as_json(elsewhere)})
                 while True:
                     message = parent.receive()
@@ -230,65 +217,58 @@ class _Save:
 
     def _decide(self) -> str:
         """Publish with the other publishers, if nothing is wrong anywhere. On the first publisher."""
-        target, publication = self._job.target, self._job.publication
-        assert publication is not None, "the first publisher publishes"
-        failed = "" if self._errors else self._all_publish(_PUBLISH)
-        if self._errors or failed:
-            return self._not_saved(*filter(None, [failed]))
-        failed = self._all_publish(_LATEST) if publication.latest else ""
+        job = self._job
+        if not self._errors:
+            self._errors += self._all_publish(_PUBLISH)
+        if self._errors:
+            return self._not_saved()
+        failed = self._all_publish(_LATEST) if job.latest else []
         if failed:
-            latest = Path(publication.folder) / folder.LATEST
-            return f"Checkpoint {target} is complete, but {latest} could not be updated. {failed}."
-        if publication.export:
-            _export(Path(target), publication)
+            latest = Path(job.root) / folder.LATEST
+            return f"Checkpoint {job.target} is complete, but {latest} could not be updated. {'; '.join(failed)}."
+        if job.export:
+            _export(job)
         return ""
 
-    def _not_saved(self, *more: str) -> str:
-        errors = list(dict.fromkeys([*self._errors, *more]))
+    def _not_saved(self) -> str:
+        errors = list(dict.fromkeys(self._errors))
         said = "; ".join(errors[:_SHOWN]) + (f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else "")
         return f"Checkpoint {self._job.target} could not be saved. {said}. {NOTHING_PUBLISHED}"
 
-    def _all_publish(self, what: str) -> str:
+    def _all_publish(self, what: str) -> list[str]:
         """Have all publishers do something, at the same time. Returns what went wrong."""
         others = [self._children[rank] for rank in self._job.publishers if rank in self._children]
-        found = []
         for link in others:
             with suppress(LostError):  # of which the answer tells
                 link.send({"do": what})
-        found.append(self._publish(what))
+        found = [self._publish(what)]
         for link in others:
-            try:
+            with noting(found):
                 found.append(link.receive()["error"])
-            except LostError as lost:
-                found.append(describe_error(lost))
-        return "; ".join(filter(None, found))
+        return [error for error in found if error]
 
     def _publish(self, what: str) -> str:
-        job, publication = self._job, self._job.publication
-        assert publication is not None, "only publishers are asked"
-        try:
+        job, errors = self._job, list[str]()
+        assert job.manifest is not None, "only publishers are asked"
+        with noting(errors, self._say):
             if what == _PUBLISH:
-                folder.add_scripts(publication.scripts, Path(publication.folder))
-                described = replace(publication.manifest, files=self._files)
-                folder.publish(Path(job.staging), Path(job.target), described)
+                folder.publish(Path(job.staging), Path(job.target), replace(job.manifest, files=self._files))
             else:
-                folder.write_latest(Path(publication.folder), publication.tag)
-        except Exception as error:
-            return f"rank {self._rank}: {describe_error(error)}"
-        return ""
+                folder.write_latest(Path(job.root), job.manifest.tag)
+        return "".join(errors)
 
 
-def _export(target: Path, publication: Publication) -> None:
+def _export(job: Job) -> None:
     """Export the weights of a published checkpoint, in a process of its own, because that imports DeepSpeed.
 
     The checkpoint is complete without them, so a failure is a line in the log.
     """
     root = f"import sys; sys.path[0] = {sys.path[0]!r}"
     code = f"{root}; from mics_ds.export import export_saved; export_saved(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(target), str(publication.export), publication.model]
+    command = [sys.executable, "-c", code, job.target, str(job.export), job.model]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        logger.error("the weights of %s were not exported: %s", target, done.stderr.strip()[-500:])
+        logger.error("the weights of %s were not exported: %s", job.target, done.stderr.strip()[-500:])
 
 
 class _Writer:
@@ -304,7 +284,7 @@ class _Writer:
         started, one = time.monotonic(), _Save(job, self)
         self.memory.map(job.staged.nbytes)
         error = one.run()
-        if error and job.publication is not None:
+        if error and job.manifest is not None:
             folder.discard(Path(job.staging))
         return Done(job.number, error, time.monotonic() - started, one.written)
 
@@ -322,7 +302,7 @@ class _Writer:
         for writer, name, where in job.guests:
             with noting(errors):
                 self._keep(writer, {"name": name, "step": job.step, "number": job.number}, Path(where))
-        return Done(job.number, "; ".join(errors), 0.0, 0)
+        return Done(job.number, "; ".join(errors))
 
     def _keep(self, writer: Neighbour, which: Mapping[str, Any], path: Path) -> None:
         forget(path)

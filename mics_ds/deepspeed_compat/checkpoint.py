@@ -8,10 +8,14 @@ import json
 import logging
 import os
 import pickle
+import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -37,10 +41,8 @@ class CheckpointFiles:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.session: Any = None
-        """With ``model_states_shard``. While states are collected, with ``write(states, path, write)`` and
-        ``stand_in(held)``: what to show DeepSpeed in place of a frozen parameter. While loading, with ``read(path)``,
-        ``model``, what the file of model states has, and ``weights_are_set``: whether nothing but the rest of the
-        module is left to be loaded."""
+        """While loading, :class:`LoadedStates`. While states are collected, with ``model_states_shard``,
+        ``write(states, path, write)`` and ``stand_in(held)``: what to show DeepSpeed in place of a frozen parameter."""
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> CheckpointFiles:
@@ -82,11 +84,12 @@ def optimizer_states_name(engine: DeepSpeedEngine, shard: int, bf16: bool | None
     return os.path.basename(engine._get_rank_zero_ckpt_name("", "", mp_rank, shard, bf16))
 
 
-def recovery_scripts() -> list[str]:
-    """Return the scripts that DeepSpeed leaves beside a checkpoint, to be run there."""
-    folder = os.path.join(os.path.dirname(deepspeed.__file__), "utils")
-    found = (os.path.join(folder, name) for name in ("zero_to_fp32.py", "zero_to_torch.py"))
-    return [path for path in found if os.path.exists(path)]
+def add_recovery_scripts(folder: Path) -> None:
+    """Copy the scripts that DeepSpeed leaves beside a checkpoint, to be run there."""
+    scripts = Path(deepspeed.__file__).parent / "utils"
+    for script in filter(Path.exists, (scripts / "zero_to_fp32.py", scripts / "zero_to_torch.py")):
+        copy = Path(shutil.copyfile(script, folder / script.name))
+        copy.chmod(copy.stat().st_mode | stat.S_IEXEC)
 
 
 def param_shapes(engine: DeepSpeedEngine) -> list[Mapping[str, torch.Size]]:
@@ -309,21 +312,45 @@ def _safe_classes() -> list[Any]:
 
 _SAFE_CLASSES = _safe_classes()
 
-_loading: ContextVar[Any] = ContextVar("loading", default=None)
-_loading_tag: ContextVar[str | None] = ContextVar("loading_tag", default=None)
+
+@dataclass
+class LoadedStates:
+    """States that DeepSpeed gets where it would read files."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    model_states_shard: int | None = None
+    """``None`` if the states come from no file."""
+    weights: Mapping[str, torch.Tensor] | None = None
+    """This rank's shards, if they alone are loaded. Only the rest of the module is left to DeepSpeed then."""
+
+    def read(self, path: str) -> dict[str, Any]:
+        return self.optimizer if path.endswith("_optim_states.pt") else self.model
 
 
-@contextmanager
-def loading(engine: DeepSpeedEngine, session: Any, tag: str) -> Iterator[None]:
-    """Have DeepSpeed load what a session has, and consolidated weights, if it needs any, from that tag and not from the
-    latest one."""
-    tokens = _loading.set(session), _loading_tag.set(tag)
+_loading: ContextVar[tuple[LoadedStates | None, str | None]] = ContextVar("loading", default=(None, None))
+"""The states that are being loaded, and their tag."""
+
+
+def load_instead(
+    original: Any, engine: DeepSpeedEngine, states: LoadedStates, folder: Any, tag: str, how: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Call ``engine.load_checkpoint`` with states in place of files. If DeepSpeed needs consolidated weights, they are
+    those of the tag and not of the latest one.
+
+    Args:
+        how: further arguments.
+    """
+    if states.weights is not None:
+        set_shards(engine, states.weights)
+    # The number of shards has been checked. DeepSpeed would compare the number of ranks, which may differ.
+    states.model["dp_world_size"] = engine.seq_dp_world_size
+    token = _loading.set((states, tag))
     try:
-        with CheckpointFiles.of(engine).through(session):
-            yield
+        with CheckpointFiles.of(engine).through(states):
+            return original(engine, folder, tag=tag, **how)
     finally:
-        _loading.reset(tokens[0])
-        _loading_tag.reset(tokens[1])
+        _loading.reset(token)
 
 
 def _get_all_ckpt_names(original: Any, engine: Any, folder: str, tag: str) -> list[str]:
@@ -413,14 +440,14 @@ def install(
     """
 
     def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
-        session = _loading.get()
-        if session is not None and session.weights_are_set:
-            return session.model["module"]
-        return consolidate(checkpoint_dir, tag or _loading_tag.get(), **kwargs)
+        states, loading_tag = _loading.get()
+        if states is not None and states.weights is not None:
+            return states.model["module"]
+        return consolidate(checkpoint_dir, tag or loading_tag, **kwargs)
 
     def load_module_state_dict(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = _loading.get()
-        if session is not None and session.weights_are_set:
+        states, _ = _loading.get()
+        if states is not None and states.weights is not None:
             kwargs["fetch_z3_params"] = False  # nothing of them is to be loaded
         return original(self, *args, **kwargs)
 

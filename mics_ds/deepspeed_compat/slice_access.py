@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..comm import collectives
 from ..comm.packing import ChunkLayout
+from ..errors import noting
 from .engine import communication_device
 from .patching import replace_methods, temporarily
 from .states import inner_states, is_elementwise
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _MASTERS, _STATES = "fp32_flat_groups", "optimizer_state_dict"
+_SLICE_ELEMENTS = 4 << 20
+"""Elements of each replica's slice that are on the device at a time, where slices are joined."""
 
 
 class SliceAccess:
@@ -157,6 +160,35 @@ class SliceCheckpoints:
         masters = [whole_of[id(master)] for master in self._optimizer.fp32_partitioned_groups_flat]
         whole = {**states, _STATES: {**inner, "state": held}, _MASTERS: masters}
         with temporarily(self._optimizer, "state_dict", lambda: whole):
+            yield
+
+    @contextmanager
+    def joined(self, keeps: bool, errors: list[str]) -> Iterator[None]:
+        """Let the optimizer's ``state_dict`` be that of an optimizer without slices on the replicas that keep whole
+        shards, in host memory. Collective over the replicas. What this rank alone could not do is noted.
+
+        Raises:
+            MicsCommError: another rank has died.
+        """
+        self._world.finish_updates()
+        wholes = list[torch.Tensor]()
+        for sub_group, held in self.elementwise_states():
+            rows: torch.Tensor | None = None
+            with noting(errors):
+                if keeps and not errors:
+                    rows = held.new_empty(self._world.replication.size, held.numel(), device="cpu")
+            # A ring brings a shard to all replicas in the time that one of them alone would need to receive it.
+            for start in range(0, held.numel(), _SLICE_ELEMENTS):
+                part = held.detach()[start : start + _SLICE_ELEMENTS].to(communication_device())
+                found = collectives.all_gather_rows(part, self._world.replication, "slices of optimizer states")
+                if rows is not None:
+                    rows[:, start : start + part.numel()].copy_(found)
+            with noting(errors):
+                if rows is not None:
+                    cut = self._world.cuts[sub_group]
+                    wholes.append(rows.new_empty(cut.flat_starts[-1]))
+                    cut.copy_out(rows, wholes[-1].split(list(cut.numels)))
+        with self.whole_shards(wholes) if keeps and not errors else nullcontext():
             yield
 
     def _rigid_load_state_dict(

@@ -53,7 +53,7 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
     found = weights or [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]
     saved = {name: tensor for path in found for name, tensor in _load_weights(path).items()}
     layout = reshape.ShardLayout(shards, model(0)[reshape.PARAM_SHAPES])
-    frozen = model(0).get(reshape.FROZEN_SHAPES) or {}
+    frozen, whole = model(0).get(reshape.FROZEN_SHAPES) or {}, reshape.Cut(shards, 1, 0)
     findings: list[str] = []
     checked = sum(_look_at_states(optim(shard), shard, layout, findings) for shard in range(shards))
     compared = 0
@@ -61,9 +61,9 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
         if name not in saved:
             continue
         if name in frozen:
-            held_as = reshape.reshape_frozen(model, {name: shape}, shards, 1, 0)
+            held_as = reshape.reshape_frozen(model, {name: shape}, whole)
         else:
-            held_as = reshape.weights_of(optim, layout, {name: shape}, 1, 0)
+            held_as = reshape.weights_of(optim, layout, {name: shape}, whole)
         masters, held = held_as[name].detach(), saved[name].reshape(-1)
         if held.numel() != masters.numel():
             findings.append(f"{name} has {held.numel()} elements, and its masters have {masters.numel()}")

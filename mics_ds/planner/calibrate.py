@@ -29,6 +29,7 @@ from torch import nn
 from ..comm.groups import MicsGroups, build_groups
 from ..config import MicsConfig
 from ..errors import MicsPlanError
+from ..files import write_text
 from .cases import Case, buffer, cases, device
 from .machine import Link, Machine, Sweep, ranks_per_node
 from .presets import machine_from_json
@@ -337,9 +338,7 @@ def check_out(path: Path) -> None:
 
 def write(machine: Machine, path: Path) -> None:
     """Write a machine where :func:`mics_ds.planner.presets.load_machine` finds it, all or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_rounded(machine.to_json()), indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(_rounded(machine.to_json()), indent=1) + "\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -35,6 +35,7 @@ from ..comm.packing import ChunkLayout
 from ..comm.rank_group import Ways
 from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsError, MicsPlanError
+from ..files import write_text
 from ..log import log_rank0, logger
 from .machine import GroupForm
 from .presets import load_machine
@@ -342,8 +343,6 @@ class Cache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            partial.write_text(json.dumps({"key": self._key, "ways": asdict(ways)}, indent=1) + "\n")
-            os.replace(partial, self.path)
+            write_text(self.path, json.dumps({"key": self._key, "ways": asdict(ways)}, indent=1) + "\n")
         except (OSError, RuntimeError) as error:  # as in read
             logger.debug("measured ways of collectives are not kept: %s", error)

@@ -10,7 +10,7 @@ from mics_ds.checkpoint.manifest import Manifest
 def staged(folder, tag="t", content=b"abc", steps=1):
     """A folder with one file, ready to be published, and its manifest."""
     target = folder / tag
-    staging = folders.staging_folder(target, "0123456789ab")
+    staging = folders.Staging(target, "0123456789ab").folder
     staging.mkdir()
     (staging / "a_model_states.pt").write_bytes(content)
     files = {"a_model_states.pt": manifest.seal(staging / "a_model_states.pt", 3)}

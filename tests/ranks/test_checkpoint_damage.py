@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_engines import adamw, digest, engine_of, reshape
+from checkpoint_engines import RESHAPE, adamw, digest, engine_of, reshape
 from deepspeed.checkpoint.constants import CHECKPOINT_PARALLEL_DIMS
 from faults import Once, mutate, outcome, unforeseen
 from helpers import build, ds_config, environment, train
@@ -163,6 +163,17 @@ def test_damage_is_named_on_every_rank_and_changes_nothing(tmp_path):
     assert wrong == {}, wrong
     engine.load_checkpoint(str(folder), tag="global_step1")
     assert engine.global_steps == 1
+
+
+@pytest.mark.ranks(4)
+def test_damage_is_found_in_files_that_are_cut_into_other_sub_groups(tmp_path):
+    saved_twice(tmp_path)
+    on_rank_0(lambda: flip(tmp_path / "global_step2" / OPTIM))
+    engine = engine_of(2, seed=5, zero={"sub_group_size": 100, **RESHAPE})
+    before = digest(engine)
+    said = outcome(lambda: engine.load_checkpoint(str(tmp_path)))
+    assert re.search(f"ranks 1, 3: .*{OPTIM} has other content than was written", said), said
+    assert digest(engine) == before
 
 
 @pytest.mark.ranks(4)

@@ -139,7 +139,7 @@ def test_a_file_system_that_cannot_flush_folders_is_good_enough(tmp_path, monkey
     assert manifest.read(target) == described
 
 
-@pytest.mark.parametrize("broken", ["rmtree", "_sync_folder"])
+@pytest.mark.parametrize("broken", ["rmtree", "sync_folder"])
 def test_what_fails_after_publication_is_a_line_in_the_log(tmp_path, monkeypatch, broken):
     said = []
     monkeypatch.setattr(logger, "warning", lambda text, *values: said.append(text % values))

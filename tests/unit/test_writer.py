@@ -23,7 +23,7 @@ from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory,
 from mics_ds.checkpoint.links import Listener, LostError, Neighbour, connect_for_save, fetch, listen
 from mics_ds.checkpoint.manifest import Manifest
 from mics_ds.checkpoint.staging import Share, Staged, StagedFile, record
-from mics_ds.checkpoint.writer import Job, Publication, Seal, _Writer
+from mics_ds.checkpoint.writer import Job, Seal, _Writer
 
 
 def soon(seconds=20.0):
@@ -218,18 +218,20 @@ class Ranks:
         parent = 0 if rank in publishers else mine
         children = [other for other in range(len(self.folders)) if self._parent(other) == rank]
         return Job(
-            number,
-            str(path / "tag"),
-            str(folder.staging_folder(path / "tag", "f00d")),
-            Staged((file,), (Share(1, (40,), 1),), (0, 0), 1000),
-            (f"own{rank}", b"mine"),
-            error,
-            (rank,),
-            None if rank == 0 else self.neighbours[parent],
-            tuple(children),
-            tuple(publishers),
-            Publication(described, str(path), "tag", latest, (), None) if rank in publishers else None,
-            20.0,
+            number=number,
+            root=str(path),
+            target=str(path / "tag"),
+            staging=str(folder.Staging(path / "tag", "f00d").folder),
+            staged=Staged((file,), (Share(1, (40,), 1),), (0, 0), 1000),
+            own=(f"own{rank}", b"mine"),
+            error=error,
+            sharers=(rank,),
+            parent=None if rank == 0 else self.neighbours[parent],
+            children=tuple(children),
+            publishers=tuple(publishers),
+            limit_s=20.0,
+            manifest=described if rank in publishers else None,
+            latest=latest,
         )
 
     def _parent(self, rank):
