@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases import every
+from forks import ForkingPopen
 
 from mics_ds import __version__
 from mics_ds.cli import app
@@ -25,10 +27,13 @@ OLD_NAMES = {
 }
 
 
-def start(*words: str, **environment: str) -> subprocess.CompletedProcess:
+def start(*words: str, begin: Any = subprocess.Popen, **environment: str) -> subprocess.CompletedProcess:
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**environ, **environment})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with begin(command, env={**environ, **environment}, **pipes) as process:
+        output, error = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(command, process.returncode, output, error)
 
 
 def test_the_help_groups_all_subcommands_by_what_they_are_for(capsys):
@@ -88,7 +93,7 @@ def test_mics_plan_still_plans():
 
 def test_on_ranks_the_notice_comes_from_rank_0_and_names_the_module():
     arguments = ["-m", "mics_ds.check", "--local_rank=0", "--list", "--only", "zero.Init"]
-    first, second = (start(*arguments, RANK=rank, WORLD_SIZE="2") for rank in "01")
+    first, second = (start(*arguments, begin=ForkingPopen, RANK=rank, WORLD_SIZE="2") for rank in "01")
     assert first.stderr == "python -m mics_ds.check will go after the next release; use: -m mics_ds check\n"
     assert first.stdout == "zero.Init bf16 p=2\n"
     assert (second.stdout, second.stderr) == ("", "")
