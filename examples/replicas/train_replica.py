@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", default=str(HERE / "ds_config.json"))
     arguments = parser.parse_args()
     deepspeed.init_distributed()
+    torch.manual_seed(0)  # all replicas begin with the same weights
     model = NextByte()
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=arguments.deepspeed_config

@@ -35,7 +35,7 @@ def test_a_replica_of_a_framework_is_killed_and_comes_back(tmp_path, program):
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "ranks"), [("train_replica.py", 2), ("replica_trainer.py", 1)])
 def test_an_example_trains_as_its_page_says(tmp_path, script, ranks):
-    command = [sys.executable, "-m", "mics_ds", "replicas", "-n", "2", "--min", "2", "--"]
+    command = [sys.executable, "-m", "mics_ds", "replicas", "-n", "2", "--min", "2", "--restarts", "1", "--"]
     command += [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), str(EXAMPLES / script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
