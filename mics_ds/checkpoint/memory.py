@@ -20,6 +20,7 @@ from ..comm.groups import MicsGroups
 from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import device_streams, random_states, steps_taken
+from ..deepspeed_compat.states import bytes_of_moments_to_come
 from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
@@ -134,11 +135,17 @@ class MemoryTier:
         p = layout.partition_size
         return Place(group, index % p, index // p, p, layout.replication_size)
 
+    def copy_bytes(self, engine: Any) -> int:
+        """Return the bytes of this rank's copy of the shards, with what the first step adds to them."""
+        to_come = bytes_of_moments_to_come(engine.optimizer)
+        sharers = 1 if engine.optimizer.world_states is not None else len(self.roles.sharers)
+        return plan_of(engine, self.roles, {}).staged.nbytes + -(-to_come // sharers)
+
     def _can_be_on(self, engine: Any) -> bool:
         """Return whether no other job is using the region, and there is room. Collective over the world."""
         errors, nbytes = list[str](), 0
         with noting(errors):
-            nbytes = plan_of(engine, self.roles, {}).staged.nbytes
+            nbytes = self.copy_bytes(engine)
             self._take_region()
         if errors:
             logger.warning("states are not copied to memory: %s", "; ".join(errors))

@@ -106,6 +106,21 @@ def inner_states(optimizer: Any, master: torch.Tensor) -> Iterator[tuple[torch.o
             yield inner, inner.state.get(master, {})
 
 
+def bytes_of_moments_to_come(optimizer: Any) -> int:
+    """Return the bytes of optimizer states that the first step makes on this rank, by the settings of the optimizer.
+
+    DeepSpeed lets optimizers make their states when they need them.
+    """
+    settings = optimizer.optimizer.defaults
+    moments = len(settings.get("betas", ())) or bool(settings.get("momentum")) + ("alpha" in settings)
+    masters = (
+        master
+        for master in optimizer.fp32_partitioned_groups_flat
+        if not any(held for _, held in inner_states(optimizer, master))
+    )
+    return moments * sum(master.nbytes for master in masters)
+
+
 def is_elementwise(value: Any, numel: int) -> bool:
     """Return whether a state of an optimizer has an element for each of so many of its master."""
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() == numel

@@ -36,11 +36,16 @@ def on_disk_and_in_memory(root, **more):
     return engine, saved, digest(engine)
 
 
-def all_say(value) -> set:
-    """What the ranks say, as a set."""
+def each_says(value) -> list:
+    """What the ranks say, in their order."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
-    return set(found)
+    return found
+
+
+def all_say(value) -> set:
+    """What the ranks say, as a set."""
+    return set(each_says(value))
 
 
 def files_in(root):
@@ -288,6 +293,20 @@ def test_a_region_that_is_removed_in_mid_run_is_made_anew(tmp_path):
         dist.barrier()
         again, _, _ = resumed(tmp_path)
         assert (again.global_steps, digest(again)) == (8, digest(engine))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_the_room_for_a_copy_is_known_before_the_optimizer_has_states(tmp_path, states):
+    with nodes(tmp_path, states):
+        restarted()
+        engine = engine_of(2, zero=zero())
+        assert not any(engine.optimizer.optimizer.state.values()), "DeepSpeed leaves them to the first step"
+        planned = sum(each_says(engine.mics_memory.copy_bytes(engine)))
+        steps(engine, 1)
+        taken = sum(each_says(engine.mics_memory.copy_bytes(engine)))
+        assert taken > 12 * sum(param.ds_numel for param in engine.module.parameters())
+        assert 0 <= taken - planned <= 4 * 4096, "what is aligned, and Adam's count of steps"
 
 
 @pytest.mark.ranks(4)
