@@ -26,7 +26,7 @@ from .job import current_job
 from .layout import MicsLayout, Ranks
 from .placement import Placement
 from .rank_group import REDUCE_SCATTER_METHODS, RankGroup, ReduceScatterMethod, StageGroups, Ways
-from .sizes import AHEAD, Sizes, sizes_of
+from .sizes import Sizes, sizes_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def build_groups(
     scatter_purpose = "scatter" if streams is None else "gather"
     if current_job().is_news(own):
         log_rank0(own.describe(placed.domains_from, *astuple(ways)))
+    sizes = sizes_of(streams is not None)
     return MicsGroups(
         config=config,
         layout=own,
@@ -145,10 +146,10 @@ def build_groups(
         scatter_stages=make.of_stages(scatter_purpose) if ways.staged_scatter else None,
         ways=ways,
         node_of=dict(zip(everyone.ranks, placed.nodes)),
-        sizes=sizes_of(streams is not None),
+        sizes=sizes,
         gather_executor=_executor("all-gather", own, streams),
-        scatter_executor=_executor("reduction", own, streams, ahead=AHEAD),
-        replica_executor=_executor("replicas", own, streams, ahead=AHEAD, own_issue=True),
+        scatter_executor=_executor("reduction", own, streams, ahead=sizes.ahead),
+        replica_executor=_executor("replicas", own, streams, ahead=sizes.ahead, own_issue=True),
     )
 
 

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 MIB = 1 << 20
 LEAST_PARTS = 8
 """Hop 1 leaves at most an eighth of the gradients to the end of a pass, and hop 2 begins with an eighth of them."""
-AHEAD = 2
-"""Tasks of one executor that hold memory at a time, see :class:`mics_ds.comm.async_exec.StreamExecutor`."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Least bytes of what is worth a collective."""
+    """Least bytes of what is worth a collective, and how many of these may be under way."""
 
     unit: int
     """Gradient shards in hop 2, see :meth:`unit_of`, and gathered shards of updated weights."""
@@ -28,6 +26,9 @@ class Sizes:
     """Full gradients in hop 1."""
     whole: int
     """A parameter that is gathered in two stages without a copy, by one collective for each domain."""
+    ahead: int = 2
+    """Tasks of one executor that hold memory at a time, see :class:`mics_ds.comm.async_exec.StreamExecutor`. A host
+    without streams would stop the backward pass to keep to fewer, and with it the gathers for the next layers."""
 
     def bucket_limit(self, numel: int, itemsize: int) -> int:
         """Return the elements of the largest bucket that is of use, for ``numel`` elements of gradients in all."""
@@ -43,7 +44,7 @@ class Sizes:
 
 
 ON_ACCELERATORS = Sizes(unit=32 * MIB, bucket=32 * MIB, whole=8 * MIB)
-ON_CPUS = Sizes(unit=2 * MIB, bucket=2 * MIB, whole=MIB // 4)
+ON_CPUS = Sizes(unit=2 * MIB, bucket=2 * MIB, whole=MIB // 4, ahead=LEAST_PARTS)
 
 
 def sizes_of(streams: bool) -> Sizes:

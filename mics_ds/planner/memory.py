@@ -14,8 +14,8 @@ shard has c = ceil(numel / p) elements, padding included:
 | gradient exchange | Σ c · 4, trainable, with an offloaded optimizer only                          | host             |
 | persistent        | Σ c · p · b of parameters that stay gathered                                  | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
-| scratch           | AHEAD tasks of hop 1: a packed bucket and what each stage leaves of it        | GPU with streams |
-|                   | AHEAD units of hop 2 and of updated weights, with world-sharded states;       | GPU with streams |
+| scratch           | two tasks of hop 1: a packed bucket and what each stage leaves of it          | GPU with streams |
+|                   | two units of hop 2 and of updated weights, with world-sharded states;         | GPU with streams |
 |                   | parts of reduce_bucket_size / p elements, with an offloaded optimizer         | GPU with streams |
 
 On the host as well, of the training states that a checkpoint holds, T = Σ c · 4 · (1 + states of the optimizer):
@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..comm.sizes import AHEAD, sizes_of
+from ..comm.sizes import ON_ACCELERATORS, sizes_of
 from .model import shard_numel, sliced_numel
 from .timeline import WIRE_BYTES, Scheme, StepTime
 from .workload import OPTIMIZERS, Workload
@@ -181,7 +181,8 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     live = (played.live_numel + ahead) * b if p > 1 else 0
     buckets = bucket + played.bucket_numel * b + model.largest * b
     if streams and system.p is not None:  # two tasks at a time, in buffers that executors keep
-        scratch = AHEAD * (played.bucket_numel * b + min(_hop2_bytes(job, system, n), trained * accumulation))
+        left = min(_hop2_bytes(job, system, n), trained * accumulation)
+        scratch = ON_ACCELERATORS.ahead * (played.bucket_numel * b + left)
         buckets = bucket + scratch + model.largest * b
         bucket += scratch
     return Memory(

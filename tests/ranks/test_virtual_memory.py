@@ -13,7 +13,7 @@ from torch import nn
 from virtual_device.accelerator import DEVICE
 
 from mics_ds.comm import groups
-from mics_ds.comm.sizes import AHEAD, Sizes
+from mics_ds.comm.sizes import Sizes
 from mics_ds.planner import memory as planned
 from mics_ds.planner.model import Block, Model, Unit
 from mics_ds.planner.presets import PRESETS
@@ -53,9 +53,9 @@ def test_two_tasks_of_each_hop_hold_memory(p, per_node, states):
     hop1 = device.memory.peak[engine.optimizer.reduce_and_partition_stream.name]
     hop2 = sum(device.memory.peak[stream.name] for stream in (groups.replica_executor._issue,) if stream)
     staged = groups.scatter_hierarchy is not None
-    assert hop1 == AHEAD * (LAYER + LAYER // p + (LAYER // per_node if staged else 0)) * ITEM
+    assert hop1 == SIZES.ahead * (LAYER + LAYER // p + (LAYER // per_node if staged else 0)) * ITEM
     # A unit is a shard here: more than an eighth of all.
-    assert hop2 == (AHEAD * LAYER // p * ITEM if states == "world" else 0)
+    assert hop2 == (SIZES.ahead * LAYER // p * ITEM if states == "world" else 0)
     block = Block((Unit((LAYER,), 1.0),), repeat=LAYERS)
     zero = ZeroSettings(reduce_bucket_size=LAYER, param_persistence_threshold=0)
     job = Workload(Model("stack", (block,), 1), precision="fp32", zero=zero)

@@ -58,7 +58,7 @@ LIMITS = {
     "max_live_parameters": LIVE * LAYER,
     "max_reuse_distance": 0,
 }
-SIZES = Sizes(*(value // SCALE for value in astuple(ON_ACCELERATORS)))
+SIZES = Sizes(*(value // SCALE for value in astuple(ON_ACCELERATORS)[:3]))
 HOP2 = ("all_reduce", "reduce_scatter_tensor")
 
 
