@@ -228,7 +228,7 @@ class Description(NamedTuple):
     step: int
     """Optimizer steps before it."""
     framework_step: int
-    """Those by the count of a framework that resumes from folders, else -1."""
+    """Optimizer steps by the count of a framework that resumes from folders, else -1."""
     engine: int
     """Index of the engine among those of the job, in the order in which they were made."""
     place: Place

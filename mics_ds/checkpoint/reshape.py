@@ -62,12 +62,17 @@ class ShardLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
 
-    def chunks(self, flats: Sequence[Mapping[Any, torch.Tensor]]) -> Chunks:
-        """Return views of all chunks in the flat buffers of one shard, which are given per sub-group and by name."""
-        return {
-            name: {key: flat.narrow(0, start, self.width(numel)) for key, flat in flats[group].items()}
-            for name, (group, start, numel) in self.places.items()
-        }
+    def chunks(self, flats: Sequence[Mapping[Any, torch.Tensor]], names: Iterable[str] | None = None) -> Chunks:
+        """Return views of chunks in the flat buffers of one shard, which are given per sub-group and by name.
+
+        Args:
+            names: of the parameters; by default all.
+        """
+        found = {}
+        for name in self.places if names is None else names:
+            group, start, numel = self.places[name]
+            found[name] = {key: flat.narrow(0, start, self.width(numel)) for key, flat in flats[group].items()}
+        return found
 
     def same_as(self, other: ShardLayout) -> bool:
         """Return whether shards of the one are shards of the other."""
@@ -263,7 +268,7 @@ def weights_of(
     """Return masters of one new shard by name, from the optimizer states of the old ones that ``load`` returns."""
 
     def chunks(old_shard: int) -> Chunks:
-        return old.chunks([{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]])
+        return old.chunks([{FP32_GROUPS: flat} for flat in load(old_shard)[BASE_STATE][FP32_GROUPS]], shapes)
 
     return cut.by_name(shapes, chunks)
 

@@ -54,7 +54,7 @@ class Source(NamedTuple):
     here: dict[int, list[Copy]]
     """Copies on this node, by number of place."""
     mine: list[Copy]
-    """Those for which this rank vouches."""
+    """Copies for which this rank vouches."""
     on_disk: int = -1
     """The step of what is on disk, which is older."""
     framework_step: int = -1

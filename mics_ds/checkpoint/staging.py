@@ -38,7 +38,7 @@ def marked(states: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Recorded(NamedTuple):
-    """What :func:`torch.save` would write: bytes, and live storages on any device, in the order of the file."""
+    """Content of a file of :func:`torch.save`: bytes, and live storages on any device, in the order of the file."""
 
     pickled: bytes
     storages: list[torch.UntypedStorage]

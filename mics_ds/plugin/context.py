@@ -31,7 +31,7 @@ class Request(NamedTuple):
     """The MiCS part of a configuration."""
 
     keys: MicsConfig | None = None
-    """What the ``mics_`` keys ask for, if there are any."""
+    """Configuration by the ``mics_`` keys, if there are any."""
     rest: dict[str, Any] | None = None
     """The configuration without our keys, if it had any."""
     disabled: bool = False
@@ -39,7 +39,7 @@ class Request(NamedTuple):
 
     @property
     def mics(self) -> MicsConfig | None:
-        """What is to run, ``None`` for stock ZeRO-3."""
+        """Return the configuration that is to run, ``None`` for stock ZeRO-3."""
         return None if self.disabled else self.keys
 
 

@@ -37,14 +37,14 @@ def on_disk_and_in_memory(root, **more):
 
 
 def each_says(value) -> list:
-    """What the ranks say, in their order."""
+    """Return the values of all ranks, in their order."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
 def all_say(value) -> set:
-    """What the ranks say, as a set."""
+    """Return the values of all ranks, as a set."""
     return set(each_says(value))
 
 

@@ -102,7 +102,7 @@ def gathers_equal_the_flat_one(made: MicsGroups, dtype: torch.dtype, numel: int)
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("way", ["start_all_gather_hierarchical", "start_all_gather_whole_hierarchical"])
 def test_gathers_in_an_executor_work_in_inference_mode(way):
-    """As in an evaluation: what one thread has allocated in that mode, another could not fill."""
+    """An evaluation gathers in that mode. Memory that one thread has allocated in it could not be filled by another."""
     made = placed("0011")
     with torch.inference_mode():
         shard = torch.full((3,), float(dist.get_rank()))

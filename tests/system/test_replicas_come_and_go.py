@@ -11,7 +11,7 @@ import pytest
 from bench import cluster as emulation
 from bench import replica_kills
 from bench.replica_jobs import LIMIT_S, PUBLISH, Jobs, Training, committed, compare_with_reference, running
-from replica_kill import kill_one
+from replica_kill import kill_one, records_with_a_kill
 
 pytest.importorskip("torchft")
 
@@ -142,12 +142,7 @@ def test_a_rank_dies_inside_a_save(tmp_path):
 def test_a_step_that_is_given_up_leaves_loss_scale_and_schedule_alone(tmp_path):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000}}
     training = Training(str(tmp_path), replicas=2, ranks=2, steps=10**9, extra=fp16, sleep_s=0.05)
-    with running(training, heartbeat_timeout_s=1.0) as jobs:
-        jobs.until_all_take_part()
-        jobs.aim(1, 1, "hop 2")
-        jobs.until(lambda _: jobs.generation[1] == 1)
-        jobs.until_all_take_part()
-        records = jobs.records()
+    records = records_with_a_kill(training, rank=1)
     assert [line["step"] for line in records if line["lost"]], "nothing was given up"
     assert {line["scale"] for line in records} == {256.0}
     rates = [lines[0]["lr"] for lines in committed(training, records)]

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mics_ds.checkpoint.reshape import (
     BASE_STATE,
@@ -18,6 +19,7 @@ from mics_ds.checkpoint.reshape import (
     regroup,
     reshape_frozen,
     reshape_optimizer,
+    weights_of,
 )
 from mics_ds.errors import MicsCheckpointError
 
@@ -164,3 +166,25 @@ def test_equal_layouts():
     assert not mine.same_as(theirs)
     assert mine.same_as(mine)
     assert not mine.same_as(ShardLayout(4, mine.groups))
+
+
+@pytest.mark.parametrize("count", [2, 200])
+def test_one_parameter_costs_as_much_in_a_large_model(count):
+    """An export and the guard ask for one parameter after another. Models of experts have tens of thousands."""
+    names = [f"layer{index}" for index in range(count)]
+    layout = ShardLayout(2, [dict.fromkeys(names, (4,))])
+    states = [{BASE_STATE: {FP32_GROUPS: [torch.arange(2.0 * count) + 100 * shard]}} for shard in range(2)]
+    with Operations() as operations:
+        found = weights_of(states.__getitem__, layout, {names[1]: (4,)}, Cut(2, 1, 0))
+    assert found[names[1]].tolist() == [2.0, 3.0, 102.0, 103.0]
+    assert operations.count < 20
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
