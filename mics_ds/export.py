@@ -21,13 +21,14 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import manifest
-from .checkpoint import reshape as cutting
 from .checkpoint.coordination import SLOW_S, manifest_or_shards, tell_speed
 from .checkpoint.folder import discard
 from .deepspeed_compat.checkpoint import load_states
 from .deepspeed_compat.patching import temporarily
 from .errors import MicsCheckpointError
 from .log import logger
+from .shards import cut as cutting
+from .shards.misfits import what_else_it_is
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONFIG, WEIGHTS = "config.json", "weights"
@@ -134,7 +135,7 @@ class Weights:
             parallel = found.model_parallel
             damages = manifest.damages(self.folder, sorted(found.files), found.files, contents=check)
         if not shards:
-            damages = [cutting.what_else_it_is(self.folder)]
+            damages = [what_else_it_is(self.folder)]
         elif parallel > 1 or list(self.folder.glob("*mp_rank_01*")):
             damages.append("it was saved with model parallelism, whose parts are no whole weights")
         if damages:

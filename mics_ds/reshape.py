@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from .checkpoint import folder as folders
 from .checkpoint import manifest
-from .checkpoint import reshape as cutting
 from .checkpoint.coordination import SLOW_S, RankState, manifest_or_shards, restore_own, tell_speed, versions
 from .checkpoint.manifest import OWN_STATE, FileRecord, Manifest
 from .checkpoint.staging import marked
 from .deepspeed_compat.checkpoint import load_states
 from .errors import MicsCheckpointError
+from .shards import cut as cutting
 
 _OPTIMIZER_FILE = re.compile(r"(?P<prefix>(?:bf16_)?)zero_pp_rank_0_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 _FIRST_MODEL_FILE = re.compile(r"zero_pp_rank_0_mp_rank_\d+_model_states\.pt$")

@@ -74,6 +74,7 @@ CAUSES = (
         "Checkpoints",
         "Files are missing or damaged, ranks disagree about a save, or a rank died during it.",
     ),
+    ("shards", "Checkpoints", "The checkpoint is of other parameters, or has states that cannot be cut."),
     ("reshape", "Checkpoints", "The old checkpoint is not complete, or cannot be cut that way."),
     ("memory", "Checkpoints", "A copy in memory cannot be used."),
     ("export", "Checkpoints", "The checkpoint is not complete, or is not of that model."),

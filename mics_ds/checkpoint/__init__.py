@@ -3,8 +3,7 @@
 ``save`` asks DeepSpeed what it would write, and ``load`` gives it what it would read; ``coordination`` has all ranks
 fail together; ``manifest`` says what a complete checkpoint is, ``folder`` how it comes to be there. An asynchronous
 save copies states to memory (``staging``, ``copies``), and the process beside each rank writes them (``background``,
-``writer``, ``links``). ``memory`` takes copies that outlive the process, ``restart`` goes on from them. ``reshape``
-cuts shards anew.
+``writer``, ``links``). ``memory`` takes copies that outlive the process, ``restart`` goes on from them.
 """
 
 from typing import Any

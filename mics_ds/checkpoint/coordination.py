@@ -28,10 +28,10 @@ from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import communication_device
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
+from ..shards.cut import FROZEN_SHAPES, FROZEN_SHARDS, MODULE, PARAM_SHAPES, TIED_NAMES
 from . import folder as folders
 from . import manifest
 from .manifest import FileRecord, Manifest
-from .reshape import FROZEN_SHAPES, FROZEN_SHARDS, MODULE, PARAM_SHAPES, TIED_NAMES
 from .staging import MARK, bytes_of, record
 
 RESHAPE_COMMAND = "mics-ds reshape"

@@ -13,14 +13,10 @@ Without the note, a damaged ``latest`` would often name another checkpoint that 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
-import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import MicsCheckpointError, describe_error
-from ..files import sync_folder, write_text
+from ..files import FileLock, sync_folder, write_text
 from ..log import log_rank0, logger
 from . import manifest
 from .manifest import Manifest
@@ -36,14 +32,13 @@ from .manifest import Manifest
 LATEST = "latest"
 NOTE = "mics_latest.json"
 _READS = 5
-_PATIENCE_S, _POLL_S = 30.0, 0.02
+_PATIENCE_S = 30.0
 _SHOWN = 80
 _LONGEST = 1024
 _LONGEST_PART = 255  # bytes, on all file systems of Linux
 _PARTIAL, _REPLACED, _LOCK = ".partial", ".replaced", ".lock"
 _OURS = re.compile(r"_states\.pt$|^mics_client_state_rank_\d+\.pt$|^weights$")
 _REMAINS = re.compile(r"\.(?P<tag>.+?)(\.[0-9a-f]{8,})?(\.new)?\.(partial|lock)")
-_CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,64 +238,6 @@ class Staging:
     def end(self) -> None:
         """Let others save that tag. The folder was published, or is gone."""
         self._lock.release()
-
-
-class FileLock:
-    """A POSIX lock on a file: it ends with the process that holds it, whatever that has forked.
-
-    Args:
-        busy: what to say if another process holds it, before and after the holder is named.
-    """
-
-    def __init__(self, path: Path, busy: tuple[str, str]) -> None:
-        self._path, self._busy = path, busy
-        self._descriptor: int | None = None
-
-    @property
-    def is_lost(self) -> bool:
-        """Return whether its file was removed."""
-        return self._descriptor is None or not os.fstat(self._descriptor).st_nlink
-
-    def take(self, patience_s: float = 0.0) -> bool:
-        """Take the lock, or return ``False`` if this file system has none.
-
-        Raises:
-            MicsCheckpointError: another process holds it, after so much patience.
-        """
-        deadline = time.monotonic() + patience_s
-        while self.is_lost:  # also if its last holder has removed it meanwhile
-            self._close()
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-                os.close(descriptor)
-                if error.errno in _CANNOT_LOCK:
-                    log_rank0(f"{self._path.parent} has no locks: see to it that no two jobs save the same tag there")
-                    return False
-                if time.monotonic() < deadline:
-                    time.sleep(_POLL_S)
-                    continue
-                before, after = self._busy
-                raise MicsCheckpointError(f"{before}, {holder}. {after}") from error
-            self._descriptor = descriptor
-        assert self._descriptor is not None, "taken"
-        text = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
-        return True
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            with suppress(OSError):
-                self._path.unlink()
-        self._close()
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def _lock_on(target: Path) -> FileLock:

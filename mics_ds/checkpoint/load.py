@@ -25,8 +25,11 @@ from ..deepspeed_compat.checkpoint import LoadedStates
 from ..deepspeed_compat.engine import communication_device, is_fresh, set_random_states
 from ..errors import MicsCheckpointError, noting
 from ..log import log_rank0
+from ..shards import cut as cutting
+from ..shards.cut import Cut, ShardLayout
+from ..shards.misfits import Parameters, what_else_it_is, why_not_these, why_not_these_weights
 from . import folder as folders
-from . import manifest, reshape, restart
+from . import manifest, restart
 from .background import Background
 from .coordination import (
     RESHAPE_COMMAND,
@@ -45,7 +48,6 @@ from .coordination import (
 )
 from .manifest import OWN_STATE, FileRecord
 from .memory import MemoryTier
-from .reshape import Cut, Parameters, ShardLayout
 from .staging import Image
 
 How = Mapping[str, Any]
@@ -211,7 +213,7 @@ def _objections(saved: _Saved, with_optimizer: bool) -> list[str]:
     """Return why this checkpoint cannot be loaded, as far as names and sizes of its files tell this rank."""
     target, found, roles = saved.folder, saved.manifest, saved.roles
     if saved.shards == 0:
-        return [reshape.what_else_it_is(target)]
+        return [what_else_it_is(target)]
     if found is not None and found.model_parallel != len(roles.offsets):
         return [f"it was saved by a job with model parallelism {found.model_parallel}"]
     needed = saved.needed()
@@ -235,14 +237,14 @@ def _objections(saved: _Saved, with_optimizer: bool) -> list[str]:
 def _misfits(saved: _Saved, states: Mapping[str, Any], how: How) -> list[str]:
     """Return why this checkpoint does not fit the engine, by its model states."""
     engine, p = saved.engine, saved.roles.groups.partition.size
-    mine, theirs = ShardLayout(p, seam.param_shapes(engine)), ShardLayout(saved.shards, states[reshape.PARAM_SHAPES])
+    mine, theirs = ShardLayout(p, seam.param_shapes(engine)), ShardLayout(saved.shards, states[cutting.PARAM_SHAPES])
     here = Parameters(mine.shapes, seam.frozen_shapes(engine))
-    there = Parameters(theirs.shapes, states.get(reshape.FROZEN_SHAPES))
+    there = Parameters(theirs.shapes, states.get(cutting.FROZEN_SHAPES))
     if how["load_optimizer_states"]:
         saved.reshapes = not mine.same_as(theirs)
-        strange = reshape.why_not_these(here, there)
+        strange = why_not_these(here, there)
     else:
-        strange = reshape.why_not_these_weights(here, there) if how["load_module_strict"] else []
+        strange = why_not_these_weights(here, there) if how["load_module_strict"] else []
     if strange or not saved.reshapes or saved.roles.groups.config.reshape_checkpoint:
         return strange
     found = (
@@ -389,7 +391,7 @@ def _read_the_rest(saved: _Saved, reader: _Reader, model: dict[str, Any], how: H
     session = LoadedStates(model, own, saved.model_states_shard)
     if errors or consolidates or not (own or saved.is_recut):
         return session
-    old = ShardLayout(saved.shards, model[reshape.PARAM_SHAPES])
+    old = ShardLayout(saved.shards, model[cutting.PARAM_SHAPES])
     cut = (reader.cut if saved.is_recut else Cut)(saved.shards, p, shard)
 
     def model_states(old_shard: int) -> Mapping[str, Any]:
@@ -399,17 +401,17 @@ def _read_the_rest(saved: _Saved, reader: _Reader, model: dict[str, Any], how: H
         return seam.load_states(saved.optimizer_states(old_shard), mmap=True) if saved.is_recut else own
 
     def frozen() -> dict[str, torch.Tensor]:
-        shapes = model[reshape.FROZEN_SHAPES] if model.get(reshape.FROZEN_SHARDS) else {}
-        return reshape.reshape_frozen(model_states, shapes, cut)
+        shapes = model[cutting.FROZEN_SHAPES] if model.get(cutting.FROZEN_SHARDS) else {}
+        return cutting.reshape_frozen(model_states, shapes, cut)
 
     with noting(errors):
         if weights:
-            masters = reshape.weights_of(optimizer_states, old, old.shapes, cut)
+            masters = cutting.weights_of(optimizer_states, old, old.shapes, cut)
             session.weights = {**masters, **frozen()}
-            model[reshape.FROZEN_SHARDS] = None
+            model[cutting.FROZEN_SHARDS] = None
         elif saved.reshapes:
-            if model.get(reshape.FROZEN_SHARDS) and saved.is_recut:
-                model[reshape.FROZEN_SHARDS] = frozen()
+            if model.get(cutting.FROZEN_SHARDS) and saved.is_recut:
+                model[cutting.FROZEN_SHARDS] = frozen()
             new, owners = ShardLayout(p, seam.param_shapes(engine)), seam.sub_group_owners(engine)
-            session.optimizer = reshape.reshape_optimizer(optimizer_states, old, new, owners, cut)
+            session.optimizer = cutting.reshape_optimizer(optimizer_states, old, new, owners, cut)
     return session

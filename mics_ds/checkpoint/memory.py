@@ -22,12 +22,13 @@ from ..deepspeed_compat import checkpoint as seam
 from ..deepspeed_compat.engine import device_streams, random_states, steps_taken
 from ..deepspeed_compat.states import bytes_of_moments_to_come
 from ..errors import MicsCheckpointError, MicsConfigError, noting
+from ..files import FileLock
 from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
 from .copies import Copying, Description, Place, SharedMemory, copies, forget, region, require_own
-from .folder import FileLock, discard, newest
+from .folder import discard, newest
 from .save import plan_of
 from .staging import pickled
 from .writer import Seal

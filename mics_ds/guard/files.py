@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import manifest, reshape
+from ..checkpoint import manifest
 from ..deepspeed_compat.checkpoint import load_states
 from ..errors import MicsCheckpointError
+from ..shards import cut
 from .compare import cast_violations
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -52,8 +53,8 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
     model, optim = functools.partial(load, "model"), functools.partial(load, "optim")
     found = weights or [path for pattern in _WEIGHT_FILES for path in sorted(folder.glob(pattern))]
     saved = {name: tensor for path in found for name, tensor in _load_weights(path).items()}
-    layout = reshape.ShardLayout(shards, model(0)[reshape.PARAM_SHAPES])
-    frozen, whole = model(0).get(reshape.FROZEN_SHAPES) or {}, reshape.Cut(shards, 1, 0)
+    layout = cut.ShardLayout(shards, model(0)[cut.PARAM_SHAPES])
+    frozen, whole = model(0).get(cut.FROZEN_SHAPES) or {}, cut.Cut(shards, 1, 0)
     findings: list[str] = []
     checked = sum(_look_at_states(optim(shard), shard, layout, findings) for shard in range(shards))
     compared = 0
@@ -61,9 +62,9 @@ def compare_files(folder: Path, weights: Sequence[Path] = ()) -> Comparison:
         if name not in saved:
             continue
         if name in frozen:
-            held_as = reshape.reshape_frozen(model, {name: shape}, whole)
+            held_as = cut.reshape_frozen(model, {name: shape}, whole)
         else:
-            held_as = reshape.weights_of(optim, layout, {name: shape}, whole)
+            held_as = cut.weights_of(optim, layout, {name: shape}, whole)
         masters, held = held_as[name].detach(), saved[name].reshape(-1)
         if held.numel() != masters.numel():
             findings.append(f"{name} has {held.numel()} elements, and its masters have {masters.numel()}")
@@ -97,13 +98,13 @@ def _shards(folder: Path) -> int:
     return shards
 
 
-def _look_at_states(states: dict[str, Any], shard: int, layout: reshape.ShardLayout, findings: list[str]) -> int:
+def _look_at_states(states: dict[str, Any], shard: int, layout: cut.ShardLayout, findings: list[str]) -> int:
     """Note masters and optimizer states that are no numbers. Returns how many elements were looked at."""
-    inner = states[reshape.BASE_STATE]
-    tensors = [("masters", group, tensor) for group, tensor in enumerate(inner[reshape.FP32_GROUPS])]
+    inner = states[cut.BASE_STATE]
+    tensors = [("masters", group, tensor) for group, tensor in enumerate(inner[cut.FP32_GROUPS])]
     tensors += [
         (str(key), group, value)
-        for group, values in inner[reshape.BASE_STATE]["state"].items()
+        for group, values in inner[cut.BASE_STATE]["state"].items()
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
@@ -116,7 +117,7 @@ def _look_at_states(states: dict[str, Any], shard: int, layout: reshape.ShardLay
     return sum(tensor.numel() for _, _, tensor in tensors)
 
 
-def _real(layout: reshape.ShardLayout, group: int, shard: int) -> torch.Tensor:
+def _real(layout: cut.ShardLayout, group: int, shard: int) -> torch.Tensor:
     """Return which elements of a sub-group's shard are not padding, which may hold anything."""
     marks = torch.zeros(layout.length(group), dtype=torch.bool)
     for its_group, start, numel in layout.places.values():

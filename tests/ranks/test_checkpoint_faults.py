@@ -235,7 +235,7 @@ def test_a_save_that_takes_too_long_is_given_up(tmp_path):
 HOLDING = """
 import sys
 from pathlib import Path
-from mics_ds.checkpoint.folder import FileLock
+from mics_ds.files import FileLock
 assert FileLock(Path(sys.argv[1]), ("", "")).take()
 print("held", flush=True)
 sys.stdin.readline()

@@ -18,6 +18,7 @@ from staged_manifest import staged
 from mics_ds.checkpoint import folder as folders
 from mics_ds.checkpoint import manifest
 from mics_ds.errors import MicsCheckpointError
+from mics_ds.files import FileLock
 from mics_ds.log import logger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,7 @@ from pathlib import Path
 from mics_ds.checkpoint import folder, manifest
 from mics_ds.checkpoint.manifest import Manifest
 from mics_ds.errors import MicsCheckpointError
+from mics_ds.files import FileLock
 root, seed = Path(sys.argv[1]), int(sys.argv[2])
 draws, published = random.Random(seed), 0
 for number in range(40):
@@ -162,7 +164,7 @@ def test_what_fails_after_publication_is_a_line_in_the_log(tmp_path, monkeypatch
 
 
 def test_a_lock_file_that_was_removed_is_made_anew(tmp_path):
-    lock = folders.FileLock(tmp_path / "lock", ("in use", "Wait."))
+    lock = FileLock(tmp_path / "lock", ("in use", "Wait."))
     assert lock.take()
     assert lock.take(), "its own holder may take it again"
     (tmp_path / "lock").unlink()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mics_ds.checkpoint.reshape import Parameters, why_not_these
+from mics_ds.shards.misfits import Parameters, why_not_these
 
 SHAPES = {"a": (2,), "b": (3,), "c": (4,), "d": (5,)}
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mics_ds.checkpoint.reshape import (
+from mics_ds.errors import MicsCheckpointError
+from mics_ds.shards.cut import (
     BASE_STATE,
     FP32_GROUPS,
     FROZEN_SHARDS,
@@ -21,7 +22,6 @@ from mics_ds.checkpoint.reshape import (
     reshape_optimizer,
     weights_of,
 )
-from mics_ds.errors import MicsCheckpointError
 
 # sizes that divide by nothing, some smaller than the number of shards, one empty
 SHAPES = {"a": (13, 7), "b": (1,), "c": (3,), "d": (0,), "e": (5, 5), "f": (16,)}

@@ -29,7 +29,7 @@ ROWS = [
     {"zero"},
     {"deepspeed_compat"},
     {"plugin"},  # imports rows below it when an engine is built
-    {"planner", "checkpoint.checksum", "checkpoint.manifest", "checkpoint.reshape"},
+    {"planner", "shards", "checkpoint.manifest"},
     {"guard"},
     {"checkpoint", "ab"},
     {"replicas"},
