@@ -74,6 +74,7 @@ CAUSES = (
         "Checkpoints",
         "Files are missing or damaged, ranks disagree about a save, or a rank died during it.",
     ),
+    ("shared_memory", "Checkpoints", "The host has less memory than states need."),
     ("shards", "Checkpoints", "The checkpoint is of other parameters, or has states that cannot be cut."),
     ("reshape", "Checkpoints", "The old checkpoint is not complete, or cannot be cut that way."),
     ("memory", "Checkpoints", "A copy in memory cannot be used."),

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from ..deepspeed_compat.engine import device_streams
 from ..errors import MicsCheckpointError, describe_error
 from ..log import log_rank0, logger
+from ..shared_memory import Copying, SharedMemory
 from .coordination import Run, raised_on_all_ranks, shared_store
-from .copies import Copying, SharedMemory
 from .links import LostError, Neighbour, connect_for_save, listen, writer_of
 from .writer import Done, Job, Seal
 

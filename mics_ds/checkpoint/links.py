@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from ..errors import MicsCheckpointError
-from .copies import Copy, SharedMemory, understood
+from ..shared_memory import SharedMemory
+from .copies import Copy, understood
 
 PATIENCE_ENV = "MICS_DS_WRITER_PATIENCE"
 STARTING_S = 120.0

@@ -25,9 +25,10 @@ from ..errors import MicsCheckpointError, MicsConfigError, noting
 from ..files import FileLock
 from ..host_memory import host_memory_left
 from ..log import log_rank0, logger
+from ..shared_memory import Copying, SharedMemory
 from .background import Background, at_end
 from .coordination import RankState, Roles, Run, elementwise_max, number_of
-from .copies import Copying, Description, Place, SharedMemory, copies, forget, region, require_own
+from .copies import Description, Place, copies, forget, region, require_own
 from .folder import discard, newest
 from .save import plan_of
 from .staging import pickled

@@ -23,11 +23,12 @@ from ..config import CheckpointRequest
 from ..deepspeed_compat import checkpoint as seam
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import log_rank0, logger
+from ..shared_memory import SharedMemory
 from . import folder as folders
 from . import manifest
 from .background import Background
 from .coordination import Run, elementwise_max, number_of, raised_on_all_ranks, versions
-from .copies import Copy, Place, Shard, SharedMemory, copies, described_by, forget, region
+from .copies import Copy, Place, Shard, copies, described_by, forget, region
 from .links import fetch
 from .manifest import OWN_STATE, FileRecord, Manifest
 from .memory import MemoryTier

@@ -26,8 +26,9 @@ import torch
 
 from ..errors import MicsCheckpointError, describe_error, noting
 from ..log import logger
+from ..shared_memory import SharedMemory
 from . import folder, manifest
-from .copies import Description, Shard, SharedMemory, describe, described_by, forget, read
+from .copies import Description, Shard, describe, described_by, forget, read
 from .links import STARTING_S, Link, Listener, LostError, Neighbour, connect_for_save, fetch
 from .manifest import FileRecord, Manifest
 from .staging import Staged, replay

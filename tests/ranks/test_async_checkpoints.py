@@ -13,8 +13,9 @@ from checkpoint_engines import ASYNC, adamw, digest, engine_of, everything_is_sh
 from helpers import build, ds_config, train
 from torch import nn
 
-from mics_ds.checkpoint import background, copies, manifest
+from mics_ds.checkpoint import background, manifest
 from mics_ds.checkpoint.background import wait_for_saves
+from mics_ds.shared_memory import SharedMemory
 
 WORLD = {"mics_optimizer_states": "world"}
 
@@ -96,7 +97,7 @@ def test_each_replica_copies_its_part(tmp_path, p, states):
     engine = build(ds_config(p, zero={**ASYNC, "mics_optimizer_states": states}), Even, optimizer=adamw)
     train(engine, 1)
     copied = []
-    copy_in = copies.SharedMemory.copy_in
+    copy_in = SharedMemory.copy_in
 
     def counting(self, parts, streams):
         copied.extend(part.nbytes for _, part in parts)
@@ -110,7 +111,7 @@ def test_each_replica_copies_its_part(tmp_path, p, states):
         submit(self, job, *args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(copies.SharedMemory, "copy_in", counting)
+        patched.setattr(SharedMemory, "copy_in", counting)
         patched.setattr(background.Background, "submit", seen)
         engine.save_checkpoint(str(tmp_path))
     parameters, n = 2 * 7 * 64, 4

@@ -17,11 +17,12 @@ from checkpoint_engines import ASYNC, Wide, adamw, digest, engine_of, everything
 from faults import Once, needs_root, outcome, small_disk, unforeseen
 from helpers import build, ds_config, train
 
-from mics_ds.checkpoint import copies, save, staging
 from mics_ds.checkpoint import folder as folders
+from mics_ds.checkpoint import save, staging
 from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.errors import MicsCheckpointError
 from mics_ds.frameworks import deletions
+from mics_ds.shared_memory import SharedMemory
 
 LOG = {"mics_checkpoint": {"async": True, "on_error": "log"}}
 SKIP = {"mics_checkpoint": {"async": True, "busy": "skip"}}
@@ -242,8 +243,8 @@ def test_a_full_disk(pools, tmp_path):
 def test_whatever_one_rank_raises_while_staging_is_the_error_of_all(tmp_path, states):
     engine = saved_once(tmp_path, {**ASYNC, "mics_optimizer_states": states})
     cases = {
-        "no memory": (3, copies.SharedMemory, "reserve"),
-        "copying": (2, copies.SharedMemory, "copy_in"),
+        "no memory": (3, SharedMemory, "reserve"),
+        "copying": (2, SharedMemory, "copy_in"),
         "pickling": (0, staging, "record"),
         "describing": (0, save._Save, "describe"),
         "the optimizer's states": (3, engine.optimizer, "state_dict"),

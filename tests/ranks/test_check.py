@@ -122,7 +122,7 @@ def test_a_background_save_of_another_moment_is_seen(tmp_path):
     setup = Setup(2, overlap=True, steps=2)
     assert wrong(resuming.in_background(place(tmp_path), setup)) == []
     with pytest.MonkeyPatch.context() as patch:
-        from mics_ds.checkpoint.copies import Copying, SharedMemory
+        from mics_ds.shared_memory import Copying, SharedMemory
 
         patch.setattr(SharedMemory, "copy_in", lambda self, parts, streams: Copying())  # what was there before
         found = wrong(resuming.in_background(place(tmp_path / "again"), replace(setup, steps=1)))

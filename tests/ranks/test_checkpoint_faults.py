@@ -18,7 +18,8 @@ from checkpoint_engines import digest, engine_of, steps, writer
 from helpers import environment
 from memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
 
-from mics_ds.checkpoint import background, copies, load, manifest, memory
+from mics_ds import shared_memory
+from mics_ds.checkpoint import background, load, manifest, memory
 from mics_ds.checkpoint.background import Background, wait_for_saves
 from mics_ds.errors import MicsCheckpointError
 
@@ -68,7 +69,7 @@ def test_a_restart_without_room_uses_the_disk_on_all_ranks(tmp_path, culprit):
         dist.barrier()
         assert files_in(tmp_path) == before, "nothing is written to memory to load from it"
         if dist.get_rank() == culprit:
-            patched.setattr(copies, "host_memory_left", lambda: (1000, "1000 bytes"))
+            patched.setattr(shared_memory, "host_memory_left", lambda: (1000, "1000 bytes"))
         with logged() as said:
             engine, _path, _ = resumed(tmp_path)
         assert (engine.global_steps, digest(engine)) == (DISK, saved)

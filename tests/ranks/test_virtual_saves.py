@@ -18,7 +18,7 @@ from torch import nn
 from virtual_engines import WARM_UP, engine_of, watch
 
 from mics_ds.checkpoint.background import Background, wait_for_saves
-from mics_ds.checkpoint.copies import Copying
+from mics_ds.shared_memory import Copying
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from mics_ds.checkpoint import copies
-from mics_ds.checkpoint.copies import Shard, SharedMemory
+from mics_ds import shared_memory
+from mics_ds.checkpoint.copies import Shard
 from mics_ds.checkpoint.staging import Image, Recorded, Share, Staged, StagedFile, record, replay
 from mics_ds.comm.packing import ChunkLayout
 from mics_ds.errors import MicsCheckpointError
+from mics_ds.shared_memory import SharedMemory
 
 
 def states():
@@ -157,7 +158,7 @@ def test_a_little_more_takes_no_new_memory():
 
 def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
     memory = SharedMemory()
-    monkeypatch.setattr(copies, "host_memory_left", lambda: (100 << 20, "2.00 GB, the limit of its cgroup"))
+    monkeypatch.setattr(shared_memory, "host_memory_left", lambda: (100 << 20, "2.00 GB, the limit of its cgroup"))
     with pytest.raises(MicsCheckpointError, match=r"1\.06 GB in all, and 0\.10 GB are left of 2\.00 GB, the limit"):
         memory.reserve(10**9)
     assert os.fstat(memory.descriptor).st_size == 0, "nothing was taken"
@@ -165,7 +166,7 @@ def test_memory_that_is_not_there_is_refused_with_numbers(monkeypatch):
 
 
 def test_a_shard_that_does_not_fit_is_refused_with_numbers(monkeypatch):
-    monkeypatch.setattr(copies, "host_memory_left", lambda: (100, "2.00 GB, the limit of its cgroup"))
+    monkeypatch.setattr(shared_memory, "host_memory_left", lambda: (100, "2.00 GB, the limit of its cgroup"))
     with pytest.raises(MicsCheckpointError, match=r"needed to put a shard together, and 0\.00 GB are left of 2\.00"):
         Shard().add(Staged((), (Share(2, (10**9,), 1),), (0, 0), 0), 0, SharedMemory())
 

@@ -23,7 +23,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # From the bottom to the top: a module imports at its top level only from its own row and from rows above it.
 ROWS = [
-    {"errors", "log", "formatting", "files", "host_memory"},
+    {"errors", "log", "formatting", "files", "host_memory", "shared_memory"},
     {"config", "plugin.import_hook"},
     {"comm"},
     {"zero"},

@@ -18,12 +18,14 @@ import torch
 from cases import every
 from faults import needs_root
 
-from mics_ds.checkpoint import copies, folder, links, manifest, writer
-from mics_ds.checkpoint.copies import Copying, Description, Place, SharedMemory, read
+from mics_ds import shared_memory
+from mics_ds.checkpoint import folder, links, manifest, writer
+from mics_ds.checkpoint.copies import Description, Place, read
 from mics_ds.checkpoint.links import Listener, LostError, Neighbour, connect_for_save, fetch, listen
 from mics_ds.checkpoint.manifest import Manifest
 from mics_ds.checkpoint.staging import Share, Staged, StagedFile, record
 from mics_ds.checkpoint.writer import Job, Seal, _Writer
+from mics_ds.shared_memory import Copying, SharedMemory
 
 
 def soon(seconds=20.0):
@@ -345,7 +347,7 @@ def test_a_sharer_that_has_copied_less_is_the_one_error_of_all(tmp_path):
 def test_an_owner_without_memory_for_shares_is_the_one_error_of_all(tmp_path, monkeypatch):
     ranks = Ranks([tmp_path] * 2, tmp_path)
     jobs = shared_jobs(ranks)
-    monkeypatch.setattr(copies, "host_memory_left", lambda: (10, "10 bytes"))
+    monkeypatch.setattr(shared_memory, "host_memory_left", lambda: (10, "10 bytes"))
     [said] = set(ranks.save(jobs))
     assert "rank 0: 0.00 GB of host memory are needed to put a shard together" in said
     assert not list(tmp_path.glob("tag"))
