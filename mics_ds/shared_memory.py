@@ -30,11 +30,6 @@ class Copying:
             self._event.synchronize()
         self._sources.clear()
 
-    def comes_before(self, stream: Any) -> None:
-        """Have a stream wait for the copy: the next work on it overwrites the source."""
-        if self._event is not None:
-            stream.wait_event(self._event)
-
 
 class SharedMemory:
     """Memory that two processes share. Every copy uses it again: mapping and pinning cost more than copying.
@@ -45,7 +40,7 @@ class SharedMemory:
             away with the last process that has it.
     """
 
-    _stream: Any = None
+    stream: Any = None
     """Stream of all copies from the device."""
 
     def __init__(self, descriptor: int | None = None, path: Path | None = None) -> None:
@@ -126,9 +121,9 @@ class SharedMemory:
             for start, part in parts:
                 self.view(start, part.numel()).copy_(part)
             return Copying()
-        if SharedMemory._stream is None:
-            SharedMemory._stream = streams.Stream()
-        side = SharedMemory._stream
+        if SharedMemory.stream is None:
+            SharedMemory.stream = streams.Stream()
+        side = SharedMemory.stream
         side.wait_stream(streams.current_stream())
         with streams.stream(side):
             for start, part in parts:

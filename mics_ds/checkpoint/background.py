@@ -62,7 +62,6 @@ class Background:
         """Why the last save came to nothing; empty if it did not."""
         self.sealing: set[int] = set()
         """Copies in memory that are still being summed up."""
-        self._copying: list[Copying] = []
         self._handed: queue.SimpleQueue[tuple[Job | Seal, Copying]] = queue.SimpleQueue()
         """Jobs for the process, each to be sent once its copy has arrived."""
         self._ends = threading.Event()
@@ -126,22 +125,18 @@ class Background:
         """Have a staged checkpoint written. The memory belongs to the writer until that is done."""
         with self._changed:
             self._job, self._since, self._when_done = job, time.monotonic(), when_done
-        self._give(job, copying)
+        self._handed.put((job, copying))
         log_rank0(f"{job.target} is written asynchronously")
 
     def seal(self, job: Seal, copying: Copying) -> None:
         """Have a copy in memory summed up and described."""
         with self._changed:
             self.sealing.add(job.number)
-        self._give(job, copying)
+        self._handed.put((job, copying))
 
     def serve(self, folder: Path) -> None:
         """Have the copies in a folder given to other ranks."""
-        self._give(Seal(0, str(folder)), Copying())
-
-    def _give(self, job: Job | Seal, copying: Copying) -> None:
-        self._copying.append(copying)
-        self._handed.put((job, copying))
+        self._handed.put((Seal(0, str(folder)), Copying()))
 
     def _hand_over(self) -> None:
         while True:
@@ -154,15 +149,13 @@ class Background:
             except Exception as error:  # of the device
                 failed = f"rank {self._rank}: states could not be copied, {describe_error(error)}"
                 self._finish(Done(job.number, failed))
-            with suppress(ValueError):
-                self._copying.remove(copying)
 
-    def before_states_change(self) -> None:
+    @staticmethod
+    def before_states_change() -> None:
         """Have the device finish copies before it changes what is copied. The host does not wait."""
         streams = device_streams()
-        if streams is not None:
-            for copying in list(self._copying):
-                copying.comes_before(streams.current_stream())
+        if streams is not None and SharedMemory.stream is not None:
+            streams.current_stream().wait_stream(SharedMemory.stream)
 
     def wait_for_seals(self) -> None:
         self._wait_for(lambda: not self.sealing)
