@@ -158,15 +158,18 @@ class Background:
             streams.current_stream().wait_stream(SharedMemory.stream)
 
     def wait_for_seals(self) -> None:
-        self._wait_for(lambda: not self.sealing)
+        with self._changed:
+            self._changed.wait_for(lambda: not self.sealing)
 
     def wait(self) -> None:
         """Wait until no save is under way."""
         job = self._job
         if job is not None:
             started = time.monotonic()
-            self._wait_for(lambda: self._job is None, self._since + job.limit_s + _GRACE_S - started)
-            if self._job is not None:
+            with self._changed:
+                left = self._since + job.limit_s + _GRACE_S - started
+                is_done = self._changed.wait_for(lambda: self._job is None, left)
+            if not is_done:
                 self._process.kill()
                 ended = f"{writer_of(self._rank)} did not come to an end within {job.limit_s:.0f} s"
                 self._lose(job, ended)
@@ -177,12 +180,6 @@ class Background:
         with self._changed:
             error, self.error = self.error, ""
         return error
-
-    def _wait_for(self, done: Callable[[], bool], limit_s: float = float("inf")) -> None:
-        deadline = time.monotonic() + limit_s
-        with self._changed:
-            while not done() and time.monotonic() < deadline:  # with a time, so that signals get through
-                self._changed.wait(0.5)
 
     # ----------------------------------------------------------------------------- the process
 
