@@ -83,13 +83,14 @@ class Link:
         self._socket.settimeout(max(self.deadline - time.monotonic(), 0.001))
         try:
             yield
-        except (OSError, EOFError) as error:
-            if isinstance(error, OSError) and error.errno in _UNREACHABLE:
-                raise LostError(f"{self.who} is lost: its node has not answered for {patience_s():.0f} s") from error
-            late = isinstance(error, TimeoutError)
-            raise LostError(
-                f"{self.who} {'did not come to an end within the time limit' if late else 'has ended'}"
-            ) from error
+        except OSError as error:
+            if error.errno in _UNREACHABLE:
+                what = f"is lost: its node has not answered for {patience_s():.0f} s"
+            elif isinstance(error, TimeoutError):
+                what = "did not come to an end within the time limit"
+            else:
+                what = "has ended"
+            raise LostError(f"{self.who} {what}") from error
 
     def authenticate(self, token: str, *, connected: bool) -> None:
         """Raise :class:`LostError` unless both ends have the same token.
@@ -133,14 +134,14 @@ class Link:
             with self._in_time():
                 count = self._socket.recv_into(room)
                 if not count:
-                    raise EOFError
+                    raise ConnectionError("closed by the other end")
             room = room[count:]
 
     def await_close(self) -> None:
         """Wait until the other end has got everything and closes."""
         with suppress(LostError):
             while True:
-                self.receive()
+                self._receive(1)  # and not a message: a deadline may have come in the middle of one
 
     def close(self) -> None:
         self._socket.close()

@@ -147,16 +147,9 @@ class _Save:
     def _take_report(self, rank: int) -> None:
         """Take what a child has to tell."""
         with self._noting():
-            report = self._receive(rank)
+            report = self._children[rank].receive()
             self._errors += report["errors"]
             self._files |= manifest.from_json([report["files"]])
-
-    def _receive(self, rank: int) -> dict[str, Any]:
-        try:
-            return self._children[rank].receive()
-        except LostError:
-            self._children.pop(rank).close()
-            raise
 
     def _take_share(self, shard: Shard, replica: int, rank: int) -> None:
         """Put what a replica has copied into the shard."""
@@ -164,12 +157,12 @@ class _Save:
         if rank == self._rank:
             shard.add(staged, replica, self._writer.memory)
             return
-        expected = staged.shared_bytes
+        link, expected = self._children[rank], staged.shared_bytes
         with closing(SharedMemory()) as memory:
             memory.reserve(expected)
-            self._children[rank].send({"do": _SHARE, "first": expected})
-            found = self._receive(rank)["nbytes"]
-            self._children[rank].receive_into(memory.buffer(0, found))
+            link.send({"do": _SHARE, "first": expected})
+            found = link.receive()["nbytes"]
+            link.receive_into(memory.buffer(0, found))
             if found != expected:
                 raise MicsCheckpointError(f"rank {rank} did not copy {expected} bytes of the same shard")
             shard.add(staged._replace(files=()), replica, memory)
@@ -322,9 +315,8 @@ class _Writer:
             link.send({})
             return
         with closing(found.open()) as memory:
-            content = memory.buffer(0, found.description.staged.nbytes)
-            link.send({"description": described_by(found.path).read_text()}, content)
-            content.release()
+            description = {"description": described_by(found.path).read_text()}
+            link.send(description, memory.buffer(0, found.description.staged.nbytes))
 
 
 def serve(pipe_descriptor: int, memory_descriptor: int, socket_descriptor: int, rank: int, trainer: int) -> None:

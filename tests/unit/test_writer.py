@@ -146,6 +146,16 @@ def test_a_deadline_is_an_end_where_bytes_trickle():
             over.set()
 
 
+def test_the_rest_of_content_that_was_cut_off_is_not_taken_for_a_message():
+    end = End()
+    up = connect_for_save(end.neighbour(), "t", 1, 0, soon())
+    down = end.listener.await_save(1, 0, soon(1.0))
+    with pytest.raises(LostError, match="did not come to an end within the time limit"):
+        down.receive_into(memoryview(bytearray(200)))
+    up._send(b"\xff" * 100)
+    down.await_close()
+
+
 def test_another_job_gets_nothing(tmp_path):
     asked = []
     end = End("t", lambda link, which: asked.append(which))
