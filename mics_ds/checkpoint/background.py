@@ -23,7 +23,8 @@ from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar
+from types import FrameType
+from typing import ClassVar
 
 import torch.distributed as dist
 
@@ -344,8 +345,12 @@ def _drain_on_sigterm() -> None:
     threading.Thread(target=_await_sigterm, args=(heard,), name="mics SIGTERM", daemon=True).start()
 
 
-def _stand_still(_number: int, _frame: Any) -> None:
-    """The main thread goes no further; the other one ends the process."""
+def _stand_still(_number: int, frame: FrameType | None) -> None:
+    """The main thread goes no further, unless it may hold a lock that the thread which ends the process needs."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") in (__name__, "logging"):
+            return
+        frame = frame.f_back
     while signal.getsignal(signal.SIGTERM) is _stand_still:
         time.sleep(1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -34,6 +35,24 @@ def fork_a_sleeper() -> int:
         time.sleep(100)
         os._exit(0)
     return child
+
+
+def be_asked_to_end_in_a_log() -> None:
+    """SIGTERM comes while the main thread holds the lock of a log's handler."""
+    from mics_ds.log import logger
+
+    [handler] = logger.handlers
+    before = handler.formatter
+
+    class Asking(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            handler.setFormatter(before)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            return "asked to end in this line"
+
+    handler.setFormatter(Asking())
+    logger.info("")
 
 
 def terminate_a_pool() -> None:
@@ -80,6 +99,9 @@ def main(folder: Path, how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "terminated":
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    if how == "logging":
+        be_asked_to_end_in_a_log()
         time.sleep(60)
 
 

@@ -48,6 +48,7 @@ ENDS: dict[str, tuple[int, int]] = {
     "normal": (1, 0),
     "normal, of two": (2, 0),
     "terminated": (1, -signal.SIGTERM),
+    "logging": (1, -signal.SIGTERM),
     "fails": (1, 1),
     "killed": (1, -signal.SIGKILL),
     "forked": (1, -signal.SIGKILL),
@@ -56,7 +57,7 @@ ENDS: dict[str, tuple[int, int]] = {
 """How processes end: their number, and their exit code."""
 
 
-@pytest.mark.parametrize("ends", [["normal", "killed"], slow([*ENDS])], ids=", ".join)
+@pytest.mark.parametrize("ends", [["normal", "killed"], ["logging", "killed"], slow([*ENDS])], ids=", ".join)
 def test_ends_of_a_process_with_a_save_under_way(tmp_path, ends):
     """A rank waits for its save when it ends or is asked to end; a failed save is its exit code; a rank that is killed
     takes its writer along, whatever it has forked."""
