@@ -131,17 +131,21 @@ class Link:
     def receive_into(self, room: memoryview) -> None:
         """Receive bytes until the room is full."""
         while room:
-            with self._in_time():
-                count = self._socket.recv_into(room)
-                if not count:
-                    raise ConnectionError("closed by the other end")
-            room = room[count:]
+            room = room[self._receive_some(room) :]
+
+    def _receive_some(self, room: memoryview) -> int:
+        with self._in_time():
+            count = self._socket.recv_into(room)
+            if not count:
+                raise ConnectionError("closed by the other end")
+            return count
 
     def await_close(self) -> None:
         """Wait until the other end has got everything and closes."""
+        anything = memoryview(bytearray(1 << 16))  # no messages: a deadline may have come in the middle of one
         with suppress(LostError):
             while True:
-                self._receive(1)  # and not a message: a deadline may have come in the middle of one
+                self._receive_some(anything)
 
     def close(self) -> None:
         self._socket.close()
