@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import deepspeed
@@ -55,13 +56,26 @@ def be_asked_to_end_in_a_log() -> None:
     logger.info("")
 
 
-def terminate_a_pool() -> None:
-    """A pool ends its workers by SIGTERM."""
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.map(abs, range(4))
-        started = time.monotonic()
-    pool.join()
-    print(f"POOL {time.monotonic() - started < 10}", flush=True)
+def stay(begun: Barrier) -> None:
+    begun.wait()
+    time.sleep(100)
+
+
+def terminate_workers() -> None:
+    """As a pool does with its own: by SIGTERM, in the middle of their work."""
+    context = multiprocessing.get_context("fork")
+    begun = context.Barrier(3)
+    workers = [context.Process(target=stay, args=(begun,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    begun.wait()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(10)
+    print(f"WORKERS {[worker.exitcode for worker in workers]}", flush=True)
+    for worker in workers:
+        worker.kill()
 
 
 def main(folder: Path, how: str) -> None:
@@ -91,8 +105,8 @@ def main(folder: Path, how: str) -> None:
         shutil.rmtree(next(folder.glob(".second.*.partial")))
     if how == "forked":
         print(f"CHILD {fork_a_sleeper()}", flush=True)
-    if how == "pool":
-        terminate_a_pool()
+    if how == "workers":
+        terminate_workers()
     if how != "killed":
         subprocess.Popen(f"sleep 0.3; kill -CONT {writer}", shell=True)
     if how in ("killed", "forked"):

@@ -52,7 +52,7 @@ ENDS: dict[str, tuple[int, int]] = {
     "fails": (1, 1),
     "killed": (1, -signal.SIGKILL),
     "forked": (1, -signal.SIGKILL),
-    "pool": (1, 0),
+    "workers": (1, 0),
 }
 """How processes end: their number, and their exit code."""
 
@@ -74,8 +74,8 @@ def test_ends_of_a_process_with_a_save_under_way(tmp_path, ends):
         assert (tmp_path / how / "latest").read_text() == tags[-1]
     if "fails" in ends:
         assert "the last checkpoint was not saved: Checkpoint" in said["fails.0"]
-    if "pool" in ends:
-        assert "POOL True" in said["pool.0"], "a forked child's SIGTERM is its own"
+    if "workers" in ends:
+        assert "WORKERS [-15, -15]" in said["workers.0"], "a forked child's SIGTERM is its own"
     writers = {name: number_after("WRITER", text) for name, text in said.items()}
     assert len(writers) == sum(len(job) for job in jobs.values())
     os.kill(writers["killed.0"], signal.SIGCONT)  # it had been stopped
