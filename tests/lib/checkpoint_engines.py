@@ -6,10 +6,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.distributed as dist
 from helpers import OddNet, build, ds_config, full_params, patched, train
 from torch import nn
 
@@ -98,6 +102,29 @@ def writer() -> int:
 def everything_is_shared():
     """Hand tensors of any size to the writer through shared memory, until the test ends."""
     patched.setattr(staging, "SHARED_FROM", 64)
+
+
+COLLECTIVES = [
+    *("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_to_all_single"),
+    *("barrier", "monitored_barrier", "broadcast", "broadcast_object_list"),
+    *("reduce_scatter_tensor", "gather", "scatter"),
+]
+
+
+@contextmanager
+def collectives() -> Iterator[list[tuple[str, int | None]]]:
+    """Note the name of each collective that this rank takes part in, and the bytes of its first argument."""
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            original = getattr(dist, name)
+
+            def counting(*args, name=name, original=original, **kwargs):
+                called.append((name, args[0].nbytes if torch.is_tensor(args[0]) else None))
+                return original(*args, **kwargs)
+
+            patch.setattr(dist, name, counting)
+        yield called
 
 
 def records(folder: Path, tag: str):

@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import every, slow
-from checkpoint_engines import ASYNC, adamw, digest, engine_of, everything_is_shared, records, steps, writer
+from checkpoint_engines import (
+    ASYNC,
+    adamw,
+    collectives,
+    digest,
+    engine_of,
+    everything_is_shared,
+    records,
+    steps,
+    writer,
+)
 from helpers import build, ds_config, train
 from torch import nn
 
@@ -126,13 +136,6 @@ def test_each_replica_copies_its_part(tmp_path, p, states):
     wait_for_saves()
 
 
-COLLECTIVES = [
-    *("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_to_all_single"),
-    *("barrier", "monitored_barrier", "broadcast", "broadcast_object_list"),
-    *("reduce_scatter_tensor", "gather", "scatter"),
-]
-
-
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("zero", [ASYNC, {**ASYNC, **WORLD}], ids=["partition", "world"])
 def test_training_exchanges_one_short_message(tmp_path, zero):
@@ -141,16 +144,7 @@ def test_training_exchanges_one_short_message(tmp_path, zero):
     train(engine, 1)
     engine.save_checkpoint(str(tmp_path), tag="first")  # starts the processes
     wait_for_saves()
-    called = []
-    with pytest.MonkeyPatch.context() as patched:
-        for name in COLLECTIVES:
-            original = getattr(dist, name)
-
-            def counting(*args, name=name, original=original, **kwargs):
-                called.append((name, args[0].nbytes if torch.is_tensor(args[0]) else None))
-                return original(*args, **kwargs)
-
-            patched.setattr(dist, name, counting)
+    with collectives() as called:
         engine.save_checkpoint(str(tmp_path), tag="second")
     assert called == [("all_reduce", 32)]
     wait_for_saves()

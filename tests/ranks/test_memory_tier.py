@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import slow
-from checkpoint_engines import adamw, digest, engine_of, steps, writer
+from checkpoint_engines import adamw, collectives, digest, engine_of, steps, writer
 from helpers import build, ds_config, environment
 from memory_tier import logged, nodes, remove, restarted, resumed, sealed, trained, zero
 from torch import nn
@@ -123,6 +123,21 @@ def test_random_numbers_and_client_state_travel_with_it(tmp_path, p, states):
         assert client_state["batch"] == 20
         assert client_state["rank"] == dist.get_rank()
         assert (torch.rand(3).tolist(), numpy.random.rand(), random.random()) == drawn
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_client_states_stay_on_their_ranks(tmp_path, states):
+    """Training exchanges one short message, whatever is in them: 32 bytes."""
+    with nodes(tmp_path, states):
+        engine, _, _ = trained(tmp_path, 3)
+        engine.mics_memory.client_state = lambda: {"seen": bytes([dist.get_rank()]) * 100_000}
+        with collectives() as called:
+            engine.mics_memory.copy(engine)
+        assert called == [("all_reduce", 32)]
+        sealed()
+        _, _, client_state = resumed(tmp_path)
+        assert client_state["seen"] == bytes([dist.get_rank()]) * 100_000
 
 
 @pytest.mark.ranks(4)
