@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from cases import slow
-from checkpoint_engines import digest, engine_of, steps, writer
+from checkpoint_engines import ASYNC, digest, engine_of, everything_is_shared, steps, writer
 from helpers import environment
 from memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
 
@@ -227,6 +229,53 @@ def test_a_save_that_takes_too_long_is_given_up(tmp_path):
     dist.barrier()
     assert (tmp_path / "latest").read_text() == "again"
     assert not (tmp_path / "late").exists()
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------- connections (14)
+
+
+def connections(process: int) -> int:
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in psutil.Process(process).net_connections("tcp"))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("states", ["partition", "world"])
+def test_no_connection_outlasts_a_save(tmp_path, states):
+    """Each writer had two to a store in rank 0, and one to each writer that shares its shard, for as long as it ran."""
+    everything_is_shared()
+    if Background.current is not None:
+        Background.current.close()
+    engine = engine_of(1, zero={**ASYNC, "mics_optimizer_states": states})
+    steps(engine, 1)
+    engine.save_checkpoint(str(tmp_path), async_save=False)  # ranks connect to each other
+    dist.barrier()
+    before = connections(os.getpid())
+    engine.save_checkpoint(str(tmp_path))
+    wait_for_saves()
+    dist.barrier()
+    assert each_says((connections(os.getpid()) - before, connections(writer()))) == [(0, 0)] * 4
+
+
+@pytest.mark.ranks(4)
+def test_few_descriptors_are_enough_on_rank_0(tmp_path):
+    """Those of a store grow with the job, up to the soft limit."""
+    everything_is_shared()
+    if Background.current is not None:
+        Background.current.close()
+    engine = engine_of(1, zero=ASYNC)
+    steps(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="waited", async_save=False)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if dist.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, before[1]))
+    try:
+        engine.save_checkpoint(str(tmp_path), tag="asynchronous")
+        wait_for_saves()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    dist.barrier()
+    assert (tmp_path / "latest").read_text() == "asynchronous"
     dist.barrier()
 
 
