@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import slow
+from forks import ForkingPopen
 from framework_models import ds_config, gloo_for_accelerate, lightning_module, llama_config, on_cpu, texts
 from rank_pool import RankError
 from safetensors.torch import load_file
@@ -40,12 +42,17 @@ def saving(section: dict[str, Any] | None, p: int = P, **extra: Any) -> dict[str
     return config
 
 
-def slow_writers(deletions: list[tuple[str, list[str]]], fails_in: int | None = None) -> None:
+def slow_writers(deletions: list[tuple[str, list[str]]], fails_in: int | None = None) -> list[str]:
     """Stop each process that writes while it has begun, and note which checkpoints are complete beside one that is
-    deleted, at the moment it is. The save of step ``fails_in`` comes to nothing."""
-    submit, hooked = Background.submit, list[bool]()
+    deleted, at the moment it is. The save of step ``fails_in`` comes to nothing.
+
+    Returns:
+        The folders of all saves, one after the other.
+    """
+    submit, hooked, saves = Background.submit, list[bool](), list[str]()
 
     def submitting(self: Background, job: Any, *more: Any) -> None:
+        saves.append(Path(job.target).parent.name)
         os.kill(self._process.pid, signal.SIGSTOP)
         threading.Timer(STOPPED_S, os.kill, (self._process.pid, signal.SIGCONT)).start()
         if not hooked:
@@ -61,6 +68,7 @@ def slow_writers(deletions: list[tuple[str, list[str]]], fails_in: int | None = 
             deletions.append((Path(arguments[0]).name, sorted(path.name for path in others if complete(path))))
 
     Background.submit = submitting  # type: ignore[method-assign]
+    return saves
 
 
 def die() -> None:
@@ -113,16 +121,22 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
         best: which evaluation is the best one, the "first" or the "last"; ``None`` to keep none.
         dies_in: the step whose save all ranks die in, while it is being written.
         dies_after: the step that all ranks die after, with the last copy in memory complete.
+        gathers: whether 16-bit weights are gathered to be saved, a keyword.
     """
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     gloo_for_accelerate()
+    if section is not None and "export" in section:
+        # Forks of a rank find a Trainer's configuration in transformers. An interpreter that exports has none.
+        subprocess.Popen = ForkingPopen.__base__
     fails_in = more.pop("fails_in", None)
     deletions: list[tuple[str, list[str]]] = []
-    slow_writers(deletions, fails_in)
+    saves = slow_writers(deletions, fails_in)
+    config = saving(section, p)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = more.pop("gathers", True)
     given = TrainingArguments(
         output_dir=f"{folder}/out",
-        deepspeed=saving(section, p),
+        deepspeed=config,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=8,
         gradient_accumulation_steps=2,
@@ -172,6 +186,7 @@ def hf(folder, section, limit=None, best=None, steps=STEPS, resume=None, dies_in
         "complete": sorted(path.name for path in Path(folder, "out").glob("checkpoint-*") if complete(path)),
         "deletions": deletions,
         "gathered": len(gathered),
+        "saves": saves,
     }
 
 
@@ -230,6 +245,14 @@ def test_hf_exports_weights_beside_training(pools, tmp_path):
         exported, gathered = load_file(mine / "model.safetensors"), load_file(theirs / "model.safetensors")
         assert exported.keys() == gathered.keys()
         assert all(torch.equal(exported[key], gathered[key]) for key in gathered)
+
+
+@pytest.mark.slow
+def test_hf_saves_a_checkpoint_once_where_no_weights_are_gathered(pools, tmp_path):
+    """The Trainer asks for the engine's checkpoint in place of the weights, and once more for its states."""
+    found = run(pools, "hf", tmp_path, section=ASYNC, gathers=False)
+    assert found["saves"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert found["complete"] == found["saves"]
 
 
 def test_hf_job_killed_while_it_saves(pools, tmp_path):
