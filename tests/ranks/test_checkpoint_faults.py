@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from cases import slow
 from checkpoint_engines import ASYNC, digest, engine_of, everything_is_shared, steps, writer
+from faults import needs_root
 from helpers import environment
 from memory_tier import logged, nodes, restarted, resumed, sealed, trained, zero
 
@@ -77,6 +78,34 @@ def test_a_restart_without_room_uses_the_disk_on_all_ranks(tmp_path, culprit):
         assert (engine.global_steps, digest(engine)) == (DISK, saved)
         if dist.get_rank() == 0:
             assert any("the disk is used" in line and f"rank {culprit}" in line for line in said), said
+
+
+@pytest.fixture
+def small_memory(tmp_path):
+    """The memory of each node as a file system of its own, of 16 MiB."""
+    places = [tmp_path / name for name in ("node0", "node1")]
+    for place in places:
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)], check=True)
+    yield [str(place) for place in places]
+    for place in places:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@needs_root
+@pytest.mark.ranks(4)
+def test_a_restart_where_memory_has_become_full_uses_the_disk(tmp_path, small_memory):
+    with nodes(tmp_path):
+        engine, saved, _ = on_disk_and_in_memory(tmp_path)
+        assert engine.mics_memory.is_on
+        dist.barrier()
+        for place in small_memory if dist.get_rank() == 0 else ():
+            left = os.statvfs(place)
+            with open(f"{place}/others", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_frsize)
+        dist.barrier()
+        again, _, _ = resumed(tmp_path)
+        assert (again.global_steps, digest(again)) == (DISK, saved)
 
 
 @pytest.mark.ranks(4)
