@@ -192,13 +192,13 @@ class MemoryTier:
             self.is_on = False
             log_rank0(f"states are not copied to memory: {error}", level=30)
             return
-        alone, own, errors = dict[str, Any](), RankState({}, {}), list[str]()
-        steps, kept = dict[Path, int](), -1
+        alone, own, errors = dict[str, Any](), RankState({}), list[str]()
+        steps, kept, digest = dict[Path, int](), -1, 0
         with noting(errors):
             alone, own = self._alone(engine)
+            digest = number_of(own.digest)
             steps = self._complete(engine)
             kept = min(max(steps.get(slot, -1) for slot in self._slots(name)) for name in self._names.values())
-        digest = number_of(own.fingerprint)
         hindered, negated, high, negated_low = elementwise_max(
             [int(bool(errors or background.sealing)), -kept, digest, -digest]
         )

@@ -109,7 +109,7 @@ class _Save:
         self.name = f"{Run.name}{Run.next_number():04x}"
         self.tag = self.folder = ""
         self.client_state: dict[str, Any] = {}
-        self._own = RankState({}, {})
+        self._own, self._own_digest = RankState({}), ""
         self.own_file: tuple[str, dict[str, Any]] | None = None
         """Name and content of the file with what differs between this rank and the owner of its shard."""
         self.errors: list[str] = []
@@ -135,6 +135,7 @@ class _Save:
             if not self.errors:
                 states = seam.model_states(engine, self.client_state)
                 self._own = RankState.within(states, seam.parameter_names(engine))
+                self._own_digest = self._own.digest
 
     @cached_property
     def staging(self) -> folder.Staging:
@@ -154,7 +155,7 @@ class _Save:
             "earlier": [earlier] if earlier and asked.on_error == "raise" else [],
             **{name: getattr(self, name) for name in _AGREED},
         }
-        notes, own_states_agree = exchange_and_compare(note, self._own.fingerprint, "preparing to save a checkpoint")
+        notes, own_states_agree = exchange_and_compare(note, self._own_digest, "preparing to save a checkpoint")
         raise_together(notes, "An earlier asynchronous save failed.", "This one was not begun; save again.", "earlier")
         raise_together(notes, "The checkpoint could not be saved.", NOTHING_PUBLISHED)
         for field, what in _AGREED.items():
