@@ -149,7 +149,7 @@ def test_inert_and_disabled_under_a_launcher():
         ),
         pytest.param(
             *(ds_config(2), ("--other-config", json.dumps(ds_config()))),
-            "All ranks must agree on whether MiCS is on",
+            "All ranks must run MiCS or none, but rank 1 runs without it",
             id="key on some ranks",
         ),
         pytest.param(
