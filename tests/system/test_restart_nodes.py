@@ -74,7 +74,7 @@ def said_with(cluster: emulation.Cluster, root: Path, shm_bytes: int | None) -> 
     """Return what a job says at its start, and after the loss of a node, on nodes with so much ``/dev/shm``."""
     root.mkdir()
     size = ["--hidden", "1024", "--layers", "8"]
-    with Job(cluster, root, "--steps", "8", "--pause", "1", *size, shm_bytes=shm_bytes) as job:
+    with Job(cluster, root, "--steps", "8", "--pause", "3", *size, shm_bytes=shm_bytes) as job:
         job.start(0)
         job.start(1)
         job.await_line(r"STEP 6 ")
