@@ -70,4 +70,6 @@ class Patches(ExitStack):
 def replace_methods(instance: Any, strategy: Any, names: Iterable[str]) -> None:
     """Have calls of methods of an object go to those of a strategy, with the original as first argument."""
     for name in names:
-        setattr(instance, name, functools.partial(getattr(strategy, name), getattr(instance, name)))
+        original = getattr(instance, name)
+        replaced = functools.partial(getattr(strategy, name), original)
+        setattr(instance, name, functools.update_wrapper(replaced, original))  # named alike in reports of torch.compile
