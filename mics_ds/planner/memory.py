@@ -12,7 +12,7 @@ shard has c = ceil(numel / p) elements, padding included:
 | residuals         | Σ c · 4 + ceil(c / r) · 8, trainable, with mics_replica_wire int8 or int4; of | host if optimizer|
 |                   | the second part nothing with world-sharded states                             | is offloaded     |
 | gradient exchange | Σ c · 4, trainable, with an offloaded optimizer only                          | host             |
-| persistent        | Σ c · p · b of parameters that stay gathered                                  | GPU              |
+| persistent        | Σ c · p · b of parameters that stay gathered; with replicas without padding   | GPU              |
 | bucket            | reduce_bucket_size · b, with contiguous gradients                             | GPU              |
 | scratch           | two tasks of hop 1: a packed bucket and what each stage leaves of it          | GPU with streams |
 |                   | two units of hop 2 and of updated weights, with world-sharded states;         | GPU with streams |
@@ -139,6 +139,17 @@ def sub_groups(job: Workload, p: int) -> int:
     return groups + (1 if numel else 0)
 
 
+def _persistent(job: Workload, system: Scheme, n: int) -> int:
+    """Return the bytes of parameters that stay gathered: with padding, unless replicas copy them out of a gather."""
+    padded = system.partition_size(n) if system.partition_size(n) == n else 1
+    return job.itemsize * sum(
+        -(-numel // padded) * padded * count
+        for counts in (job.model.trainable, job.model.frozen)
+        for numel, count in counts.items()
+        if numel <= job.zero.param_persistence_threshold
+    )
+
+
 def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: bool = True) -> Memory:
     """Bytes per GPU of a job on n ranks.
 
@@ -153,7 +164,6 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     all_shards = trained + shard_numel(model.frozen, p)
     accumulation = job.accumulation_itemsize or b
     needs = OPTIMIZERS[job.optimizer]
-    threshold = zero.param_persistence_threshold
     groups = sub_groups(job, p)
 
     parameters = all_shards * b
@@ -168,12 +178,7 @@ def memory(job: Workload, system: Scheme, n: int, played: StepTime, *, streams: 
     if zero.offload_param:
         host += parameters
         parameters = 0
-    persistent = b * sum(
-        -(-numel // p) * p * count
-        for counts in (model.trainable, model.frozen)
-        for numel, count in counts.items()
-        if numel <= threshold
-    )
+    persistent = _persistent(job, system, n)
     bucket = system.bucket_size(zero.reduce_bucket_size) * b if zero.contiguous_gradients and trained else 0
     # A gather fills a buffer of its own, from which parameters are copied, so the last ones are there twice; the same
     # holds for a bucket that is packed for its reduce-scatter, and one submodule's gradients wait to be copied there.

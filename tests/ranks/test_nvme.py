@@ -105,7 +105,7 @@ def test_trains_as_stock_does(max_in_cpu, tmp_path):
 @pytest.mark.usefixtures("libaio")
 @pytest.mark.ranks(4, timeout=900)
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """And two engines swap to one path, as two jobs on a node might: neither meets the files of the other."""
+    """From the files of the checkpoint, not from those that were swapped: another engine has written over these."""
     with small_blocks():
         zero = {**swapped_to(tmp_path / "swap", 100_000_000), "sub_group_size": 20_000}
         engines = [build(ds_config(2, zero=zero, **SETTINGS), Net, seed=7)]
@@ -116,4 +116,3 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
         engines[1].load_checkpoint(str(tmp_path), tag="saved")
         assert_losses_close(train(engines[1], 2), losses, 0)
         assert_close(full_params(engines[1]), params, 0)
-        assert len({item.parent for item in swap_files(tmp_path / "swap")}) == 8
