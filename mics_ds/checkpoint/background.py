@@ -159,6 +159,7 @@ class Background:
             streams.current_stream().wait_stream(SharedMemory.stream)
 
     def wait_for_seals(self) -> None:
+        """Wait until no copy in memory is being summed up."""
         with self._changed:
             self._changed.wait_for(lambda: not self.sealing)
 
@@ -346,7 +347,7 @@ def _drain_on_sigterm() -> None:
 
 
 def _stand_still(_number: int, frame: FrameType | None) -> None:
-    """The main thread goes no further, unless it may hold a lock that the thread which ends the process needs."""
+    """Stop the main thread, unless it may hold a lock that the thread which ends the process needs."""
     while frame is not None:
         if frame.f_globals.get("__name__") in (__name__, "logging"):
             return

@@ -385,6 +385,7 @@ class RankState:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
+        """Digest of each value, for ranks whose digests of all differ."""
         return {
             section: {str(key): _digest(value) for key, value in held.items()} for section, held in self.values.items()
         }

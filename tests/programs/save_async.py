@@ -62,7 +62,7 @@ def stay(begun: Barrier) -> None:
 
 
 def terminate_workers() -> None:
-    """As a pool does with its own: by SIGTERM, in the middle of their work."""
+    """End children by SIGTERM in the middle of their work, as a pool does."""
     context = multiprocessing.get_context("fork")
     begun = context.Barrier(3)
     workers = [context.Process(target=stay, args=(begun,)) for _ in range(2)]

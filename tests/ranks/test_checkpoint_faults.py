@@ -288,7 +288,7 @@ def test_no_connection_outlasts_a_save(tmp_path, states):
 
 @pytest.mark.ranks(4)
 def test_few_descriptors_are_enough_on_rank_0(tmp_path):
-    """Those of a store grow with the job, up to the soft limit."""
+    """Descriptors of a store would grow with the job, up to the soft limit."""
     everything_is_shared()
     if Background.current is not None:
         Background.current.close()

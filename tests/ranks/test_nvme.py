@@ -105,7 +105,7 @@ def test_trains_as_stock_does(max_in_cpu, tmp_path):
 @pytest.mark.usefixtures("libaio")
 @pytest.mark.ranks(4, timeout=900)
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """From the files of the checkpoint, not from those that were swapped: another engine has written over these."""
+    """A checkpoint is loaded from its own files. Another engine has written over those that were swapped."""
     with small_blocks():
         zero = {**swapped_to(tmp_path / "swap", 100_000_000), "sub_group_size": 20_000}
         engines = [build(ds_config(2, zero=zero, **SETTINGS), Net, seed=7)]
